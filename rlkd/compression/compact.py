@@ -1,0 +1,170 @@
+"""The student that ships: masked rows and columns are cut out, exits that never or always fire are resolved.
+
+Unlike `torch.nn.utils.prune`, which only masks, this makes the tensors smaller, so that the latency falls.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlkd.errors import UserError
+from rlkd.models import ChainStudent, Masks
+
+FORMAT = 1
+
+
+class CompactStudent(nn.Module):
+    """A physically small student for inference; samples leave one by one at the exits.
+
+    Args:
+        layers, heads, exits: as in `ChainStudent`, heads of exits in use only; the last exit is the final one.
+        input_shape: shape that one (full) sample is reshaped to.
+        kept_inputs: indices of the flat inputs that are read, or None for all.
+        threshold: confidence at which a sample leaves at an early exit.
+    """
+
+    kept_inputs: Tensor | None
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        exits: Sequence[int],
+        input_shape: Sequence[int],
+        kept_inputs: Tensor | None,
+        threshold: float,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.heads = nn.ModuleList(heads)
+        self.exits = tuple(exits)
+        self.input_shape = tuple(input_shape)
+        self.register_buffer("kept_inputs", kept_inputs)
+        self.threshold = threshold
+        self.is_conv = isinstance(layers[0], nn.Conv2d)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [B, C] of the exit that each sample of inputs [B, *input_shape] left at."""
+        x = inputs.reshape(inputs.shape[0], *self.input_shape)
+        if self.kept_inputs is not None:
+            x = x.index_select(1, self.kept_inputs)  # [B, D']
+        answers: Tensor | None = None
+        waiting: Tensor | None = None  # [R] rows not answered yet, None while that is all of them
+        for block, layer in enumerate(self.layers, start=1):
+            x = F.relu(layer(x))
+            if block not in self.exits:
+                continue
+            pooled = x.mean((-2, -1)) if self.is_conv else x
+            logits = self.heads[self.exits.index(block)](pooled)  # [R, C]
+            if answers is None:
+                answers = logits
+            else:
+                answers[waiting] = logits
+            if block != self.exits[-1]:
+                stay = torch.nonzero(logits.softmax(-1).amax(-1) < self.threshold)[:, 0]  # [R']
+                if len(stay) == 0:
+                    return answers
+                x = x[stay]
+                waiting = stay if waiting is None else waiting[stay]
+        assert answers is not None  # the last block always has an exit
+        return answers
+
+    def architecture(self) -> dict[str, Any]:
+        """All that `load_student` needs besides the tensors."""
+        return {
+            "kind": "conv" if self.is_conv else "mlp",
+            "input_shape": list(self.input_shape),
+            "num_kept_inputs": None if self.kept_inputs is None else len(self.kept_inputs),
+            "widths": [layer.weight.shape[0] for layer in self.layers],
+            "exits": list(self.exits),
+            "num_classes": self.heads[-1].weight.shape[0],
+            "threshold": self.threshold,
+        }
+
+
+@torch.no_grad()
+def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStudent:
+    """Cut everything masked out of a trained student.
+
+    Its answers equal the masked student's under the same exit threshold, to float tolerance.
+
+    Args:
+        student: trained; not changed.
+        masks: one [G] a group.
+        threshold: 1/C or less ends the student at its first exit, 1 or more drops its early exits.
+    """
+    exits, heads = list(student.exits), list(student.heads)
+    if threshold >= 1.0:
+        exits, heads = exits[-1:], heads[-1:]
+    elif threshold <= 1.0 / student.num_classes:
+        exits, heads = exits[:1], heads[:1]
+    kept = [torch.nonzero(mask)[:, 0] for mask in masks]
+    layers: list[nn.Module] = []
+    for block, layer in enumerate(student.layers[: exits[-1]]):
+        weight = layer.weight[kept[block + 1]]
+        layers.append(_layer_of(weight if student.is_conv and block == 0 else weight[:, kept[block]], layer.bias[kept[block + 1]]))
+    small_heads = [_layer_of(h.weight[:, kept[block]], h.bias) for h, block in zip(heads, exits, strict=True)]
+    all_inputs = student.is_conv or len(kept[0]) == len(masks[0])
+    return CompactStudent(layers, small_heads, exits, student.input_shape, None if all_inputs else kept[0], threshold)
+
+
+def _layer_of(weight: Tensor, bias: Tensor) -> nn.Linear | nn.Conv2d:
+    out_size, in_size = weight.shape[:2]
+    layer = nn.Linear(in_size, out_size) if weight.ndim == 2 else nn.Conv2d(in_size, out_size, 3, stride=2, padding=1)
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
+
+
+def save_student(student: CompactStudent, folder: Path, extra: dict[str, Any]) -> None:
+    """Write `student.safetensors` and `student.json` (architecture, checksum and `extra`) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "student.safetensors"
+    partial = weights.with_suffix(".partial")
+    save_file({name: t.contiguous() for name, t in student.state_dict().items()}, partial)
+    os.replace(partial, weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    card = {"format": FORMAT, "sha256": digest, "architecture": student.architecture(), **extra}
+    (folder / "student.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_student(folder: Path) -> CompactStudent:
+    """The student that `save_student` wrote; runs no code from the files.
+
+    Raises:
+        UserError: a file is missing, altered or of another format.
+    """
+    try:
+        card = json.loads((folder / "student.json").read_text())
+        blob = (folder / "student.safetensors").read_bytes()
+        if card["format"] != FORMAT or hashlib.sha256(blob).hexdigest() != card["sha256"]:
+            raise UserError(f"{folder}: not a student of format {FORMAT}, or altered after it was saved")
+        student = _empty(card["architecture"])
+        student.load_state_dict(load_file(folder / "student.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot read the student ({error})") from error
+    return student
+
+
+def _empty(a: dict[str, Any]) -> CompactStudent:
+    shape, widths, kept = a["input_shape"], a["widths"], a["num_kept_inputs"]
+    if a["kind"] == "conv":
+        first, dims = shape[0], 4
+    else:
+        first, dims = (math.prod(shape) if kept is None else kept), 2
+    tail = (3, 3) if dims == 4 else ()
+    sizes = [first, *widths]
+    layers = [_layer_of(torch.empty(o, i, *tail), torch.empty(o)) for i, o in zip(sizes, widths, strict=False)]
+    heads = [_layer_of(torch.empty(a["num_classes"], widths[b - 1]), torch.empty(a["num_classes"])) for b in a["exits"]]
+    index = None if kept is None else torch.empty(kept, dtype=torch.int64)
+    return CompactStudent(layers, heads, a["exits"], shape, index, a["threshold"])

@@ -1,0 +1,83 @@
+"""Importance of inputs and units, the masks that keep the most important ones, and the rule of the exits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlkd.models import ChainStudent, Masks
+
+
+def importance(student: ChainStudent, parameters: Mapping[str, Tensor], input_scale: Tensor) -> Masks:
+    """L1 importance of every input and unit; works on plain and on stacked parameters alike.
+
+    A unit's importance is the L1 norm of its incoming weights (Li et al. 2017, "Pruning filters for efficient
+    convnets"); an input's is the L1 norm of its outgoing weights times its mean absolute value on the train
+    split (Wanda, Sun et al. 2024), without which a pixel that is always black would look important.
+
+    Args:
+        student: gives the structure.
+        parameters: its parameters by name, each [*N, ...] with the same leading dimensions *N (none or [N]).
+        input_scale: [D], mean absolute value of each input.
+
+    Returns:
+        One [*N, G] score a group.
+    """
+    first = parameters["layers.0.weight"]  # [*N, U, D] or [*N, U, D, 3, 3]
+    lead = first.ndim - (4 if student.is_conv else 2)
+    inputs = first.new_ones(*first.shape[:lead], 1) if student.is_conv else first.abs().sum(-2) * input_scale
+    units = [
+        parameters[f"layers.{k}.weight"].abs().flatten(lead + 1).sum(-1) for k in range(len(student.layers))
+    ]  # each [*N, U]
+    return (inputs, *units)
+
+
+def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
+    """Mask of the round(keep * G), at least one, highest scores; ties go to the lower index.
+
+    Args:
+        scores: [*N, G].
+        keep: [*N], in [0, 1].
+
+    Returns:
+        [*N, G] of zeros and ones.
+    """
+    size = scores.shape[-1]
+    num_kept = (keep * size).round().clamp(1, size)  # [*N]
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # [*N, G]
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(size).expand_as(order))
+    return (rank < num_kept[..., None]).to(scores.dtype)
+
+
+def spread(scores: Tensor) -> Tensor:
+    """How evenly importance is spread: participation ratio (sum s)^2 / (G sum s^2), 1/G (one) to 1 (all equal).
+
+    Args:
+        scores: [*N, G], not negative.
+
+    Returns:
+        [*N].
+    """
+    return scores.sum(-1).square() / (scores.shape[-1] * scores.square().sum(-1)).clamp_min(1e-12)
+
+
+def exits_at(confidence: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
+    """Whether a sample of this confidence (largest softmax probability) leaves at an early exit.
+
+    The ends are exact: a threshold of 1/C or less lets every sample go, one of 1 or more lets none, whatever
+    rounding does to a confidence. A compacted student then has no decision left to compute.
+
+    Args:
+        confidence: [*N, B].
+        threshold: [*N].
+
+    Returns:
+        [*N, B] bool.
+    """
+    always, never = threshold <= 1.0 / num_classes, threshold >= 1.0
+    return ((confidence >= threshold[..., None]) | always[..., None]) & ~never[..., None]
+
+
+def select(student: ChainStudent, scores: Masks, feature_keep: Tensor, unit_keep: Tensor) -> Masks:
+    """Masks of all groups: `feature_keep` of the inputs, `unit_keep` of every block's units."""
+    return (keep_top(scores[0], feature_keep), *(keep_top(s, unit_keep) for s in scores[1:]))

@@ -1,0 +1,163 @@
+"""The cost profile: what a workload costs on this machine, measured once, so that rewards never read a clock."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkd.cost.workload import REGRESSORS, Workload, dense_workload, workload
+from rlkd.errors import UserError
+from rlkd.models import ChainStudent
+from rlkd.teachers import cache_dir
+
+FORMAT = 1
+
+# Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V: a 32-bit float multiply 3.7 pJ and add
+# 0.9 pJ; a 64-bit read of an 8 / 32 / 1024 KiB cache 10 / 20 / 100 pJ. Activations are taken to live in the
+# 32 KiB cache (one write, one read), weights to come from the 1 MiB one, once a batch.
+ENERGY_MODEL = {
+    "kind": "modelled",
+    "source": "Horowitz, ISSCC 2014 (45 nm): operations and bytes moved; not calibrated on this machine",
+    "mac_j": 4.6e-12,
+    "activation_j": 2 * 4 * 20e-12 / 8,
+    "weight_j": 4 * 100e-12 / 8,
+    "input_j": 4 * 20e-12 / 8,
+}
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Where costs come from."""
+
+    profile: str | None = None
+    """A cost profile written by `rlkd calibrate`; by default one is made for this machine and student, and cached."""
+    batch_size: int = 64
+    """Samples that one inference answers together, on one thread: the latency that the reward reads."""
+
+    def check(self) -> None:
+        """Raises UserError for a batch without a sample."""
+        if self.batch_size < 1:
+            raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: at least 1")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one inference of N students, beside the dense student's. Each [N]."""
+
+    latency_s: Tensor  # of a batch
+    energy_j: Tensor  # of a sample
+    macs: Tensor  # of a sample
+    latency_ratio: Tensor  # to the dense student
+    energy_ratio: Tensor
+    macs_ratio: Tensor
+
+
+@dataclass(frozen=True)
+class CostProfile:
+    """Latency as a linear function of the workload, fitted on measured networks, and the energy model."""
+
+    batch_size: int
+    coefficients: tuple[float, ...]  # seconds, one a regressor, each >= 0
+    energy: dict[str, Any]
+    provenance: dict[str, Any]  # machine, versions, threads, student, grid with measured and fitted times, residual
+
+    def latency_s(self, work: Workload) -> Tensor:
+        """[N] seconds of one batch."""
+        return work.regressors(self.batch_size) @ torch.tensor(self.coefficients, dtype=torch.float64)
+
+    def energy_j(self, work: Workload) -> Tensor:
+        """[N] joules of one sample."""
+        e = self.energy
+        return (
+            work.macs * e["mac_j"]
+            + work.activations * e["activation_j"]
+            + work.weights * (e["weight_j"] / self.batch_size)
+            + work.inputs * e["input_j"]
+        )
+
+    def cost(self, student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """Cost of N students of one structure; arguments as in `workload`."""
+        work = workload(student, kept, exit_rates, exit_threshold, self.batch_size)
+        dense = dense_workload(student, self.batch_size)
+        latency, energy = self.latency_s(work), self.energy_j(work)
+        return Cost(
+            latency.float(),
+            energy.float(),
+            work.macs.float(),
+            (latency / self.latency_s(dense)).float(),
+            (energy / self.energy_j(dense)).float(),
+            (work.macs / dense.macs).float(),
+        )
+
+
+def save_profile(profile: CostProfile, path: Path) -> None:
+    """Write the profile as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = {"format": FORMAT, **asdict(profile)}
+    card["coefficients"] = dict(zip(REGRESSORS, profile.coefficients, strict=True))
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(card, indent=1) + "\n")
+    partial.replace(path)
+
+
+def load_profile(path: Path) -> CostProfile:
+    """Read a profile.
+
+    Raises:
+        UserError: the file is missing or is no cost profile of this format.
+    """
+    try:
+        card = json.loads(path.read_text())
+        if card["format"] != FORMAT:
+            raise UserError(f"{path}: cost profile of format {card['format']}; allowed: {FORMAT}; run `rlkd calibrate`")
+        coefficients = tuple(float(card["coefficients"][name]) for name in REGRESSORS)
+        energy = {k: v if k in ("kind", "source") else float(v) for k, v in card["energy"].items()}
+        numbers = (*coefficients, *(energy[k] for k in ENERGY_MODEL if k not in ("kind", "source")))
+        if not all(math.isfinite(x) and x >= 0 for x in numbers) or sum(coefficients) <= 0:
+            raise UserError(f"{path}: cost profile with a negative or non-finite figure; run `rlkd calibrate`")
+        return CostProfile(int(card["batch_size"]), coefficients, energy, dict(card["provenance"]))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the cost profile ({error.strerror}); run `rlkd calibrate`") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a cost profile ({error}); run `rlkd calibrate`") from error
+
+
+def machine() -> dict[str, Any]:
+    """What the measured figures depend on besides the student."""
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": 1,
+    }
+
+
+def load_or_calibrate(config: CostConfig, student: ChainStudent, say: Any = print) -> CostProfile:
+    """The profile that `config` names, or the cached one of this machine and student, or a fresh one."""
+    from rlkd.cost.timing import calibrate  # timing needs this module's classes
+
+    config.check()
+    if config.profile is not None:
+        return load_profile(Path(config.profile))
+    key = json.dumps([FORMAT, machine(), describe(student), config.batch_size])
+    path = cache_dir() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return load_profile(path)
+    say(f"calibrating: timing compacted students once on this machine (kept in {path})")
+    profile = calibrate(student, config.batch_size)
+    save_profile(profile, path)
+    return profile
+
+
+def describe(student: ChainStudent) -> dict[str, Sequence[int] | str]:
+    """The structure that a profile was measured on."""
+    kind = "conv" if student.is_conv else "mlp"
+    return {"kind": kind, "input_shape": student.input_shape, "widths": student.group_sizes[1:], "exits": student.exits}

@@ -1,0 +1,137 @@
+"""Measure latency: compacted students over a grid of keep ratios and exit rates, and a non-negative fit.
+
+Everything is timed on one thread; a figure is the median over interleaved rounds, so that a slow moment of
+the machine touches one round of every network rather than all rounds of one.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from rlkd.compression import CompactStudent, compact
+from rlkd.cost.profile import ENERGY_MODEL, CostProfile, describe, machine
+from rlkd.cost.workload import workload
+from rlkd.models import ChainStudent, initialise
+
+FEATURE_KEEPS = (1.0, 0.5, 0.2)
+UNIT_KEEPS = (1.0, 0.5, 0.25, 0.1)
+EXIT_RATES = (0.25, 0.5, 0.75, 0.95)
+NUM_ROUNDS = 9
+CALL_TIME_S = 2e-3
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def _seconds_a_call(call: Callable[[], object]) -> float:
+    """Mean over as many calls as fill CALL_TIME_S."""
+    start = time.perf_counter()
+    call()
+    once = max(time.perf_counter() - start, 1e-7)
+    num_calls = max(1, round(CALL_TIME_S / once))
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    return (time.perf_counter() - start) / num_calls
+
+
+def median_latency_s(networks: list[CompactStudent], inputs: Tensor) -> list[tuple[float, float]]:
+    """(median, interquartile range) in seconds of one call on `inputs`, one thread, a pair a network."""
+    calls: list[Callable[[], object]] = [lambda n=network: n(inputs) for network in networks]  # type: ignore[misc]
+    with one_thread():
+        for call in calls:
+            _seconds_a_call(call)  # warm-up
+        rounds = [[_seconds_a_call(call) for call in calls] for _ in range(NUM_ROUNDS)]
+    columns = [sorted(column) for column in zip(*rounds, strict=True)]
+    return [(statistics.median(c), c[(3 * NUM_ROUNDS) // 4] - c[NUM_ROUNDS // 4]) for c in columns]
+
+
+def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
+    """Time physically smaller versions of `student` and fit their latency to their workload.
+
+    Args:
+        student: gives the structure; its parameters are overwritten.
+        batch_size: samples of one inference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    initialise(student, generator)
+    inputs = torch.rand(batch_size, *student.input_shape, generator=generator)
+    networks, works, settings = [], [], []
+    for setting, masks, threshold, rates in _grid(student, inputs):
+        networks.append(compact(student, masks, threshold))
+        kept = torch.tensor([[mask.sum() for mask in masks]])
+        works.append(workload(student, kept, rates[None], torch.tensor([threshold]), batch_size))
+        settings.append(setting)
+    measured = median_latency_s(networks, inputs)
+    rows = torch.cat([work.regressors(batch_size) for work in works]).numpy()  # [M, 7]
+    seconds = np.array([median for median, _ in measured])  # [M]
+    coefficients, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))  # relative errors count alike
+    fitted = rows @ coefficients
+    grid = [
+        {**setting, "latency_s": median, "spread_s": iqr, "fitted_s": float(fit)}
+        for setting, (median, iqr), fit in zip(settings, measured, fitted, strict=True)
+    ]
+    provenance: dict[str, Any] = {
+        "machine": machine(),
+        "student": describe(student),
+        "latency": "measured (median of interleaved rounds), then fitted",
+        "relative_residual": float(np.sqrt(np.mean((fitted / seconds - 1) ** 2))),
+        "grid": grid,
+    }
+    return CostProfile(batch_size, tuple(map(float, coefficients)), dict(ENERGY_MODEL), provenance)
+
+
+def _grid(student: ChainStudent, inputs: Tensor) -> Iterator[tuple[dict[str, float], tuple[Tensor, ...], float, Tensor]]:
+    """Settings, masks, threshold and exit rates of every network that is timed."""
+    feature_keeps = (1.0,) if student.is_conv else FEATURE_KEEPS
+    for feature_keep in feature_keeps:
+        for unit_keep in UNIT_KEEPS:
+            keeps = (feature_keep, *(unit_keep for _ in student.group_sizes[1:]))
+            masks = tuple(
+                (torch.arange(size) < max(1, round(keep * size))).float()
+                for size, keep in zip(student.group_sizes, keeps, strict=True)
+            )
+            setting = {"feature_keep": feature_keep, "unit_keep": unit_keep}
+            num_exits = len(student.exits)
+            never = torch.zeros(num_exits)
+            yield {**setting, "exit_rate": 0.0}, masks, 1.0, never
+            if num_exits == 1:
+                continue
+            always = torch.zeros(num_exits)
+            always[0] = 1.0
+            yield {**setting, "exit_rate": 1.0}, masks, 0.0, always
+            for rate in EXIT_RATES:
+                threshold, rates = _threshold_for(student, masks, inputs, rate)
+                yield {**setting, "exit_rate": rate}, masks, threshold, rates
+
+
+@torch.no_grad()
+def _threshold_for(
+    student: ChainStudent, masks: tuple[Tensor, ...], inputs: Tensor, rate: float
+) -> tuple[float, Tensor]:
+    """The threshold at which about `rate` of the inputs leave at the first exit, and the rates of all exits."""
+    confidence = torch.stack([z.softmax(-1).amax(-1) for z in student(inputs, masks).logits])  # [E, B]
+    threshold = float(confidence[0].quantile(1.0 - rate).clamp(1.0 / student.num_classes + 1e-6, 1.0 - 1e-6))
+    waiting = torch.ones(inputs.shape[0], dtype=torch.bool)
+    rates = []
+    for row in confidence[:-1]:
+        leave = waiting & (row >= threshold)
+        rates.append(leave.float().mean())
+        waiting = waiting & ~leave
+    return threshold, torch.stack([*rates, waiting.float().mean()])

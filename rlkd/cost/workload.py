@@ -1,0 +1,101 @@
+"""Count the work of an inference from what is kept and how samples leave: exact, no clock, no hardware."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd.models import ChainStudent
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Work of one inference with early exits; means over samples, or expectations over a batch. Each [N]."""
+
+    macs: Tensor  # multiply-accumulates a sample
+    activations: Tensor  # values written a sample: outputs of layers and heads
+    weights: Tensor  # parameters read by a batch
+    layers: Tensor  # layers and heads run by a batch
+    decisions: Tensor  # exit decisions run by a batch
+    decided: Tensor  # exit decisions a sample
+    gathers: Tensor  # 1 where inputs are selected, else 0
+    inputs: Tensor  # input values read a sample
+
+    def regressors(self, batch_size: int) -> Tensor:
+        """[N, 7], what a batch's latency is linear in (`CostProfile`)."""
+        return torch.stack(
+            [
+                self.layers,
+                batch_size * self.macs,
+                batch_size * self.activations,
+                self.decisions,
+                batch_size * self.decided,
+                self.gathers,
+                batch_size * self.gathers * self.inputs,
+            ],
+            dim=-1,
+        ).double()
+
+
+REGRESSORS = ("layer_s", "mac_s", "activation_s", "decision_s", "decided_s", "gather_s", "gathered_s")
+
+
+def workload(
+    student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor, batch_size: int
+) -> Workload:
+    """Work of the compacted student (`rlkd.compression.compact`) that these masks and exits lead to.
+
+    A block runs for a batch if any of its samples gets that far, which has probability 1 - (1 - r)^B when a
+    share r does. Early heads are absent where the threshold lets none leave; all that lies behind the first
+    exit is absent where it lets all leave, and neither case computes a decision.
+
+    Args:
+        student: gives the structure.
+        kept: [N, G] inputs and units of every block that are kept.
+        exit_rates: [N, E] share of samples that leave at each exit.
+        exit_threshold: [N].
+        batch_size: B.
+    """
+    always = exit_threshold <= 1.0 / student.num_classes  # [N]
+    never = exit_threshold >= 1.0  # [N]
+    kept = kept.double()
+    reach = torch.ones(len(kept), dtype=torch.float64)  # [N] share of samples that get to this block
+    macs, activations, weights, layers, decisions, decided = torch.zeros(6, len(kept), dtype=torch.float64)
+    is_full = torch.as_tensor(kept[:, 0] >= student.group_sizes[0])
+    positions = 1
+    height, width = student.input_shape[-2:] if student.is_conv else (1, 1)
+    for block, layer in enumerate(student.layers, start=1):
+        kernel = 1
+        if student.is_conv:
+            height, width = -(-height // 2), -(-width // 2)  # stride 2, padding 1
+            positions, kernel = height * width, layer.weight.shape[-1] * layer.weight.shape[-2]
+        fan_in = kept[:, block - 1] * (student.input_shape[0] if student.is_conv and block == 1 else 1) * kernel
+        runs = 1 - (1 - reach) ** batch_size  # [N]
+        macs += reach * fan_in * kept[:, block] * positions
+        activations += reach * kept[:, block] * positions
+        weights += runs * (fan_in + 1) * kept[:, block]
+        layers += runs
+        if block not in student.exits:
+            continue
+        exit_index = student.exits.index(block)
+        is_last = exit_index == len(student.exits) - 1
+        present = torch.ones_like(reach) if is_last else (~never).double()  # [N]
+        macs += present * reach * kept[:, block] * student.num_classes
+        activations += present * reach * student.num_classes
+        weights += present * runs * (kept[:, block] + 1) * student.num_classes
+        layers += present * runs
+        if not is_last:
+            decides = present * (~always).double()  # [N]
+            decisions += decides * runs
+            decided += decides * reach
+            reach = (reach - exit_rates[:, exit_index].double()).clamp_min(0.0)
+    gathers = (~is_full).double()
+    num_inputs = kept[:, 0] * (torch.Size(student.input_shape).numel() if student.is_conv else 1)
+    return Workload(macs, activations, weights, layers, decisions, decided, gathers, num_inputs)
+
+
+def dense_workload(student: ChainStudent, batch_size: int) -> Workload:
+    """Work of the student with everything kept and no early exit: the anchor of every ratio. Fields [1]."""
+    kept = torch.tensor([student.group_sizes])
+    rates = torch.zeros(1, len(student.exits))
+    return workload(student, kept, rates, torch.ones(1), batch_size)

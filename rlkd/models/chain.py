@@ -1,0 +1,141 @@
+"""A student as a chain of blocks (linear or convolutional) with early exits, maskable inputs and units.
+
+One class serves the MLP and the small convolutional student: training multiplies activations by masks, so
+that every student of a population keeps the same tensor shapes whatever it has pruned; after training
+`rlkd.compression.compact` cuts the masked rows and columns out. Early exits follow BranchyNet
+(Teerapittayanon et al. 2016), but every head here is a single linear layer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlkd.errors import UserError
+
+Masks = tuple[Tensor, ...]  # one 0/1 float vector a group: the inputs, then the units of every block
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gives."""
+
+    logits: tuple[Tensor, ...]  # one [B, C] an exit, the last being the full student
+    features: tuple[Tensor, ...]  # one [B, U] or [B, U, H, W] a block, after activation and mask
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student's architecture."""
+
+    kind: Literal["mlp", "conv"] = "mlp"
+    """mlp: linear blocks. conv: 3x3 convolutions, each halving height and width, heads on the spatial mean."""
+    widths: tuple[int, ...] = (48, 48)
+    """Units (or channels) of each block, first to last."""
+    exits: tuple[int, ...] = (1,)
+    """After which blocks (counted from 1) an early exit stands; the last block always ends in the final head."""
+
+    def check(self) -> None:
+        """Raises UserError for widths or exits that make no student."""
+        if not self.widths or min(self.widths) < 1:
+            raise UserError(f"student.widths: got {list(self.widths)}; allowed: one or more widths of at least 1")
+        allowed = range(1, len(self.widths))
+        if sorted(set(self.exits)) != list(self.exits) or not set(self.exits) <= set(allowed):
+            raise UserError(
+                f"student.exits: got {list(self.exits)}; allowed: rising block numbers from 1 to "
+                f"{len(self.widths) - 1} (the last block has the final head)"
+            )
+
+
+class ChainStudent(nn.Module):
+    """Blocks in a row; each is a weighted layer and a ReLU; a head hangs behind each exit.
+
+    Args:
+        layers: `nn.Linear`s, or `nn.Conv2d`s with odd kernels; layer k's output size is group k + 1.
+        heads: the `nn.Linear` of each exit, in order, the final one last.
+        exits: the block (from 1) behind which each head stands; the last equals len(layers).
+        input_shape: [D] or [channels, height, width] that one sample is reshaped to.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Linear | nn.Conv2d],
+        heads: Sequence[nn.Linear],
+        exits: Sequence[int],
+        input_shape: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.heads = nn.ModuleList(heads)
+        self.exits = tuple(exits)
+        self.input_shape = tuple(input_shape)
+        self.is_conv = isinstance(layers[0], nn.Conv2d)
+        # Pixels of a convolution's input share their weights: leaving some out saves nothing, so they are no group.
+        num_inputs = 1 if self.is_conv else math.prod(self.input_shape)
+        self.group_sizes = (num_inputs, *(layer.weight.shape[0] for layer in layers))
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.heads[-1].weight.shape[0])
+
+    def full_masks(self) -> Masks:
+        """Masks that keep everything."""
+        return tuple(torch.ones(size) for size in self.group_sizes)
+
+    def forward(self, inputs: Tensor, masks: Masks) -> Outputs:
+        """Logits of every exit and features of every block for inputs [B, *any] with prod(any) = prod(input_shape)."""
+        x = inputs.reshape(inputs.shape[0], *self.input_shape)  # [B, D] or [B, channels, H, W]
+        x = x if self.is_conv else x * masks[0]
+        logits, features = [], []
+        for block, layer in enumerate(self.layers, start=1):
+            x = F.relu(layer(x))  # [B, U] or [B, U, H, W]
+            x = x * (masks[block][:, None, None] if self.is_conv else masks[block])
+            features.append(x)
+            if block in self.exits:
+                pooled = x.mean((-2, -1)) if self.is_conv else x  # [B, U]
+                logits.append(self.heads[self.exits.index(block)](pooled))  # [B, C]
+        return Outputs(tuple(logits), tuple(features))
+
+
+def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes: int) -> ChainStudent:
+    """A student with uninitialised parameters (`initialise` fills them).
+
+    Raises:
+        UserError: impossible widths or exits, or more halvings than the images' size allows.
+    """
+    config.check()
+    exits = (*config.exits, len(config.widths))
+    layers: list[nn.Linear | nn.Conv2d]
+    if config.kind == "mlp":
+        shape: tuple[int, ...] = (math.prod(input_shape),)
+        sizes = (shape[0], *config.widths)
+        layers = [nn.Linear(a, b, device="meta") for a, b in zip(sizes, sizes[1:], strict=False)]
+    else:
+        if len(input_shape) not in (2, 3):
+            raise UserError(f"student.kind: got conv for inputs of shape {list(input_shape)}; allowed: mlp")
+        shape = tuple(input_shape) if len(input_shape) == 3 else (1, *input_shape)
+        if min(shape[1:]) >> (len(config.widths) - 1) < 1:
+            raise UserError(
+                f"student.widths: got {len(config.widths)} convolutional blocks, each halving images of "
+                f"{shape[1]}x{shape[2]}; allowed: at most {min(shape[1:]).bit_length()}"
+            )
+        sizes = (shape[0], *config.widths)
+        layers = [
+            nn.Conv2d(a, b, 3, stride=2, padding=1, device="meta") for a, b in zip(sizes, sizes[1:], strict=False)
+        ]
+    heads = [nn.Linear(config.widths[block - 1], num_classes, device="meta") for block in exits]
+    return ChainStudent(layers, heads, exits, shape).to_empty(device="cpu")
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill every parameter from `generator`: He-uniform weights (He et al. 2015), zero biases."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.zero_()
+        else:
+            fan_in = parameter[0].numel()
+            parameter.uniform_(-math.sqrt(6.0 / fan_in), math.sqrt(6.0 / fan_in), generator=generator)

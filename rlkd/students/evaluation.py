@@ -1,0 +1,64 @@
+"""Metrics from the logits of every exit: shared by the lock-step population and the solo student."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlkd.compression.selection import exits_at, spread
+from rlkd.models import Masks
+from rlkd.objectives.hard_label import log_probabilities
+from rlkd.students.interface import Metrics
+
+
+@torch.no_grad()
+def summarise(
+    logits: tuple[Tensor, ...],
+    labels: Tensor,
+    teacher_logits: Tensor,
+    exit_threshold: Tensor,
+    masks: Masks,
+    scores: Masks,
+) -> Metrics:
+    """Metrics of N students.
+
+    Args:
+        logits: one [N, B, C] an exit.
+        labels: [B].
+        teacher_logits: [N, B, C].
+        exit_threshold: [N].
+        masks: one [N, G] a group.
+        scores: importance, one [N, G] a group.
+    """
+    num_classes = logits[0].shape[-1]
+    log_q = torch.stack([log_probabilities(z) for z in logits], dim=1)  # [N, E, C, B]
+    confidence, answer = log_q.max(-2)  # [N, E, B]
+    correct = answer == labels
+    picked = labels.expand(*log_q.shape[:2], 1, -1)  # [N, E, 1, B]
+    losses = -log_q.gather(-2, picked)[..., 0, :].mean(-1)  # [N, E]
+
+    waiting = torch.ones_like(correct[:, 0])  # [N, B]
+    leaves = []
+    for e in range(len(logits) - 1):
+        leave = waiting & exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
+        leaves.append(leave)
+        waiting = waiting & ~leave
+    left_at = torch.stack([*leaves, waiting], dim=1)  # [N, E, B], one True a sample
+
+    log_p = log_probabilities(teacher_logits)  # [N, C, B]
+    teacher_answer = teacher_logits.argmax(-1)[:, None]  # [N, 1, B]
+    return Metrics(
+        accuracy=(left_at & correct).any(1).float().mean(-1),
+        exit_accuracy=correct.float().mean(-1),
+        exit_loss=losses,
+        exit_rates=left_at.float().mean(-1),
+        agreement=(left_at & (answer == teacher_answer)).any(1).float().mean(-1),
+        divergence=(log_p.exp() * (log_p - log_q[:, -1])).sum(-2).mean(-1),
+        kept=torch.stack([m.sum(-1) for m in masks], dim=-1),
+        spread=torch.stack([spread(scores[0]), spread(scores[1])], dim=-1),
+    )
+
+
+def chance_loss(num_classes: int) -> float:
+    """Cross entropy of a guess, log C nats: the yardstick that makes losses scale-free."""
+    return math.log(num_classes)

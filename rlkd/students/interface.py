@@ -1,0 +1,112 @@
+"""What both kinds of student share: controls in, telemetry and metrics out. One student is N = 1."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlkd.errors import UserError
+from rlkd.models import Masks
+from rlkd.objectives import FAMILIES
+from rlkd.tasks import Split, Task
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a student is trained between two decisions."""
+
+    steps_per_window: int = 15
+    """Optimizer steps of one window, which is one environment step."""
+    batch_size: int = 48
+    """Samples of one optimizer step, drawn with replacement from the student's training samples."""
+
+    def check(self) -> None:
+        """Raises UserError for a window without a step or a batch without a sample."""
+        if self.steps_per_window < 1 or self.batch_size < 1:
+            raise UserError(
+                f"train: got steps_per_window {self.steps_per_window}, batch_size {self.batch_size}; "
+                "allowed: at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What is set for one window, for N students."""
+
+    weights: Tensor  # [N, 4] >= 0, one a family in the order of FAMILIES, summing to one
+    temperature: Tensor  # [N] > 0
+    feature_keep: Tensor  # [N] in (0, 1], share of the inputs kept
+    unit_keep: Tensor  # [N] in (0, 1], share of each block's units kept
+    exit_threshold: Tensor  # [N], 1/C or less: all leave at the first exit; 1 or more: none leaves early
+    learning_rate: Tensor  # [N] > 0
+
+    def rows(self, index: Tensor | slice) -> "Controls":
+        """The controls of some of the students."""
+        return Controls(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """What a window of training reports."""
+
+    losses: Tensor  # [N, 4], mean over the window, unweighted, in the order of FAMILIES
+    gradient_norms: Tensor  # [N, 4], of each family's unweighted loss on the window's last batch
+    gradient_cosine: Tensor  # [N], between the gradients of hard label and response
+    diverged: Tensor  # [N] bool, a parameter or a loss was not finite
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What evaluation on one split reports, under the controls of the last window."""
+
+    accuracy: Tensor  # [N], each sample answered by the exit it left at
+    exit_accuracy: Tensor  # [N, E], of every exit if all samples left there
+    exit_loss: Tensor  # [N, E], mean cross entropy in nats
+    exit_rates: Tensor  # [N, E], share of samples that left at each exit; sums to one
+    agreement: Tensor  # [N], share of samples on which the answer equals the teacher's
+    divergence: Tensor  # [N], KL from teacher to the final exit at T = 1, in nats
+    kept: Tensor  # [N, G] number of inputs and of units of every block that are kept
+    spread: Tensor  # [N, 2], evenness of importance: inputs, first block's units
+
+
+class Students(Protocol):
+    """N students in training."""
+
+    num_students: int
+
+    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+        """Start anew on `tasks`: all N students, or only those at `rows` ([len(tasks)] int64)."""
+
+    def train_window(self, controls: Controls) -> Telemetry:
+        """Select inputs and units, then take `steps_per_window` optimizer steps under `controls`."""
+
+    def evaluate(self, split: Split) -> Metrics:
+        """Metrics on one split under the current masks and exit thresholds."""
+
+    def set_controls(self, controls: Controls) -> None:
+        """Select inputs and units and set the exit threshold without training."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters by name, each [N, ...]."""
+
+    def masks(self) -> Masks:
+        """Current masks, each [N, G]."""
+
+
+def divergence_free(*tensors: Tensor) -> Tensor:
+    """[N] bool: all values of every [N, ...] tensor are finite."""
+    ok = [torch.isfinite(t).flatten(1).all(1) if t.ndim > 1 else torch.isfinite(t) for t in tensors]
+    return torch.stack(ok).all(0)
+
+
+def family_weights(weights: Tensor, available: Tensor) -> Tensor:
+    """Weights [N, 4] with unavailable families ([4] bool) at zero, the others scaled to sum to one."""
+    kept = weights * available
+    return kept / kept.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def available_families(student_is_conv: bool, teacher_is_conv: bool) -> Tensor:
+    """[4] bool. Attention maps over pixels and over units cannot be compared, so the kinds must match."""
+    return torch.tensor([family != "attention" or student_is_conv == teacher_is_conv for family in FAMILIES])

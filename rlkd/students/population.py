@@ -1,0 +1,198 @@
+"""N students of one architecture trained in lock-step: one `vmap(grad(...))` call is a step for all of them.
+
+Their parameters are stacked along a leading dimension and updated in place by a hand-written Adam (Kingma &
+Ba 2015; `torch.optim` has no learning rate a row). Nothing mixes rows, so a student learns the same whoever
+stands beside it. `SoloStudent` is the plain counterpart, and a test holds the two together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vjp, vmap
+
+from rlkd.compression.selection import importance, select
+from rlkd.models import ChainStudent, Masks, Outputs, initialise
+from rlkd.objectives import FAMILIES, family_losses
+from rlkd.students.evaluation import summarise
+from rlkd.students.interface import (
+    Controls,
+    Metrics,
+    Telemetry,
+    TrainConfig,
+    available_families,
+    divergence_free,
+    family_weights,
+)
+from rlkd.tasks import DataSet, Split, Task, task_generator
+from rlkd.teachers import Signals
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+Parameters = dict[str, Tensor]
+
+
+class WithAdapter(nn.Module):
+    """A student and the linear adapter that brings its last features to the teacher's width for the hint."""
+
+    def __init__(self, student: ChainStudent, teacher_width: int) -> None:
+        super().__init__()
+        self.student = student
+        self.adapter = nn.Linear(student.group_sizes[-1], teacher_width)
+
+    def forward(self, inputs: Tensor, masks: Masks) -> tuple[Outputs, Tensor]:
+        outputs = self.student(inputs, masks)
+        last = outputs.features[-1]
+        return outputs, self.adapter(last.mean((-2, -1)) if last.ndim == 4 else last)
+
+
+class Population:
+    """Implements `Students` for N copies of one `ChainStudent`."""
+
+    def __init__(
+        self, student: ChainStudent, data: DataSet, signals: Signals, num_students: int, config: TrainConfig
+    ) -> None:
+        config.check()
+        self.num_students = num_students
+        self._student, self._data, self._signals, self._config = student, data, signals, config
+        self._module = WithAdapter(student, signals.features.shape[-1])
+        self._available = available_families(student.is_conv, signals.are_conv)
+        train = data.splits["train"]
+        self._input_scale = data.inputs[train].flatten(1).abs().mean(0)  # [D]
+        n = num_students
+        self._parameters: Parameters = {k: torch.zeros(n, *p.shape) for k, p in self._module.named_parameters()}
+        self._first = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
+        self._second = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
+        self._num_updates = torch.zeros(n)
+        self._masks: Masks = tuple(torch.ones(n, size) for size in student.group_sizes)
+        self._threshold = torch.ones(n)
+        self._samples = torch.zeros(n, len(train), dtype=torch.int64)  # [N, L], padded
+        self._labels = torch.zeros(n, len(train), dtype=torch.int64)  # [N, L], padded
+        self._num_samples = [1] * n
+        self._teacher = torch.zeros(n, dtype=torch.int64)
+        self._batches = [torch.Generator() for _ in range(n)]
+        self._step = vmap(grad_and_value(self._loss, has_aux=True))
+        self._family_gradients = vmap(self._gradients_of_one)
+        self._forward = vmap(self._outputs, in_dims=(0, 0, None))
+
+    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+        """Fresh parameters, optimizer state and batches for the students at `rows`; the others go on untouched."""
+        where = torch.arange(self.num_students) if rows is None else rows
+        if len(tasks) != len(where):
+            raise ValueError(f"reset: got {len(tasks)} tasks for {len(where)} students; give one each")
+        for row, task in zip(where.tolist(), tasks, strict=True):
+            initialise(self._module, task_generator(task.seed, "parameters"))
+            for name, parameter in self._module.named_parameters():
+                self._parameters[name][row] = parameter.detach()
+                self._first[name][row] = 0.0
+                self._second[name][row] = 0.0
+            self._num_updates[row] = 0.0
+            self._samples[row, : len(task.samples)] = task.samples
+            self._labels[row, : len(task.labels)] = task.labels
+            self._num_samples[row] = len(task.samples)
+            self._teacher[row] = task.teacher
+            self._batches[row] = task_generator(task.seed, "batches")
+
+    def set_controls(self, controls: Controls) -> None:
+        self._masks = select(self._student, self._scores(), controls.feature_keep, controls.unit_keep)
+        self._threshold = controls.exit_threshold
+
+    def train_window(self, controls: Controls) -> Telemetry:
+        self.set_controls(controls)
+        weights = family_weights(controls.weights, self._available)  # [N, 4]
+        num_steps, size = self._config.steps_per_window, self._config.batch_size
+        drawn = [
+            torch.randint(count, (num_steps, size), generator=g)
+            for count, g in zip(self._num_samples, self._batches, strict=True)
+        ]
+        positions = torch.stack(drawn, dim=1)  # [K, N, B]
+        total = torch.zeros(self.num_students, len(FAMILIES))
+        for step in range(num_steps):
+            batch = self._batch(positions[step])
+            gradients, (_, losses) = self._step(self._parameters, *batch, self._masks, weights, controls.temperature)
+            self._update(gradients, controls.learning_rate)
+            total += losses
+        norms, cosine = self._family_gradients(self._parameters, *batch, self._masks, controls.temperature)
+        finite = divergence_free(total, *self._parameters.values())
+        return Telemetry(total / num_steps, norms, cosine, ~finite)
+
+    def evaluate(self, split: Split) -> Metrics:
+        index = self._data.splits[split]  # [B]
+        with torch.no_grad():
+            outputs = self._forward(self._parameters, self._masks, self._data.inputs[index])
+        teacher_logits = self._signals.logits[self._teacher[:, None], index]  # [N, B, C]
+        return summarise(
+            outputs.logits, self._data.labels[index], teacher_logits, self._threshold, self._masks, self._scores()
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name.removeprefix("student."): p.clone() for name, p in self._parameters.items()}
+
+    def masks(self) -> Masks:
+        return self._masks
+
+    def _scores(self) -> Masks:
+        named = {k.removeprefix("student."): p for k, p in self._parameters.items()}
+        return importance(self._student, named, self._input_scale)
+
+    def _batch(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Inputs, labels and teacher signals of each student's samples at `positions` [N, B]."""
+        samples = self._samples.gather(1, positions)  # [N, B]
+        teacher = self._teacher[:, None]  # [N, 1]
+        return (
+            self._data.inputs[samples],  # [N, B, *shape]
+            self._labels.gather(1, positions),  # [N, B]
+            self._signals.logits[teacher, samples],  # [N, B, C]
+            self._signals.features[teacher, samples],  # [N, B, F]
+            self._signals.maps[teacher, samples],  # [N, B, P]
+        )
+
+    # The functions below see one student: vmap adds the leading dimension.
+
+    def _outputs(self, parameters: Parameters, masks: Masks, inputs: Tensor) -> Outputs:
+        outputs: Outputs = functional_call(self._module, parameters, (inputs, masks))[0]
+        return outputs
+
+    def _losses(
+        self,
+        parameters: Parameters,
+        inputs: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor,
+        teacher_features: Tensor,
+        teacher_map: Tensor,
+        masks: Masks,
+        temperature: Tensor,
+    ) -> Tensor:
+        outputs, adapted = functional_call(self._module, parameters, (inputs, masks))
+        return family_losses(
+            outputs, adapted, labels, teacher_logits, teacher_features, teacher_map, temperature
+        )  # [4]
+
+    def _loss(self, parameters: Parameters, *rest: object) -> tuple[Tensor, Tensor]:
+        *batch, masks, weights, temperature = rest
+        losses = self._losses(parameters, *batch, masks, temperature)  # type: ignore[arg-type]
+        return (losses * weights).sum(), losses  # type: ignore[operator]
+
+    def _gradients_of_one(self, parameters: Parameters, *rest: object) -> tuple[Tensor, Tensor]:
+        """Norm of each family's gradient on the student's parameters, and the cosine of the first two."""
+        losses, pullback = vjp(lambda p: self._losses(p, *rest), parameters)  # type: ignore[arg-type]
+        (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES)))
+        flat = torch.cat([g.flatten(1) for k, g in gradients.items() if k.startswith("student.")], dim=1)  # [4, P]
+        norms = flat.norm(dim=1)  # [4]
+        return norms, (flat[0] * flat[1]).sum() / (norms[0] * norms[1]).clamp_min(1e-12)
+
+    def _update(self, gradients: Parameters, learning_rate: Tensor) -> None:
+        """One Adam step in place, bias-corrected by each student's own count of updates."""
+        names = list(self._parameters)
+        g = [gradients[k] for k in names]
+        m, v, p = ([store[k] for k in names] for store in (self._first, self._second, self._parameters))
+        self._num_updates += 1
+        correction1, correction2 = 1 - BETA1**self._num_updates, 1 - BETA2**self._num_updates  # each [N]
+        step_size = -learning_rate * correction2.sqrt() / correction1  # [N]
+        epsilon = EPSILON * correction2.sqrt()  # [N]
+        torch._foreach_lerp_(m, g, 1 - BETA1)
+        torch._foreach_mul_(v, BETA2)
+        torch._foreach_addcmul_(v, g, g, 1 - BETA2)
+        for k, parameter in enumerate(p):
+            shape = (-1, *(1,) * (parameter.ndim - 1))
+            parameter.addcdiv_(m[k] * step_size.view(shape), v[k].sqrt().add_(epsilon.view(shape)))

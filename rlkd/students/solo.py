@@ -1,0 +1,121 @@
+"""One student, an ordinary `nn.Module`, trained by an ordinary loop with `torch.optim.Adam`.
+
+The plain counterpart of `Population`: same interface with N = 1, same batches from the same task, and, to
+float tolerance, the same parameters.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlkd.compression.selection import importance, select
+from rlkd.models import ChainStudent, Masks, initialise
+from rlkd.objectives import FAMILIES, family_losses
+from rlkd.students.evaluation import summarise
+from rlkd.students.interface import (
+    Controls,
+    Metrics,
+    Telemetry,
+    TrainConfig,
+    available_families,
+    divergence_free,
+    family_weights,
+)
+from rlkd.students.population import WithAdapter
+from rlkd.tasks import DataSet, Split, Task, task_generator
+from rlkd.teachers import Signals
+
+
+class SoloStudent:
+    """Implements `Students` for one student."""
+
+    num_students = 1
+
+    def __init__(self, student: ChainStudent, data: DataSet, signals: Signals, config: TrainConfig) -> None:
+        config.check()
+        self.student = student
+        self._data, self._signals, self._config = data, signals, config
+        self._module = WithAdapter(student, signals.features.shape[-1])
+        self._available = available_families(student.is_conv, signals.are_conv)
+        self._input_scale = data.inputs[data.splits["train"]].flatten(1).abs().mean(0)  # [D]
+        self._masks = student.full_masks()
+        self._threshold = torch.ones(1)
+
+    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+        """Fresh parameters, optimizer and batches for the one task."""
+        (self._task,) = tasks
+        initialise(self._module, task_generator(self._task.seed, "parameters"))
+        self._optimizer = torch.optim.Adam(self._module.parameters())
+        self._batches = task_generator(self._task.seed, "batches")
+
+    def set_controls(self, controls: Controls) -> None:
+        masks = select(self.student, self._scores(), controls.feature_keep[0], controls.unit_keep[0])
+        self._masks, self._threshold = masks, controls.exit_threshold
+
+    def train_window(self, controls: Controls) -> Telemetry:
+        self.set_controls(controls)
+        weights = family_weights(controls.weights, self._available)[0]  # [4]
+        for group in self._optimizer.param_groups:
+            group["lr"] = controls.learning_rate.item()
+        num_steps, size = self._config.steps_per_window, self._config.batch_size
+        positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
+        total = torch.zeros(len(FAMILIES))
+        for step in range(num_steps):
+            losses = self._losses(positions[step], controls.temperature[0])
+            self._optimizer.zero_grad()
+            (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            total += losses.detach()
+        norms, cosine = self._family_gradients(positions[-1], controls.temperature[0])
+        parameters = [p.detach()[None] for p in self._module.parameters()]
+        return Telemetry((total / num_steps)[None], norms[None], cosine[None], ~divergence_free(total[None], *parameters))
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Metrics:
+        index = self._data.splits[split]
+        outputs, _ = self._module(self._data.inputs[index], self._masks)
+        return summarise(
+            tuple(z[None] for z in outputs.logits),
+            self._data.labels[index],
+            self._signals.logits[self._task.teacher, index][None],
+            self._threshold,
+            self.masks(),
+            tuple(s[None] for s in self._scores()),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {k.removeprefix("student."): p.detach()[None].clone() for k, p in self._module.named_parameters()}
+
+    def masks(self) -> Masks:
+        return tuple(mask[None] for mask in self._masks)
+
+    def _scores(self) -> Masks:
+        named = {k: p.detach() for k, p in self.student.named_parameters()}
+        return importance(self.student, named, self._input_scale)
+
+    def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
+        samples = self._task.samples[positions]  # [B]
+        teacher = self._task.teacher
+        outputs, adapted = self._module(self._data.inputs[samples], self._masks)
+        return family_losses(
+            outputs,
+            adapted,
+            self._task.labels[positions],
+            self._signals.logits[teacher, samples],
+            self._signals.features[teacher, samples],
+            self._signals.maps[teacher, samples],
+            temperature,
+        )  # [4]
+
+    def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Population`: norms [4] of each family's gradient on the student, cosine of the first two."""
+        losses = self._losses(positions, temperature)
+        parameters = list(self.student.parameters())
+        rows = []
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in gradients]))
+        flat = torch.stack(rows)  # [4, P]
+        norms = flat.norm(dim=1)
+        return norms, (flat[0] * flat[1]).sum() / (norms[0] * norms[1]).clamp_min(1e-12)

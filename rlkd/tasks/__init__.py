@@ -1,0 +1,24 @@
+"""Tasks: a data set with its splits and corruptions, a teacher, a preference, and how to draw them."""
+
+from rlkd.tasks.datasets import DATASETS, DataSet, Split, load_dataset
+from rlkd.tasks.distribution import (
+    Preference,
+    Range,
+    Task,
+    TaskDistribution,
+    draw_task,
+    task_generator,
+)
+
+__all__ = [
+    "DATASETS",
+    "DataSet",
+    "Preference",
+    "Range",
+    "Split",
+    "Task",
+    "TaskDistribution",
+    "draw_task",
+    "load_dataset",
+    "task_generator",
+]

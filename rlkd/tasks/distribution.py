@@ -1,0 +1,129 @@
+"""What a student may be asked to learn, and under which conditions: the distribution of tasks.
+
+A task is fully determined by its integer seed and the distribution, so that any two controllers can be
+given the same task: the same teacher, the same corrupted labels, the same initial weights, the same batches.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlkd.errors import UserError
+from rlkd.tasks.datasets import DataSet
+
+
+@dataclass(frozen=True)
+class Range:
+    """A closed interval from which a task's property is drawn uniformly; `low == high` fixes it."""
+
+    low: float
+    high: float
+
+    def check(self, name: str, lowest: float, highest: float) -> None:
+        """Raises UserError unless lowest <= low <= high <= highest."""
+        if not lowest <= self.low <= self.high <= highest:
+            raise UserError(
+                f"{name}: got low {self.low:g}, high {self.high:g}; allowed: {lowest:g} <= low <= high <= {highest:g}"
+            )
+
+    def draw(self, generator: torch.Generator) -> float:
+        return self.low + (self.high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The user's weights on accuracy, latency and energy. They need not sum to one: they are normalised.
+
+    Latency and energy left out take what accuracy leaves, in the proportion 3 : 1.
+    """
+
+    accuracy: float = 0.6
+    """Weight of the accuracy term."""
+    latency: float | None = None
+    """Weight of the latency term; by default three quarters of what accuracy leaves of 1."""
+    energy: float | None = None
+    """Weight of the energy term; by default one quarter of what accuracy leaves of 1."""
+
+    def weights(self) -> tuple[float, float, float]:
+        """(accuracy, latency, energy), summing to one.
+
+        Raises:
+            UserError: a negative weight, an accuracy above 1 with nothing else given, or all zero.
+        """
+        rest = 1.0 - self.accuracy
+        latency = 0.75 * rest if self.latency is None else self.latency
+        energy = 0.25 * rest if self.energy is None else self.energy
+        total = self.accuracy + latency + energy
+        if not (min(self.accuracy, latency, energy) >= 0.0 and 0.0 < total < float("inf")):
+            raise UserError(
+                f"preference: got accuracy {self.accuracy:g}, latency {latency:g}, energy {energy:g}; "
+                "allowed: finite weights >= 0 that are not all 0 (accuracy in [0, 1] when it stands alone)"
+            )
+        return self.accuracy / total, latency / total, energy / total
+
+
+@dataclass(frozen=True)
+class TaskDistribution:
+    """From what tasks are drawn. Every student gets its own draw."""
+
+    dataset: str = "digits"
+    """Name of the data set (`rlkd list`)."""
+    label_noise: Range = field(default_factory=lambda: Range(0.0, 0.8))
+    """Share of training labels replaced by a uniformly drawn wrong class."""
+    num_labels: Range = field(default_factory=lambda: Range(60, 897))
+    """How many training samples the student gets at all; the others do not exist for it."""
+    accuracy_weight: Range = field(default_factory=lambda: Range(0.3, 0.95))
+    """Weight of accuracy in the student's preference."""
+    latency_share: Range = field(default_factory=lambda: Range(0.5, 1.0))
+    """Share of latency in what accuracy leaves of the preference; energy takes the rest."""
+
+    def check(self) -> None:
+        """Raises UserError for an impossible range."""
+        self.label_noise.check("task.label_noise", 0.0, 1.0)
+        self.num_labels.check("task.num_labels", 1, float("inf"))
+        self.accuracy_weight.check("task.accuracy_weight", 0.0, 1.0)
+        self.latency_share.check("task.latency_share", 0.0, 1.0)
+
+    def with_preference(self, preference: Preference) -> "TaskDistribution":
+        """The same distribution with the preference held fixed; all other draws of a seed stay the same."""
+        accuracy, latency, energy = preference.weights()
+        share = latency / (latency + energy) if latency + energy > 0 else 0.0
+        return TaskDistribution(
+            self.dataset, self.label_noise, self.num_labels, Range(accuracy, accuracy), Range(share, share)
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One draw: what a single student is given."""
+
+    seed: int
+    teacher: int
+    label_noise: float
+    samples: Tensor  # [L] int64, indices into the data set, all from the train split
+    labels: Tensor  # [L] int64, corrupted labels of those samples
+    preference: tuple[float, float, float]  # accuracy, latency, energy; sums to one
+
+
+def task_generator(seed: int, purpose: str) -> torch.Generator:
+    """An independent random source for one purpose ("task", "parameters" or "batches") of one task."""
+    offset = {"task": 0, "parameters": 1, "batches": 2}[purpose]
+    return torch.Generator().manual_seed(seed * 3 + offset)
+
+
+def draw_task(seed: int, distribution: TaskDistribution, data: DataSet, num_teachers: int) -> Task:
+    """The task of this seed. Draws come in a fixed order, so a range held fixed leaves the others as they were."""
+    g = task_generator(seed, "task")
+    teacher = int(torch.randint(num_teachers, (), generator=g))
+    noise = distribution.label_noise.draw(g)
+    train = data.splits["train"]
+    num_labels = min(round(distribution.num_labels.draw(g)), len(train))
+    accuracy = distribution.accuracy_weight.draw(g)
+    latency = (1.0 - accuracy) * distribution.latency_share.draw(g)
+    samples = train[torch.randperm(len(train), generator=g)[:num_labels]]  # [L]
+    labels = data.labels[samples]  # [L]
+    wrong = (labels + torch.randint(1, data.num_classes, (num_labels,), generator=g)) % data.num_classes
+    flipped = torch.rand(num_labels, generator=g) < noise  # [L]
+    labels = torch.where(flipped, wrong, labels)
+    return Task(seed, teacher, noise, samples, labels, (accuracy, latency, max(0.0, 1.0 - accuracy - latency)))

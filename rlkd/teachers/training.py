@@ -1,0 +1,96 @@
+"""Train the teachers of a data set once, good ones and poor ones, and keep them in a cache.
+
+Teachers see true labels of the train split alone. Their quality is set by how many samples they saw.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from rlkd.errors import UserError
+from rlkd.models import ChainStudent, StudentConfig, build_student, initialise
+from rlkd.tasks import DataSet
+
+TEACHER_SEED = 20_260_102
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The teachers: one MLP a training-set size."""
+
+    widths: tuple[int, ...] = (128, 64)
+    """Units of each hidden layer."""
+    num_samples: tuple[int, ...] = (24, 40, 64, 100, 160, 300, 600, 897)
+    """How many training samples each teacher sees: few make a poor teacher."""
+    num_steps: int = 300
+    """Optimizer steps of each teacher (Adam, batches of 64)."""
+    learning_rate: float = 2e-3
+
+    def check(self) -> None:
+        """Raises UserError for a teacher that cannot be trained."""
+        StudentConfig(widths=self.widths, exits=()).check()
+        if not self.num_samples or min(self.num_samples) < 1:
+            raise UserError(f"teacher.num_samples: got {list(self.num_samples)}; allowed: one or more numbers >= 1")
+        if self.num_steps < 1 or not self.learning_rate > 0:
+            raise UserError(
+                f"teacher: got num_steps {self.num_steps}, learning_rate {self.learning_rate:g}; allowed: above 0"
+            )
+
+
+def cache_dir() -> Path:
+    """Where trained teachers and cost profiles are kept: $RLKD_CACHE, else ~/.cache/rlkd."""
+    return Path(os.environ.get("RLKD_CACHE") or Path.home() / ".cache" / "rlkd")
+
+
+def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
+    """The teachers of `data`, from the cache, or trained and then cached.
+
+    Raises:
+        UserError: an impossible config, or a cached file that does not hold these teachers.
+    """
+    config.check()
+    key = json.dumps([asdict(config), data.name, torch.__version__, TEACHER_SEED])
+    path = cache_dir() / f"teachers-{data.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    teachers = [_build(config, data) for _ in config.num_samples]
+    if not path.exists():
+        for index, teacher in enumerate(teachers):
+            _train(teacher, config, data, index)
+        tensors = {f"{i}.{name}": p for i, teacher in enumerate(teachers) for name, p in teacher.state_dict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_bytes(save(tensors))
+        partial.replace(path)
+    try:
+        tensors = load_file(path)
+        for index, teacher in enumerate(teachers):
+            teacher.load_state_dict({name: tensors[f"{index}.{name}"] for name in teacher.state_dict()})
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: cached teachers cannot be read ({error}); delete the file to train them anew") from error
+    return teachers
+
+
+def _build(config: TeacherConfig, data: DataSet) -> ChainStudent:
+    return build_student(StudentConfig(widths=config.widths, exits=()), data.input_shape, data.num_classes)
+
+
+def _train(teacher: ChainStudent, config: TeacherConfig, data: DataSet, index: int) -> None:
+    """Adam on cross entropy with the first num_samples[index] samples of a shuffled train split."""
+    generator = torch.Generator().manual_seed(TEACHER_SEED + index)
+    initialise(teacher, generator)
+    train = data.splits["train"]
+    seen = train[torch.randperm(len(train), generator=generator)[: config.num_samples[index]]]  # [L]
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=config.learning_rate)
+    masks = teacher.full_masks()
+    for _ in range(config.num_steps):
+        batch = seen[torch.randint(len(seen), (min(64, len(seen)),), generator=generator)]  # [B]
+        loss = F.cross_entropy(teacher(data.inputs[batch], masks).logits[-1], data.labels[batch])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
