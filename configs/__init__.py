@@ -1,1 +1,2 @@
-"""placeholder"""
+if __name__ == "configs":
+    raise ImportError("import this package as rlkd.configs, not as configs")

@@ -1,0 +1,151 @@
+"""Controls as numbers in [0, 1], settings of them, and actions as changes.
+
+Every control has a range; its *position* u in [0, 1] runs through the range linearly, in log steps, or, for
+the loss weights, in logits whose softmax gives the weights. A *setting* is a vector of all positions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlkd.errors import UserError
+from rlkd.objectives import FAMILIES
+from rlkd.students import Controls
+
+WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a factor of up to e^8, about 3,000
+
+SCALARS = ("temperature", "feature_keep", "unit_keep", "exit_threshold", "learning_rate")
+CONTROLS = (*(f"weight_{family}" for family in FAMILIES), *SCALARS)
+NUM_CONTROLS = len(CONTROLS)
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Ranges of the controls and the size of a change."""
+
+    step: float = 0.35
+    """Share of a control's range that an action of 1 moves it by."""
+    temperature: tuple[float, float] = (1.0, 10.0)
+    """Softening of teacher and student; log steps."""
+    feature_keep: tuple[float, float] = (0.1, 1.0)
+    """Share of inputs kept; log steps."""
+    unit_keep: tuple[float, float] = (0.05, 1.0)
+    """Share of each block's units kept; log steps."""
+    learning_rate: tuple[float, float] = (5e-4, 3e-2)
+    """Adam's step size; log steps."""
+
+    def check(self) -> None:
+        """Raises UserError for an empty range or one that cannot be run through in log steps."""
+        if not 0 < self.step <= 1:
+            raise UserError(f"controls.step: got {self.step:g}; allowed: above 0, at most 1")
+        for name in ("temperature", "feature_keep", "unit_keep", "learning_rate"):
+            low, high = getattr(self, name)
+            highest = 1.0 if name.endswith("keep") else math.inf
+            if not 0 < low <= high <= highest:
+                raise UserError(
+                    f"controls.{name}: got [{low:g}, {high:g}]; allowed: 0 < low <= high"
+                    + (" <= 1" if highest == 1.0 else "")
+                )
+
+
+def decode(position: Tensor, config: ControlConfig, num_classes: int) -> Controls:
+    """Controls at `position` [N, 9] in [0, 1]."""
+
+    def log_steps(name: str) -> Tensor:
+        low, high = getattr(config, name)
+        u = position[:, CONTROLS.index(name)]
+        return torch.as_tensor(low * (high / low) ** u)
+
+    logits = (2 * position[:, : len(FAMILIES)] - 1) * WEIGHT_LOGIT  # [N, 4]
+    chance = 1.0 / num_classes
+    return Controls(
+        weights=logits.softmax(-1),
+        temperature=log_steps("temperature"),
+        feature_keep=log_steps("feature_keep"),
+        unit_keep=log_steps("unit_keep"),
+        exit_threshold=chance + (1.0 - chance) * position[:, CONTROLS.index("exit_threshold")],
+        learning_rate=log_steps("learning_rate"),
+    )
+
+
+def encode(controls: dict[str, float], config: ControlConfig) -> Tensor:
+    """Position [9] of named controls; weights as `weight_<family>` >= 0, scaled so that the largest has u = 1.
+
+    `exit_threshold` is given as a position (0: all leave at once, 1: none leaves early), because its range
+    depends on the number of classes.
+    """
+    position = torch.empty(NUM_CONTROLS)
+    largest = max(controls[f"weight_{family}"] for family in FAMILIES)
+    for index, name in enumerate(CONTROLS):
+        value = controls[name]
+        if name.startswith("weight_"):
+            logit = WEIGHT_LOGIT + math.log(max(value / largest, 1e-9))
+            position[index] = (logit / WEIGHT_LOGIT + 1) / 2
+        elif name == "exit_threshold":
+            position[index] = value
+        else:
+            low, high = getattr(config, name)
+            position[index] = math.log(value / low) / math.log(high / low) if high > low else 0.0
+    return position.clamp(0.0, 1.0)
+
+
+def published_setting(config: ControlConfig) -> Tensor:
+    """[9]: CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05 at T = 4, nothing pruned, no early exit."""
+    weights = dict(zip((f"weight_{f}" for f in FAMILIES), (0.5, 0.3, 0.15, 0.05), strict=True))
+    rate = min(max(3e-3, config.learning_rate[0]), config.learning_rate[1])
+    return encode(
+        {
+            **weights,
+            "temperature": min(max(4.0, config.temperature[0]), config.temperature[1]),
+            "feature_keep": 1.0,
+            "unit_keep": 1.0,
+            "exit_threshold": 1.0,
+            "learning_rate": rate,
+        },
+        config,
+    )
+
+
+def change(start: Tensor, action: Tensor, config: ControlConfig) -> Tensor:
+    """Position [N, 9] after `action` [N, 9] in [-1, 1] moved the controls from `start` [N, 9]."""
+    return (start + config.step * action.clamp(-1.0, 1.0)).clamp(0.0, 1.0)
+
+
+def action_space() -> spaces.Dict:
+    """One bounded box a control, the loss weights together."""
+    boxes: dict[str, spaces.Space[Any]] = {"loss_weights": spaces.Box(-1.0, 1.0, (len(FAMILIES),), np.float32)}
+    for name in SCALARS:
+        boxes[name] = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    # a list of pairs keeps this order; a dict would be sorted by name
+    return spaces.Dict(list(boxes.items()))
+
+
+def flat_action(action: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """[*N, 9] from the values of `action_space`, each [*N, size]."""
+    return np.concatenate([action["loss_weights"], *(action[name] for name in SCALARS)], axis=-1, dtype=np.float32)
+
+
+def dict_action(flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """The inverse of `flat_action`."""
+    split = len(FAMILIES)
+    parts = {name: flat[..., split + i : split + i + 1] for i, name in enumerate(SCALARS)}
+    return {"loss_weights": flat[..., :split], **parts}
+
+
+class FlattenAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], Any]):
+    """Presents the Dict of changes as one Box [9] in the order of `CONTROLS`, as PPO needs it."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
+
+    def action(self, action: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """The Dict that the wrapped environment takes."""
+        return dict_action(action)

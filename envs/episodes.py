@@ -1,0 +1,131 @@
+"""N episodes side by side: the one place where controls meet students and become observations and rewards.
+
+The single and the vector environment and every rival controller go through here, so all of them train the
+same students on the same batches and are scored alike. Setting a control is by position (`rlkd.envs.action`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd.cost import Cost, dense_workload
+from rlkd.envs.action import NUM_CONTROLS, decode
+from rlkd.envs.observation import TaskFacts, observe
+from rlkd.envs.reward import DIVERGED_SCORE, score
+from rlkd.envs.world import World
+from rlkd.students import Metrics, Students, Telemetry
+from rlkd.tasks import Split, Task, TaskDistribution, draw_task
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one window brought. Fields [N] unless said otherwise."""
+
+    observation: Tensor  # [N, O]
+    reward: Tensor
+    terminated: Tensor  # bool, the horizon is reached or the student diverged
+    diverged: Tensor  # bool
+    score: Tensor
+    metrics: Metrics  # on validation
+    cost: Cost
+    telemetry: Telemetry
+
+
+class Episodes:
+    """N students in training, each with its own task, controls and clock."""
+
+    def __init__(self, world: World, num_students: int, tasks: TaskDistribution | None = None) -> None:
+        self.world = world
+        self.num_students = num_students
+        self.students: Students = world.students(num_students)
+        self.tasks: list[Task] = []
+        self.position = torch.zeros(num_students, NUM_CONTROLS)
+        self.start = torch.zeros(num_students, NUM_CONTROLS)
+        self._distribution = tasks or world.config.task
+        self._structure = world.new_structure()
+        self._window = torch.zeros(num_students)
+        self._score = torch.zeros(num_students)
+        batch_size = world.profile.batch_size
+        self._capacity = float(dense_workload(self._structure, batch_size).macs) / world.teacher_macs
+
+    def reset(self, seeds: Sequence[int], rows: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """Begin the episodes of `seeds` and return the observation [N, O].
+
+        Args:
+            seeds: one task a student, for all N or for those at `rows`.
+            rows: [len(seeds)] int64.
+            start: [len(seeds), 9] positions to begin from; by default the world's best for each preference.
+        """
+        where = torch.arange(self.num_students) if rows is None else rows
+        num_teachers = len(self.world.signals.accuracy)
+        fresh = [draw_task(seed, self._distribution, self.world.data, num_teachers) for seed in seeds]
+        self.students.reset(fresh, where)
+        tasks = dict(zip(where.tolist(), fresh, strict=True))
+        self.tasks = [tasks.get(i) or self.tasks[i] for i in range(self.num_students)]
+        preference = torch.tensor([task.preference for task in fresh])
+        self.start[where] = self.world.start.choose(preference) if start is None else start
+        self.position[where] = self.start[where]
+        self._window[where] = 0.0
+        self._facts = self._task_facts()
+        self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
+        metrics, cost, now = self.evaluate("validation")
+        before, self._score = self._score, now
+        change = now - before
+        change[where] = 0.0
+        return self._observe(metrics, cost, change, None)
+
+    def step(self, position: Tensor) -> Outcome:
+        """Train one window with the controls at `position` [N, 9]; the reward is what that window changed."""
+        controls = decode(position, self.world.config.controls, self.world.data.num_classes)
+        telemetry = self.students.train_window(controls)
+        self.position = position.clone()
+        self._window += 1
+        metrics, cost, now = self.evaluate("validation")
+        now = torch.where(telemetry.diverged, torch.full_like(now, DIVERGED_SCORE), now)
+        reward = now - self._score
+        self._score = now
+        done = (self._window >= self.world.config.num_windows) | telemetry.diverged
+        observation = self._observe(metrics, cost, reward, telemetry)
+        return Outcome(observation, reward, done, telemetry.diverged, now, metrics, cost, telemetry)
+
+    def evaluate(self, split: Split) -> tuple[Metrics, Cost, Tensor]:
+        """Metrics, cost and score [N] of the students as they are."""
+        metrics = self.students.evaluate(split)
+        threshold = decode(self.position, self.world.config.controls, self.world.data.num_classes).exit_threshold
+        cost = self.world.profile.cost(self._structure, metrics.kept, metrics.exit_rates, threshold)
+        return metrics, cost, score(metrics.accuracy, cost, self._facts.preference)
+
+    def _observe(self, metrics: Metrics, cost: Cost, change: Tensor, telemetry: Telemetry | None) -> Tensor:
+        world = self.world
+        return observe(
+            facts=self._facts,
+            progress=self._window / world.config.num_windows,
+            position=self.position,
+            temperature=decode(self.position, world.config.controls, world.data.num_classes).temperature,
+            score=self._score,
+            score_change=change,
+            metrics=metrics,
+            cost=cost,
+            telemetry=telemetry,
+            group_sizes=self._structure.group_sizes,
+            num_classes=world.data.num_classes,
+            num_train=len(world.data.splits["train"]),
+            capacity=self._capacity,
+        )
+
+    def _task_facts(self) -> TaskFacts:
+        signals = self.world.signals
+        teacher = torch.tensor([task.teacher for task in self.tasks])
+        agreement = [
+            (signals.logits[task.teacher, task.samples].argmax(-1) == task.labels).float().mean() for task in self.tasks
+        ]
+        return TaskFacts(
+            teacher_accuracy=signals.accuracy[teacher],
+            teacher_entropy=signals.entropy[teacher],
+            teacher_label_agreement=torch.stack(agreement),
+            num_labels=torch.tensor([float(len(task.samples)) for task in self.tasks]),
+            preference=torch.tensor([task.preference for task in self.tasks]),
+        )
+

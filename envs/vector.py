@@ -1,0 +1,105 @@
+"""The lock-step population behind Gymnasium's vector interface, and behind stable-baselines3's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from rlkd.envs.action import action_space, change, flat_action
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.observation import observation_space
+from rlkd.envs.single import MAX_SEED, Action, figures
+from rlkd.envs.world import EnvConfig, World, build_world
+
+
+class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]):
+    """N students in lock-step; student i behaves as `DistillationEnv` does with the seed i higher.
+
+    Spaces and rewards are those of `DistillationEnv`. An ended student starts its next episode in the same
+    step; its last observation and figures stand in `info["final_obs"]` and `info["final_info"]`.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 - gymnasium's own form
+        "render_modes": [],
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 128,
+        config: EnvConfig | None = None,
+        world: World | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode is not None:
+            raise ValueError(f"render_mode: got {render_mode!r}; allowed: None")
+        self.num_envs = num_envs
+        self.render_mode = None
+        self.world = world or build_world(config or EnvConfig())
+        self.episodes = Episodes(self.world, num_envs)
+        self.single_action_space = action_space()
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.single_observation_space = observation_space()
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._generators = [np.random.default_rng() for _ in range(num_envs)]
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """New episodes for all. An integer seed gives student i the seed `seed + i`, as Gymnasium's SyncVectorEnv."""
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        if seeds is not None:
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"seed: got {len(seeds)} seeds for {self.num_envs} students; give one each")
+            for i, s in enumerate(seeds):
+                if s is not None:
+                    self._generators[i] = gymnasium.utils.seeding.np_random(s)[0]
+        drawn = self._draw(range(self.num_envs))
+        observation = self.episodes.reset(drawn)
+        return observation.numpy(), {"task_seed": np.array(drawn), "_task_seed": np.ones(self.num_envs, dtype=bool)}
+
+    def step(
+        self, actions: Action
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Move every student's controls, train one window, evaluate, and restart those that ended."""
+        return self.step_flat(flat_action(actions))
+
+    def step_flat(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """As `step`, with the changes as one array [N, 9] in the order of `CONTROLS`."""
+        controls = self.world.config.controls
+        outcome = self.episodes.step(change(self.episodes.start, torch.from_numpy(actions), controls))
+        everyone = np.ones(self.num_envs, dtype=bool)
+        info: dict[str, Any] = {}
+        for name, values in figures(outcome).items():
+            info[name], info[f"_{name}"] = values, everyone
+        observation = outcome.observation.numpy()
+        ended = outcome.terminated.numpy()
+        if ended.any():
+            rows = np.flatnonzero(ended)
+            final = np.full(self.num_envs, None, dtype=object)
+            for i in rows:
+                final[i] = observation[i].copy()
+            last = {name: np.where(ended, info[name], 0) for name in figures(outcome)}
+            masks = {f"_{name}": ended.copy() for name in last}
+            info = {"final_obs": final, "_final_obs": ended.copy(), "_final_info": ended.copy()}
+            info["final_info"] = {**last, **masks}
+            drawn = self._draw(rows)
+            observation = observation.copy()
+            observation[rows] = self.episodes.reset(drawn, torch.from_numpy(rows)).numpy()[rows]
+            info["task_seed"], info["_task_seed"] = np.zeros(self.num_envs, dtype=np.int64), ended.copy()
+            info["task_seed"][rows] = drawn
+        truncated = np.zeros(self.num_envs, dtype=bool)
+        return observation, outcome.reward.numpy().astype(np.float64), ended, truncated, info
+
+    def _draw(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
+        return [int(self._generators[i].integers(MAX_SEED)) for i in rows]

@@ -1,0 +1,93 @@
+"""Everything that does not change between episodes: data, teachers' signals, student structure, cost profile."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlkd.cost import CostConfig, CostProfile, load_or_calibrate
+from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.errors import UserError
+from rlkd.models import ChainStudent, StudentConfig, build_student
+from rlkd.students import Population, SoloStudent, Students, TrainConfig
+from rlkd.tasks import DataSet, TaskDistribution, load_dataset
+from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """All that defines the environment."""
+
+    num_windows: int = 12
+    """Decisions of one episode; each trains the student for train.steps_per_window steps."""
+    task: TaskDistribution = field(default_factory=TaskDistribution)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    controls: ControlConfig = field(default_factory=ControlConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        if self.num_windows < 1:
+            raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
+        for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
+            part.check()
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """Settings found good, with what each scored; a student starts from the best one for its preference."""
+
+    positions: Tensor  # [M, 9]
+    terms: Tensor  # [M, 3], mean accuracy, 1 - latency ratio, 1 - energy ratio on validation
+
+    def choose(self, preference: Tensor) -> Tensor:
+        """[N, 9] for `preference` [N, 3]; ties go to the lower index."""
+        return self.positions[(preference @ self.terms.T).argmax(-1)]
+
+
+@dataclass(frozen=True)
+class World:
+    """What all episodes share."""
+
+    config: EnvConfig
+    data: DataSet
+    signals: Signals
+    profile: CostProfile
+    start: StartSettings
+    teacher_macs: float
+
+    def new_structure(self) -> ChainStudent:
+        """A student of the configured architecture, uninitialised."""
+        return build_student(self.config.student, self.data.input_shape, self.data.num_classes)
+
+    def students(self, num_students: int) -> Students:
+        """A lock-step population, or one plain student."""
+        structure, c = self.new_structure(), self.config
+        if num_students == 1:
+            return SoloStudent(structure, self.data, self.signals, c.train)
+        return Population(structure, self.data, self.signals, num_students, c.train)
+
+
+def build_world(
+    config: EnvConfig, start: StartSettings | None = None, say: Callable[[str], object] = print
+) -> World:
+    """Load the data, train or load the teachers, calibrate or load the cost profile.
+
+    Args:
+        config: checked here.
+        start: settings to start from; by default the published one alone.
+        say: told in one line when something takes a while.
+    """
+    config.check()
+    data = load_dataset(config.task.dataset)
+    teachers = load_teachers(config.teacher, data)
+    signals = compute_signals(teachers, data)
+    student = build_student(config.student, data.input_shape, data.num_classes)
+    profile = load_or_calibrate(config.cost, student, say)
+    if start is None:
+        start = StartSettings(published_setting(config.controls)[None], torch.zeros(1, 3))
+    weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
+    return World(config, data, signals, profile, start, float(weights))
