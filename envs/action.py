@@ -21,6 +21,10 @@ from rlkd.students import Controls
 
 WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a factor of up to e^8, about 3,000
 
+# The lowest fifth of the exit control lets all samples leave at the first exit, the highest fifth none leave
+# early: these two cost no decision at inference, so a search must be able to hit them exactly.
+EXIT_DEAD_ZONE = 0.2
+
 SCALARS = ("temperature", "feature_keep", "unit_keep", "exit_threshold", "learning_rate")
 CONTROLS = (*(f"weight_{family}" for family in FAMILIES), *SCALARS)
 NUM_CONTROLS = len(CONTROLS)
@@ -65,12 +69,14 @@ def decode(position: Tensor, config: ControlConfig, num_classes: int) -> Control
 
     logits = (2 * position[:, : len(FAMILIES)] - 1) * WEIGHT_LOGIT  # [N, 4]
     chance = 1.0 / num_classes
+    exit_position = position[:, CONTROLS.index("exit_threshold")]
+    inner = ((exit_position - EXIT_DEAD_ZONE) / (1.0 - 2 * EXIT_DEAD_ZONE)).clamp(0.0, 1.0)  # [N]
     return Controls(
         weights=logits.softmax(-1),
         temperature=log_steps("temperature"),
         feature_keep=log_steps("feature_keep"),
         unit_keep=log_steps("unit_keep"),
-        exit_threshold=chance + (1.0 - chance) * position[:, CONTROLS.index("exit_threshold")],
+        exit_threshold=chance + (1.0 - chance) * inner,
         learning_rate=log_steps("learning_rate"),
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, Masks
+from rlkd.objectives.hard_label import log_probabilities
 
 FORMAT = 1
 
@@ -51,6 +52,7 @@ class CompactStudent(nn.Module):
         self.input_shape = tuple(input_shape)
         self.register_buffer("kept_inputs", kept_inputs)
         self.threshold = threshold
+        self._log_threshold = math.log(max(threshold, 1e-9))
         self.is_conv = isinstance(layers[0], nn.Conv2d)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -71,7 +73,8 @@ class CompactStudent(nn.Module):
             else:
                 answers[waiting] = logits
             if block != self.exits[-1]:
-                stay = torch.nonzero(logits.softmax(-1).amax(-1) < self.threshold)[:, 0]  # [R']
+                confidence = log_probabilities(logits).amax(0)  # [R]
+                stay = torch.nonzero(confidence < self._log_threshold)[:, 0]  # [R']
                 if len(stay) == 0:
                     return answers
                 x = x[stay]

@@ -1,0 +1,168 @@
+"""`rlkd train` from one end to the other: search static settings, learn a policy, compare, write the run folder."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3.common.logger import Logger
+
+from rlkd.agents import tensorboard as tb
+from rlkd.agents.bundle import save_bundle
+from rlkd.agents.comparison import compare
+from rlkd.agents.controllers import Controller, Results, hold_start, published, run, schedule
+from rlkd.agents.policy import Policy
+from rlkd.agents.ppo import Rollout, train
+from rlkd.agents.runs import JsonLines, Progress, describe_run, plain, write_json
+from rlkd.agents.search import search_static
+from rlkd.configs.schema import ExperimentConfig
+from rlkd.cost import save_profile
+from rlkd.envs.world import World, build_world
+from rlkd.tasks import Preference
+
+SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM = 1, 2, 3
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed of its own for each part of a run, so that parts do not share tasks."""
+    generator = torch.Generator().manual_seed(seed * 8 + stream)
+    return int(torch.randint(2**40, (), generator=generator))
+
+
+def held_out_seeds(seed: int, num_tasks: int) -> list[int]:
+    """Task seeds of the comparison; drawn from a range of their own, so never trained on."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, TEST_STREAM))
+    return [2**60 + int(s) for s in torch.randint(2**59, (num_tasks,), generator=generator)]
+
+
+def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress: Progress) -> dict[str, Any]:
+    """Run the experiment and fill `folder`; returns the content of `result.json`.
+
+    A KeyboardInterrupt during PPO saves the policy so far to `folder/policy` before it goes on to the caller.
+    """
+    config.check()
+    began = time.perf_counter()
+    versions = describe_run(folder, config, seed)
+    world = build_world(config.env, say=progress.say)
+    save_profile(world.profile, folder / "cost_profile.json")
+    timing = JsonLines(folder / "timing.jsonl")
+    windows = config.num_windows
+
+    progress.phase("static search", config.search.num_trainings, windows)
+    generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
+    start = search_static(world, config.search, generator, progress.advance)
+    timing.write({"part": "static search", "wall_s": time.perf_counter() - began})
+    world = dataclasses.replace(world, start=start)
+
+    logger = tb.new_logger(folder / "tensorboard")
+    tb.write_config(logger, config)
+    provenance: dict[str, Any] = {"seed": seed, "config": plain(config), "versions": versions}
+    provenance["task"] = plain(config.task)
+    policy = learn(world, config, seed, folder, provenance, logger, timing, progress)
+
+    methods: dict[str, Controller] = {
+        "policy": policy.controller(),
+        "static": hold_start,
+        "published": published(config.controls),
+        "schedule": schedule(config.controls, windows),
+    }
+    weights, num_tasks = config.comparison.accuracy_weights, config.comparison.num_tasks
+    progress.phase("comparison on held-out tasks", len(methods) * len(weights) * num_tasks, windows)
+    seeds = held_out_seeds(seed, num_tasks)
+    tables = compare_preferences(world, methods, seeds, weights, progress.advance)
+    agent_trainings = (config.ppo.num_iterations + 1) * config.ppo.num_students
+    costs = {"policy": 1.0, "static": 1.0, "published": 1.0, "schedule": 1.0}
+    per_preference = {str(w): compare(table, costs, seed) for w, table in tables.items()}
+    wall_s = time.perf_counter() - began
+    all_trainings = agent_trainings + config.search.num_trainings + len(methods) * len(weights) * num_tasks
+    updates = all_trainings * windows * config.train.steps_per_window
+    result = {
+        "schema": 1,
+        "task": plain(config.task),
+        "split": "test",
+        "num_tasks": num_tasks,
+        "num_seeds": 1,
+        "preference": list(Preference(weights[0]).weights()),
+        **per_preference[str(weights[0])],
+        "preferences": per_preference,
+        "cost": {
+            "agent_trainings": agent_trainings,
+            "search_trainings": config.search.num_trainings,
+            "wall_s": wall_s,
+            "updates_per_s": updates / wall_s,
+        },
+    }
+    provenance["scores"] = {f"{w}: {n}": row for w, t in per_preference.items() for n, row in t["paired"].items()}
+    digest = save_bundle(policy, folder / "policy", provenance)
+    result["policy_sha256"] = digest
+    write_json(folder / "result.json", result)
+    tb.write_controls(logger, world, policy.controller(), seeds[: min(32, num_tasks)])
+    tb.write_outcome(logger, config, seed, result)
+    logger.close()
+    timing.write({"part": "total", "wall_s": wall_s, "updates_per_s": updates / wall_s})
+    timing.close()
+    return result
+
+
+def learn(
+    world: World,
+    config: ExperimentConfig,
+    seed: int,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    logger: Logger,
+    timing: JsonLines,
+    progress: Progress,
+) -> Policy:
+    """PPO with its figures in `metrics.jsonl`, `timing.jsonl` and TensorBoard; saves the policy on Ctrl-C."""
+    metrics = JsonLines(folder / "metrics.jsonl")
+    began = time.perf_counter()
+    updates_a_training = config.num_windows * config.train.steps_per_window
+
+    def on_rollout(rollout: Rollout, log: Logger) -> None:
+        wall_s = time.perf_counter() - began
+        updates_per_s = rollout.num_trainings * updates_a_training / wall_s
+        metrics.write({"iteration": rollout.iteration, "num_trainings": rollout.num_trainings, **rollout.figures})
+        timing.write({"part": "ppo", "iteration": rollout.iteration, "wall_s": wall_s, "updates_per_s": updates_per_s})
+        tb.record_rollout(log, rollout, updates_per_s)
+        shown = {name: rollout.figures[name] for name in ("score", "accuracy", "latency_ratio") if name in rollout.figures}
+        progress.figures(**shown, updates_per_s=updates_per_s)
+
+    now: list[Callable[[], Policy]] = []
+    progress.phase("PPO", (config.ppo.num_iterations + 1) * config.ppo.num_students, config.num_windows)
+    try:
+        return train(
+            world, config.ppo, stream_seed(seed, TRAIN_STREAM), progress.advance, on_rollout, logger, now.append
+        )
+    except KeyboardInterrupt:
+        if now:
+            save_bundle(now[0](), folder / "policy", {**provenance, "interrupted": True})
+            progress.say(f"stopped; the policy so far is in {folder / 'policy'}: rlkd replay --policy {folder / 'policy'}")
+        raise
+    finally:
+        metrics.close()
+
+
+def compare_preferences(
+    world: World,
+    methods: Mapping[str, Controller],
+    seeds: Sequence[int],
+    accuracy_weights: Sequence[float],
+    on_window: Callable[[int], object],
+) -> dict[float, dict[str, Results]]:
+    """Test results of every method on the same tasks under each accuracy weight."""
+    return {
+        weight: {
+            name: run(
+                world,
+                controller,
+                seeds,
+                world.config.task.with_preference(Preference(weight)),
+                on_window=on_window,
+            )
+            for name, controller in methods.items()
+        }
+        for weight in accuracy_weights
+    }

@@ -1,0 +1,184 @@
+"""PPO (Schulman et al. 2017) over the lock-step population, by stable-baselines3.
+
+Unlike SB3's own set-up the head starts at zero, so that the untrained policy is the static setting, and
+observations are standardised by figures fixed before training instead of a running mean. SB3 seeds torch's and
+numpy's global generators for its exploration noise and minibatch order; the students never read those.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+from rlkd.agents.controllers import hold_start
+from rlkd.agents.policy import Policy, policy_from_sb3
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.sb3 import SB3VecEnv
+from rlkd.envs.vector import DistillationVectorEnv
+from rlkd.envs.world import World
+from rlkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The agent."""
+
+    num_students: int = 128
+    """Students in lock-step."""
+    num_iterations: int = 70
+    """Rollouts of one episode a student, each followed by an update of the policy."""
+    learning_rate: float = 1e-3
+    """Adam's step size for policy and value function; falls linearly to a tenth."""
+    batch_size: int = 512
+    num_epochs: int = 8
+    """Passes over a rollout in one update."""
+    gamma: float = 1.0
+    """Discount; 1 makes the return the gain of the final score."""
+    gae_lambda: float = 0.95
+    hidden: int = 64
+    """Units of each of the two layers, of the actor and of the critic."""
+    initial_log_std: float = -0.7
+    """Log of the standard deviation of exploration, in units of an action."""
+    clip_range: float = 0.2
+    entropy_weight: float = 0.0
+
+    def check(self) -> None:
+        """Raises UserError for an impossible value."""
+        for name in ("num_students", "num_iterations", "batch_size", "num_epochs", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ppo.{name}: got {getattr(self, name)}; allowed: at least 1")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"ppo.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
+        if not (self.learning_rate > 0 and self.clip_range > 0):
+            raise UserError("ppo: learning_rate and clip_range must be above 0")
+        if self.batch_size < 2:
+            raise UserError(f"ppo.batch_size: got {self.batch_size}; allowed: at least 2")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Summary of one iteration, for logs. Means over students that ended."""
+
+    iteration: int
+    num_trainings: int
+    figures: dict[str, float]
+
+
+def observation_figures(
+    world: World, num_students: int, seed: int, on_window: Callable[[int], object] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation [O] of what is seen under random changes around the start settings: one episode each."""
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**60, (num_students,), generator=generator).tolist()
+    episodes = Episodes(world, num_students)
+    seen = [episodes.reset(seeds)]
+    for window in range(world.config.num_windows):
+        held = hold_start(seen[-1], episodes.start, window)
+        noise = 0.2 * torch.randn(held.shape, generator=generator)
+        seen.append(episodes.step((held + noise).clamp(0.0, 1.0)).observation)
+        if on_window:
+            on_window(num_students)
+    stacked = torch.cat(seen)
+    return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
+
+
+def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> PPO:
+    """SB3's PPO with a zero-initialised head."""
+    agent = PPO(
+        "MlpPolicy",
+        env,
+        learning_rate=lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
+        n_steps=num_windows,
+        batch_size=min(config.batch_size, config.num_students * num_windows),
+        n_epochs=config.num_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.entropy_weight,
+        policy_kwargs={"net_arch": [config.hidden, config.hidden], "log_std_init": config.initial_log_std},
+        seed=seed,
+        device="cpu",
+    )
+    with torch.no_grad():
+        agent.policy.action_net.weight.zero_()
+        agent.policy.action_net.bias.zero_()
+    return agent
+
+
+class _Watch(BaseCallback):
+    """Collects what rollouts report and hands a summary on after each."""
+
+    def __init__(self, on_window: Callable[[int], object], on_rollout: Callable[[Rollout, Logger], object]) -> None:
+        super().__init__()
+        self._on_window, self._on_rollout = on_window, on_rollout
+        self._ended: list[dict[str, float]] = []
+        self._sums: dict[str, list[float]] = {}
+        self._iteration = 0
+
+    def _on_step(self) -> bool:
+        infos = self.locals["infos"]
+        self._ended += [{**i["student"], "return": i["episode"]["r"]} for i in infos if "student" in i]
+        for name, value in self._controls().items():
+            self._sums.setdefault(name, []).append(value)
+        self._on_window(len(infos))
+        return True
+
+    def _controls(self) -> dict[str, float]:
+        from rlkd.envs.action import CONTROLS
+
+        position = self.training_env.env.episodes.position  # type: ignore[attr-defined]
+        return {f"action/{name}": float(position[:, i].mean()) for i, name in enumerate(CONTROLS)}
+
+    def _on_rollout_end(self) -> None:
+        self._iteration += 1
+        figures = {k: float(np.mean([e[k] for e in self._ended])) for k in (self._ended[0] if self._ended else ())}
+        figures["num_diverged"] = float(sum(e["diverged"] for e in self._ended))
+        controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
+        num_trainings = self._iteration * self.training_env.num_envs
+        self._on_rollout(Rollout(self._iteration, num_trainings, {**figures, **controls}), self.logger)
+        self._ended, self._sums = [], {}
+
+
+def train(
+    world: World,
+    config: PPOConfig,
+    seed: int,
+    on_window: Callable[[int], object],
+    on_rollout: Callable[[Rollout, Logger], object],
+    logger: Logger | None = None,
+    on_agent: Callable[[Callable[[], Policy]], object] | None = None,
+) -> Policy:
+    """Learn a policy; the start settings of `world` are what its actions change.
+
+    Args:
+        world: shared by all episodes.
+        config: the agent's.
+        seed: of the students' tasks, the exploration and the minibatches.
+        on_window: called with the number of students after every window.
+        on_rollout: called with each iteration's summary, before the update.
+        logger: SB3's, for TensorBoard.
+        on_agent: given a function that returns the policy as it is now, so that an interrupted run can be saved.
+    """
+    config.check()
+    mean, deviation = observation_figures(world, config.num_students, seed, on_window)
+    env = SB3VecEnv(DistillationVectorEnv(config.num_students, world=world), mean, deviation, seed)
+    agent = new_agent(env, config, world.config.num_windows, seed)
+    if logger is not None:
+        agent.set_logger(logger)
+
+    def now() -> Policy:
+        state: dict[str, Any] = agent.policy.state_dict()
+        return policy_from_sb3(state, mean, deviation, world.start, world.config.controls)
+
+    if on_agent:
+        on_agent(now)
+    total = config.num_iterations * config.num_students * world.config.num_windows
+    agent.learn(total, callback=_Watch(on_window, on_rollout), log_interval=1)
+    return now()

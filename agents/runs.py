@@ -1,0 +1,132 @@
+"""The run folder: what every verb writes beside its result, and how figures get into it."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+import rlkd
+from rlkd.errors import UserError
+
+
+class Progress(Protocol):
+    """Where long work reports to; the command line shows a bar."""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        """A new stretch of work: so many student trainings of so many windows each."""
+
+    def advance(self, num_students: int) -> None:
+        """One window is done for so many students."""
+
+    def figures(self, **values: float) -> None:
+        """The figures that matter now."""
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        """Nothing."""
+
+    def advance(self, num_students: int) -> None:
+        """Nothing."""
+
+    def figures(self, **values: float) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+
+def new_run(out: Path | None, verb: str) -> Path:
+    """Make the run folder: `out`, or `runs/<verb>-<time>`.
+
+    Raises:
+        UserError: it holds a run already, or cannot be written.
+    """
+    folder = out or Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--out: {folder} exists and is not empty; choose another folder or move it away")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {folder} ({error.strerror}); choose another folder") from error
+    return folder
+
+
+def describe_run(folder: Path, config: Any, seed: int) -> dict[str, Any]:
+    """Write `config.yaml`, `command.txt` and `versions.json`; returns the versions."""
+    resolved = {"seed": seed, **plain(config)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    (folder / "command.txt").write_text(shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
+    names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn")
+    versions = {"rlkd": rlkd.__version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+    versions["git_commit"] = git_commit()
+    write_json(folder / "versions.json", versions)
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with "+changes" if it has any; None outside of one."""
+    root = Path(rlkd.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        call = ["git", "-C", str(root)]
+        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if dirty.strip() else "")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists, as YAML and JSON have them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all. Non-finite figures are an error: they belong in no result."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+class JsonLines:
+    """Appends one JSON object a line, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append `row`."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def use_one_thread() -> None:
+    """One thread for torch: small students lose more to waiting threads than they gain (docs/decisions.md)."""
+    torch.set_num_threads(1)

@@ -1,0 +1,94 @@
+"""What goes to TensorBoard besides stable-baselines3's own keys."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure as Canvas
+from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat, configure
+from torch import Tensor
+
+from rlkd.agents.controllers import Controller, run
+from rlkd.agents.ppo import Rollout
+from rlkd.agents.runs import plain
+from rlkd.envs.action import CONTROLS
+from rlkd.envs.world import World
+
+_STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged")
+
+
+def new_logger(folder: Path) -> Logger:
+    """A stable-baselines3 logger that writes event files alone."""
+    return configure(str(folder), ["tensorboard"])
+
+
+def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> None:
+    """Figures of one iteration under `student/`, `action/`, `reward/`; SB3 writes them with its own."""
+    for name, value in rollout.figures.items():
+        if name in _STUDENT:
+            logger.record(f"student/{name}", value)
+        elif name.startswith("action/"):
+            logger.record(name, value)
+        elif name == "return":
+            logger.record("reward/return", value)
+    logger.record("student/num_trainings", rollout.num_trainings)
+    logger.record("student/updates_per_s", updates_per_s)
+
+
+def write_config(logger: Logger, config: Any) -> None:
+    """The resolved config as text."""
+    text = yaml.safe_dump(plain(config), sort_keys=False)
+    _writer(logger).add_text("config", "\n".join("    " + line for line in text.splitlines()), 0)
+
+
+def write_controls(logger: Logger, world: World, controller: Controller, seeds: Sequence[int]) -> None:
+    """A figure of the controls over an episode: mean and spread over held-out tasks."""
+    seen: list[Tensor] = []
+
+    def recorded(observation: Tensor, start: Tensor, window: int) -> Tensor:
+        position = controller(observation, start, window)
+        seen.append(position)
+        return position
+
+    run(world, recorded, seeds, world.config.task, final_split="validation")
+    _writer(logger).add_figure("controls", controls_figure(torch.stack(seen).numpy()), 0)
+
+
+def controls_figure(positions: np.ndarray) -> Canvas:
+    """One panel a control for positions [windows, tasks, 9]: mean line, band of one deviation."""
+    figure = Canvas(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(3, 3, sharex=True, sharey=True)
+    windows = np.arange(1, len(positions) + 1)
+    for axis, name, values in zip(axes.flat, CONTROLS, np.moveaxis(positions, 2, 0), strict=True):
+        mean, deviation = values.mean(1), values.std(1)
+        axis.fill_between(windows, mean - deviation, mean + deviation, alpha=0.2, color="#1f5fa8")
+        axis.plot(windows, mean, color="#1f5fa8")
+        axis.set_title(name, fontsize=9)
+        axis.set_ylim(-0.05, 1.05)
+    figure.supxlabel("window")
+    figure.supylabel("position in the control's range")
+    return figure
+
+
+def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]) -> None:
+    """Hyperparameters with the final test score."""
+    flat = {"seed": seed, **_flatten(plain(config))}
+    hparams = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}
+    metrics = {"hparam/test_score": result["methods"]["policy"]["score"]["mean"]}
+    metrics |= {f"hparam/{name}": row["difference"] for name, row in result["paired"].items()}
+    logger.record("hparams", HParam(hparams, metrics), exclude=("stdout", "log", "json", "csv"))
+    logger.dump(result["cost"]["agent_trainings"] * config.num_windows)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _writer(logger: Logger) -> Any:
+    return next(f.writer for f in logger.output_formats if isinstance(f, TensorBoardOutputFormat))

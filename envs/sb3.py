@@ -1,0 +1,92 @@
+"""Presents the lock-step vector environment to stable-baselines3, with observations standardised by fixed figures."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from rlkd.envs.action import NUM_CONTROLS
+from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.vector import DistillationVectorEnv
+
+CLIP = 5.0
+
+
+def standardise(
+    observation: NDArray[np.float32], mean: NDArray[np.float32], deviation: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """(observation - mean) / deviation, clipped at 5 either way. [N, O] in and out."""
+    return np.clip((observation - mean) / deviation, -CLIP, CLIP).astype(np.float32)
+
+
+class SB3VecEnv(VecEnv):
+    """A `VecEnv` of N students with a flat action Box [9].
+
+    Args:
+        env: the population.
+        mean, deviation: [O] each, fixed for the whole training, so that a policy means the same at every moment.
+    """
+
+    def __init__(
+        self, env: DistillationVectorEnv, mean: NDArray[np.float32], deviation: NDArray[np.float32], seed: int
+    ) -> None:
+        bound = np.full(len(OBSERVATIONS), CLIP, dtype=np.float32)
+        self.env = env  # before super().__init__, which asks for its render mode
+        super().__init__(
+            env.num_envs, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
+        )
+        self._mean, self._deviation, self._first_seed = mean, deviation, seed
+        self._actions = np.zeros((env.num_envs, NUM_CONTROLS), dtype=np.float32)
+        self._returns = np.zeros(env.num_envs)
+        self._lengths = np.zeros(env.num_envs, dtype=np.int64)
+        self._began = time.time()
+
+    def reset(self) -> NDArray[np.float32]:
+        """New episodes for all students; the first call seeds their task streams."""
+        observation, _ = self.env.reset(seed=self._first_seed)
+        self._returns[:], self._lengths[:] = 0.0, 0
+        return standardise(observation, self._mean, self._deviation)
+
+    def step_async(self, actions: NDArray[np.float32]) -> None:
+        """Keep the actions for `step_wait`."""
+        self._actions = actions.astype(np.float32)
+
+    def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        """One window for all; `infos` carry `episode` and `terminal_observation` where one ended, and its figures."""
+        observation, reward, terminated, _, info = self.env.step_flat(self._actions)
+        self._returns += reward
+        self._lengths += 1
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for i in np.flatnonzero(terminated):
+            last = info["final_info"]
+            terminal = standardise(info["final_obs"][i][None], self._mean, self._deviation)[0]
+            figures = {name: float(values[i]) for name, values in last.items() if not name.startswith("_")}
+            episode = {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": time.time() - self._began}
+            infos[i] = {"terminal_observation": terminal, "episode": episode, "student": figures}
+        self._returns[terminated], self._lengths[terminated] = 0.0, 0
+        return standardise(observation, self._mean, self._deviation), reward.astype(np.float32), terminated, infos
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def get_attr(self, attr_name: str, indices: int | Sequence[int] | None = None) -> list[Any]:
+        """The attribute of the shared population, once a student asked for."""
+        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Sequence[int] | None = None) -> None:
+        """Not possible: students share one population."""
+        raise NotImplementedError("students of a population share their attributes; build another population")
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: int | Sequence[int] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Not possible: students share one population."""
+        raise NotImplementedError("call the method on `.env`, the population")
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Sequence[int] | None = None) -> list[bool]:
+        """No wrapper stands around a student."""
+        return [False] * len(list(self._get_indices(indices)))
