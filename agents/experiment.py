@@ -28,7 +28,7 @@ SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM = 1, 2, 3
 def stream_seed(seed: int, stream: int) -> int:
     """A seed of its own for each part of a run, so that parts do not share tasks."""
     generator = torch.Generator().manual_seed(seed * 8 + stream)
-    return int(torch.randint(2**40, (), generator=generator))
+    return int(torch.randint(2**31, (), generator=generator))
 
 
 def held_out_seeds(seed: int, num_tasks: int) -> list[int]:

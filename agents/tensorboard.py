@@ -54,7 +54,22 @@ def write_controls(logger: Logger, world: World, controller: Controller, seeds: 
         return position
 
     run(world, recorded, seeds, world.config.task, final_split="validation")
-    _writer(logger).add_figure("controls", controls_figure(torch.stack(seen).numpy()), 0)
+    write_position_figure(logger, torch.stack(seen))
+
+
+def write_position_figure(logger: Logger, positions: Tensor) -> None:
+    """The figure of `controls_figure` for positions [windows, tasks, 9]."""
+    _writer(logger).add_figure("controls", controls_figure(positions.numpy()), 0)
+
+
+def record_window(logger: Logger, row: dict[str, float]) -> None:
+    """One window of a replay: its controls under `action/`, the student's figures under `student/`."""
+    for name, value in row.items():
+        if name.startswith("position_"):
+            logger.record(f"action/{name.removeprefix('position_')}", value)
+        elif name in _STUDENT:
+            logger.record(f"student/{name}", value)
+    logger.dump(int(row["window"]))
 
 
 def controls_figure(positions: np.ndarray) -> Canvas:

@@ -3,6 +3,7 @@
 The split depends on the data set alone, never on a run's seed: whatever is tuned, test samples stay unseen.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -46,12 +47,19 @@ def _digits() -> DataSet:
 DATASETS: dict[str, Callable[[], DataSet]] = {"digits": _digits}
 
 
+def check_dataset(name: str) -> None:
+    """Raises UserError, with the closest match, for a data set that does not exist."""
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"task.dataset: got {name!r}; allowed: {', '.join(sorted(DATASETS))}{hint}")
+
+
 def load_dataset(name: str) -> DataSet:
     """The data set called `name`.
 
     Raises:
         UserError: no such data set.
     """
-    if name not in DATASETS:
-        raise UserError(f"no data set called {name!r}; allowed: {', '.join(sorted(DATASETS))}")
+    check_dataset(name)
     return DATASETS[name]()

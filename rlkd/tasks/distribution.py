@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.errors import UserError
-from rlkd.tasks.datasets import DataSet
+from rlkd.tasks.datasets import DataSet, check_dataset
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class TaskDistribution:
     """Share of latency in what accuracy leaves of the preference; energy takes the rest."""
 
     def check(self) -> None:
-        """Raises UserError for an impossible range."""
+        """Raises UserError for an unknown data set or an impossible range."""
+        check_dataset(self.dataset)
         self.label_noise.check("task.label_noise", 0.0, 1.0)
         self.num_labels.check("task.num_labels", 1, float("inf"))
         self.accuracy_weight.check("task.accuracy_weight", 0.0, 1.0)

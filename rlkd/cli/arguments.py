@@ -1,0 +1,135 @@
+"""Parsing shared by the verbs: dataclass configs from YAML and options, with one-line errors."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+
+import rlkd.configs
+from rlkd.errors import UserError
+
+Config = TypeVar("Config")
+CONFIG_FOLDER = Path(rlkd.configs.__file__).parent
+
+
+def closest(given: str, allowed: Iterable[str]) -> str:
+    """ "; did you mean ...?" or nothing."""
+    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with rlkd."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def new_parser(verb: str, what: str, examples: Sequence[str]) -> ArgumentParser:
+    """A parser that raises instead of exiting, with examples in its help."""
+    return ArgumentParser(
+        prog=f"rlkd {verb}",
+        description=what,
+        epilog="Examples: " + " ;; ".join(f"rlkd {verb} {example}" for example in examples),
+        exit_on_error=False,
+        default_env=False,
+        allow_abbrev=False,
+        formatter_class=DefaultHelpFormatter,
+    )
+
+
+def parse(
+    parser: ArgumentParser,
+    argv: Sequence[str],
+    config_class: type[Config] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple[Config | None, Namespace]:
+    """The config that `argv` describes, and the other options.
+
+    Args:
+        parser: has the verb's own options.
+        argv: options; `--config` takes a file or the name of a config that comes with rlkd.
+        config_class: its fields become options.
+        defaults: values that take the place of the class's own.
+
+    Raises:
+        UserError: one line that names the key, what was given, what is allowed, and the closest match.
+    """
+    if config_class is not None:
+        parser.add_argument("--config", action="config", help="a YAML file, or a name from `rlkd list`")
+        parser.add_class_arguments(config_class, None, as_group=False)
+        if defaults:
+            parser.set_defaults(defaults)
+    keys = [key for key in _keys(parser) if key not in ("help",)]
+    try:
+        namespace = parser.parse_args(_resolve_configs(argv))
+        ready = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), keys)) from error
+    if config_class is None:
+        return None, ready
+    fields = list(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
+    return config_class(**{name: ready[name] for name in fields}), ready
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    options = [option for action in parser._actions for option in action.option_strings]
+    return [option.removeprefix("--") for option in options if option.startswith("--")]
+
+
+def _resolve_configs(argv: Sequence[str]) -> list[str]:
+    """Replace the name of a config that comes with rlkd by its path."""
+    resolved = []
+    for previous, given in zip(["", *argv], argv, strict=False):
+        prefix, name = ("--config=", given[9:]) if given.startswith("--config=") else ("", given)
+        is_config = bool(prefix) or previous == "--config"
+        if is_config and not Path(name).exists():
+            inside = CONFIG_FOLDER / f"{name}.yaml"
+            if not inside.exists():
+                raise UserError(
+                    f"--config: no file {name!r}, and no config of that name; allowed: a YAML file, or one of "
+                    f"{', '.join(config_names())}{closest(name, config_names())}"
+                )
+            name = str(inside)
+        resolved.append(prefix + name if is_config else given)
+    return resolved
+
+
+def _one_line(message: str, keys: Sequence[str]) -> str:
+    """jsonargparse's message on one line, in plain words, with the closest match for a key that does not exist."""
+    line = " ".join(message.split())
+    line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("typing.", "")
+    unknown = re.match(r"unrecognized arguments: (\S+)", line)
+    if unknown:
+        given = unknown.group(1).split("=")[0]
+        if not given.startswith("-"):
+            return f"got {given!r}, which no option takes; options look like --section.key value (--help lists them)"
+        options = [f"--{key}" for key in keys]
+        return f"no option {given}{closest(given, options)} (--help lists all)"
+    option = re.search(r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line)
+    top = re.match(r"Option '(\S+)' is not accepted", line)
+    if top:
+        return f"no key {top.group(1)!r} in the config{closest(top.group(1), [key.split('.')[0] for key in keys])}"
+    if option:
+        section = option.group(1) or option.group(2) or ""
+        given = f"{section}.{option.group(3)}".lstrip(".")
+        return f"no key {given!r} in the config{closest(given, keys)}"
+    wrong = re.match(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', line)
+    if wrong:
+        return f"{wrong.group(1)}: got {wrong.group(3)!r:.80}; allowed: {wrong.group(2)}"
+    return line
+
+
+def add_run_options(parser: ArgumentParser, extra: Callable[[ArgumentParser], object] | None = None) -> None:
+    """--out and --seed."""
+    if extra:
+        extra(parser)
+    parser.add_argument("--out", type=Path | None, default=None, help="run folder; by default runs/VERB-TIME")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that generators do not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed: got {seed}; allowed: 0 to {2**32 - 1}")

@@ -1,0 +1,43 @@
+"""`rlkd list`."""
+
+from rlkd.agents.methods import METHODS
+from rlkd.cli.arguments import CONFIG_FOLDER, config_names, new_parser, parse
+from rlkd.envs.action import CONTROLS
+from rlkd.envs.observation import OBSERVATIONS
+from rlkd.objectives import attention_transfer, cross_entropy, hint, response
+from rlkd.tasks import DATASETS
+
+
+def run(argv: list[str]) -> int:
+    """Print what there is."""
+    parse(new_parser("list", "List tasks, models, terms, controllers and configs.", [""]), argv)
+    sections = {
+        "data sets (--task.dataset)": {name: _first_line(make) for name, make in DATASETS.items()},
+        "students (--student.kind)": {
+            "mlp": "linear blocks; --student.widths, --student.exits",
+            "conv": "3x3 convolutions, each halving height and width; the same options",
+        },
+        "loss terms (weight_FAMILY)": {
+            "hard_label": _first_line(cross_entropy),
+            "response": _first_line(response),
+            "feature": _first_line(hint),
+            "attention": _first_line(attention_transfer),
+        },
+        "controllers (rlkd compare --methods)": METHODS,
+        "configs (--config)": {
+            name: (CONFIG_FOLDER / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in config_names()
+        },
+    }
+    for title, entries in sections.items():
+        print(title)
+        width = max(map(len, entries))
+        for name, what in entries.items():
+            print(f"  {name:<{width}}  {what}")
+        print()
+    print(f"controls, in the order of an action: {', '.join(CONTROLS)}\n")
+    print(f"observations: {', '.join(OBSERVATIONS)}")
+    return 0
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]

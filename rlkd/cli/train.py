@@ -1,0 +1,38 @@
+"""`rlkd train`."""
+
+from rich.console import Console
+
+from rlkd.agents.experiment import train_experiment
+from rlkd.agents.runs import new_run, use_one_thread
+from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
+from rlkd.cli.progress import Bar, comparison_table
+from rlkd.configs import ExperimentConfig
+
+
+def run(argv: list[str]) -> int:
+    """Train a policy and print how it compares."""
+    parser = new_parser(
+        "train",
+        "Learn a policy with PPO over a population of students; end with a table on held-out tasks, test data.",
+        ["--out runs/first", "--config smoke", "--ppo.num_iterations 40 --task.label_noise.high 0.5 --seed 1"],
+    )
+    add_run_options(parser)
+    config, options = parse(parser, argv, ExperimentConfig)
+    assert config is not None
+    check_seed(options.seed)
+    config.check()
+    folder = new_run(options.out, "train")
+    use_one_thread()
+    with Bar(config.train.steps_per_window) as bar:
+        result = train_experiment(config, folder, options.seed, bar)
+    console = Console(width=None if Console().is_terminal else 150)
+    for weight, entry in result["preferences"].items():
+        console.print(comparison_table(f"accuracy weight {weight}: {result['num_tasks']} held-out tasks, test", entry))
+    cost = result["cost"]
+    console.print(
+        f"{cost['agent_trainings']} trainings for the agent and {cost['search_trainings']} for the search, "
+        f"{cost['wall_s']:.0f} s in all, {cost['updates_per_s']:,.0f} updates/s",
+        highlight=False,
+    )
+    console.print(f"policy: {folder / 'policy'}   next: rlkd replay --policy {folder / 'policy'}", highlight=False)
+    return 0
