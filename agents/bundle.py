@@ -91,7 +91,9 @@ def load_bundle(folder: Path) -> Bundle:
             raise UserError(f"{folder}/policy.safetensors: checksum differs from bundle.json; get the bundle anew")
         tensors = load(blob)
         _check_shapes(folder, tensors, int(card["network"]["hidden"]))
-        ranges = {k: tuple(v) if isinstance(v, list) else v for k, v in card["action"]["controls"].items()}
+        ranges: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in card["action"]["controls"].items()
+        }
         controls = ControlConfig(**ranges)
         controls.check()
         provenance = dict(card["provenance"])
@@ -183,6 +185,10 @@ def _card(digest: str, provenance: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['difference']:+.4f} | {low:+.4f} to {high:+.4f} |")
         lines.append("")
     lines += [f"- trained on: {json.dumps(provenance.get('task', {}))}", f"- seed: {provenance.get('seed')}"]
-    lines += [f"- versions: {json.dumps(provenance.get('versions', {}))}", "", "Replay: `rlkd replay --policy FOLDER`", ""]
+    lines += [
+        f"- versions: {json.dumps(provenance.get('versions', {}))}",
+        "",
+        "Replay: `rlkd replay --policy FOLDER`",
+        "",
+    ]
     return "\n".join(lines)
-

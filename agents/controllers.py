@@ -58,7 +58,9 @@ def schedule(config: ControlConfig, num_windows: int) -> Controller:
 def _scheduled(window: int, config: ControlConfig, num_windows: int) -> Tensor:
     done = window / max(1, num_windows - 1)
     keep = 0.3 + 0.5 * (1.0 - done) ** 3
-    weights = dict(zip((f"weight_{f}" for f in FAMILIES), (0.2 + 0.3 * done, 0.6 - 0.3 * done, 0.15, 0.05), strict=True))
+    weights = dict(
+        zip((f"weight_{f}" for f in FAMILIES), (0.2 + 0.3 * done, 0.6 - 0.3 * done, 0.15, 0.05), strict=True)
+    )
     temperature = 5.0 ** (1.0 - done)
     rate = 3e-3 * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
     return encode(

@@ -127,7 +127,9 @@ def learn(
         metrics.write({"iteration": rollout.iteration, "num_trainings": rollout.num_trainings, **rollout.figures})
         timing.write({"part": "ppo", "iteration": rollout.iteration, "wall_s": wall_s, "updates_per_s": updates_per_s})
         tb.record_rollout(log, rollout, updates_per_s)
-        shown = {name: rollout.figures[name] for name in ("score", "accuracy", "latency_ratio") if name in rollout.figures}
+        shown = {
+            name: rollout.figures[name] for name in ("score", "accuracy", "latency_ratio") if name in rollout.figures
+        }
         progress.figures(**shown, updates_per_s=updates_per_s)
 
     now: list[Callable[[], Policy]] = []
@@ -139,7 +141,9 @@ def learn(
     except KeyboardInterrupt:
         if now:
             save_bundle(now[0](), folder / "policy", {**provenance, "interrupted": True})
-            progress.say(f"stopped; the policy so far is in {folder / 'policy'}: rlkd replay --policy {folder / 'policy'}")
+            progress.say(
+                f"stopped; the policy so far is in {folder / 'policy'}: rlkd replay --policy {folder / 'policy'}"
+            )
         raise
     finally:
         metrics.close()

@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import Logger
 
 from rlkd.agents.controllers import hold_start
 from rlkd.agents.policy import Policy, policy_from_sb3
+from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.sb3 import SB3VecEnv
 from rlkd.envs.vector import DistillationVectorEnv
@@ -106,9 +107,8 @@ def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) ->
         seed=seed,
         device="cpu",
     )
-    with torch.no_grad():
-        agent.policy.action_net.weight.zero_()
-        agent.policy.action_net.bias.zero_()
+    for parameter in agent.policy.action_net.parameters():
+        torch.nn.init.zeros_(parameter)
     return agent
 
 
@@ -131,8 +131,6 @@ class _Watch(BaseCallback):
         return True
 
     def _controls(self) -> dict[str, float]:
-        from rlkd.envs.action import CONTROLS
-
         position = self.training_env.env.episodes.position  # type: ignore[attr-defined]
         return {f"action/{name}": float(position[:, i].mean()) for i, name in enumerate(CONTROLS)}
 

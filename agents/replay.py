@@ -89,7 +89,7 @@ def distil(
         "energy_kind": world.profile.energy["kind"],
     }
     batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})
-    measured = {f"batch_{b}": _timed(small, dense, world.data.inputs[test], b) for b in batches}
+    measured: dict[str, Any] = {f"batch_{b}": _timed(small, dense, world.data.inputs[test], b) for b in batches}
     measured["profile_batch"] = world.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return Distilled(small, figures, measured, diverged)

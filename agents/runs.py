@@ -73,7 +73,11 @@ def describe_run(folder: Path, config: Any, seed: int) -> dict[str, Any]:
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     (folder / "command.txt").write_text(shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
     names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn")
-    versions = {"rlkd": rlkd.__version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+    versions: dict[str, Any] = {
+        "rlkd": rlkd.__version__,
+        "python": platform.python_version(),
+        **{n: version(n) for n in names},
+    }
     versions["git_commit"] = git_commit()
     write_json(folder / "versions.json", versions)
     return versions

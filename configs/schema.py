@@ -52,9 +52,7 @@ class ExperimentConfig:
     @property
     def env(self) -> EnvConfig:
         """The environment's part."""
-        return EnvConfig(
-            self.num_windows, self.task, self.student, self.teacher, self.train, self.controls, self.cost
-        )
+        return EnvConfig(self.num_windows, self.task, self.student, self.teacher, self.train, self.controls, self.cost)
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""

@@ -128,4 +128,3 @@ class Episodes:
             num_labels=torch.tensor([float(len(task.samples)) for task in self.tasks]),
             preference=torch.tensor([task.preference for task in self.tasks]),
         )
-

@@ -1,7 +1,7 @@
 """Presents the lock-step vector environment to stable-baselines3, with observations standardised by fixed figures."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ def standardise(
     observation: NDArray[np.float32], mean: NDArray[np.float32], deviation: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """(observation - mean) / deviation, clipped at 5 either way. [N, O] in and out."""
-    return np.clip((observation - mean) / deviation, -CLIP, CLIP).astype(np.float32)
+    scaled: NDArray[np.float32] = ((observation - mean) / deviation).clip(-CLIP, CLIP).astype(np.float32)
+    return scaled
 
 
 class SB3VecEnv(VecEnv):
@@ -36,9 +37,7 @@ class SB3VecEnv(VecEnv):
     ) -> None:
         bound = np.full(len(OBSERVATIONS), CLIP, dtype=np.float32)
         self.env = env  # before super().__init__, which asks for its render mode
-        super().__init__(
-            env.num_envs, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
-        )
+        super().__init__(env.num_envs, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32))
         self._mean, self._deviation, self._first_seed = mean, deviation, seed
         self._actions = np.zeros((env.num_envs, NUM_CONTROLS), dtype=np.float32)
         self._returns = np.zeros(env.num_envs)
@@ -73,20 +72,20 @@ class SB3VecEnv(VecEnv):
     def close(self) -> None:
         """Nothing to release."""
 
-    def get_attr(self, attr_name: str, indices: int | Sequence[int] | None = None) -> list[Any]:
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
         """The attribute of the shared population, once a student asked for."""
         return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
 
-    def set_attr(self, attr_name: str, value: Any, indices: int | Sequence[int] | None = None) -> None:
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
         """Not possible: students share one population."""
         raise NotImplementedError("students of a population share their attributes; build another population")
 
     def env_method(
-        self, method_name: str, *args: Any, indices: int | Sequence[int] | None = None, **kwargs: Any
+        self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any
     ) -> list[Any]:
         """Not possible: students share one population."""
         raise NotImplementedError("call the method on `.env`, the population")
 
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Sequence[int] | None = None) -> list[bool]:
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None) -> list[bool]:
         """No wrapper stands around a student."""
         return [False] * len(list(self._get_indices(indices)))

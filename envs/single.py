@@ -50,8 +50,8 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
             raise ValueError(f"render_mode: got {render_mode!r}; allowed: None")
         self._world = world or build_world(config or EnvConfig())
         self._episodes = Episodes(self._world, 1)
-        self.action_space = action_space()
-        self.observation_space = observation_space()
+        self.action_space = action_space()  # type: ignore[assignment]
+        self.observation_space = observation_space()  # type: ignore[assignment]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -71,9 +71,7 @@ class World:
         return Population(structure, self.data, self.signals, num_students, c.train)
 
 
-def build_world(
-    config: EnvConfig, start: StartSettings | None = None, say: Callable[[str], object] = print
-) -> World:
+def build_world(config: EnvConfig, start: StartSettings | None = None, say: Callable[[str], object] = print) -> World:
     """Load the data, train or load the teachers, calibrate or load the cost profile.
 
     Args:

@@ -107,7 +107,9 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
             return f"got {given!r}, which no option takes; options look like --section.key value (--help lists them)"
         options = [f"--{key}" for key in keys]
         return f"no option {given}{closest(given, options)} (--help lists all)"
-    option = re.search(r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line)
+    option = re.search(
+        r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line
+    )
     top = re.match(r"Option '(\S+)' is not accepted", line)
     if top:
         return f"no key {top.group(1)!r} in the config{closest(top.group(1), [key.split('.')[0] for key in keys])}"

@@ -54,8 +54,10 @@ def run(argv: list[str]) -> int:
     console = Console()
     console.print(table)
     residual = profile.provenance["relative_residual"]
-    console.print(f"relative residual {residual:.1%}; " + ", ".join(
-        f"{name} {value:.3g}" for name, value in zip(REGRESSORS, profile.coefficients, strict=True)
-    ), highlight=False)
+    console.print(
+        f"relative residual {residual:.1%}; "
+        + ", ".join(f"{name} {value:.3g}" for name, value in zip(REGRESSORS, profile.coefficients, strict=True)),
+        highlight=False,
+    )
     console.print(f"written to {options.out}; use it with --cost.profile {options.out}", highlight=False)
     return 0

@@ -67,7 +67,17 @@ class Bar:
 def comparison_table(title: str, entry: dict[str, Any]) -> Table:
     """Methods in rows: score with interval, accuracy, costs, and the paired difference."""
     table = Table(title=title, title_justify="left")
-    for column in ("method", "J mean", "J iqm [95 %]", "accuracy", "MACs", "latency", "energy", "policy's lead in J [95 %]", "wins"):
+    for column in (
+        "method",
+        "J mean",
+        "J iqm [95 %]",
+        "accuracy",
+        "MACs",
+        "latency",
+        "energy",
+        "policy's lead in J [95 %]",
+        "wins",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     pairs = {name.split("-", 1)[1]: (name.split("-", 1)[0], row) for name, row in entry["paired"].items()}
     for name, m in entry["methods"].items():

@@ -93,7 +93,11 @@ def run(argv: list[str]) -> int:
 
 
 def _report(
-    console: Console, folder: Path, figures: dict[str, float], measured: dict[str, dict[str, float]], far: dict[int, float]
+    console: Console,
+    folder: Path,
+    figures: dict[str, float],
+    measured: dict[str, dict[str, float]],
+    far: dict[int, float],
 ) -> None:
     lines = [
         f"test: J {figures['score']:.4f}, accuracy {figures['accuracy']:.4f} "

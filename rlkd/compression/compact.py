@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlkd.errors import UserError
-from rlkd.models import ChainStudent, Masks
+from rlkd.models import ChainStudent, Layer, Masks, layers_of
 from rlkd.objectives.hard_label import log_probabilities
 
 FORMAT = 1
@@ -88,9 +88,9 @@ class CompactStudent(nn.Module):
             "kind": "conv" if self.is_conv else "mlp",
             "input_shape": list(self.input_shape),
             "num_kept_inputs": None if self.kept_inputs is None else len(self.kept_inputs),
-            "widths": [layer.weight.shape[0] for layer in self.layers],
+            "widths": [layer.weight.shape[0] for layer in layers_of(self.layers)],
             "exits": list(self.exits),
-            "num_classes": self.heads[-1].weight.shape[0],
+            "num_classes": layers_of(self.heads)[-1].weight.shape[0],
             "threshold": self.threshold,
         }
 
@@ -106,22 +106,27 @@ def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStu
         masks: one [G] a group.
         threshold: 1/C or less ends the student at its first exit, 1 or more drops its early exits.
     """
-    exits, heads = list(student.exits), list(student.heads)
+    exits, heads = list(student.exits), layers_of(student.heads)
     if threshold >= 1.0:
         exits, heads = exits[-1:], heads[-1:]
     elif threshold <= 1.0 / student.num_classes:
         exits, heads = exits[:1], heads[:1]
     kept = [torch.nonzero(mask)[:, 0] for mask in masks]
     layers: list[nn.Module] = []
-    for block, layer in enumerate(student.layers[: exits[-1]]):
-        weight = layer.weight[kept[block + 1]]
-        layers.append(_layer_of(weight if student.is_conv and block == 0 else weight[:, kept[block]], layer.bias[kept[block + 1]]))
-    small_heads = [_layer_of(h.weight[:, kept[block]], h.bias) for h, block in zip(heads, exits, strict=True)]
+    for block, layer in enumerate(layers_of(student.layers)[: exits[-1]]):
+        weight, bias = layer.weight[kept[block + 1]], _bias(layer)[kept[block + 1]]
+        layers.append(_layer_of(weight if student.is_conv and block == 0 else weight[:, kept[block]], bias))
+    small_heads = [_layer_of(h.weight[:, kept[block]], _bias(h)) for h, block in zip(heads, exits, strict=True)]
     all_inputs = student.is_conv or len(kept[0]) == len(masks[0])
     return CompactStudent(layers, small_heads, exits, student.input_shape, None if all_inputs else kept[0], threshold)
 
 
-def _layer_of(weight: Tensor, bias: Tensor) -> nn.Linear | nn.Conv2d:
+def _bias(layer: Layer) -> Tensor:
+    assert layer.bias is not None  # `build_student` makes no layer without one
+    return layer.bias
+
+
+def _layer_of(weight: Tensor, bias: Tensor) -> Layer:
     out_size, in_size = weight.shape[:2]
     layer = nn.Linear(in_size, out_size) if weight.ndim == 2 else nn.Conv2d(in_size, out_size, 3, stride=2, padding=1)
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)

@@ -71,7 +71,9 @@ class CostProfile:
 
     def latency_s(self, work: Workload) -> Tensor:
         """[N] seconds of one batch."""
-        return work.regressors(self.batch_size) @ torch.tensor(self.coefficients, dtype=torch.float64)
+        coefficients = torch.tensor(self.coefficients, dtype=torch.float64)  # [7]
+        seconds: Tensor = work.regressors(self.batch_size) @ coefficients
+        return seconds
 
     def energy_j(self, work: Workload) -> Tensor:
         """[N] joules of one sample."""

@@ -97,7 +97,9 @@ def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
     return CostProfile(batch_size, tuple(map(float, coefficients)), dict(ENERGY_MODEL), provenance)
 
 
-def _grid(student: ChainStudent, inputs: Tensor) -> Iterator[tuple[dict[str, float], tuple[Tensor, ...], float, Tensor]]:
+def _grid(
+    student: ChainStudent, inputs: Tensor
+) -> Iterator[tuple[dict[str, float], tuple[Tensor, ...], float, Tensor]]:
     """Settings, masks, threshold and exit rates of every network that is timed."""
     feature_keeps = (1.0,) if student.is_conv else FEATURE_KEEPS
     for feature_keep in feature_keeps:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkd.models import ChainStudent
+from rlkd.models import ChainStudent, layers_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def workload(
     is_full = torch.as_tensor(kept[:, 0] >= student.group_sizes[0])
     positions = 1
     height, width = student.input_shape[-2:] if student.is_conv else (1, 1)
-    for block, layer in enumerate(student.layers, start=1):
+    for block, layer in enumerate(layers_of(student.layers), start=1):
         kernel = 1
         if student.is_conv:
             height, width = -(-height // 2), -(-width // 2)  # stride 2, padding 1

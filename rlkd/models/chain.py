@@ -9,7 +9,8 @@ that every student of a population keeps the same tensor shapes whatever it has 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from rlkd.errors import UserError
 
+Layer = nn.Linear | nn.Conv2d
 Masks = tuple[Tensor, ...]  # one 0/1 float vector a group: the inputs, then the units of every block
 
 
@@ -79,7 +81,8 @@ class ChainStudent(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return int(self.heads[-1].weight.shape[0])
+        """C."""
+        return layers_of(self.heads)[-1].weight.shape[0]
 
     def full_masks(self) -> Masks:
         """Masks that keep everything."""
@@ -100,6 +103,11 @@ class ChainStudent(nn.Module):
         return Outputs(tuple(logits), tuple(features))
 
 
+def layers_of(modules: nn.ModuleList) -> list[Layer]:
+    """The weighted layers in a `ModuleList`, with the type that they have."""
+    return cast("list[Layer]", list(modules))
+
+
 def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes: int) -> ChainStudent:
     """A student with uninitialised parameters (`initialise` fills them).
 
@@ -108,11 +116,11 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
     """
     config.check()
     exits = (*config.exits, len(config.widths))
-    layers: list[nn.Linear | nn.Conv2d]
+    layers: list[Layer]
     if config.kind == "mlp":
         shape: tuple[int, ...] = (math.prod(input_shape),)
         sizes = (shape[0], *config.widths)
-        layers = [nn.Linear(a, b, device="meta") for a, b in zip(sizes, sizes[1:], strict=False)]
+        layers = [nn.Linear(a, b, device="meta") for a, b in pairwise(sizes)]
     else:
         if len(input_shape) not in (2, 3):
             raise UserError(f"student.kind: got conv for inputs of shape {list(input_shape)}; allowed: mlp")
@@ -123,9 +131,7 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
                 f"{shape[1]}x{shape[2]}; allowed: at most {min(shape[1:]).bit_length()}"
             )
         sizes = (shape[0], *config.widths)
-        layers = [
-            nn.Conv2d(a, b, 3, stride=2, padding=1, device="meta") for a, b in zip(sizes, sizes[1:], strict=False)
-        ]
+        layers = [nn.Conv2d(a, b, 3, stride=2, padding=1, device="meta") for a, b in pairwise(sizes)]
     heads = [nn.Linear(config.widths[block - 1], num_classes, device="meta") for block in exits]
     return ChainStudent(layers, heads, exits, shape).to_empty(device="cpu")
 

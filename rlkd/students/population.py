@@ -6,6 +6,7 @@ stands beside it. `SoloStudent` is the plain counterpart, and a test holds the t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class WithAdapter(nn.Module):
         self.adapter = nn.Linear(student.group_sizes[-1], teacher_width)
 
     def forward(self, inputs: Tensor, masks: Masks) -> tuple[Outputs, Tensor]:
+        """The student's outputs, and its last features at the teacher's width, [B, F]."""
         outputs = self.student(inputs, masks)
         last = outputs.features[-1]
         return outputs, self.adapter(last.mean((-2, -1)) if last.ndim == 4 else last)
@@ -93,10 +95,12 @@ class Population:
             self._batches[row] = task_generator(task.seed, "batches")
 
     def set_controls(self, controls: Controls) -> None:
+        """Select inputs and units by importance as it is now, and set the exit threshold."""
         self._masks = select(self._student, self._scores(), controls.feature_keep, controls.unit_keep)
         self._threshold = controls.exit_threshold
 
     def train_window(self, controls: Controls) -> Telemetry:
+        """`steps_per_window` Adam steps for all students, each under its own controls."""
         self.set_controls(controls)
         weights = family_weights(controls.weights, self._available)  # [N, 4]
         num_steps, size = self._config.steps_per_window, self._config.batch_size
@@ -116,6 +120,7 @@ class Population:
         return Telemetry(total / num_steps, norms, cosine, ~finite)
 
     def evaluate(self, split: Split) -> Metrics:
+        """Metrics on one split under the current masks and exit thresholds."""
         index = self._data.splits[split]  # [B]
         with torch.no_grad():
             outputs = self._forward(self._parameters, self._masks, self._data.inputs[index])
@@ -125,9 +130,11 @@ class Population:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the parameters, adapter included, each [N, ...]."""
         return {name.removeprefix("student."): p.clone() for name, p in self._parameters.items()}
 
     def masks(self) -> Masks:
+        """Current masks, one [N, G] a group."""
         return self._masks
 
     def _scores(self) -> Masks:
@@ -168,14 +175,14 @@ class Population:
             outputs, adapted, labels, teacher_logits, teacher_features, teacher_map, temperature
         )  # [4]
 
-    def _loss(self, parameters: Parameters, *rest: object) -> tuple[Tensor, Tensor]:
-        *batch, masks, weights, temperature = rest
-        losses = self._losses(parameters, *batch, masks, temperature)  # type: ignore[arg-type]
-        return (losses * weights).sum(), losses  # type: ignore[operator]
+    def _loss(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
+        """The weighted sum, which is differentiated, and the losses; `rest` as of `_losses`, weights before last."""
+        losses = self._losses(parameters, *rest[:-2], rest[-1])
+        return (losses * rest[-2]).sum(), losses
 
-    def _gradients_of_one(self, parameters: Parameters, *rest: object) -> tuple[Tensor, Tensor]:
+    def _gradients_of_one(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """Norm of each family's gradient on the student's parameters, and the cosine of the first two."""
-        losses, pullback = vjp(lambda p: self._losses(p, *rest), parameters)  # type: ignore[arg-type]
+        _, pullback = vjp(lambda p: self._losses(p, *rest), parameters)  # type: ignore[misc]
         (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES)))
         flat = torch.cat([g.flatten(1) for k, g in gradients.items() if k.startswith("student.")], dim=1)  # [4, P]
         norms = flat.norm(dim=1)  # [4]

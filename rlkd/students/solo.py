@@ -50,10 +50,12 @@ class SoloStudent:
         self._batches = task_generator(self._task.seed, "batches")
 
     def set_controls(self, controls: Controls) -> None:
+        """As `Population.set_controls`."""
         masks = select(self.student, self._scores(), controls.feature_keep[0], controls.unit_keep[0])
         self._masks, self._threshold = masks, controls.exit_threshold
 
     def train_window(self, controls: Controls) -> Telemetry:
+        """As `Population.train_window`, step by step."""
         self.set_controls(controls)
         weights = family_weights(controls.weights, self._available)[0]  # [4]
         for group in self._optimizer.param_groups:
@@ -69,10 +71,13 @@ class SoloStudent:
             total += losses.detach()
         norms, cosine = self._family_gradients(positions[-1], controls.temperature[0])
         parameters = [p.detach()[None] for p in self._module.parameters()]
-        return Telemetry((total / num_steps)[None], norms[None], cosine[None], ~divergence_free(total[None], *parameters))
+        return Telemetry(
+            (total / num_steps)[None], norms[None], cosine[None], ~divergence_free(total[None], *parameters)
+        )
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
+        """As `Population.evaluate`."""
         index = self._data.splits[split]
         outputs, _ = self._module(self._data.inputs[index], self._masks)
         return summarise(
@@ -85,9 +90,11 @@ class SoloStudent:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the parameters, adapter included, each [1, ...]."""
         return {k.removeprefix("student."): p.detach()[None].clone() for k, p in self._module.named_parameters()}
 
     def masks(self) -> Masks:
+        """Current masks, one [1, G] a group."""
         return tuple(mask[None] for mask in self._masks)
 
     def _scores(self) -> Masks:

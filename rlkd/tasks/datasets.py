@@ -31,6 +31,7 @@ class DataSet:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
         return tuple(self.inputs.shape[1:])
 
 

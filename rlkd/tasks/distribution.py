@@ -28,6 +28,7 @@ class Range:
             )
 
     def draw(self, generator: torch.Generator) -> float:
+        """One uniform draw."""
         return self.low + (self.high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 

@@ -72,7 +72,9 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
         for index, teacher in enumerate(teachers):
             teacher.load_state_dict({name: tensors[f"{index}.{name}"] for name in teacher.state_dict()})
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: cached teachers cannot be read ({error}); delete the file to train them anew") from error
+        raise UserError(
+            f"{path}: cached teachers cannot be read ({error}); delete the file to train them anew"
+        ) from error
     return teachers
 
 
