@@ -78,12 +78,13 @@ class CostProfile:
     def energy_j(self, work: Workload) -> Tensor:
         """[N] joules of one sample."""
         e = self.energy
-        return (
+        joules: Tensor = (
             work.macs * e["mac_j"]
             + work.activations * e["activation_j"]
             + work.weights * (e["weight_j"] / self.batch_size)
             + work.inputs * e["input_j"]
         )
+        return joules
 
     def cost(self, student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """Cost of N students of one structure; arguments as in `workload`."""

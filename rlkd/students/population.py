@@ -177,7 +177,8 @@ class Population:
 
     def _loss(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """The weighted sum, which is differentiated, and the losses; `rest` as of `_losses`, weights before last."""
-        losses = self._losses(parameters, *rest[:-2], rest[-1])
+        arguments = (*rest[:-2], rest[-1])
+        losses = self._losses(parameters, *arguments)
         return (losses * rest[-2]).sum(), losses
 
     def _gradients_of_one(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
