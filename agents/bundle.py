@@ -16,14 +16,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rlkd.agents.policy import TENSORS, Policy
+from rlkd.agents.search import StaticSettings
 from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
-from rlkd.envs.world import StartSettings
 from rlkd.errors import UserError
 
 FORMAT = 1
 MAX_BYTES = 64 * 2**20
-_EXTRA = ("observation.mean", "observation.deviation", "start.positions", "start.terms")
+_EXTRA = ("observation.mean", "observation.deviation", "start", "static.positions", "static.terms")
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
     """Write `policy.safetensors`, `bundle.json` and a card; returns the tensors' sha256.
 
     Args:
-        policy: the actor, its normalisation and its start settings.
+        policy: the actor, its normalisation, its start setting and its static rivals.
         folder: made if missing; existing files are replaced one by one, each whole.
         provenance: JSON-able; says from what, when and how well the policy was learned.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    extra = (policy.mean, policy.deviation, policy.start.positions, policy.start.terms)
+    extra = (policy.mean, policy.deviation, policy.start, policy.static.positions, policy.static.terms)
     tensors = {**policy.weights, **dict(zip(_EXTRA, extra, strict=True))}
     blob = save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
@@ -99,9 +99,10 @@ def load_bundle(folder: Path) -> Bundle:
         provenance = dict(card["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: not a policy bundle, or a damaged one ({error!r:.200})") from error
-    start = StartSettings(tensors["start.positions"], tensors["start.terms"])
+    static = StaticSettings(tensors["static.positions"], tensors["static.terms"])
     weights = {name: tensors[name] for name in TENSORS}
-    policy = Policy(weights, tensors["observation.mean"], tensors["observation.deviation"], start, controls)
+    mean, deviation = tensors["observation.mean"], tensors["observation.deviation"]
+    policy = Policy(weights, mean, deviation, tensors["start"], static, controls)
     return Bundle(policy, provenance, digest)
 
 
@@ -150,7 +151,7 @@ def _check_schema(folder: Path, card: dict[str, Any]) -> None:
 
 def _check_shapes(folder: Path, tensors: dict[str, Tensor], hidden: int) -> None:
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
-    num_settings = len(tensors["start.terms"])
+    num_settings = len(tensors["static.terms"])
     wanted = {
         "hidden.0.weight": (hidden, num_seen),
         "hidden.0.bias": (hidden,),
@@ -160,8 +161,9 @@ def _check_shapes(folder: Path, tensors: dict[str, Tensor], hidden: int) -> None
         "action.bias": (num_set,),
         "observation.mean": (num_seen,),
         "observation.deviation": (num_seen,),
-        "start.positions": (num_settings, num_set),
-        "start.terms": (num_settings, 3),
+        "start": (num_set,),
+        "static.positions": (num_settings, num_set),
+        "static.terms": (num_settings, 3),
     }
     for name, shape in wanted.items():
         tensor = tensors.get(name)

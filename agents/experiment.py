@@ -12,11 +12,11 @@ from stable_baselines3.common.logger import Logger
 from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import save_bundle
 from rlkd.agents.comparison import compare
-from rlkd.agents.controllers import Controller, Results, hold_start, published, run, schedule
+from rlkd.agents.controllers import Controller, Results, published, run, schedule
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.runs import JsonLines, Progress, describe_run, plain, write_json
-from rlkd.agents.search import search_static
+from rlkd.agents.search import StaticSettings, search_static
 from rlkd.configs.schema import ExperimentConfig
 from rlkd.cost import save_profile
 from rlkd.envs.world import World, build_world
@@ -52,19 +52,20 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
 
     progress.phase("static search", config.search.num_trainings, windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-    start = search_static(world, config.search, generator, progress.advance)
+    static = search_static(world, config.search, generator, progress.advance)
     timing.write({"part": "static search", "wall_s": time.perf_counter() - began})
-    world = dataclasses.replace(world, start=start)
+    middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]
+    world = dataclasses.replace(world, start=static.best(middle)[0])
 
     logger = tb.new_logger(folder / "tensorboard")
     tb.write_config(logger, config)
     provenance: dict[str, Any] = {"seed": seed, "config": plain(config), "versions": versions}
     provenance["task"] = plain(config.task)
-    policy = learn(world, config, seed, folder, provenance, logger, timing, progress)
+    policy = learn(world, static, config, seed, folder, provenance, logger, timing, progress)
 
     methods: dict[str, Controller] = {
         "policy": policy.controller(),
-        "static": hold_start,
+        "static": static.controller(),
         "published": published(config.controls),
         "schedule": schedule(config.controls, windows),
     }
@@ -108,6 +109,7 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
 
 def learn(
     world: World,
+    static: StaticSettings,
     config: ExperimentConfig,
     seed: int,
     folder: Path,
@@ -136,7 +138,7 @@ def learn(
     progress.phase("PPO", (config.ppo.num_iterations + 1) * config.ppo.num_students, config.num_windows)
     try:
         return train(
-            world, config.ppo, stream_seed(seed, TRAIN_STREAM), progress.advance, on_rollout, logger, now.append
+            world, static, config.ppo, stream_seed(seed, TRAIN_STREAM), progress.advance, on_rollout, logger, now.append
         )
     except KeyboardInterrupt:
         if now:

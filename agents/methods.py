@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlkd.agents.controllers import Controller, hold_start, published, run, schedule
+from rlkd.agents.controllers import Controller, published, run, schedule
 from rlkd.agents.policy import Policy
+from rlkd.agents.search import StaticSettings
 from rlkd.envs.world import World
 from rlkd.errors import UserError
 
@@ -24,7 +25,12 @@ NEED_POLICY = ("policy", "open_loop", "mean_action")
 
 
 def build_methods(
-    names: list[str], world: World, policy: Policy | None, seed: int, on_window: Callable[[int], object]
+    names: list[str],
+    world: World,
+    policy: Policy | None,
+    static: StaticSettings | None,
+    seed: int,
+    on_window: Callable[[int], object],
 ) -> dict[str, Controller]:
     """The named controllers. The two ablations of a policy read its mean behaviour off fresh training tasks."""
     methods: dict[str, Controller] = {}
@@ -33,8 +39,8 @@ def build_methods(
             raise UserError(f"--methods: {name!r} needs a policy; give its folder with --policy")
         if name == "policy" and policy is not None:
             methods[name] = policy.controller()
-        elif name == "static":
-            methods[name] = hold_start
+        elif name == "static" and static is not None:
+            methods[name] = static.controller()
         elif name == "published":
             methods[name] = published(world.config.controls)
         elif name == "schedule":

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
+from rlkd.agents.search import StaticSettings
 from rlkd.envs.action import ControlConfig, change
 from rlkd.envs.sb3 import CLIP
-from rlkd.envs.world import StartSettings
 
 TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias", "action.weight", "action.bias")
 
@@ -21,7 +21,8 @@ class Policy:
     weights: dict[str, Tensor]  # by TENSORS; hidden.0.weight is [H, O], action.weight [9, H]
     mean: Tensor  # [O], of the observations, fixed before training
     deviation: Tensor  # [O]
-    start: StartSettings
+    start: Tensor  # [9], position that its actions change
+    static: StaticSettings  # its rivals, from the same search
     controls: ControlConfig
 
     def act(self, observation: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ def policy_from_sb3(
     state: dict[str, Tensor],
     mean: np.ndarray,
     deviation: np.ndarray,
-    start: StartSettings,
+    start: Tensor,
+    static: StaticSettings,
     controls: ControlConfig,
 ) -> Policy:
     """Take the actor out of a stable-baselines3 `MlpPolicy` state dict."""
@@ -59,4 +61,4 @@ def policy_from_sb3(
         for ours, theirs in names.items()
         for part in ("weight", "bias")
     }
-    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
+    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, static, controls)

@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import Logger
 
 from rlkd.agents.controllers import hold_start
 from rlkd.agents.policy import Policy, policy_from_sb3
+from rlkd.agents.search import StaticSettings
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.sb3 import SB3VecEnv
@@ -44,7 +45,7 @@ class PPOConfig:
     gae_lambda: float = 0.95
     hidden: int = 64
     """Units of each of the two layers, of the actor and of the critic."""
-    initial_log_std: float = -0.7
+    initial_log_std: float = -1.0
     """Log of the standard deviation of exploration, in units of an action."""
     clip_range: float = 0.2
     entropy_weight: float = 0.0
@@ -146,6 +147,7 @@ class _Watch(BaseCallback):
 
 def train(
     world: World,
+    static: StaticSettings,
     config: PPOConfig,
     seed: int,
     on_window: Callable[[int], object],
@@ -153,10 +155,11 @@ def train(
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
 ) -> Policy:
-    """Learn a policy; the start settings of `world` are what its actions change.
+    """Learn a policy; the start setting of `world` is what its actions change.
 
     Args:
         world: shared by all episodes.
+        static: kept with the policy, as what it was measured against.
         config: the agent's.
         seed: of the students' tasks, the exploration and the minibatches.
         on_window: called with the number of students after every window.
@@ -173,7 +176,7 @@ def train(
 
     def now() -> Policy:
         state: dict[str, Any] = agent.policy.state_dict()
-        return policy_from_sb3(state, mean, deviation, world.start, world.config.controls)
+        return policy_from_sb3(state, mean, deviation, world.start, static, world.config.controls)
 
     if on_agent:
         on_agent(now)

@@ -1,14 +1,16 @@
-"""Random search for static settings: the rival of every policy, and where a policy's students start from."""
+"""Random search for static settings: the rival of every policy, and what a policy's actions change."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from rlkd.agents.controllers import hold_start, random_settings, run
+from rlkd.agents.controllers import Controller, hold_start, random_settings, run
 from rlkd.envs.action import published_setting
-from rlkd.envs.world import StartSettings, World
+from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.world import World
 from rlkd.errors import UserError
 
 
@@ -37,10 +39,27 @@ class SearchConfig:
         return self.num_settings * self.tasks_per_setting + finalists * self.tasks_per_finalist
 
 
+@dataclass(frozen=True)
+class StaticSettings:
+    """The best settings of a search, and what each reached on validation."""
+
+    positions: Tensor  # [M, 9]
+    terms: Tensor  # [M, 3], mean accuracy, 1 - latency ratio, 1 - energy ratio
+
+    def best(self, preference: Tensor) -> Tensor:
+        """[N, 9], the setting with the best mean score under each `preference` [N, 3]; ties go to the lower index."""
+        return self.positions[(preference @ self.terms.T).argmax(-1)]
+
+    def controller(self) -> Controller:
+        """The best static setting for each student's own preference, held: the rival of every policy."""
+        first = OBSERVATIONS.index("preference_accuracy")
+        return lambda observation, start, window: self.best(observation[:, first : first + 3])
+
+
 def search_static(
     world: World, config: SearchConfig, generator: torch.Generator, on_window: Callable[[int], object] | None = None
-) -> StartSettings:
-    """Settings and what each reaches on validation; `StartSettings.choose` picks the best for a preference.
+) -> StaticSettings:
+    """Settings and what each reaches on validation; `StaticSettings.best` picks the best for a preference.
 
     The mean terms of a setting (accuracy, latency, energy) do not depend on the preference of its tasks, so one
     search serves every preference. Finalists are the settings that are best for at least one of a row of
@@ -53,10 +72,10 @@ def search_static(
     chosen = _finalists(first, config.num_finalists)  # [F]
     second = _terms(world, settings[chosen], config.tasks_per_finalist, generator, on_window)  # [F, 3]
     a, b = config.tasks_per_setting, config.tasks_per_finalist
-    return StartSettings(settings[chosen], (first[chosen] * a + second * b) / (a + b))
+    return StaticSettings(settings[chosen], (first[chosen] * a + second * b) / (a + b))
 
 
-def _finalists(terms: torch.Tensor, num_finalists: int) -> torch.Tensor:
+def _finalists(terms: Tensor, num_finalists: int) -> Tensor:
     """Indices of the settings to look at more closely: in turn the next best for each accuracy weight."""
     weights = torch.tensor([0.6, 0.3, 0.4, 0.75, 0.9, 0.95])
     preference = torch.stack([weights, 0.75 * (1 - weights), 0.25 * (1 - weights)], dim=-1)  # [W, 3]
@@ -67,11 +86,11 @@ def _finalists(terms: torch.Tensor, num_finalists: int) -> torch.Tensor:
 
 def _terms(
     world: World,
-    settings: torch.Tensor,
+    settings: Tensor,
     num_tasks: int,
     generator: torch.Generator,
     on_window: Callable[[int], object] | None,
-) -> torch.Tensor:
+) -> Tensor:
     """[M, 3] mean terms of every setting over the same `num_tasks` fresh tasks."""
     seeds = torch.randint(2**60, (num_tasks,), generator=generator).tolist()
     results = run(

@@ -31,8 +31,8 @@ def compare_methods(
     """Run the comparison and fill `folder` with `result.json` and `result.csv`; returns the content of the first.
 
     Args:
-        config: tasks, preferences and, without a policy, the static search.
-        bundle: the policy; its control ranges and start settings take the place of the config's and the search's.
+        config: tasks, preferences and, without a policy, the search.
+        bundle: the policy; its control ranges, start and static settings replace the config's and the search's.
         names: methods, the first being what the others are paired with unless `policy` is among them.
         num_seeds: sets of `comparison.num_tasks` fresh tasks.
         folder: an empty run folder.
@@ -46,15 +46,16 @@ def compare_methods(
     describe_run(folder, config, seed)
     world = build_world(config.env, bundle.policy.start if bundle else None, progress.say)
     save_profile(world.profile, folder / "cost_profile.json")
-    if bundle is None and "static" in names:
+    static = bundle.policy.static if bundle else None
+    if static is None and "static" in names:
         progress.phase("static search", config.search.num_trainings, config.num_windows)
         generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-        world = dataclasses.replace(world, start=search_static(world, config.search, generator, progress.advance))
+        static = search_static(world, config.search, generator, progress.advance)
     blind = [name for name in names if name in NEED_POLICY and name != "policy"]
     if blind:
         progress.phase("the policy's mean behaviour", len(blind) * NUM_ABLATION_TASKS, config.num_windows)
     policy = bundle.policy if bundle else None
-    methods = build_methods(names, world, policy, stream_seed(seed, TRAIN_STREAM), progress.advance)
+    methods = build_methods(names, world, policy, static, stream_seed(seed, TRAIN_STREAM), progress.advance)
 
     weights = config.comparison.accuracy_weights
     seeds = [s for k in range(num_seeds) for s in held_out_seeds(seed + k, config.comparison.num_tasks)]

@@ -56,7 +56,7 @@ class Episodes:
         Args:
             seeds: one task a student, for all N or for those at `rows`.
             rows: [len(seeds)] int64.
-            start: [len(seeds), 9] positions to begin from; by default the world's best for each preference.
+            start: [len(seeds), 9] positions to begin from; by default the world's.
         """
         where = torch.arange(self.num_students) if rows is None else rows
         num_teachers = len(self.world.signals.accuracy)
@@ -64,8 +64,7 @@ class Episodes:
         self.students.reset(fresh, where)
         tasks = dict(zip(where.tolist(), fresh, strict=True))
         self.tasks = [tasks.get(i) or self.tasks[i] for i in range(self.num_students)]
-        preference = torch.tensor([task.preference for task in fresh])
-        self.start[where] = self.world.start.choose(preference) if start is None else start
+        self.start[where] = self.world.start.expand(len(where), -1) if start is None else start
         self.position[where] = self.start[where]
         self._window[where] = 0.0
         self._facts = self._task_facts()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from rlkd.cost import CostConfig, CostProfile, load_or_calibrate
@@ -37,18 +36,6 @@ class EnvConfig:
 
 
 @dataclass(frozen=True)
-class StartSettings:
-    """Settings found good, with what each scored; a student starts from the best one for its preference."""
-
-    positions: Tensor  # [M, 9]
-    terms: Tensor  # [M, 3], mean accuracy, 1 - latency ratio, 1 - energy ratio on validation
-
-    def choose(self, preference: Tensor) -> Tensor:
-        """[N, 9] for `preference` [N, 3]; ties go to the lower index."""
-        return self.positions[(preference @ self.terms.T).argmax(-1)]
-
-
-@dataclass(frozen=True)
 class World:
     """What all episodes share."""
 
@@ -56,7 +43,7 @@ class World:
     data: DataSet
     signals: Signals
     profile: CostProfile
-    start: StartSettings
+    start: Tensor  # [9], position of the controls that every episode starts from and actions change
     teacher_macs: float
 
     def new_structure(self) -> ChainStudent:
@@ -71,12 +58,12 @@ class World:
         return Population(structure, self.data, self.signals, num_students, c.train)
 
 
-def build_world(config: EnvConfig, start: StartSettings | None = None, say: Callable[[str], object] = print) -> World:
+def build_world(config: EnvConfig, start: Tensor | None = None, say: Callable[[str], object] = print) -> World:
     """Load the data, train or load the teachers, calibrate or load the cost profile.
 
     Args:
         config: checked here.
-        start: settings to start from; by default the published one alone.
+        start: [9], position that episodes start from; by default the published setting.
         say: told in one line when something takes a while.
     """
     config.check()
@@ -86,6 +73,6 @@ def build_world(config: EnvConfig, start: StartSettings | None = None, say: Call
     student = build_student(config.student, data.input_shape, data.num_classes)
     profile = load_or_calibrate(config.cost, student, say)
     if start is None:
-        start = StartSettings(published_setting(config.controls)[None], torch.zeros(1, 3))
+        start = published_setting(config.controls)
     weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
     return World(config, data, signals, profile, start, float(weights))
