@@ -15,9 +15,10 @@ from rlkd.agents.comparison import compare
 from rlkd.agents.controllers import Controller, Results, published, run, schedule
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
+from rlkd.agents.replay import Distilled, distil, write_student
 from rlkd.agents.runs import JsonLines, Progress, describe_run, plain, write_json
 from rlkd.agents.search import StaticSettings, search_static
-from rlkd.configs.schema import ExperimentConfig
+from rlkd.configs.schema import ExperimentConfig, ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
@@ -95,9 +96,13 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
             "updates_per_s": updates / wall_s,
         },
     }
+    progress.phase("one clean student under the policy", 1, windows)
+    student = replay_once(config, policy, seed, progress)
+    result["student"] = {**student.figures, "measured": student.measured}
     provenance["scores"] = {f"{w}: {n}": row for w, t in per_preference.items() for n, row in t["paired"].items()}
     digest = save_bundle(policy, folder / "policy", provenance)
     result["policy_sha256"] = digest
+    write_student(folder / "student", student, Preference(weights[0]), digest)
     write_json(folder / "result.json", result)
     tb.write_controls(logger, world, policy.controller(), seeds[: min(32, num_tasks)])
     tb.write_outcome(logger, config, seed, result)
@@ -105,6 +110,19 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     timing.write({"part": "total", "wall_s": wall_s, "updates_per_s": updates / wall_s})
     timing.close()
     return result
+
+
+def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: Progress) -> Distilled:
+    """What `rlkd replay` does by default, with the run's own student: clean labels, the best teacher."""
+    replay = ReplayConfig(
+        num_windows=config.num_windows,
+        student=config.student,
+        train=config.train,
+        cost=config.cost,
+        preference=Preference(config.comparison.accuracy_weights[0]),
+    )
+    world = build_world(replay.env(policy.controls), policy.start, progress.say)
+    return distil(world, policy.controller(), seed, lambda row, observation: progress.advance(1))
 
 
 def learn(

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlkd.agents.controllers import Controller
-from rlkd.compression import CompactStudent, compact
+from rlkd.compression import CompactStudent, compact, save_student
 from rlkd.cost import median_latency_s
 from rlkd.envs.action import CONTROLS, decode
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
 from rlkd.objectives import FAMILIES
 from rlkd.students import Controls, SoloStudent
+from rlkd.tasks import Preference
 
 MEASURED_BATCHES = (1, 64)
 
@@ -93,6 +95,13 @@ def distil(
     measured["profile_batch"] = world.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return Distilled(small, figures, measured, diverged)
+
+
+def write_student(folder: Path, done: Distilled, preference: Preference, policy_sha256: str) -> None:
+    """Save the compacted student with its test figures, in `folder`."""
+    weights = dict(zip(("accuracy", "latency", "energy"), preference.weights(), strict=True))
+    card = {"figures": done.figures, "preference": weights, "policy_sha256": policy_sha256}
+    save_student(done.student, folder, card)
 
 
 def _named(controls: Controls) -> dict[str, float]:

@@ -8,11 +8,10 @@ from rich.console import Console
 
 from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import load_bundle
-from rlkd.agents.replay import distil
+from rlkd.agents.replay import distil, write_student
 from rlkd.agents.runs import JsonLines, describe_run, new_run, plain, use_one_thread, write_json
 from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
 from rlkd.cli.progress import Bar
-from rlkd.compression import save_student
 from rlkd.configs import ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.action import CONTROLS
@@ -42,7 +41,7 @@ def run(argv: list[str]) -> int:
     folder = new_run(options.out, "replay")
     use_one_thread()
     began = time.perf_counter()
-    versions = describe_run(folder, config, options.seed)
+    describe_run(folder, config, options.seed)
     positions: list[list[float]] = []
     far: dict[int, float] = {}
     with Bar(config.train.steps_per_window) as bar:
@@ -68,8 +67,7 @@ def run(argv: list[str]) -> int:
         logger.close()
         metrics.close()
     preference = dict(zip(("accuracy", "latency", "energy"), config.preference.weights(), strict=True))
-    card = {"figures": done.figures, "preference": preference, "policy_sha256": bundle.digest, "versions": versions}
-    save_student(done.student, folder / "student", plain(card))
+    write_student(folder / "student", done, config.preference, bundle.digest)
     wall_s = time.perf_counter() - began
     updates = config.num_windows * config.train.steps_per_window
     write_json(
