@@ -1,5 +1,7 @@
 """Everything that does not change between episodes: data, teachers' signals, student structure, cost profile."""
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,10 +47,11 @@ class World:
     profile: CostProfile
     start: Tensor  # [9], position of the controls that every episode starts from and actions change
     teacher_macs: float
+    template: ChainStudent  # its structure is every student's; its parameters are nobody's
 
     def new_structure(self) -> ChainStudent:
-        """A student of the configured architecture, uninitialised."""
-        return build_student(self.config.student, self.data.input_shape, self.data.num_classes)
+        """A student of this world's architecture; its parameters mean nothing yet."""
+        return copy.deepcopy(self.template)
 
     def students(self, num_students: int) -> Students:
         """A lock-step population, or one plain student."""
@@ -58,21 +61,33 @@ class World:
         return Population(structure, self.data, self.signals, num_students, c.train)
 
 
-def build_world(config: EnvConfig, start: Tensor | None = None, say: Callable[[str], object] = print) -> World:
+def build_world(
+    config: EnvConfig,
+    start: Tensor | None = None,
+    say: Callable[[str], object] = print,
+    student: ChainStudent | None = None,
+) -> World:
     """Load the data, train or load the teachers, calibrate or load the cost profile.
 
     Args:
         config: checked here.
         start: [9], position that episodes start from; by default the published setting.
         say: told in one line when something takes a while.
+        student: a structure of your own; by default the one that config.student describes.
     """
     config.check()
     data = load_dataset(config.task.dataset)
     teachers = load_teachers(config.teacher, data)
     signals = compute_signals(teachers, data)
-    student = build_student(config.student, data.input_shape, data.num_classes)
+    if student is None:
+        student = build_student(config.student, data.input_shape, data.num_classes)
+    if student.num_classes != data.num_classes or math.prod(student.input_shape) != math.prod(data.input_shape):
+        raise UserError(
+            f"student: {student.num_classes} classes for inputs of shape {list(student.input_shape)}; "
+            f"{data.name} has {data.num_classes} for {list(data.input_shape)}"
+        )
     profile = load_or_calibrate(config.cost, student, say)
     if start is None:
         start = published_setting(config.controls)
     weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
-    return World(config, data, signals, profile, start, float(weights))
+    return World(config, data, signals, profile, start, float(weights), student)

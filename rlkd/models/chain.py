@@ -56,7 +56,7 @@ class ChainStudent(nn.Module):
     """Blocks in a row; each is a weighted layer and a ReLU; a head hangs behind each exit.
 
     Args:
-        layers: `nn.Linear`s, or `nn.Conv2d`s with odd kernels; layer k's output size is group k + 1.
+        layers: `nn.Linear`s, or `nn.Conv2d`s of 3x3, stride 2, padding 1, all with biases; layer k's output size is group k + 1.
         heads: the `nn.Linear` of each exit, in order, the final one last.
         exits: the block (from 1) behind which each head stands; the last equals len(layers).
         input_shape: [D] or [channels, height, width] that one sample is reshaped to.
@@ -70,6 +70,13 @@ class ChainStudent(nn.Module):
         input_shape: Sequence[int],
     ) -> None:
         super().__init__()
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride, layer.padding) != (
+                (3, 3),
+                (2, 2),
+                (1, 1),
+            ):
+                raise ValueError(f"layers: got {layer}; allowed: 3x3 convolutions with stride 2 and padding 1")
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
         self.exits = tuple(exits)
