@@ -56,7 +56,7 @@ class ChainStudent(nn.Module):
     """Blocks in a row; each is a weighted layer and a ReLU; a head hangs behind each exit.
 
     Args:
-        layers: `nn.Linear`s, or `nn.Conv2d`s of 3x3, stride 2, padding 1, all with biases; layer k's output size is group k + 1.
+        layers: `nn.Linear`s, or `nn.Conv2d`s of 3x3 with stride 2 and padding 1, all with biases.
         heads: the `nn.Linear` of each exit, in order, the final one last.
         exits: the block (from 1) behind which each head stands; the last equals len(layers).
         input_shape: [D] or [channels, height, width] that one sample is reshaped to.
