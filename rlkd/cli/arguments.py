@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 import rlkd.configs
 from rlkd.errors import UserError
@@ -28,6 +28,7 @@ def config_names() -> list[str]:
 
 def new_parser(verb: str, what: str, examples: Sequence[str]) -> ArgumentParser:
     """A parser that raises instead of exiting, with examples in its help."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(
         prog=f"rlkd {verb}",
         description=what,

@@ -17,8 +17,8 @@ from rlkd.tasks.datasets import DataSet, check_dataset
 class Range:
     """A closed interval from which a task's property is drawn uniformly; `low == high` fixes it."""
 
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = 1.0
 
     def check(self, name: str, lowest: float, highest: float) -> None:
         """Raises UserError unless lowest <= low <= high <= highest."""

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkd.compression import compact, exits_at, keep_top, load_student, save_student
+from rlkd.errors import UserError
+from rlkd.models import ChainStudent, Masks, StudentConfig, build_student, initialise
+
+STUDENTS = {
+    "mlp": StudentConfig(widths=(12, 9, 7), exits=(1, 2)),
+    "conv": StudentConfig("conv", (4, 6), (1,)),
+    "no_exit": StudentConfig(widths=(12, 9), exits=()),
+}
+
+
+def made(name: str) -> tuple[ChainStudent, Masks, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    student = build_student(STUDENTS[name], (8, 8), 10)
+    initialise(student, generator)
+    for layer in (*student.layers, *student.heads):
+        torch.nn.init.uniform_(layer.bias, -0.5, 0.5, generator=generator)  # type: ignore[arg-type]
+    masks = tuple(
+        keep_top(torch.rand(1, size, generator=generator), torch.tensor([0.5]))[0] for size in student.group_sizes
+    )
+    return student, masks, torch.rand(64, 8, 8, generator=generator)
+
+
+def masked_answers(student: ChainStudent, masks: Masks, inputs: Tensor, threshold: float) -> Tensor:
+    """Logits of the exit that each sample leaves at, by the masked student."""
+    logits = student(inputs, masks).logits
+    answers, waiting = logits[-1].clone(), torch.ones(len(inputs), dtype=torch.bool)
+    for early in logits[:-1]:
+        leave = waiting & exits_at(early.softmax(-1).amax(-1), torch.tensor(threshold), student.num_classes)
+        answers[leave] = early[leave]
+        waiting &= ~leave
+    return answers
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 1.0])
+@torch.no_grad()
+def test_compacted_answers_equal_masked_answers(name: str, threshold: float) -> None:
+    student, masks, inputs = made(name)
+    if 0.1 < threshold < 1 and name != "no_exit":
+        confidence = student(inputs, masks).logits[0].softmax(-1).amax(-1)
+        threshold = float(confidence.quantile(threshold))  # so that some leave and some stay
+    small = compact(student, masks, threshold)
+    torch.testing.assert_close(small(inputs), masked_answers(student, masks, inputs, threshold), atol=1e-5, rtol=1e-4)
+
+
+def test_masked_rows_and_columns_are_gone() -> None:
+    student, masks, _ = made("mlp")
+    small = compact(student, masks, 1.0)
+    kept = [int(mask.sum()) for mask in masks]
+    assert [tuple(layer.weight.shape) for layer in small.layers] == [(kept[k + 1], kept[k]) for k in range(3)]
+    assert len(small.heads) == 1  # never exiting needs no early head
+    always = compact(student, masks, 0.1)
+    assert len(always.layers) == 1
+    assert len(always.heads) == 1
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_saved_student_answers_the_same(name: str, tmp_path: Path) -> None:
+    student, masks, inputs = made(name)
+    small = compact(student, masks, 0.4)
+    save_student(small, tmp_path, {"note": "x"})
+    assert torch.equal(load_student(tmp_path)(inputs), small(inputs))
+
+
+def test_an_altered_student_is_refused(tmp_path: Path) -> None:
+    student, masks, _ = made("mlp")
+    save_student(compact(student, masks, 0.4), tmp_path, {})
+    weights = tmp_path / "student.safetensors"
+    blob = bytearray(weights.read_bytes())
+    blob[-1] ^= 1
+    weights.write_bytes(blob)
+    with pytest.raises(UserError, match="altered"):
+        load_student(tmp_path)
+    card = json.loads((tmp_path / "student.json").read_text())
+    (tmp_path / "student.json").write_text(json.dumps({**card, "format": 99}))
+    with pytest.raises(UserError, match="format"):
+        load_student(tmp_path)
+    with pytest.raises(UserError, match="cannot read"):
+        load_student(tmp_path / "nowhere")

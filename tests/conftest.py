@@ -1,0 +1,51 @@
+"""A small world on real digits: three quick teachers and a cost profile written by hand, so nothing is timed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlkd.cost import CostConfig, CostProfile, save_profile
+from rlkd.cost.profile import ENERGY_MODEL
+from rlkd.envs import EnvConfig, World, build_world
+from rlkd.teachers import TeacherConfig
+
+TEACHERS = TeacherConfig(num_samples=(40, 300, 897), num_steps=100)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLKD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "cost.json"
+    coefficients = (1e-5, 2e-11, 3e-11, 0.0, 4e-8, 3e-7, 3e-10)
+    save_profile(CostProfile(256, coefficients, dict(ENERGY_MODEL), {"latency": "written by hand"}), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def config(profile_file: Path) -> EnvConfig:
+    return EnvConfig(num_windows=4, teacher=TEACHERS, cost=CostConfig(profile=str(profile_file)))
+
+
+@pytest.fixture(scope="session")
+def world(config: EnvConfig) -> World:
+    return build_world(config)
+
+
+@pytest.fixture(scope="session")
+def tiny(profile_file: Path) -> list[str]:
+    """Options that make `rlkd train` a matter of seconds."""
+    return [
+        *("--config", "smoke", "--cost.profile", str(profile_file)),
+        *("--teacher.num_samples", "[40, 897]", "--teacher.num_steps", "60"),
+        *("--num_windows", "3", "--train.steps_per_window", "3"),
+        *("--search.num_settings", "3", "--comparison.num_tasks", "8", "--ppo.num_students", "8"),
+    ]

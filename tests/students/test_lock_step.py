@@ -1,0 +1,151 @@
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkd.envs import World
+from rlkd.models import StudentConfig, build_student
+from rlkd.students import Controls, Metrics, Population, SoloStudent, TrainConfig
+from rlkd.tasks import draw_task
+
+TRAIN = TrainConfig(steps_per_window=15, batch_size=24)
+
+
+def controls_of(rows: list[int]) -> Controls:
+    """Different controls for every student, by its number."""
+    i = torch.tensor(rows, dtype=torch.float32)
+    weights = torch.stack([1 + i, 2.0 + 0 * i, 0.5 + 0 * i, 0.3 + 0.1 * i], dim=-1)
+    return Controls(
+        weights / weights.sum(-1, keepdim=True), 1 + i, 1 - 0.2 * i, 1 - 0.25 * i, 0.3 + 0.2 * i, 1e-3 * (1 + i)
+    )
+
+
+def population(world: World, student: StudentConfig, seeds: list[int]) -> Population:
+    structure = build_student(student, world.data.input_shape, world.data.num_classes)
+    students = Population(structure, world.data, world.signals, len(seeds), TRAIN)
+    students.reset([draw_task(seed, world.config.task, world.data, 3) for seed in seeds])
+    return students
+
+
+def assert_rows_equal(left: dict[str, Tensor], right: dict[str, Tensor], rows: list[int], others: list[int]) -> None:
+    for name, stacked in left.items():
+        assert torch.equal(stacked[rows], right[name][others]), name
+
+
+@pytest.fixture
+def double_world(world: World) -> Iterator[World]:
+    """The same world in double precision, where Adam cannot blow rounding up to something visible."""
+    torch.set_default_dtype(torch.float64)
+    s = world.signals
+    signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
+    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
+    yield dataclasses.replace(world, data=data, signals=signals)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("student", [StudentConfig(), StudentConfig("conv", (4, 8), (1,))], ids=["mlp", "conv"])
+def test_population_and_solo_student_agree_after_sixty_updates(double_world: World, student: StudentConfig) -> None:
+    world = double_world
+    together = population(world, student, [0, 1, 2])
+    for _ in range(4):
+        telemetry = together.train_window(controls_of([0, 1, 2]))
+    metrics = together.evaluate("validation")
+    for row in range(3):
+        structure = build_student(student, world.data.input_shape, world.data.num_classes)
+        alone = SoloStudent(structure, world.data, world.signals, TRAIN)
+        alone.reset([draw_task(row, world.config.task, world.data, 3)])
+        for _ in range(4):
+            single = alone.train_window(controls_of([row]))
+        for name, parameter in alone.state_dict().items():
+            torch.testing.assert_close(together.state_dict()[name][row], parameter[0], atol=1e-8, rtol=1e-7)
+        for field in ("losses", "gradient_norms", "gradient_cosine"):
+            torch.testing.assert_close(
+                getattr(telemetry, field)[row], getattr(single, field)[0], atol=1e-7, rtol=1e-6, msg=field
+            )
+        ours: Metrics = alone.evaluate("validation")
+        for field in ("kept", "exit_loss", "divergence", "spread"):
+            torch.testing.assert_close(getattr(metrics, field)[row], getattr(ours, field)[0], atol=1e-7, rtol=1e-6)
+        assert float(metrics.accuracy[row]) == float(ours.accuracy[0])
+
+
+def test_population_and_solo_student_agree_in_single_precision(world: World) -> None:
+    together = population(world, StudentConfig(), [4, 5])
+    alone = SoloStudent(build_student(StudentConfig(), (8, 8), 10), world.data, world.signals, TRAIN)
+    alone.reset([draw_task(5, world.config.task, world.data, 3)])
+    for _ in range(4):
+        together.train_window(controls_of([1, 0]))
+        alone.train_window(controls_of([0]))
+    for name, parameter in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[name][1], parameter[0], atol=1e-3, rtol=1e-3)
+
+
+def test_training_learns_something(world: World) -> None:
+    students = population(world, StudentConfig(), [5])
+    before = float(students.evaluate("validation").exit_accuracy[0, -1])
+    controls = Controls(
+        torch.tensor([[0.5, 0.5, 0.0, 0.0]]),
+        torch.ones(1),
+        torch.ones(1),
+        torch.ones(1),
+        torch.ones(1),
+        torch.full((1,), 5e-3),
+    )
+    for _ in range(6):
+        students.train_window(controls)
+    assert float(students.evaluate("validation").exit_accuracy[0, -1]) > before + 0.2
+
+
+def test_a_student_learns_the_same_whoever_stands_beside_it(world: World) -> None:
+    first, second = population(world, StudentConfig(), [7, 1, 2]), population(world, StudentConfig(), [3, 9, 7, 4])
+    first.train_window(controls_of([0, 1, 2]))
+    second.train_window(controls_of([3, 1, 0, 2]))
+    for name, stacked in first.state_dict().items():
+        torch.testing.assert_close(stacked[0], second.state_dict()[name][2], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [1e30, math.nan])
+def test_a_diverged_neighbour_is_flagged_and_touches_nobody(world: World, rate: float) -> None:
+    healthy, mixed = population(world, StudentConfig(), [0, 1, 2]), population(world, StudentConfig(), [0, 1, 2])
+    good = controls_of([0, 1, 2])
+    rates = good.learning_rate.clone()
+    rates[1] = rate
+    bad = Controls(good.weights, good.temperature, good.feature_keep, good.unit_keep, good.exit_threshold, rates)
+    for _ in range(2):
+        fine, broken = healthy.train_window(good), mixed.train_window(bad)
+    assert fine.diverged.tolist() == [False, False, False]
+    assert broken.diverged.tolist() == [False, True, False]
+    assert_rows_equal(healthy.state_dict(), mixed.state_dict(), [0, 2], [0, 2])
+
+
+def test_resetting_some_students_leaves_the_others_alone(world: World) -> None:
+    kept, reset = population(world, StudentConfig(), [0, 1, 2]), population(world, StudentConfig(), [0, 1, 2])
+    for students in (kept, reset):
+        students.train_window(controls_of([0, 1, 2]))
+    reset.reset([draw_task(8, world.config.task, world.data, 3)], torch.tensor([1]))
+    assert not torch.equal(kept.state_dict()["layers.0.weight"][1], reset.state_dict()["layers.0.weight"][1])
+    for students in (kept, reset):
+        students.train_window(controls_of([0, 1, 2]))
+    assert_rows_equal(kept.state_dict(), reset.state_dict(), [0, 2], [0, 2])
+    fresh = population(world, StudentConfig(), [0, 8, 2])
+    fresh.train_window(controls_of([0, 1, 2]))
+    assert_rows_equal(fresh.state_dict(), reset.state_dict(), [1], [1])
+
+
+def test_reset_wants_a_task_for_each_student(world: World) -> None:
+    with pytest.raises(ValueError, match="1 tasks for 2 students"):
+        population(world, StudentConfig(), [0, 1]).reset([draw_task(0, world.config.task, world.data, 3)])
+
+
+def test_a_weight_of_an_unavailable_family_goes_to_the_others(world: World) -> None:
+    # the teachers are MLPs: a convolutional student has no attention to match, so this weight changes nothing
+    conv = StudentConfig("conv", (4, 8), (1,))
+    with_it, without = population(world, conv, [0]), population(world, conv, [0])
+    a, b = torch.tensor([[0.4, 0.1, 0.0, 0.5]]), torch.tensor([[0.8, 0.2, 0.0, 0.0]])
+    rest = (torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1), torch.full((1,), 1e-3))
+    with_it.train_window(Controls(a, *rest))
+    without.train_window(Controls(b, *rest))
+    for name, parameter in with_it.state_dict().items():
+        torch.testing.assert_close(parameter, without.state_dict()[name], atol=1e-6, rtol=1e-5)
