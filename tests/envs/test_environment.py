@@ -1,0 +1,217 @@
+import dataclasses
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+from rlkd.envs import ENV_ID, OBSERVATIONS, ControlConfig, EnvConfig, Episodes, FlattenAction, World, build_world
+from rlkd.envs.action import CONTROLS, decode, dict_action, encode, flat_action, published_setting
+from rlkd.errors import UserError
+from rlkd.tasks import Split
+
+SCORE = OBSERVATIONS.index("score")
+
+
+def actions(num: int, seed: int = 0) -> list[np.ndarray]:
+    """[9] changes, drawn uniformly."""
+    rng = np.random.default_rng(seed)
+    return [rng.uniform(-1, 1, len(CONTROLS)).astype(np.float32) for _ in range(num)]
+
+
+def play(world: World, steps: list[np.ndarray], seed: int = 3) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Observations [1 + W, O], rewards [W] and infos of one episode."""
+    env = gymnasium.make(ENV_ID, world=world)
+    observation, _ = env.reset(seed=seed)
+    seen, rewards, infos = [observation], [], []
+    for step in steps:
+        observation, reward, _, _, info = env.step(dict_action(step))
+        seen.append(observation)
+        rewards.append(float(reward))
+        infos.append(info)
+    return np.stack(seen), np.array(rewards), infos
+
+
+def test_gymnasium_and_sb3_find_nothing_to_warn_of(world: World) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gymnasium.make(ENV_ID, world=world).unwrapped)
+        sb3_check_env(FlattenAction(gymnasium.make(ENV_ID, world=world)))
+
+
+def test_vector_environment_agrees_with_single_ones_step_by_step(world: World) -> None:
+    vector = gymnasium.make_vec(ENV_ID, num_envs=3, vectorization_mode="vector_entry_point", world=world)
+    singles = [gymnasium.make(ENV_ID, world=world) for _ in range(3)]
+    observations, _ = vector.reset(seed=20)
+    for i, env in enumerate(singles):
+        np.testing.assert_allclose(env.reset(seed=20 + i)[0], observations[i], atol=1e-5)
+    for step in range(2 * world.config.num_windows):
+        flat = np.stack(actions(3, seed=step))
+        observations, rewards, terminated, truncated, info = vector.step(dict_action(flat))
+        assert not truncated.any()
+        for i, env in enumerate(singles):
+            observation, reward, done, _, single_info = env.step(dict_action(flat[i]))
+            assert done == terminated[i] == ((step + 1) % world.config.num_windows == 0)
+            last = info["final_obs"][i] if done else observations[i]
+            figures = info["final_info"] if done else info
+            np.testing.assert_allclose(observation, last, atol=5e-3)
+            assert reward == pytest.approx(rewards[i], abs=5e-3)
+            assert single_info["macs_ratio"] == pytest.approx(figures["macs_ratio"][i], abs=5e-3)
+            if done:
+                np.testing.assert_allclose(env.reset()[0], observations[i], atol=1e-5)
+
+
+def test_seeds_repeat_and_differ(world: World) -> None:
+    steps = actions(2)
+    first, again, other = play(world, steps), play(world, steps), play(world, steps, seed=4)
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], other[0])
+    vector = gymnasium.make_vec(ENV_ID, num_envs=2, vectorization_mode="vector_entry_point", world=world)
+    assert np.array_equal(vector.reset(seed=[5, 6])[0], vector.reset(seed=5)[0])
+    with pytest.raises(ValueError, match="1 seeds for 2 students"):
+        vector.reset(seed=[5])
+
+
+def test_rewards_are_the_changes_of_the_score(world: World) -> None:
+    seen, rewards, infos = play(world, actions(4))
+    np.testing.assert_allclose(rewards, np.diff(seen[:, SCORE]), atol=1e-6)
+    np.testing.assert_allclose(seen[1:, SCORE], [info["score"] for info in infos], atol=1e-6)
+    assert rewards.sum() == pytest.approx(seen[-1, SCORE] - seen[0, SCORE], abs=1e-6)
+
+
+def test_score_by_hand(world: World) -> None:
+    _, _, infos = play(world, actions(2))
+    names = ("preference_accuracy", "preference_latency", "preference_energy")
+    seen, _, _ = play(world, actions(1))
+    w = [seen[0, OBSERVATIONS.index(name)] for name in names]
+    i = infos[0]
+    expected = w[0] * i["accuracy"] + w[1] * (1 - i["latency_ratio"]) + w[2] * (1 - i["energy_ratio"])
+    assert i["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_belongs_to_the_action_that_caused_it(world: World) -> None:
+    common, ending = actions(2), actions(2, seed=9)
+    one = play(world, [*common, ending[0]])
+    two = play(world, [*common, ending[1]])
+    np.testing.assert_array_equal(one[1][:2], two[1][:2])
+    assert one[1][2] != two[1][2]
+    # nothing but pruning harder: the window that prunes is the one whose cost falls
+    hold, prune = np.zeros(9, dtype=np.float32), np.zeros(9, dtype=np.float32)
+    prune[CONTROLS.index("unit_keep")] = -1.0
+    ratios = [info["macs_ratio"] for info in play(world, [hold, prune, prune])[2]]
+    assert ratios[0] == pytest.approx(1.0)
+    assert ratios[1] < 0.5
+
+
+def with_split_changed(world: World, split: Split, what: str) -> World:
+    """The same world with every label, or every input, of one split replaced."""
+    index = world.data.splits[split]
+    labels, inputs = world.data.labels.clone(), world.data.inputs.clone()
+    if what == "labels":
+        labels[index] = (labels[index] + 1) % world.data.num_classes
+    else:
+        inputs[index] = 1.0 - inputs[index]
+    return dataclasses.replace(world, data=dataclasses.replace(world.data, labels=labels, inputs=inputs))
+
+
+def test_test_data_changes_nothing_that_is_seen_or_rewarded(world: World) -> None:
+    steps = actions(3)
+    plain = play(world, steps)
+    for what in ("labels", "inputs"):
+        other = play(with_split_changed(world, "test", what), steps)
+        np.testing.assert_array_equal(plain[0], other[0])
+        np.testing.assert_array_equal(plain[1], other[1])
+    assert not np.array_equal(plain[1], play(with_split_changed(world, "validation", "labels"), steps)[1])
+
+
+def test_students_train_on_the_train_split_alone(world: World) -> None:
+    def trained(w: World) -> dict[str, torch.Tensor]:
+        episodes = Episodes(w, 2)
+        episodes.reset([1, 2])
+        episodes.step(episodes.start)
+        return episodes.students.state_dict()
+
+    plain = trained(world)
+    for split in ("validation", "test"):
+        other = trained(with_split_changed(world, split, "inputs"))  # type: ignore[arg-type]
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+    assert not torch.equal(
+        plain["layers.0.weight"], trained(with_split_changed(world, "train", "inputs"))["layers.0.weight"]
+    )
+
+
+def test_no_action_holds_the_start(world: World) -> None:
+    seen, _, _ = play(world, [np.zeros(9, dtype=np.float32)] * 2)
+    controls = [OBSERVATIONS.index(f"control_{name}") for name in CONTROLS]
+    np.testing.assert_allclose(seen[:, controls], np.stack([published_setting(world.config.controls).numpy()] * 3))
+
+
+def test_observations_stay_in_bounds(world: World) -> None:
+    space = gymnasium.make(ENV_ID, world=world).observation_space
+    assert space.shape == (len(OBSERVATIONS),) == (len(set(OBSERVATIONS)),)
+    for observation in play(world, actions(4, seed=2))[0]:
+        assert space.contains(observation)
+
+
+def test_a_diverged_student_ends_with_the_worst_score(config: EnvConfig) -> None:
+    hot = build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e30, 1e30))))
+    env = gymnasium.make(ENV_ID, world=hot)
+    first, _ = env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step(dict_action(np.zeros(9, dtype=np.float32)))
+    assert (terminated, truncated, info["diverged"], info["score"]) == (True, False, 1.0, 0.0)
+    assert reward == pytest.approx(0.0 - first[SCORE], abs=1e-6)
+    assert np.isfinite(observation).all()
+
+
+def test_controls_decode_by_hand() -> None:
+    config = ControlConfig()
+    low, high = decode(torch.zeros(1, 9), config, 10), decode(torch.ones(1, 9), config, 10)
+    for name in ("temperature", "feature_keep", "unit_keep", "learning_rate"):
+        torch.testing.assert_close(
+            torch.stack([getattr(low, name)[0], getattr(high, name)[0]]), torch.tensor(getattr(config, name))
+        )
+    assert (float(low.exit_threshold), float(high.exit_threshold)) == pytest.approx((0.1, 1.0))
+    dead = decode(torch.full((1, 9), 0.2), config, 10), decode(torch.full((1, 9), 0.8), config, 10)
+    assert float(dead[0].exit_threshold) == pytest.approx(0.1)
+    assert float(dead[1].exit_threshold) == pytest.approx(1.0)
+    assert low.weights.tolist() == [[0.25] * 4]
+    published = decode(published_setting(config)[None], config, 10)
+    torch.testing.assert_close(published.weights, torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert float(published.temperature) == pytest.approx(4.0)
+    assert (float(published.feature_keep), float(published.unit_keep)) == pytest.approx((1.0, 1.0))
+
+
+def test_flat_and_dict_actions_are_one() -> None:
+    flat = np.stack(actions(4))
+    np.testing.assert_array_equal(flat_action(dict_action(flat)), flat)
+    named = {**dict.fromkeys((f"weight_{f}" for f in ("hard_label", "response", "feature", "attention")), 1.0)}
+    position = encode(
+        {
+            **named,
+            "temperature": 10.0,
+            "feature_keep": 0.1,
+            "unit_keep": 1.0,
+            "exit_threshold": 0.5,
+            "learning_rate": 5e-4,
+        },
+        ControlConfig(),
+    )
+    assert position.tolist() == pytest.approx([1, 1, 1, 1, 1, 0, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_windows": 0}, "num_windows: got 0"),
+        ({"controls": ControlConfig(step=0.0)}, r"controls\.step: got 0"),
+        ({"controls": ControlConfig(unit_keep=(0.5, 1.5))}, r"controls\.unit_keep"),
+    ],
+)
+def test_impossible_configs_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(EnvConfig(), **change).check()
