@@ -105,7 +105,7 @@ def _report(
         row = measured[name]
         lines.append(
             f"measured, {name.replace('_', ' ')}: {row['latency_s'] * 1e6:.1f} us (IQR {row['spread_s'] * 1e6:.1f}), "
-            f"dense {row['dense_latency_s'] * 1e6:.1f} us, {row['speedup']:.2f} times faster"
+            f"dense {row['dense_latency_s'] * 1e6:.1f} us, speed-up {row['speedup']:.2f}"
         )
     profile_us = measured["profile_latency_s"] * 1e6  # type: ignore[operator]
     lines.append(f"the cost profile had predicted {profile_us:.1f} us at batch {measured['profile_batch']}")

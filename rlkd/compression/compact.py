@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, Layer, Masks, layers_of
 from rlkd.objectives.hard_label import log_probabilities
@@ -107,9 +108,10 @@ def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStu
         threshold: 1/C or less ends the student at its first exit, 1 or more drops its early exits.
     """
     exits, heads = list(student.exits), layers_of(student.heads)
-    if threshold >= 1.0:
+    always, never = exit_ends(torch.tensor(threshold), student.num_classes)
+    if never:
         exits, heads = exits[-1:], heads[-1:]
-    elif threshold <= 1.0 / student.num_classes:
+    elif always:
         exits, heads = exits[:1], heads[:1]
     kept = [torch.nonzero(mask)[:, 0] for mask in masks]
     layers: list[nn.Module] = []

@@ -61,6 +61,15 @@ def spread(scores: Tensor) -> Tensor:
     return scores.sum(-1).square() / (scores.shape[-1] * scores.square().sum(-1)).clamp_min(1e-12)
 
 
+def exit_ends(threshold: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Whether all samples leave at the first exit, and whether none leaves early, for thresholds [*N].
+
+    A threshold within 1e-6 of 1/C or of 1 counts as that end: 0.1 is not the same number in single and in
+    double precision, and training, cost and the compacted student must agree on which one is meant.
+    """
+    return threshold <= 1.0 / num_classes + 1e-6, threshold >= 1.0 - 1e-6
+
+
 def exits_at(confidence: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
     """Whether a sample of this confidence (largest softmax probability) leaves at an early exit.
 
@@ -74,7 +83,7 @@ def exits_at(confidence: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
     Returns:
         [*N, B] bool.
     """
-    always, never = threshold <= 1.0 / num_classes, threshold >= 1.0
+    always, never = exit_ends(threshold, num_classes)
     return ((confidence >= threshold[..., None]) | always[..., None]) & ~never[..., None]
 
 

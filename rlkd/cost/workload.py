@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlkd.compression.selection import exit_ends
 from rlkd.models import ChainStudent, layers_of
 
 
@@ -56,8 +57,7 @@ def workload(
         exit_threshold: [N].
         batch_size: B.
     """
-    always = exit_threshold <= 1.0 / student.num_classes  # [N]
-    never = exit_threshold >= 1.0  # [N]
+    always, never = exit_ends(exit_threshold, student.num_classes)  # each [N]
     kept = kept.double()
     reach = torch.ones(len(kept), dtype=torch.float64)  # [N] share of samples that get to this block
     macs, activations, weights, layers, decisions, decided = torch.zeros(6, len(kept), dtype=torch.float64)
