@@ -49,8 +49,9 @@ def schedule(config: ControlConfig, num_windows: int) -> Controller:
     """A hand-made schedule as published recipes have it: hot and dense first, then cold and sparse.
 
     Temperature falls geometrically from 5 to 1 (annealed distillation, Jafari et al. 2021), the kept share of
-    inputs and units from 0.8 to 0.3 along the cubic schedule of gradual pruning (Zhu & Gupta 2018), and weight
-    moves from the teacher's answers to the labels; no sample leaves early.
+    units from 0.8 to 0.3 along the cubic schedule of gradual pruning (Zhu & Gupta 2018), the learning rate along
+    a cosine, and weight moves from the teacher's answers to the labels; inputs stay, and no sample leaves early.
+    Pruning inputs as well cost it 0.10 of accuracy and 0.04 of J (64 tasks), so it is not asked to.
     """
     return lambda observation, start, window: _scheduled(window, config, num_windows).expand_as(start)
 
@@ -62,12 +63,12 @@ def _scheduled(window: int, config: ControlConfig, num_windows: int) -> Tensor:
         zip((f"weight_{f}" for f in FAMILIES), (0.2 + 0.3 * done, 0.6 - 0.3 * done, 0.15, 0.05), strict=True)
     )
     temperature = 5.0 ** (1.0 - done)
-    rate = 3e-3 * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
+    rate = 1e-2 * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
     return encode(
         {
             **weights,
             "temperature": temperature,
-            "feature_keep": keep,
+            "feature_keep": 1.0,
             "unit_keep": keep,
             "exit_threshold": 1.0,
             "learning_rate": rate,

@@ -17,7 +17,7 @@ METHODS = {
     "policy": "closed loop: the learned policy (needs --policy)",
     "static": "best static setting of the search, or of the policy's own, for the preference",
     "published": "CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05, T = 4, the whole student",
-    "schedule": "temperature 5 to 1, kept share 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
+    "schedule": "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
     "open_loop": "the policy's mean schedule over training tasks, blind to the student (needs --policy)",
     "mean_action": "the policy's mean setting over training tasks, held constant (needs --policy)",
 }
