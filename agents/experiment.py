@@ -16,6 +16,7 @@ from rlkd.agents.controllers import Controller, Results, published, run, schedul
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.replay import Distilled, distil, write_student
+from rlkd.agents.report import read_run, write_report
 from rlkd.agents.runs import JsonLines, Progress, describe_run, plain, write_json
 from rlkd.agents.search import StaticSettings, search_static
 from rlkd.configs.schema import ExperimentConfig, ReplayConfig
@@ -107,6 +108,7 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     tb.write_controls(logger, world, policy.controller(), seeds[: min(32, num_tasks)])
     tb.write_outcome(logger, config, seed, result)
     logger.close()
+    write_report([read_run(folder)], folder)
     timing.write({"part": "total", "wall_s": wall_s, "updates_per_s": updates / wall_s})
     timing.close()
     return result

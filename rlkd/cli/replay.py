@@ -9,6 +9,7 @@ from rich.console import Console
 from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import load_bundle
 from rlkd.agents.replay import distil, write_student
+from rlkd.agents.report import read_run, write_report
 from rlkd.agents.runs import JsonLines, describe_run, new_run, plain, use_one_thread, write_json
 from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
 from rlkd.cli.progress import Bar
@@ -86,6 +87,7 @@ def run(argv: list[str]) -> int:
             "cost": {"agent_trainings": 0, "wall_s": wall_s, "updates_per_s": updates / wall_s},
         },
     )
+    write_report([read_run(folder)], folder)
     _report(Console(), folder, done.figures, done.measured, far)
     return 1 if done.diverged else 0
 

@@ -42,5 +42,6 @@ def run(argv: list[str]) -> int:
         f"{cost['wall_s']:.0f} s in all, {cost['updates_per_s']:,.0f} updates/s",
         highlight=False,
     )
+    console.print(f"report: {folder / 'report.html'}   curves: tensorboard --logdir {folder}", highlight=False)
     console.print(f"policy: {folder / 'policy'}   next: rlkd replay --policy {folder / 'policy'}", highlight=False)
     return 0
