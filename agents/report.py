@@ -230,8 +230,7 @@ def page(runs: list[Run], images: dict[str, bytes]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>rlkd: {names}</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{names}</h1>{''.join(parts)}</body></html>
-"
+        f"<body><h1>{names}</h1>{''.join(parts)}</body></html>\n"
     )
 
 
