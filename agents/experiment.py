@@ -110,7 +110,6 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     logger.close()
     write_report([read_run(folder)], folder)
     timing.write({"part": "total", "wall_s": wall_s, "updates_per_s": updates / wall_s})
-    timing.close()
     return result
 
 
@@ -167,8 +166,6 @@ def learn(
                 f"stopped; the policy so far is in {folder / 'policy'}: rlkd replay --policy {folder / 'policy'}"
             )
         raise
-    finally:
-        metrics.close()
 
 
 def compare_preferences(

@@ -116,19 +116,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class JsonLines:
-    """Appends one JSON object a line, flushed at once."""
+    """Appends one JSON object a line; the file is closed after each, so whatever was written stays written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append `row`."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def use_one_thread() -> None:

@@ -66,7 +66,6 @@ def run(argv: list[str]) -> int:
         tb.write_config(logger, config)
         tb.write_position_figure(logger, torch.tensor(positions)[:, None])
         logger.close()
-        metrics.close()
     preference = dict(zip(("accuracy", "latency", "energy"), config.preference.weights(), strict=True))
     write_student(folder / "student", done, config.preference, bundle.digest)
     wall_s = time.perf_counter() - began

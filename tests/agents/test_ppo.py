@@ -1,0 +1,70 @@
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from rlkd.agents.policy import Policy, policy_from_sb3
+from rlkd.agents.ppo import PPOConfig, Rollout, new_agent, observation_figures, train
+from rlkd.agents.search import StaticSettings
+from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, World
+from rlkd.envs.sb3 import SB3VecEnv, standardise
+
+CONFIG = PPOConfig(num_students=6, num_iterations=2, batch_size=8, num_epochs=2, hidden=8)
+STATIC = StaticSettings(torch.zeros(1, 9), torch.zeros(1, 3))
+
+
+def environment(world: World) -> tuple[VecEnv, np.ndarray, np.ndarray]:
+    mean, deviation = observation_figures(world, 6, 0)
+    return SB3VecEnv(DistillationVectorEnv(6, world=world), mean, deviation, 0), mean, deviation
+
+
+def trained(world: World) -> tuple[Policy, list[Rollout]]:
+    rollouts: list[Rollout] = []
+    policy = train(world, STATIC, CONFIG, 5, lambda n: None, lambda r, log: rollouts.append(r))
+    return policy, rollouts
+
+
+def test_the_untrained_policy_holds_the_start_and_equals_sb3s_actor(world: World) -> None:
+    env, mean, deviation = environment(world)
+    agent = new_agent(env, CONFIG, world.config.num_windows, 0)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.rand(20, len(OBSERVATIONS), generator=generator)
+
+    def ours() -> np.ndarray:
+        policy = policy_from_sb3(agent.policy.state_dict(), mean, deviation, world.start, STATIC, world.config.controls)
+        return policy.act(seen).numpy()
+
+    assert np.array_equal(ours(), np.zeros((20, 9)))
+    for parameter in agent.policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+    theirs, _ = agent.predict(standardise(seen.numpy(), mean, deviation), deterministic=True)
+    np.testing.assert_allclose(ours(), theirs, atol=1e-5)
+    assert np.abs(theirs).max() > 0.1
+
+
+def test_training_repeats_and_moves_the_policy(world: World) -> None:
+    (one, rollouts), (two, _) = trained(world), trained(world)
+    for name, tensor in one.weights.items():
+        assert torch.equal(tensor, two.weights[name]), name
+    assert one.weights["action.weight"].abs().max() > 0
+    assert [r.num_trainings for r in rollouts] == [6, 12]
+    assert {"score", "accuracy", "return", "num_diverged", "action/temperature"} <= set(rollouts[0].figures)
+
+
+def test_sb3_adapter_reports_ends_and_returns(world: World) -> None:
+    env, mean, deviation = environment(world)
+    first = env.reset()
+    assert np.abs(first).max() <= 5.0
+    total = np.zeros(6)
+    for window in range(world.config.num_windows):
+        observation, rewards, dones, infos = env.step(np.zeros((6, 9), dtype=np.float32))
+        total += rewards
+        assert dones.all() == (window == world.config.num_windows - 1)
+    for i, info in enumerate(infos):
+        assert abs(info["episode"]["r"] - total[i]) < 1e-5
+        assert info["episode"]["l"] == world.config.num_windows
+        progress = OBSERVATIONS.index("progress")
+        terminal = info["terminal_observation"][progress] * deviation[progress] + mean[progress]
+        assert abs(terminal - 1.0) < 1e-5
+        again = observation[i][progress] * deviation[progress] + mean[progress]
+        assert abs(again) < 1e-5  # the next episode has begun
+        assert 0 <= info["student"]["accuracy"] <= 1

@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from torch.utils.tensorboard import SummaryWriter
+
+from rlkd.agents.report import read_run, write_report
+from rlkd.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = tmp_path / "run & <b>"
+    writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    for step in (1, 2, 3):
+        writer.add_scalar("student/score", step / 10, step)  # type: ignore[no-untyped-call]
+        writer.add_scalar("student/num_trainings", step * 8, step)  # type: ignore[no-untyped-call]
+    writer.close()  # type: ignore[no-untyped-call]
+    (run / "command.txt").write_text("rlkd train --out '<script>alert(1)</script>'\n")
+    figure = {"mean": 0.5, "iqm": 0.51, "ci95": [0.4, 0.6]}
+    entry = dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
+    pair = {"difference": 0.0421, "ci95": [0.03, 0.05], "probability_of_improvement": 0.9}
+    table = {"methods": {"policy": entry, "static": entry}, "paired": {"policy-static": pair}}
+    cost = {"agent_trainings": 24, "wall_s": 3.0, "updates_per_s": 100.0}
+    result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": 8, "split": "test"}
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+def test_what_was_written_is_read_back(folder: Path) -> None:
+    steps, values = read_run(folder).scalars["student/score"]
+    assert steps == [1, 2, 3]
+    assert values == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
+    paths = write_report([read_run(folder)], tmp_path / "out")
+    assert [p.name for p in paths] == ["reward_curves.png", "controls.png", "accuracy_cost.png", "report.html"]
+    for path in paths[:3]:
+        image = imread(path)
+        assert image.shape[0] > 300
+        assert image.std() > 0.01  # not blank
+    text = paths[3].read_text()
+    assert "<script>" not in text
+    assert "run &amp; &lt;b&gt;" in text
+    assert "+0.0421" in text
+    assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
+
+
+def test_a_run_without_a_result_is_drawn_and_says_so(folder: Path, tmp_path: Path) -> None:
+    (folder / "result.json").unlink()
+    write_report([read_run(folder)], tmp_path / "out")
+    assert "no result" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_missing_and_damaged_runs_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such run folder"):
+        read_run(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no TensorBoard event file"):
+        read_run(tmp_path / "empty")
+    for text in ("{", "[]", "{}"):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(UserError, match=r"result\.json: damaged"):
+            read_run(folder)

@@ -1,0 +1,187 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rlkd.agents.report import read_run
+from rlkd.cli.main import VERBS, main
+from rlkd.compression import load_student
+from rlkd.tasks import load_dataset
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    assert main(["train", *tiny, "--out", str(folder)]) == 0
+    return folder
+
+
+MISTAKES = {
+    "unknown verb": (["trian"], ["'trian'", "did you mean train?"]),
+    "unknown option": (
+        ["train", "--task.label_nois.high", "0.5"],
+        ["--task.label_nois.high", "did you mean --task.label_noise"],
+    ),
+    "no abbreviations": (["train", "--ppo.num_student", "5"], ["did you mean --ppo.num_students?"]),
+    "wrong type": (["train", "--ppo.num_students", "1.5"], ["ppo.num_students", "'1.5'", "allowed: int"]),
+    "wrong choice": (["train", "--student.kind", "rnn"], ["student.kind", "'rnn'", "'mlp', 'conv'"]),
+    "impossible value": (["train", "--task.label_noise.high", "1.5"], ["task.label_noise", "1.5", "<= 1"]),
+    "unknown data set": (["train", "--task.dataset", "digit"], ["task.dataset", "did you mean 'digits'?"]),
+    "impossible exit": (["train", "--student.exits", "[2]"], ["student.exits: got [2]", "from 1 to 1"]),
+    "impossible search": (["train", "--search.num_settings", "0"], ["search"]),
+    "no such config": (["train", "--config", "defalt"], ["'defalt'", "did you mean default?"]),
+    "stray word": (["train", "now"], ["'now'", "--section.key value"]),
+    "seed": (["train", "--seed", "-1"], ["--seed: got -1"]),
+    "profile": (["train", "--cost.profile", "gone.json"], ["gone.json", "rlkd calibrate"]),
+    "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
+    "policy not given": (["replay"], ["policy"]),
+    "preference": (["replay", "--policy", "gone", "--preference.accuracy", "2"], ["gone"]),
+    "unknown method": (["compare", "--methods", "statc"], ["'statc'", "did you mean static?"]),
+    "method without policy": (["compare", "--methods", "static,policy"], ["--policy"]),
+    "no such run": (["analyze", "gone"], ["gone"]),
+    "calibrate": (["calibrate", "--batch_size", "0"], ["batch_size: got 0"]),
+    "too many halvings": (
+        ["calibrate", "--student.kind", "conv", "--student.widths", "[4, 4, 4, 4, 4]"],
+        ["student.widths", "at most 4"],
+    ),
+    "bench": (["bench", "--rounds", "0"], ["--rounds"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_two(name: str, capsys: Capture, tmp_path: Path) -> None:
+    argv, words = MISTAKES[name]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rlkd: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ppo: {num_student: 3}", "did you mean ppo.num_students?"),
+        ("tsk: 3", "did you mean task?"),
+        ("ppo: {num_students: many}", "'many'"),
+        ("task: [1", "parsing"),
+        ("!!python/object/apply:os.system ['touch ran']", "rlkd:"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(text: str, words: str, capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert main(["train", "--config", "bad.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"rlkd {verb}" in capsys.readouterr().out.split("Examples:")[1]
+
+
+def test_usage_and_version(capsys: Capture) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == main(["--version"]) == main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+    for word in ("digits", "mlp", "hard_label", "open_loop", "default", "temperature", "teacher_accuracy"):
+        assert word in out
+
+
+def test_train_writes_a_whole_run_and_refuses_to_overwrite_it(trained: Path, capsys: Capture) -> None:
+    names = "result.json config.yaml command.txt versions.json tensorboard policy student metrics.jsonl timing.jsonl"
+    for name in [*names.split(), "report.html", "cost_profile.json"]:
+        assert (trained / name).exists(), name
+    result = read_run(trained).result
+    assert result is not None
+    assert "policy-static" in result["paired"]
+    before = (trained / "result.json").read_bytes()
+    assert main(["train", "--config", "smoke", "--out", str(trained)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert (trained / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("student", ["default", "wide", "conv"])
+def test_replay_writes_a_working_student(trained: Path, tmp_path: Path, profile_file: Path, student: str) -> None:
+    argv = ["replay", "--policy", str(trained / "policy"), "--out", "out", "--cost.profile", str(profile_file)]
+    argv += ["--num_windows", "2", "--teacher.num_steps", "60", "--preference.accuracy", "0.9"]
+    assert main(argv + (["--config", student] if student != "default" else [])) == 0
+    result = read_run(tmp_path / "out").result
+    assert result is not None
+    assert result["preference"]["accuracy"] == pytest.approx(0.9)
+    data = load_dataset("digits")
+    test = data.splits["test"]
+    answers = load_student(tmp_path / "out" / "student")(data.inputs[test]).argmax(-1)
+    accuracy = (answers == data.labels[test]).float().mean()
+    assert float(accuracy) == pytest.approx(result["methods"]["policy"]["accuracy"])
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 2
+    assert main(["analyze", "out", str(trained), "--out", "both"]) == 0
+
+
+def test_a_damaged_policy_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    for name in ("bundle.json", "policy.safetensors"):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        (tmp_path / "p" / name).write_bytes((trained / "policy" / name).read_bytes()[:-50])
+    assert main(["replay", "--policy", "p"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_compare_pairs_the_methods(trained: Path, tmp_path: Path, tiny: list[str]) -> None:
+    argv = ["compare", *tiny, "--policy", str(trained / "policy"), "--seeds", "2", "--out", "out"]
+    assert main([*argv, "--methods", "policy,static,open_loop,mean_action,published,schedule"]) == 0
+    result = read_run_result(tmp_path / "out")
+    assert (result["num_tasks"], result["num_seeds"]) == (8, 2)
+    assert set(result["paired"]) == {
+        f"policy-{m}" for m in ("static", "open_loop", "mean_action", "published", "schedule")
+    }
+    lines = (tmp_path / "out" / "result.csv").read_text().splitlines()
+    assert len(lines) == 1 + 6 * 16
+    scores = [float(line.split(",")[3]) for line in lines[1:] if ",policy," in line]
+    mean = result["methods"]["policy"]["score"]["mean"]
+    assert mean == pytest.approx(sum(scores) / len(scores))
+
+
+def read_run_result(folder: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    return dict(yaml.safe_load((folder / "result.json").read_text()))
+
+
+def test_a_file_and_options_mean_the_same(tmp_path: Path, tiny: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text("task: {label_noise: {high: 0.3}}\nppo: {hidden: 7}\n")
+    options = ["--task.label_noise.high", "0.3", "--ppo.hidden", "7"]
+    assert main(["train", *tiny, "--config", "c.yaml", "--out", "a"]) == 0
+    assert main(["train", *tiny, *options, "--out", "b"]) == 0
+    assert (tmp_path / "a" / "config.yaml").read_text() == (tmp_path / "b" / "config.yaml").read_text()
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["ppo"]["hidden"] == 7
+
+
+def test_the_installed_script_answers() -> None:
+    script = Path(sys.executable).with_name("rlkd")
+    done = subprocess.run([script, "tran"], capture_output=True, text=True, check=False, env=dict(os.environ))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_calibrate_writes_a_profile_that_train_takes(tmp_path: Path) -> None:
+    assert main(["calibrate", "--student.widths", "[8, 8]", "--batch_size", "4", "--out", "p.json"]) == 0
+    assert (tmp_path / "p.json").exists()
+    assert torch.get_num_threads() == 1
