@@ -8,6 +8,7 @@ every rival alike. Ratios are what to read; the absolute figures depend on the m
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,23 @@ def _env_maker(config: EnvConfig) -> Callable[[], FlattenAction]:
     return make
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way of training: so many students, windows a measurement, and torch threads."""
+
+    num_students: int
+    num_windows: int
+    num_threads: int
+    step: Callable[[], object]
+
+    def updates_per_s(self, steps_per_window: int) -> float:
+        """Measured once."""
+        torch.set_num_threads(self.num_threads)
+        seconds = _window_s(self.step, self.num_windows)
+        torch.set_num_threads(1)
+        return self.num_students * steps_per_window / seconds
+
+
 def _window_s(step: Callable[[], object], num_windows: int) -> float:
     began = time.perf_counter()
     for _ in range(num_windows):
@@ -38,44 +56,49 @@ def _window_s(step: Callable[[], object], num_windows: int) -> float:
 
 
 def bench(config: EnvConfig, num_students: int, num_rounds: int, say: Callable[[str], object]) -> dict[str, Any]:
-    """Updates/s of each way, ratios to the lock-step population, and where its step spends its time."""
+    """Updates/s of each way, ratios to the lock-step population, and where its step spends its time.
+
+    SubprocVecEnv has a core for each of its processes, so the population is measured with as many threads too.
+    """
     world = build_world(config, say=say)
     population, solo = Episodes(world, num_students), Episodes(world, 1)
     population.reset(range(num_students))
     solo.reset([0])
     processes = SubprocVecEnv([_env_maker(config)] * NUM_PROCESSES, start_method="spawn")
+    one, two = "lock-step, 1 thread", f"lock-step, {NUM_PROCESSES} threads"
     try:
         processes.reset()
         zeros = np.zeros((NUM_PROCESSES, NUM_CONTROLS), dtype=np.float32)
-        ways: dict[str, tuple[int, int, Callable[[], object]]] = {
-            f"lock-step population of {num_students}": (num_students, 2, lambda: population.step(population.start)),
-            "one-student loop": (1, 40, lambda: solo.step(solo.start)),
-            f"SubprocVecEnv of {NUM_PROCESSES} processes": (NUM_PROCESSES, 40, lambda: processes.step(zeros)),
+        ways = {
+            one: Way(num_students, 3, 1, lambda: population.step(population.start)),
+            two: Way(num_students, 3, NUM_PROCESSES, lambda: population.step(population.start)),
+            "one-student loop": Way(1, 40, 1, lambda: solo.step(solo.start)),
+            f"SubprocVecEnv, {NUM_PROCESSES} processes": Way(NUM_PROCESSES, 40, 1, lambda: processes.step(zeros)),
         }
-        for _, num_windows, step in ways.values():
-            _window_s(step, num_windows)
-        rounds = [
-            {name: _window_s(step, num_windows) for name, (_, num_windows, step) in ways.items()}
-            for _ in range(num_rounds)
-        ]
+        steps = config.train.steps_per_window
+        for way in ways.values():
+            way.updates_per_s(steps)  # warm-up
+        rounds = [{name: way.updates_per_s(steps) for name, way in ways.items()} for _ in range(num_rounds)]
     finally:
         processes.close()
-    per_window = config.train.steps_per_window
-    rates = {
-        name: [count * per_window / r[name] for r in rounds] for name, (count, _, _) in ways.items()
-    }  # updates/s a round
-    first = next(iter(rates))
     return {
-        "threads": torch.get_num_threads(),
+        "num_students": num_students,
         "num_rounds": num_rounds,
         "updates_per_s": {
-            name: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-            for name, values in rates.items()
+            name: {
+                "median": statistics.median(r[name] for r in rounds),
+                "low": min(r[name] for r in rounds),
+                "high": max(r[name] for r in rounds),
+            }
+            for name in ways
         },
-        "ratio_of_lock_step": {
-            name: statistics.median(a / b for a, b in zip(rates[first], values, strict=True))
-            for name, values in rates.items()
-            if name != first
+        "ratio": {
+            lock_step: {
+                name: statistics.median(r[lock_step] / r[name] for r in rounds)
+                for name in ways
+                if name not in (one, two)
+            }
+            for lock_step in (one, two)
         },
         "step_share": step_shares(world, num_students),
     }

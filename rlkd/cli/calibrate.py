@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
     for row in profile.provenance["grid"]:
         times = (f"{row[key] * 1e6:.1f}" for key in ("latency_s", "spread_s", "fitted_s"))
         table.add_row(*(f"{row[key]:.2f}" for key in ("feature_keep", "unit_keep", "exit_rate")), *times)
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     residual = profile.provenance["relative_residual"]
     console.print(

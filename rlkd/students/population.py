@@ -15,8 +15,10 @@ from torch.func import functional_call, grad_and_value, vjp, vmap
 from rlkd.compression.selection import importance, select
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.objectives import FAMILIES, family_losses
+from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
 from rlkd.students.interface import (
+    PROBE_SIZE,
     Controls,
     Metrics,
     Telemetry,
@@ -115,7 +117,8 @@ class Population:
             gradients, (_, losses) = self._step(self._parameters, *batch, self._masks, weights, controls.temperature)
             self._update(gradients, controls.learning_rate)
             total += losses
-        norms, cosine = self._family_gradients(self._parameters, *batch, self._masks, controls.temperature)
+        probe = [part[:, :PROBE_SIZE] for part in batch]
+        norms, cosine = self._family_gradients(self._parameters, *probe, self._masks, controls.temperature)
         finite = divergence_free(total, *self._parameters.values())
         return Telemetry(total / num_steps, norms, cosine, ~finite)
 
@@ -124,10 +127,8 @@ class Population:
         index = self._data.splits[split]  # [B]
         with torch.no_grad():
             outputs = self._forward(self._parameters, self._masks, self._data.inputs[index])
-        teacher_logits = self._signals.logits[self._teacher[:, None], index]  # [N, B, C]
-        return summarise(
-            outputs.logits, self._data.labels[index], teacher_logits, self._threshold, self._masks, self._scores()
-        )
+        log_p = log_probabilities(self._signals.logits[:, index])[self._teacher]  # [N, C, B]
+        return summarise(outputs.logits, self._data.labels[index], log_p, self._threshold, self._masks, self._scores())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the parameters, adapter included, each [N, ...]."""
@@ -185,9 +186,10 @@ class Population:
         """Norm of each family's gradient on the student's parameters, and the cosine of the first two."""
         _, pullback = vjp(lambda p: self._losses(p, *rest), parameters)  # type: ignore[misc]
         (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES)))
-        flat = torch.cat([g.flatten(1) for k, g in gradients.items() if k.startswith("student.")], dim=1)  # [4, P]
-        norms = flat.norm(dim=1)  # [4]
-        return norms, (flat[0] * flat[1]).sum() / (norms[0] * norms[1]).clamp_min(1e-12)
+        parts = [g.flatten(1) for name, g in gradients.items() if name.startswith("student.")]  # each [4, P_k]
+        norms = torch.stack([g.square().sum(1) for g in parts]).sum(0).sqrt()  # [4]
+        product = torch.stack([(g[0] * g[1]).sum() for g in parts]).sum()
+        return norms, product / (norms[0] * norms[1]).clamp_min(1e-12)
 
     def _update(self, gradients: Parameters, learning_rate: Tensor) -> None:
         """One Adam step in place, bias-corrected by each student's own count of updates."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from rlkd.compression.selection import importance, select
 from rlkd.models import ChainStudent, Masks, initialise
 from rlkd.objectives import FAMILIES, family_losses
+from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
 from rlkd.students.interface import (
+    PROBE_SIZE,
     Controls,
     Metrics,
     Telemetry,
@@ -69,7 +71,7 @@ class SoloStudent:
             (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             total += losses.detach()
-        norms, cosine = self._family_gradients(positions[-1], controls.temperature[0])
+        norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], controls.temperature[0])
         parameters = [p.detach()[None] for p in self._module.parameters()]
         return Telemetry(
             (total / num_steps)[None], norms[None], cosine[None], ~divergence_free(total[None], *parameters)
@@ -83,7 +85,7 @@ class SoloStudent:
         return summarise(
             tuple(z[None] for z in outputs.logits),
             self._data.labels[index],
-            self._signals.logits[self._task.teacher, index][None],
+            log_probabilities(self._signals.logits[self._task.teacher, index])[None],
             self._threshold,
             self.masks(),
             tuple(s[None] for s in self._scores()),
