@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.envs.action import CONTROLS, ControlConfig, encode, published_setting
+from rlkd.envs.action import ControlConfig, encode, published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
 from rlkd.objectives import FAMILIES
@@ -123,8 +123,3 @@ def final_figures(episodes: Episodes, diverged: Tensor, split: str) -> tuple[NDA
     columns = (score, metrics.accuracy, cost.latency_ratio, cost.energy_ratio, cost.macs_ratio)
     cleaned = [torch.where(diverged, torch.full_like(c, worst[i]), c) for i, c in enumerate(columns)]
     return (*(c.double().numpy() for c in cleaned), diverged.numpy())
-
-
-def random_settings(num_settings: int, generator: torch.Generator) -> Tensor:
-    """[M, 9] positions drawn uniformly."""
-    return torch.rand(num_settings, len(CONTROLS), generator=generator)

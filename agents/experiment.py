@@ -47,7 +47,7 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     config.check()
     began = time.perf_counter()
     versions = describe_run(folder, config, seed)
-    world = build_world(config.env, say=progress.say)
+    world = build_world(config, say=progress.say)
     save_profile(world.profile, folder / "cost_profile.json")
     timing = JsonLines(folder / "timing.jsonl")
     windows = config.num_windows

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkd.agents.controllers import Controller, hold_start, random_settings, run
-from rlkd.envs.action import published_setting
+from rlkd.agents.controllers import Controller, hold_start, run
+from rlkd.envs.action import NUM_CONTROLS, published_setting
 from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.world import World
 from rlkd.errors import UserError
@@ -66,7 +66,7 @@ def search_static(
     accuracy weights, then the best of the rest at the default weight.
     """
     config.check()
-    drawn = random_settings(config.num_settings - 1, generator)  # [M - 1, 9]
+    drawn = torch.rand(config.num_settings - 1, NUM_CONTROLS, generator=generator)  # [M - 1, 9]
     settings = torch.cat([published_setting(world.config.controls)[None], drawn])  # [M, 9]
     first = _terms(world, settings, config.tasks_per_setting, generator, on_window)  # [M, 3]
     chosen = _finalists(first, config.num_finalists)  # [F]

@@ -44,7 +44,7 @@ def compare_methods(
         config = dataclasses.replace(config, controls=bundle.policy.controls)
     config.check()
     describe_run(folder, config, seed)
-    world = build_world(config.env, bundle.policy.start if bundle else None, progress.say)
+    world = build_world(config, bundle.policy.start if bundle else None, progress.say)
     save_profile(world.profile, folder / "cost_profile.json")
     static = bundle.policy.static if bundle else None
     if static is None and "static" in names:

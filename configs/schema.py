@@ -34,29 +34,17 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(EnvConfig):
     """`rlkd train`: learn a policy over a population and compare it on held-out tasks."""
 
-    num_windows: int = 12
-    """Decisions of one episode; each trains the student for train.steps_per_window steps."""
-    task: TaskDistribution = field(default_factory=TaskDistribution)
-    student: StudentConfig = field(default_factory=StudentConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    controls: ControlConfig = field(default_factory=ControlConfig)
-    cost: CostConfig = field(default_factory=CostConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
 
-    @property
-    def env(self) -> EnvConfig:
-        """The environment's part."""
-        return EnvConfig(self.num_windows, self.task, self.student, self.teacher, self.train, self.controls, self.cost)
-
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
-        for part in (self.env, self.search, self.ppo, self.comparison):
+        super().check()
+        for part in (self.search, self.ppo, self.comparison):
             part.check()
 
 

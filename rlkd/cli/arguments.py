@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,10 +124,8 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
     return line
 
 
-def add_run_options(parser: ArgumentParser, extra: Callable[[ArgumentParser], object] | None = None) -> None:
+def add_run_options(parser: ArgumentParser) -> None:
     """--out and --seed."""
-    if extra:
-        extra(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="run folder; by default runs/VERB-TIME")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
 

@@ -1,7 +1,5 @@
 """Metrics from the logits of every exit: shared by the lock-step population and the solo student."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -57,8 +55,3 @@ def summarise(
         kept=torch.stack([m.sum(-1) for m in masks], dim=-1),
         spread=torch.stack([spread(scores[0]), spread(scores[1])], dim=-1),
     )
-
-
-def chance_loss(num_classes: int) -> float:
-    """Cross entropy of a guess, log C nats: the yardstick that makes losses scale-free."""
-    return math.log(num_classes)

@@ -125,7 +125,7 @@ def test_a_policy_replays_on_students_it_never_saw(small: ExperimentConfig, stud
     config = ExperimentConfig(
         small.num_windows, student=student, teacher=small.teacher, train=small.train, cost=small.cost
     )
-    world = build_world(config.env)
+    world = build_world(config)
     rows: list[dict[str, float]] = []
     done = distil(world, restless_policy(world).controller(), 4, lambda row, observation: rows.append(row))
     assert [row["window"] for row in rows] == [1, 2, 3]
