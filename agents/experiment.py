@@ -25,6 +25,7 @@ from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
 
 SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM = 1, 2, 3
+NUM_DRAWN = 32  # tasks in the figure of the controls
 
 
 def stream_seed(seed: int, stream: int) -> int:
@@ -42,7 +43,8 @@ def held_out_seeds(seed: int, num_tasks: int) -> list[int]:
 def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress: Progress) -> dict[str, Any]:
     """Run the experiment and fill `folder`; returns the content of `result.json`.
 
-    A KeyboardInterrupt during PPO saves the policy so far to `folder/policy` before it goes on to the caller.
+    The policy is on disk as soon as it is learned; a KeyboardInterrupt during PPO saves it as far as it got,
+    before it goes on to the caller.
     """
     config.check()
     began = time.perf_counter()
@@ -50,9 +52,8 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     world = build_world(config, say=progress.say)
     save_profile(world.profile, folder / "cost_profile.json")
     timing = JsonLines(folder / "timing.jsonl")
-    windows = config.num_windows
 
-    progress.phase("static search", config.search.num_trainings, windows)
+    progress.phase("static search", config.search.num_trainings, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
     static = search_static(world, config.search, generator, progress.advance)
     timing.write({"part": "static search", "wall_s": time.perf_counter() - began})
@@ -61,56 +62,67 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
 
     logger = tb.new_logger(folder / "tensorboard")
     tb.write_config(logger, config)
-    provenance: dict[str, Any] = {"seed": seed, "config": plain(config), "versions": versions}
-    provenance["task"] = plain(config.task)
+    provenance = {"seed": seed, "config": plain(config), "versions": versions, "task": plain(config.task)}
     policy = learn(world, static, config, seed, folder, provenance, logger, timing, progress)
+    tables = compare_on_held_out_tasks(world, static, policy, config, seed, progress)
+    wall_s = time.perf_counter() - began
+    result = result_of(config, tables, wall_s)
 
+    progress.phase("one clean student under the policy", 1, config.num_windows)
+    student = replay_once(config, policy, seed, progress)
+    scores = {f"{weight}: {name}": row for weight, t in tables.items() for name, row in t["paired"].items()}
+    digest = save_bundle(policy, folder / "policy", {**provenance, "scores": scores})
+    write_student(folder / "student", student, Preference(config.comparison.accuracy_weights[0]), digest)
+    result |= {"policy_sha256": digest, "student": {**student.figures, "measured": student.measured}}
+    write_json(folder / "result.json", result)
+
+    seeds = held_out_seeds(seed, config.comparison.num_tasks)
+    tb.write_controls(logger, world, policy.controller(), seeds[:NUM_DRAWN])
+    tb.write_outcome(logger, config, seed, result)
+    logger.close()
+    write_report([read_run(folder)], folder)
+    timing.write({"part": "total", "wall_s": wall_s})
+    return result
+
+
+def compare_on_held_out_tasks(
+    world: World, static: StaticSettings, policy: Policy, config: ExperimentConfig, seed: int, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """`methods` and `paired` for each accuracy weight, on test data."""
     methods: dict[str, Controller] = {
         "policy": policy.controller(),
         "static": static.controller(),
         "published": published(config.controls),
-        "schedule": schedule(config.controls, windows),
+        "schedule": schedule(config.controls, config.num_windows),
     }
     weights, num_tasks = config.comparison.accuracy_weights, config.comparison.num_tasks
-    progress.phase("comparison on held-out tasks", len(methods) * len(weights) * num_tasks, windows)
-    seeds = held_out_seeds(seed, num_tasks)
-    tables = compare_preferences(world, methods, seeds, weights, progress.advance)
+    progress.phase("comparison on held-out tasks", len(methods) * len(weights) * num_tasks, config.num_windows)
+    tables = compare_preferences(world, methods, held_out_seeds(seed, num_tasks), weights, progress.advance)
+    return {str(w): compare(table, dict.fromkeys(methods, 1.0), seed) for w, table in tables.items()}
+
+
+def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_s: float) -> dict[str, Any]:
+    """`result.json` less the student; its main figures are those of the first accuracy weight."""
     agent_trainings = (config.ppo.num_iterations + 1) * config.ppo.num_students
-    costs = {"policy": 1.0, "static": 1.0, "published": 1.0, "schedule": 1.0}
-    per_preference = {str(w): compare(table, costs, seed) for w, table in tables.items()}
-    wall_s = time.perf_counter() - began
-    all_trainings = agent_trainings + config.search.num_trainings + len(methods) * len(weights) * num_tasks
-    updates = all_trainings * windows * config.train.steps_per_window
-    result = {
+    first = config.comparison.accuracy_weights[0]
+    compared = sum(len(table["methods"]) for table in tables.values()) * config.comparison.num_tasks
+    num_trainings = agent_trainings + config.search.num_trainings + compared
+    return {
         "schema": 1,
         "task": plain(config.task),
         "split": "test",
-        "num_tasks": num_tasks,
+        "num_tasks": config.comparison.num_tasks,
         "num_seeds": 1,
-        "preference": list(Preference(weights[0]).weights()),
-        **per_preference[str(weights[0])],
-        "preferences": per_preference,
+        "preference": list(Preference(first).weights()),
+        **tables[str(first)],
+        "preferences": tables,
         "cost": {
             "agent_trainings": agent_trainings,
             "search_trainings": config.search.num_trainings,
             "wall_s": wall_s,
-            "updates_per_s": updates / wall_s,
+            "updates_per_s": num_trainings * config.num_windows * config.train.steps_per_window / wall_s,
         },
     }
-    progress.phase("one clean student under the policy", 1, windows)
-    student = replay_once(config, policy, seed, progress)
-    result["student"] = {**student.figures, "measured": student.measured}
-    provenance["scores"] = {f"{w}: {n}": row for w, t in per_preference.items() for n, row in t["paired"].items()}
-    digest = save_bundle(policy, folder / "policy", provenance)
-    result["policy_sha256"] = digest
-    write_student(folder / "student", student, Preference(weights[0]), digest)
-    write_json(folder / "result.json", result)
-    tb.write_controls(logger, world, policy.controller(), seeds[: min(32, num_tasks)])
-    tb.write_outcome(logger, config, seed, result)
-    logger.close()
-    write_report([read_run(folder)], folder)
-    timing.write({"part": "total", "wall_s": wall_s, "updates_per_s": updates / wall_s})
-    return result
 
 
 def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: Progress) -> Distilled:
@@ -132,12 +144,12 @@ def learn(
     config: ExperimentConfig,
     seed: int,
     folder: Path,
-    provenance: Mapping[str, Any],
+    provenance: dict[str, Any],
     logger: Logger,
     timing: JsonLines,
     progress: Progress,
 ) -> Policy:
-    """PPO with its figures in `metrics.jsonl`, `timing.jsonl` and TensorBoard; saves the policy on Ctrl-C."""
+    """PPO with its figures in files and TensorBoard; saves the policy at its end, or as it is on Ctrl-C."""
     metrics = JsonLines(folder / "metrics.jsonl")
     began = time.perf_counter()
     updates_a_training = config.num_windows * config.train.steps_per_window
@@ -156,7 +168,7 @@ def learn(
     now: list[Callable[[], Policy]] = []
     progress.phase("PPO", (config.ppo.num_iterations + 1) * config.ppo.num_students, config.num_windows)
     try:
-        return train(
+        policy = train(
             world, static, config.ppo, stream_seed(seed, TRAIN_STREAM), progress.advance, on_rollout, logger, now.append
         )
     except KeyboardInterrupt:
@@ -166,6 +178,8 @@ def learn(
                 f"stopped; the policy so far is in {folder / 'policy'}: rlkd replay --policy {folder / 'policy'}"
             )
         raise
+    save_bundle(policy, folder / "policy", provenance)
+    return policy
 
 
 def compare_preferences(

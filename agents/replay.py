@@ -12,6 +12,7 @@ from rlkd.compression import CompactStudent, compact, save_student
 from rlkd.cost import median_latency_s
 from rlkd.envs.action import CONTROLS, decode
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.reward import DIVERGED_SCORE
 from rlkd.envs.world import World
 from rlkd.objectives import FAMILIES
 from rlkd.students import Controls, SoloStudent
@@ -75,7 +76,7 @@ def distil(
     with torch.inference_mode():
         answers = small(world.data.inputs[test]).argmax(-1)
     figures = {
-        "score": float(score[0]),
+        "score": DIVERGED_SCORE if diverged else float(score[0]),
         "accuracy": float(metrics.accuracy[0]),
         "compacted_accuracy": float((answers == world.data.labels[test]).float().mean()),
         "teacher_agreement": float(metrics.agreement[0]),

@@ -1,5 +1,6 @@
 """`rlkd replay`."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def run(argv: list[str]) -> int:
     )
     write_report([read_run(folder)], folder)
     _report(Console(), folder, done.figures, done.measured, far)
+    if done.diverged:
+        print(f"rlkd: the student diverged in window {len(positions)}; do not ship it", file=sys.stderr)
     return 1 if done.diverged else 0
 
 

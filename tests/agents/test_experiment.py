@@ -6,6 +6,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlkd.agents.bundle import load_bundle
+from rlkd.agents.controllers import hold_start
 from rlkd.agents.experiment import held_out_seeds, train_experiment
 from rlkd.agents.policy import TENSORS, Policy
 from rlkd.agents.ppo import PPOConfig
@@ -14,7 +15,7 @@ from rlkd.agents.runs import Silent
 from rlkd.agents.search import SearchConfig, StaticSettings
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
-from rlkd.envs import CONTROLS, OBSERVATIONS, World, build_world
+from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, World, build_world
 from rlkd.envs.single import MAX_SEED
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
@@ -133,3 +134,18 @@ def test_a_policy_replays_on_students_it_never_saw(small: ExperimentConfig, stud
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
     assert sum(done.figures["exit_rates"]) == pytest.approx(1.0)
     assert done.measured["batch_64"]["latency_s"] > 0
+
+
+def test_a_diverged_replay_scores_worst_and_stops(small: ExperimentConfig) -> None:
+    hot = ExperimentConfig(
+        small.num_windows,
+        teacher=small.teacher,
+        train=small.train,
+        cost=small.cost,
+        controls=ControlConfig(learning_rate=(1e30, 1e30)),
+    )
+    rows: list[dict[str, float]] = []
+    done = distil(build_world(hot), hold_start, 0, lambda row, observation: rows.append(row))
+    assert done.diverged
+    assert done.figures["score"] == 0.0
+    assert [row["score"] for row in rows] == [0.0]
