@@ -25,7 +25,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("profile") / "cost.json"
-    coefficients = (1e-5, 2e-11, 3e-11, 0.0, 4e-8, 3e-7, 3e-10)
+    coefficients = (5e-6, 1e-5, 2e-11, 3e-11, 0.0, 4e-8, 3e-7, 3e-10)
     save_profile(CostProfile(256, coefficients, dict(ENERGY_MODEL), {"latency": "written by hand"}), path)
     return path
 

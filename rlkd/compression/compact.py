@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
-from rlkd.models import ChainStudent, Layer, Masks, layers_of
+from rlkd.models import ChainStudent, Layer, Masks, layers_of, num_positions
 from rlkd.objectives.hard_label import log_probabilities
 
 FORMAT = 1
@@ -67,8 +67,7 @@ class CompactStudent(nn.Module):
             x = F.relu(layer(x))
             if block not in self.exits:
                 continue
-            pooled = x.mean((-2, -1)) if self.is_conv else x
-            logits = self.heads[self.exits.index(block)](pooled)  # [R, C]
+            logits = self.heads[self.exits.index(block)](x.flatten(1))  # [R, C]
             if answers is None:
                 answers = logits
             else:
@@ -118,9 +117,18 @@ def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStu
     for block, layer in enumerate(layers_of(student.layers)[: exits[-1]]):
         weight, bias = layer.weight[kept[block + 1]], _bias(layer)[kept[block + 1]]
         layers.append(_layer_of(weight if student.is_conv and block == 0 else weight[:, kept[block]], bias))
-    small_heads = [_layer_of(h.weight[:, kept[block]], _bias(h)) for h, block in zip(heads, exits, strict=True)]
+    small_heads = [
+        _layer_of(_columns(student, h, block, kept[block]), _bias(h)) for h, block in zip(heads, exits, strict=True)
+    ]
     all_inputs = student.is_conv or len(kept[0]) == len(masks[0])
     return CompactStudent(layers, small_heads, exits, student.input_shape, None if all_inputs else kept[0], threshold)
+
+
+def _columns(student: ChainStudent, head: Layer, block: int, kept: Tensor) -> Tensor:
+    """[C, kept units x positions], the weights of a head that read the units `kept` of its block."""
+    positions = num_positions(student.is_conv, student.input_shape, block)
+    by_unit = head.weight.reshape(len(head.weight), -1, positions)  # [C, U, positions]
+    return by_unit[:, kept].flatten(1)
 
 
 def _bias(layer: Layer) -> Tensor:
@@ -175,6 +183,7 @@ def _empty(a: dict[str, Any]) -> CompactStudent:
     tail = (3, 3) if dims == 4 else ()
     sizes = [first, *widths]
     layers = [_layer_of(torch.empty(o, i, *tail), torch.empty(o)) for i, o in zip(sizes, widths, strict=False)]
-    heads = [_layer_of(torch.empty(a["num_classes"], widths[b - 1]), torch.empty(a["num_classes"])) for b in a["exits"]]
+    seen = [widths[b - 1] * num_positions(dims == 4, shape, b) for b in a["exits"]]
+    heads = [_layer_of(torch.empty(a["num_classes"], size), torch.empty(a["num_classes"])) for size in seen]
     index = None if kept is None else torch.empty(kept, dtype=torch.int64)
     return CompactStudent(layers, heads, a["exits"], shape, index, a["threshold"])

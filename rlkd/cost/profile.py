@@ -18,7 +18,7 @@ from rlkd.errors import UserError
 from rlkd.models import ChainStudent
 from rlkd.teachers import cache_dir
 
-FORMAT = 1
+FORMAT = 2
 
 # Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V: a 32-bit float multiply 3.7 pJ and add
 # 0.9 pJ; a 64-bit read of an 8 / 32 / 1024 KiB cache 10 / 20 / 100 pJ. Activations are taken to live in the
@@ -71,7 +71,7 @@ class CostProfile:
 
     def latency_s(self, work: Workload) -> Tensor:
         """[N] seconds of one batch."""
-        coefficients = torch.tensor(self.coefficients, dtype=torch.float64)  # [7]
+        coefficients = torch.tensor(self.coefficients, dtype=torch.float64)  # [8]
         seconds: Tensor = work.regressors(self.batch_size) @ coefficients
         return seconds
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
 
 from rlkd.compression import CompactStudent, compact
+from rlkd.compression.selection import exit_ends
 from rlkd.cost.profile import ENERGY_MODEL, CostProfile, describe, machine
-from rlkd.cost.workload import workload
+from rlkd.cost.workload import REGRESSORS, workload
 from rlkd.models import ChainStudent, initialise
 
 FEATURE_KEEPS = (1.0, 0.5, 0.2)
@@ -79,9 +81,9 @@ def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
         works.append(workload(student, kept, rates[None], torch.tensor([threshold]), batch_size))
         settings.append(setting)
     measured = median_latency_s(networks, inputs)
-    rows = torch.cat([work.regressors(batch_size) for work in works]).numpy()  # [M, 7]
+    rows = torch.cat([work.regressors(batch_size) for work in works]).numpy()  # [M, 8]
     seconds = np.array([median for median, _ in measured])  # [M]
-    coefficients, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))  # relative errors count alike
+    coefficients = _fit(rows, seconds)
     fitted = rows @ coefficients
     grid = [
         {**setting, "latency_s": median, "spread_s": iqr, "fitted_s": float(fit)}
@@ -95,6 +97,23 @@ def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
         "grid": grid,
     }
     return CostProfile(batch_size, tuple(map(float, coefficients)), dict(ENERGY_MODEL), provenance)
+
+
+def _fit(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[8] non-negative coefficients; relative errors count alike.
+
+    Networks that decide nothing fix what calls, layers and arithmetic cost; those with exits then add what
+    deciding costs. In one fit the many deciding networks would bend the figures of the others.
+    """
+    deciding = [REGRESSORS.index("decision_s"), REGRESSORS.index("decided_s")]
+    plain = [i for i in range(len(REGRESSORS)) if i not in deciding]
+    decides = rows[:, deciding[0]] > 0
+    coefficients = np.zeros(len(REGRESSORS))
+    coefficients[plain], _ = nnls(rows[~decides][:, plain] / seconds[~decides, None], np.ones(int((~decides).sum())))
+    if decides.any():
+        rest = 1 - rows[decides] @ coefficients / seconds[decides]
+        coefficients[deciding], _ = nnls(rows[decides][:, deciding] / seconds[decides, None], rest)
+    return coefficients
 
 
 def _grid(
@@ -120,6 +139,8 @@ def _grid(
             yield {**setting, "exit_rate": 1.0}, masks, 0.0, always
             for rate in EXIT_RATES:
                 threshold, rates = _threshold_for(student, masks, inputs, rate)
+                if any(exit_ends(torch.tensor(threshold), student.num_classes)):
+                    continue  # so narrow that it answers all samples alike: nothing is decided
                 yield {**setting, "exit_rate": rate}, masks, threshold, rates
 
 
@@ -129,7 +150,7 @@ def _threshold_for(
 ) -> tuple[float, Tensor]:
     """The threshold at which about `rate` of the inputs leave at the first exit, and the rates of all exits."""
     confidence = torch.stack([z.softmax(-1).amax(-1) for z in student(inputs, masks).logits])  # [E, B]
-    threshold = float(confidence[0].quantile(1.0 - rate).clamp(1.0 / student.num_classes + 1e-6, 1.0 - 1e-6))
+    threshold = float(confidence[0].quantile(1.0 - rate))
     waiting = torch.ones(inputs.shape[0], dtype=torch.bool)
     rates = []
     for row in confidence[:-1]:

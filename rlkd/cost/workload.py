@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkd.compression.selection import exit_ends
-from rlkd.models import ChainStudent, layers_of
+from rlkd.models import ChainStudent, layers_of, num_positions
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Workload:
     inputs: Tensor  # input values read a sample
 
     def regressors(self, batch_size: int) -> Tensor:
-        """[N, 7], what a batch's latency is linear in (`CostProfile`)."""
+        """[N, 8], what a batch's latency is linear in (`CostProfile`)."""
         return torch.stack(
             [
+                torch.ones_like(self.layers),
                 self.layers,
                 batch_size * self.macs,
                 batch_size * self.activations,
@@ -38,7 +39,7 @@ class Workload:
         ).double()
 
 
-REGRESSORS = ("layer_s", "mac_s", "activation_s", "decision_s", "decided_s", "gather_s", "gathered_s")
+REGRESSORS = ("call_s", "layer_s", "mac_s", "activation_s", "decision_s", "decided_s", "gather_s", "gathered_s")
 
 
 def workload(
@@ -62,13 +63,9 @@ def workload(
     reach = torch.ones(len(kept), dtype=torch.float64)  # [N] share of samples that get to this block
     macs, activations, weights, layers, decisions, decided = torch.zeros(6, len(kept), dtype=torch.float64)
     is_full = torch.as_tensor(kept[:, 0] >= student.group_sizes[0])
-    positions = 1
-    height, width = student.input_shape[-2:] if student.is_conv else (1, 1)
     for block, layer in enumerate(layers_of(student.layers), start=1):
-        kernel = 1
-        if student.is_conv:
-            height, width = -(-height // 2), -(-width // 2)  # stride 2, padding 1
-            positions, kernel = height * width, layer.weight.shape[-1] * layer.weight.shape[-2]
+        positions = num_positions(student.is_conv, student.input_shape, block)
+        kernel = layer.weight[0, 0].numel()
         fan_in = kept[:, block - 1] * (student.input_shape[0] if student.is_conv and block == 1 else 1) * kernel
         runs = 1 - (1 - reach) ** batch_size  # [N]
         macs += reach * fan_in * kept[:, block] * positions
@@ -80,9 +77,9 @@ def workload(
         exit_index = student.exits.index(block)
         is_last = exit_index == len(student.exits) - 1
         present = torch.ones_like(reach) if is_last else (~never).double()  # [N]
-        macs += present * reach * kept[:, block] * student.num_classes
+        macs += present * reach * kept[:, block] * positions * student.num_classes
         activations += present * reach * student.num_classes
-        weights += present * runs * (kept[:, block] + 1) * student.num_classes
+        weights += present * runs * (kept[:, block] * positions + 1) * student.num_classes
         layers += present * runs
         if not is_last:
             decides = present * (~always).double()  # [N]

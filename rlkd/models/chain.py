@@ -34,7 +34,7 @@ class StudentConfig:
     """The student's architecture."""
 
     kind: Literal["mlp", "conv"] = "mlp"
-    """mlp: linear blocks. conv: 3x3 convolutions, each halving height and width, heads on the spatial mean."""
+    """mlp: linear blocks. conv: 3x3 convolutions, each halving height and width; heads see every position."""
     widths: tuple[int, ...] = (48, 48)
     """Units (or channels) of each block, first to last."""
     exits: tuple[int, ...] = (1,)
@@ -57,7 +57,8 @@ class ChainStudent(nn.Module):
 
     Args:
         layers: `nn.Linear`s, or `nn.Conv2d`s of 3x3 with stride 2 and padding 1, all with biases.
-        heads: the `nn.Linear` of each exit, in order, the final one last.
+        heads: the `nn.Linear` of each exit, in order, the final one last; after a convolution its inputs are the
+            flattened channels and positions.
         exits: the block (from 1) behind which each head stands; the last equals len(layers).
         input_shape: [D] or [channels, height, width] that one sample is reshaped to.
     """
@@ -105,9 +106,16 @@ class ChainStudent(nn.Module):
             x = x * (masks[block][:, None, None] if self.is_conv else masks[block])
             features.append(x)
             if block in self.exits:
-                pooled = x.mean((-2, -1)) if self.is_conv else x  # [B, U]
-                logits.append(self.heads[self.exits.index(block)](pooled))  # [B, C]
+                logits.append(self.heads[self.exits.index(block)](x.flatten(1)))  # [B, C]
         return Outputs(tuple(logits), tuple(features))
+
+
+def num_positions(is_conv: bool, input_shape: Sequence[int], block: int) -> int:
+    """Height times width after `block` convolutions of stride 2; 1 after linear layers."""
+    if not is_conv:
+        return 1
+    height, width = input_shape[-2:]
+    return math.ceil(height / 2**block) * math.ceil(width / 2**block)
 
 
 def layers_of(modules: nn.ModuleList) -> list[Layer]:
@@ -139,7 +147,12 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
             )
         sizes = (shape[0], *config.widths)
         layers = [nn.Conv2d(a, b, 3, stride=2, padding=1, device="meta") for a, b in pairwise(sizes)]
-    heads = [nn.Linear(config.widths[block - 1], num_classes, device="meta") for block in exits]
+    heads = [
+        nn.Linear(
+            config.widths[block - 1] * num_positions(config.kind == "conv", shape, block), num_classes, device="meta"
+        )
+        for block in exits
+    ]
     return ChainStudent(layers, heads, exits, shape).to_empty(device="cpu")
 
 
