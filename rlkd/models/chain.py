@@ -115,7 +115,8 @@ def num_positions(is_conv: bool, input_shape: Sequence[int], block: int) -> int:
     if not is_conv:
         return 1
     height, width = input_shape[-2:]
-    return math.ceil(height / 2**block) * math.ceil(width / 2**block)
+    shrink = 1 << block
+    return math.ceil(height / shrink) * math.ceil(width / shrink)
 
 
 def layers_of(modules: nn.ModuleList) -> list[Layer]:
