@@ -119,8 +119,10 @@ An environment step spends its time on: {", ".join(f"{name} {share:.0%}" for nam
 - One-thread lock-step is less than 4 times SubprocVecEnv with two processes, which uses twice the cores; on the same two cores it is more.
 - The static rival comes from a random search of 40 settings, as many as a hurried engineer would try. Searches that spend
   dozens of trainings on every single task, and tuned schedules, are stronger rivals and are not in this table yet.
-- At batch 1 nothing here makes this student much faster: its latency is the cost of calling its layers.
-- Early exits that decide sample by sample never pay at this size; the policy learns to end the student at its first exit.
+- At batch 1 the student gains little: its latency is the cost of calling its layers.
+- Exits that decide sample by sample do not pay at this size (docs/decisions.md): shares of samples that leave at each exit of the
+  student above: {", ".join(f"{rate:.2f}" for rate in student["exit_rates"])}.
+- Random-search settings and the policy's start come from the policy's own task distribution: nothing here speaks of other data sets.
 """
 
 
