@@ -51,7 +51,7 @@ class Episodes:
         self._capacity = float(dense_workload(self._structure, batch_size).macs) / world.teacher_macs
 
     def reset(self, seeds: Sequence[int], rows: Tensor | None = None, start: Tensor | None = None) -> Tensor:
-        """Begin the episodes of `seeds` and return the observation [N, O].
+        """Begin the episodes of `seeds` and return the observation [N, O], which is meant for those episodes alone.
 
         Args:
             seeds: one task a student, for all N or for those at `rows`.
@@ -70,10 +70,9 @@ class Episodes:
         self._facts = self._task_facts()
         self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
         metrics, cost, now = self.evaluate("validation")
-        before, self._score = self._score, now
-        change = now - before
-        change[where] = 0.0
-        return self._observe(metrics, cost, change, None)
+        self._score = self._score.clone()
+        self._score[where] = now[where]  # the others keep theirs: their next reward begins where their last one ended
+        return self._observe(metrics, cost, torch.zeros(self.num_students), None)
 
     def step(self, position: Tensor) -> Outcome:
         """Train one window with the controls at `position` [N, 9]; the reward is what that window changed."""

@@ -91,7 +91,9 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
                 final[i] = observation[i].copy()
             last = {name: np.where(ended, info[name], 0) for name in figures(outcome)}
             masks = {f"_{name}": ended.copy() for name in last}
-            info = {"final_obs": final, "_final_obs": ended.copy(), "_final_info": ended.copy()}
+            for name in last:  # the figures of those that go on stay; those that ended have theirs in final_info
+                info[f"_{name}"] = ~ended
+            info |= {"final_obs": final, "_final_obs": ended.copy(), "_final_info": ended.copy()}
             info["final_info"] = {**last, **masks}
             drawn = self._draw(rows)
             observation = observation.copy()

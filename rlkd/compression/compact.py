@@ -169,7 +169,7 @@ def load_student(folder: Path) -> CompactStudent:
             raise UserError(f"{folder}: not a student of format {FORMAT}, or altered after it was saved")
         student = _empty(card["architecture"])
         student.load_state_dict(load_file(folder / "student.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot read the student ({error})") from error
     return student
 

@@ -126,10 +126,13 @@ def load_profile(path: Path) -> CostProfile:
         numbers = (*coefficients, *(energy[k] for k in ENERGY_MODEL if k not in ("kind", "source")))
         if not all(math.isfinite(x) and x >= 0 for x in numbers) or sum(coefficients) <= 0:
             raise UserError(f"{path}: cost profile with a negative or non-finite figure; run `rlkd calibrate`")
-        return CostProfile(int(card["batch_size"]), coefficients, energy, dict(card["provenance"]))
+        batch_size = int(card["batch_size"])
+        if batch_size < 1:
+            raise UserError(f"{path}: batch_size is {batch_size}; allowed: at least 1; run `rlkd calibrate`")
+        return CostProfile(batch_size, coefficients, energy, dict(card["provenance"]))
     except OSError as error:
         raise UserError(f"{path}: cannot read the cost profile ({error.strerror}); run `rlkd calibrate`") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not a cost profile ({error}); run `rlkd calibrate`") from error
 
 

@@ -47,6 +47,7 @@ def test_compacted_answers_equal_masked_answers(name: str, threshold: float) -> 
     if 0.1 < threshold < 1 and name != "no_exit":
         confidence = student(inputs, masks).logits[0].softmax(-1).amax(-1)
         threshold = float(confidence.quantile(threshold))  # so that some leave and some stay
+        assert 0 < int((confidence >= threshold).sum()) < len(inputs)
     small = compact(student, masks, threshold)
     torch.testing.assert_close(small(inputs), masked_answers(student, masks, inputs, threshold), atol=1e-5, rtol=1e-4)
 
@@ -86,3 +87,23 @@ def test_an_altered_student_is_refused(tmp_path: Path) -> None:
         load_student(tmp_path)
     with pytest.raises(UserError, match="cannot read"):
         load_student(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_classes", 3),
+        ("threshold", "x"),
+        ("widths", [12, -1, 7]),
+        ("kind", "conv"),
+        ("exits", [9]),
+    ],
+)
+def test_a_card_that_does_not_fit_the_tensors_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    student, masks, _ = made("mlp")
+    save_student(compact(student, masks, 0.4), tmp_path, {})
+    card = json.loads((tmp_path / "student.json").read_text())
+    card["architecture"][field] = value
+    (tmp_path / "student.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="cannot read"):
+        load_student(tmp_path)

@@ -38,6 +38,14 @@ def test_importance_by_hand() -> None:
     assert stacked[1].tolist() == [[6.0, 2.0], [12.0, 4.0]]
 
 
+def test_importance_of_a_convolution_by_hand() -> None:
+    student = build_student(StudentConfig("conv", (2,), ()), (4, 4), 2)
+    filters = torch.stack([torch.full((1, 3, 3), -1.0), torch.eye(3)[None]])  # [2, 1, 3, 3]
+    inputs, units = importance(student, {"layers.0.weight": filters}, torch.rand(16))
+    assert inputs.tolist() == [1.0]  # pixels are no group of a convolution
+    assert units.tolist() == [9.0, 3.0]
+
+
 def test_exits_at_has_exact_ends() -> None:
     confidence = torch.tensor([[0.05, 0.5, 1.0]] * 4)
     leaves = exits_at(confidence, torch.tensor([0.1, 0.5, 0.999, 1.0]), num_classes=10)

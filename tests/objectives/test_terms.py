@@ -2,6 +2,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlkd.models import Outputs
 from rlkd.objectives import attention_map, attention_transfer, cross_entropy, family_losses, hint, response
@@ -91,3 +94,40 @@ def test_family_losses_average_the_exits() -> None:
     half = 1 / math.sqrt(2)
     expected = [(math.log(4 / 3) + math.log(2)) / 2, soft / 2, 4.0, (half - 1) ** 2 + half**2]
     torch.testing.assert_close(losses, torch.tensor(expected))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.5, 10.0), st.integers(1, 6), st.integers(2, 10))
+def test_response_is_torchs_batchmean_times_temperature_squared(seed: int, temperature: float, b: int, c: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, b, c, generator=generator, dtype=torch.float64).unbind()
+    log_q, p = F.log_softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+    expected = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+    value = response(student, teacher, temperature)
+    torch.testing.assert_close(value, expected)
+    assert value.item() >= -1e-9
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (5, 7), (5, 8, 4, 4), (5, 3, 2, 2)], ids=str)
+def test_attention_maps_have_unit_norm_or_are_empty(shape: tuple[int, ...]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    features[0] = 0.0  # a sample on which nothing is active
+    maps = attention_map(features, 16)
+    assert maps.shape == (5, 16)
+    assert (maps >= 0).all()
+    torch.testing.assert_close(maps.norm(dim=-1), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]))
+
+
+def test_no_family_sends_a_gradient_into_the_teacher() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator).requires_grad_()
+
+    student = [leaf(3, 4), leaf(3, 4), leaf(3, 8), leaf(3, 5)]  # logits of two exits, features, adapted features
+    teacher = [leaf(3, 4), leaf(3, 5), leaf(3, 4)]  # logits, features, map
+    outputs = Outputs((student[0], student[1]), (student[2],))
+    labels = torch.tensor([0, 1, 2])
+    family_losses(outputs, student[3], labels, *teacher, torch.tensor(2.0)).sum().backward()
+    assert all(t.grad is None for t in teacher)
+    assert all(s.grad is not None and s.grad.abs().sum() > 0 for s in student)

@@ -68,7 +68,10 @@ def test_population_and_solo_student_agree_after_sixty_updates(double_world: Wor
         ours: Metrics = alone.evaluate("validation")
         for field in ("kept", "exit_loss", "divergence", "spread"):
             torch.testing.assert_close(getattr(metrics, field)[row], getattr(ours, field)[0], atol=1e-7, rtol=1e-6)
-        assert float(metrics.accuracy[row]) == float(ours.accuracy[0])
+        for field in ("accuracy", "exit_accuracy", "exit_rates", "agreement"):
+            assert torch.equal(getattr(metrics, field)[row], getattr(ours, field)[0]), field
+        assert not single.diverged.any()
+        assert not telemetry.diverged[row]
 
 
 def test_population_and_solo_student_agree_in_single_precision(world: World) -> None:
@@ -149,3 +152,36 @@ def test_a_weight_of_an_unavailable_family_goes_to_the_others(world: World) -> N
     without.train_window(Controls(b, *rest))
     for name, parameter in with_it.state_dict().items():
         torch.testing.assert_close(parameter, without.state_dict()[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_student_of_three_equals_itself_among_two_others_after_four_windows(double_world: World) -> None:
+    three = population(double_world, StudentConfig(), [7, 1, 2])
+    two = population(double_world, StudentConfig(), [9, 7])
+    for _ in range(4):
+        three.train_window(controls_of([1, 0, 2]))
+        two.train_window(controls_of([3, 1]))
+    for name, stacked in three.state_dict().items():
+        torch.testing.assert_close(stacked[0], two.state_dict()[name][1], atol=1e-8, rtol=1e-7)
+    for mine, other in zip(three.masks(), two.masks(), strict=True):
+        assert torch.equal(mine[0], other[1])
+
+
+def test_the_same_seeds_give_the_same_students_to_the_bit(world: World) -> None:
+    first, second = (population(world, StudentConfig(), [4, 5]) for _ in range(2))
+    for _ in range(2):
+        one, two = first.train_window(controls_of([0, 1])), second.train_window(controls_of([0, 1]))
+    assert_rows_equal(first.state_dict(), second.state_dict(), [0, 1], [0, 1])
+    assert torch.equal(one.losses, two.losses)
+    other = population(world, StudentConfig(), [4, 6])
+    assert not torch.equal(first.state_dict()["layers.0.weight"][1], other.state_dict()["layers.0.weight"][1])
+
+
+def test_a_student_alone_is_flagged_when_it_diverges(world: World) -> None:
+    alone = SoloStudent(build_student(StudentConfig(), (8, 8), 10), world.data, world.signals, TRAIN)
+    task = draw_task(0, world.config.task, world.data, 3)
+    alone.reset([task])
+    good = controls_of([0])
+    assert alone.train_window(good).diverged.tolist() == [False]
+    assert alone.train_window(dataclasses.replace(good, learning_rate=torch.tensor([1e30]))).diverged.tolist() == [True]
+    alone.reset([task])  # a new episode starts from finite parameters again
+    assert alone.train_window(good).diverged.tolist() == [False]

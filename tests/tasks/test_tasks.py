@@ -62,3 +62,8 @@ def test_impossible_distributions_are_named() -> None:
         TaskDistribution(label_noise=Range(0.5, 0.2)).check()
     with pytest.raises(UserError, match=r"task\.dataset: got 'digit'.*did you mean 'digits'"):
         TaskDistribution(dataset="digit").check()
+
+
+def test_an_unknown_data_set_is_named() -> None:
+    with pytest.raises(UserError, match=r"got 'mnist'; allowed: digits"):
+        load_dataset("mnist")

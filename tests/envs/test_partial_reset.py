@@ -1,0 +1,122 @@
+"""The population against single environments, to close tolerance, also when one student ends before the others."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from rlkd.envs import (
+    CONTROLS,
+    OBSERVATIONS,
+    ControlConfig,
+    DistillationEnv,
+    DistillationVectorEnv,
+    EnvConfig,
+    World,
+    build_world,
+)
+from rlkd.envs.action import dict_action
+
+SCORE = OBSERVATIONS.index("score")
+RATE = CONTROLS.index("learning_rate")
+
+
+@pytest.fixture
+def double_world(world: World) -> Iterator[World]:
+    """The same world in double precision, so that rounding does not grow to something visible in an episode."""
+    s = world.signals
+    signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
+    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
+    torch.set_default_dtype(torch.float64)
+    try:
+        template = copy.deepcopy(world.template).double()
+        yield dataclasses.replace(world, data=data, signals=signals, start=world.start.double(), template=template)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_vector_environment_agrees_with_single_ones_closely(double_world: World) -> None:
+    world, rng = double_world, np.random.default_rng(1)
+    vector, singles = DistillationVectorEnv(3, world=world), [DistillationEnv(world=world) for _ in range(3)]
+    observations, _ = vector.reset(seed=20)
+    for i, env in enumerate(singles):
+        np.testing.assert_allclose(env.reset(seed=20 + i)[0], observations[i], atol=1e-6)
+    for _ in range(2 * world.config.num_windows):
+        flat = rng.uniform(-1, 1, (3, len(CONTROLS))).astype(np.float32)
+        observations, rewards, terminated, _, info = vector.step(dict_action(flat))
+        for i, env in enumerate(singles):
+            observation, reward, done, _, _ = env.step(dict_action(flat[i]))
+            assert done == terminated[i]
+            np.testing.assert_allclose(observation, info["final_obs"][i] if done else observations[i], atol=1e-4)
+            assert reward == pytest.approx(rewards[i], abs=1e-5)
+            if done:
+                np.testing.assert_allclose(env.reset()[0], observations[i], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def hot_world(config: EnvConfig) -> World:
+    """Learning rates up to one that breaks a student at once, so that a test can choose who diverges."""
+    return build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e-3, 1e30))))
+
+
+def held(unit_keep: float) -> np.ndarray:
+    """[3, 9]: all hold the start, but for inputs and units kept."""
+    actions = np.zeros((3, len(CONTROLS)), dtype=np.float32)
+    actions[:, [CONTROLS.index("unit_keep"), CONTROLS.index("feature_keep")]] = unit_keep
+    return actions
+
+
+def episode_beside_a_diverging_student(
+    world: World, keep: float, breaks_at: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores [4, 3], rewards [3, 3] and ends [3, 3] of three windows; the middle student may break in one of them."""
+    vector = DistillationVectorEnv(3, world=world)
+    observation, _ = vector.reset(seed=5)
+    scores, rewards, ends = [observation[:, SCORE]], [], []
+    for window in range(3):
+        actions = held(keep)
+        if window == breaks_at:
+            actions[1, RATE] = 1.0
+        observation, reward, terminated, _, info = vector.step(dict_action(actions))
+        if terminated.any():
+            assert info["final_info"]["diverged"][1] == 1.0
+            assert info["final_info"]["score"][1] == 0.0
+            assert np.isfinite(info["final_obs"][1]).all()
+            assert info["_task_seed"].tolist() == [False, True, False]
+        scores.append(observation[:, SCORE])
+        rewards.append(reward)
+        ends.append(terminated)
+    return np.stack(scores), np.stack(rewards), np.stack(ends)
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5], ids=["dense", "pruned"])
+def test_a_diverging_student_restarts_alone(hot_world: World, keep: float) -> None:
+    scores, rewards, ends = episode_beside_a_diverging_student(hot_world, keep, 1)
+    assert ends.tolist() == [[False] * 3, [False, True, False], [False] * 3]
+    assert rewards[1, 1] == pytest.approx(-scores[1, 1], abs=1e-6)  # from its score down to 0
+    assert rewards[2, 1] == pytest.approx(scores[3, 1] - scores[2, 1], abs=1e-6)  # of the new episode
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5], ids=["dense", "pruned"])
+def test_rewards_beside_a_restarted_student_stay_what_they_were(hot_world: World, keep: float) -> None:
+    scores, rewards, _ = episode_beside_a_diverging_student(hot_world, keep, 1)
+    calm_scores, calm_rewards, _ = episode_beside_a_diverging_student(hot_world, keep, None)
+    np.testing.assert_array_equal(scores[:, [0, 2]], calm_scores[:, [0, 2]])
+    np.testing.assert_allclose(rewards[:, [0, 2]], np.diff(scores, axis=0)[:, [0, 2]], atol=1e-6)
+    np.testing.assert_array_equal(rewards[:, [0, 2]], calm_rewards[:, [0, 2]])
+
+
+def test_those_who_go_on_keep_their_figures_when_another_ends(hot_world: World) -> None:
+    vector, alone = DistillationVectorEnv(3, world=hot_world), DistillationEnv(world=hot_world)
+    vector.reset(seed=5)
+    alone.reset(seed=5)
+    actions = held(0.0)
+    actions[1, RATE] = 1.0
+    _, _, terminated, _, info = vector.step(dict_action(actions))
+    assert terminated.tolist() == [False, True, False]
+    figures = alone.step(dict_action(actions[0]))[4]
+    assert info["_score"].tolist() == [True, False, True]  # as gymnasium's SyncVectorEnv reports them
+    assert info["score"][0] == pytest.approx(figures["score"], abs=1e-4)

@@ -1,0 +1,63 @@
+"""Metrics by hand: three samples, two exits, two classes."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkd.objectives.hard_label import log_probabilities
+from rlkd.students import Metrics
+from rlkd.students.evaluation import summarise
+
+
+def logits_of(probabilities: list[float]) -> Tensor:
+    """[1, B, 2] logits that give class 0 these probabilities."""
+    p = torch.tensor(probabilities)
+    return torch.stack([p, 1 - p], dim=-1).log()[None]
+
+
+EARLY, LATE, TEACHER, LABELS = [0.9, 0.6, 0.2], [0.3, 0.4, 0.7], [0.75, 0.25, 0.75], torch.tensor([0, 1, 0])
+
+
+def metrics_at(threshold: float) -> Metrics:
+    masks = (torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    scores = (torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[4.0, 0.0]]))
+    exits = (logits_of(EARLY), logits_of(LATE))
+    teacher = log_probabilities(logits_of(TEACHER))
+    return summarise(exits, LABELS, teacher, torch.tensor([threshold]), masks, scores)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "accuracy", "early_rate", "agreement"),
+    [
+        (0.5, 1 / 3, 1.0, 1 / 3),  # all leave early with answers 0 0 1; labels and teacher say 0 1 0
+        (0.7, 2 / 3, 2 / 3, 2 / 3),  # confidences 0.9, 0.6, 0.8: the second goes on; answers 0 1 1
+        (1.0, 2 / 3, 0.0, 2 / 3),  # all go on and answer 1 1 0
+    ],
+)
+def test_answers_come_from_the_exit_a_sample_leaves_at(
+    threshold: float, accuracy: float, early_rate: float, agreement: float
+) -> None:
+    m = metrics_at(threshold)
+    assert float(m.accuracy) == pytest.approx(accuracy)
+    assert m.exit_rates[0].tolist() == pytest.approx([early_rate, 1 - early_rate])
+    assert float(m.agreement) == pytest.approx(agreement)
+
+
+def test_every_exit_is_judged_on_all_samples() -> None:
+    m = metrics_at(0.7)
+    assert m.exit_accuracy[0].tolist() == pytest.approx([1 / 3, 2 / 3])
+    early = -(math.log(0.9) + math.log(0.4) + math.log(0.2)) / 3
+    late = -(math.log(0.3) + math.log(0.6) + math.log(0.7)) / 3
+    assert m.exit_loss[0].tolist() == pytest.approx([early, late], rel=1e-5)
+    assert m.kept.tolist() == [[2.0, 1.0]]
+    assert m.spread[0].tolist() == pytest.approx([1.0, 0.5])
+
+
+def test_divergence_is_from_the_teacher_to_the_last_exit() -> None:
+    def kl(p: float, q: float) -> float:
+        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+    expected = sum(kl(p, q) for p, q in zip(TEACHER, LATE, strict=True)) / 3
+    assert float(metrics_at(0.7).divergence) == pytest.approx(expected, rel=1e-5)
