@@ -94,7 +94,7 @@ student. Latency is the cost profile's (measured on this machine, batch {profile
 ## What the loop is worth
 
 The same policy against itself, blind: its mean schedule over training tasks (open loop) and its mean setting held constant, on
-{blind["num_tasks"] * blind["num_seeds"]} further tasks. Command: `rlkd compare --policy RUN/policy --methods policy,static,open_loop,mean_action --seeds {blind["num_seeds"]} --seed 100`.
+{blind["num_tasks"] * blind["num_seeds"]} further tasks. Command: `rlkd compare --policy RUN/policy --methods policy,static,open_loop,mean_action --seeds {blind["num_seeds"]} --comparison.num_tasks {blind["num_tasks"]} --seed 100`.
 
 {table(blind)}
 

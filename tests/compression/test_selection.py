@@ -41,7 +41,7 @@ def test_importance_by_hand() -> None:
 def test_importance_of_a_convolution_by_hand() -> None:
     student = build_student(StudentConfig("conv", (2,), ()), (4, 4), 2)
     filters = torch.stack([torch.full((1, 3, 3), -1.0), torch.eye(3)[None]])  # [2, 1, 3, 3]
-    inputs, units = importance(student, {"layers.0.weight": filters}, torch.rand(16))
+    inputs, units = importance(student, {"layers.0.weight": filters}, torch.full((16,), 0.5))
     assert inputs.tolist() == [1.0]  # pixels are no group of a convolution
     assert units.tolist() == [9.0, 3.0]
 
