@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rlkd.agents.policy import TENSORS, Policy
-from rlkd.agents.search import StaticSettings
+from rlkd.agents.search import Shortlist
 from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
 from rlkd.errors import UserError
@@ -44,7 +44,7 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
         provenance: JSON-able; says from what, when and how well the policy was learned.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    extra = (policy.mean, policy.deviation, policy.start, policy.static.positions, policy.static.terms)
+    extra = (policy.mean, policy.deviation, policy.start, policy.static.points, policy.static.terms)
     tensors = {**policy.weights, **dict(zip(_EXTRA, extra, strict=True))}
     blob = save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
@@ -99,7 +99,7 @@ def load_bundle(folder: Path) -> Bundle:
         provenance = dict(card["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: not a policy bundle, or a damaged one ({error!r:.200})") from error
-    static = StaticSettings(tensors["static.positions"], tensors["static.terms"])
+    static = Shortlist(tensors["static.positions"], tensors["static.terms"])
     weights = {name: tensors[name] for name in TENSORS}
     mean, deviation = tensors["observation.mean"], tensors["observation.deviation"]
     policy = Policy(weights, mean, deviation, tensors["start"], static, controls)

@@ -1,25 +1,26 @@
 """Controllers: from what is observed to the next position of the controls, and how to run one over tasks.
 
-A controller is a plain function `(observation [N, O], start [N, 9], window) -> position [N, 9]`, with `window`
-counted from 0. A PPO policy, a constant and a schedule are all of this kind, so they are compared alike.
+A controller is a plain function `(observation [N, O], episodes, window) -> position [N, 9]`, with `window` counted
+from 0. A PPO policy, a constant, a schedule and a per-task search's winner are all of this kind, so they are compared
+alike. `episodes` gives the start settings and the tasks, and to gradient-based rivals the students themselves.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.envs.action import ControlConfig, encode, published_setting
+from rlkd.envs.action import CONTROLS, EXIT_DEAD_ZONE
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
-from rlkd.objectives import FAMILIES
 from rlkd.tasks import TaskDistribution
 
-Controller = Callable[[Tensor, Tensor, int], Tensor]
+EXIT_GRID = (0.0, *(EXIT_DEAD_ZONE + (1 - 2 * EXIT_DEAD_ZONE) * u / 10 for u in range(1, 10)), 1.0)
+Controller = Callable[[Tensor, Episodes, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,47 +35,9 @@ class Results:
     diverged: NDArray[np.bool_]
 
 
-def hold_start(observation: Tensor, start: Tensor, window: int) -> Tensor:
+def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
     """The static setting that the student started from."""
-    return start
-
-
-def published(config: ControlConfig) -> Controller:
-    """The fixed published setting: 0.5 : 0.3 : 0.15 : 0.05 at T = 4, the whole student."""
-    position = published_setting(config)
-    return lambda observation, start, window: position.expand_as(start)
-
-
-def schedule(config: ControlConfig, num_windows: int) -> Controller:
-    """A hand-made schedule as published recipes have it: hot and dense first, then cold and sparse.
-
-    Temperature falls geometrically from 5 to 1 (annealed distillation, Jafari et al. 2021), the kept share of
-    units from 0.8 to 0.3 along the cubic schedule of gradual pruning (Zhu & Gupta 2018), the learning rate along
-    a cosine, and weight moves from the teacher's answers to the labels; inputs stay, and no sample leaves early.
-    Pruning inputs as well cost it 0.10 of accuracy and 0.04 of J (64 tasks), so it is not asked to.
-    """
-    return lambda observation, start, window: _scheduled(window, config, num_windows).expand_as(start)
-
-
-def _scheduled(window: int, config: ControlConfig, num_windows: int) -> Tensor:
-    done = window / max(1, num_windows - 1)
-    keep = 0.3 + 0.5 * (1.0 - done) ** 3
-    weights = dict(
-        zip((f"weight_{f}" for f in FAMILIES), (0.2 + 0.3 * done, 0.6 - 0.3 * done, 0.15, 0.05), strict=True)
-    )
-    temperature = 5.0 ** (1.0 - done)
-    rate = 1e-2 * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
-    return encode(
-        {
-            **weights,
-            "temperature": temperature,
-            "feature_keep": 1.0,
-            "unit_keep": keep,
-            "exit_threshold": 1.0,
-            "learning_rate": rate,
-        },
-        config,
-    )
+    return episodes.start
 
 
 def run(
@@ -86,6 +49,7 @@ def run(
     final_split: str = "test",
     num_parallel: int = 128,
     on_window: Callable[[int], object] | None = None,
+    tune_exit: bool = False,
 ) -> Results:
     """Train one student a task under `controller` and evaluate each once, at the end.
 
@@ -98,6 +62,7 @@ def run(
         final_split: "validation" for selection, "test" for the one result.
         num_parallel: students in lock-step.
         on_window: called with the number of students after every window, for progress.
+        tune_exit: choose each student's exit threshold on validation once it is trained.
     """
     parts = []
     for begin in range(0, len(seeds), num_parallel):
@@ -106,15 +71,22 @@ def run(
         observation = episodes.reset(chunk, start=None if start is None else start[begin : begin + num_parallel])
         diverged = torch.zeros(len(chunk), dtype=torch.bool)
         for window in range(world.config.num_windows):
-            outcome = episodes.step(controller(observation, episodes.start, window))
+            outcome = episodes.step(controller(observation, episodes, window))
             observation, diverged = outcome.observation, diverged | outcome.diverged
             if on_window:
                 on_window(len(chunk))
-        parts.append(final_figures(episodes, diverged, final_split))
-    return Results(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        if tune_exit:
+            _tune_exit(episodes)
+        parts.append(Results(*final_figures(episodes, diverged, final_split)))
+    return join(parts)
 
 
-def final_figures(episodes: Episodes, diverged: Tensor, split: str) -> tuple[NDArray[np.generic], ...]:
+def join(parts: Sequence[Results]) -> Results:
+    """Results of several runs, one after the other."""
+    return Results(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Results)))
+
+
+def final_figures(episodes: Episodes, diverged: Tensor, split: str) -> tuple[Any, ...]:
     """The fields of `Results`; a diverged student has accuracy 0, saves nothing and scores worst."""
     if split not in ("validation", "test"):
         raise ValueError(f"split: got {split!r}; allowed: 'validation', 'test'")
@@ -123,3 +95,15 @@ def final_figures(episodes: Episodes, diverged: Tensor, split: str) -> tuple[NDA
     columns = (score, metrics.accuracy, cost.latency_ratio, cost.energy_ratio, cost.macs_ratio)
     cleaned = [torch.where(diverged, torch.full_like(c, worst[i]), c) for i, c in enumerate(columns)]
     return (*(c.double().numpy() for c in cleaned), diverged.numpy())
+
+
+def _tune_exit(episodes: Episodes) -> None:
+    """Set every student's exit control to the one of EXIT_GRID, or its own, with the best score on validation."""
+    own = episodes.position[:, CONTROLS.index("exit_threshold")].clone()  # [N]
+    best_score, best = episodes.evaluate("validation")[2], own  # each [N]
+    for candidate in EXIT_GRID:
+        episodes.set_exit(torch.full_like(own, candidate))
+        now = episodes.evaluate("validation")[2]
+        best = torch.where(now > best_score, candidate, best)
+        best_score = torch.maximum(now, best_score)
+    episodes.set_exit(best)

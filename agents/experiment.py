@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,21 @@ from stable_baselines3.common.logger import Logger
 from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import save_bundle
 from rlkd.agents.comparison import compare
-from rlkd.agents.controllers import Controller, Results, published, run, schedule
+from rlkd.agents.held_out import METHOD_STREAM, SEARCH_STREAM, TRAIN_STREAM, held_out_seeds, run_methods, stream_seed
+from rlkd.agents.methods import Request
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.replay import Distilled, distil, write_student
 from rlkd.agents.report import read_run, write_report
 from rlkd.agents.runs import JsonLines, Progress, describe_run, plain, write_json
-from rlkd.agents.search import StaticSettings, search_static
+from rlkd.agents.search import Shortlist, search_plans
 from rlkd.configs.schema import ExperimentConfig, ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
 
-SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM = 1, 2, 3
 NUM_DRAWN = 32  # tasks in the figure of the controls
-
-
-def stream_seed(seed: int, stream: int) -> int:
-    """A seed of its own for each part of a run, so that parts do not share tasks."""
-    generator = torch.Generator().manual_seed(seed * 8 + stream)
-    return int(torch.randint(2**31, (), generator=generator))
-
-
-def held_out_seeds(seed: int, num_tasks: int) -> list[int]:
-    """Task seeds of the comparison; drawn from a range of their own, so never trained on."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, TEST_STREAM))
-    return [2**60 + int(s) for s in torch.randint(2**59, (num_tasks,), generator=generator)]
+COMPARED = ("policy", "static", "published", "annealed")
 
 
 def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress: Progress) -> dict[str, Any]:
@@ -55,7 +44,7 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
 
     progress.phase("static search", config.search.num_trainings, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-    static = search_static(world, config.search, generator, progress.advance)
+    static = search_plans(world, config.search, generator, progress.advance)
     timing.write({"part": "static search", "wall_s": time.perf_counter() - began})
     middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]
     world = dataclasses.replace(world, start=static.best(middle)[0])
@@ -86,19 +75,16 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
 
 
 def compare_on_held_out_tasks(
-    world: World, static: StaticSettings, policy: Policy, config: ExperimentConfig, seed: int, progress: Progress
+    world: World, static: Shortlist, policy: Policy, config: ExperimentConfig, seed: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """`methods` and `paired` for each accuracy weight, on test data."""
-    methods: dict[str, Controller] = {
-        "policy": policy.controller(),
-        "static": static.controller(),
-        "published": published(config.controls),
-        "schedule": schedule(config.controls, config.num_windows),
-    }
     weights, num_tasks = config.comparison.accuracy_weights, config.comparison.num_tasks
-    progress.phase("comparison on held-out tasks", len(methods) * len(weights) * num_tasks, config.num_windows)
-    tables = compare_preferences(world, methods, held_out_seeds(seed, num_tasks), weights, progress.advance)
-    return {str(w): compare(table, dict.fromkeys(methods, 1.0), seed) for w, table in tables.items()}
+    progress.phase("comparison on held-out tasks", len(COMPARED) * len(weights) * num_tasks, config.num_windows)
+    seeds = tuple(held_out_seeds(seed, num_tasks))
+    method_seed = stream_seed(seed, METHOD_STREAM)
+    request = Request(world, config.task, seeds, static, policy, config.search, method_seed, progress.advance)
+    tables = run_methods(COMPARED, request, weights)
+    return {str(w): compare(table, dict.fromkeys(COMPARED, 1.0), seed) for w, table in tables.items()}
 
 
 def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_s: float) -> dict[str, Any]:
@@ -140,7 +126,7 @@ def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: P
 
 def learn(
     world: World,
-    static: StaticSettings,
+    static: Shortlist,
     config: ExperimentConfig,
     seed: int,
     folder: Path,
@@ -180,26 +166,3 @@ def learn(
         raise
     save_bundle(policy, folder / "policy", provenance)
     return policy
-
-
-def compare_preferences(
-    world: World,
-    methods: Mapping[str, Controller],
-    seeds: Sequence[int],
-    accuracy_weights: Sequence[float],
-    on_window: Callable[[int], object],
-) -> dict[float, dict[str, Results]]:
-    """Test results of every method on the same tasks under each accuracy weight."""
-    return {
-        weight: {
-            name: run(
-                world,
-                controller,
-                seeds,
-                world.config.task.with_preference(Preference(weight)),
-                on_window=on_window,
-            )
-            for name, controller in methods.items()
-        }
-        for weight in accuracy_weights
-    }

@@ -1,72 +1,220 @@
-"""The controllers that `rlkd compare --methods` knows, built for a world."""
+"""The controllers that `rlkd compare --methods` knows, each built for one preference of a world."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlkd.agents.controllers import Controller, published, run, schedule
+from rlkd.agents.adaptive import adversarial_temperature, hypergradient
+from rlkd.agents.controllers import Controller, run
+from rlkd.agents.pbt import PBTConfig, find_schedule
+from rlkd.agents.plans import Shape, follow
 from rlkd.agents.policy import Policy
-from rlkd.agents.search import StaticSettings
+from rlkd.agents.schedules import SCHEDULES, annealed, published, upon
+from rlkd.agents.search import SearchConfig, Shortlist, search_plans
+from rlkd.agents.task_search import Sampler, Trials, search_tasks
+from rlkd.envs.action import CONTROLS, NUM_CONTROLS, change
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
 from rlkd.errors import UserError
+from rlkd.tasks import TaskDistribution
 
 NUM_ABLATION_TASKS = 128
+BUDGETS = (10, 25, 50, 100)
+
+SEARCHES: dict[str, tuple[Sampler, Shape, int]] = {
+    **{f"random_{b}": ("random", "static", b) for b in BUDGETS},
+    **{f"tpe_{b}": ("tpe", "static", b) for b in BUDGETS},
+    **{f"tpe_linear_{b}": ("tpe", "linear", b) for b in BUDGETS},
+}
+SWITCHES: dict[str, tuple[str, ...]] = {
+    "weights": tuple(name for name in CONTROLS if name.startswith("weight_")),
+    **{name: (name,) for name in CONTROLS if not name.startswith("weight_")},
+}
+NEED_POLICY = ("policy", "open_loop", "mean_action", "random_policy", *(f"without_{name}" for name in SWITCHES))
 
 METHODS = {
     "policy": "closed loop: the learned policy (needs --policy)",
     "static": "best static setting of the search, or of the policy's own, for the preference",
     "published": "CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05, T = 4, the whole student",
-    "schedule": "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
+    "annealed": "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
+    "alpha_weighted": "labels and softened answers half and half at T = 5; the rest as static",
+    "temperature_decay": "T = 5 * 0.99^epoch, at least 1; the rest as static",
+    "temperature_stages": "T = 4, 3, 2, 1; the rest as static",
+    "fewer_features": "kept inputs 80 % to 30 %; the rest as static",
+    "alpha_by_confidence": "weight of the labels by the teacher's confidence; the rest as static",
+    "curriculum": "labels; answers; all families; then pruning and exits as static",
+    "linear": "every control from a first to a last value in a line, tuned over training tasks by TPE",
+    "cosine": "every control from a first to a last value along half a cosine, tuned over training tasks by TPE",
+    "ctkd": "temperature climbs the response loss (curriculum temperature); the rest as static",
+    "hypergradient": "loss weights follow the one-step hypergradient; the rest as static",
+    "pbt": "the schedule that population-based training finds on training tasks, replayed",
+    **{f"random_{b}": f"best of {b} random static settings on validation, for every single task" for b in BUDGETS},
+    **{f"tpe_{b}": f"best of {b} TPE trials over static settings, for every single task" for b in BUDGETS},
+    **{f"tpe_linear_{b}": f"best of {b} TPE trials over linear schedules, for every single task" for b in BUDGETS},
     "open_loop": "the policy's mean schedule over training tasks, blind to the student (needs --policy)",
     "mean_action": "the policy's mean setting over training tasks, held constant (needs --policy)",
+    "random_policy": "uniformly random changes in every window (needs --policy)",
+    **{f"without_{name}": f"the policy with its changes of {name} switched off (needs --policy)" for name in SWITCHES},
 }
-NEED_POLICY = ("policy", "open_loop", "mean_action")
 
 
-def build_methods(
-    names: list[str],
-    world: World,
-    policy: Policy | None,
-    static: StaticSettings | None,
-    seed: int,
-    on_window: Callable[[int], object],
-) -> dict[str, Controller]:
-    """The named controllers. The two ablations of a policy read its mean behaviour off fresh training tasks."""
-    methods: dict[str, Controller] = {}
+@dataclass(frozen=True)
+class Request:
+    """What controllers are built from, for one preference."""
+
+    world: World
+    tasks: TaskDistribution  # its preference fixed
+    seeds: tuple[int, ...]  # of the compared tasks; a per-task search trains on them and reads their validation
+    static: Shortlist
+    policy: Policy | None
+    search: SearchConfig  # of tuned schedules
+    seed: int
+    on_window: Callable[[int], object]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random source of its own for each method."""
+        return torch.Generator().manual_seed(self.seed * 64 + list(METHODS).index(purpose) % 64)
+
+
+def num_trainings(name: str) -> int:
+    """Full student trainings that a method spends on every single task it is asked to solve."""
+    return SEARCHES[name][2] if name in SEARCHES else 1
+
+
+def total_trainings(names: Iterable[str], num_tasks: int, search: SearchConfig) -> int:
+    """Student trainings of a whole comparison under one preference: what methods are found with, and their replay."""
+    names = list(names)
+    shared = {SEARCHES[name][:2]: 0 for name in names if name in SEARCHES}
     for name in names:
-        if name in NEED_POLICY and policy is None:
-            raise UserError(f"--methods: {name!r} needs a policy; give its folder with --policy")
-        if name == "policy" and policy is not None:
-            methods[name] = policy.controller()
-        elif name == "static" and static is not None:
-            methods[name] = static.controller()
-        elif name == "published":
-            methods[name] = published(world.config.controls)
-        elif name == "schedule":
-            methods[name] = schedule(world.config.controls, world.config.num_windows)
-        elif policy is not None:
-            methods[name] = _blind(name, mean_offsets(world, policy, seed, on_window))
-    return methods
+        if name in SEARCHES:
+            *kind, budget = SEARCHES[name]
+            shared[tuple(kind)] = max(shared[tuple(kind)], budget)  # type: ignore[index]
+    found = sum(shared.values()) * num_tasks
+    found += search.num_trainings * len({"linear", "cosine"} & set(names))
+    found += PBTConfig().num_trainings * ("pbt" in names)
+    found += NUM_ABLATION_TASKS * bool({"open_loop", "mean_action"} & set(names))
+    return found + len(names) * num_tasks
 
 
-def mean_offsets(world: World, policy: Policy, seed: int, on_window: Callable[[int], object]) -> Tensor:
-    """[W, 9], the policy's mean distance from the start setting in every window over training tasks."""
+def build_methods(names: Iterable[str], request: Request) -> dict[str, Controller]:
+    """The named controllers.
+
+    Raises:
+        UserError: a policy's ablation without a policy.
+    """
+    names = list(names)
+    for name in names:
+        if name in NEED_POLICY and request.policy is None:
+            raise UserError(f"--methods: {name} needs a policy; give its folder with --policy")
+    trials = _searched(names, request)
+    blind = {"open_loop", "mean_action"} & set(names)
+    offsets = mean_offsets(request) if blind else torch.zeros(1, NUM_CONTROLS)
+    built = {}
+    for name in names:
+        if name in SEARCHES:
+            sampler, shape, budget = SEARCHES[name]
+            built[name] = trials[sampler, shape].best(budget)
+        elif name in ("open_loop", "mean_action"):
+            built[name] = _blind(offsets if name == "open_loop" else offsets.mean(0, keepdim=True))
+        else:
+            built[name] = _build(name, request)
+    return built
+
+
+def _build(name: str, request: Request) -> Controller:
+    world, static = request.world, request.static.controller()
+    if name in SCHEDULES:
+        return upon(static, SCHEDULES[name])
+    if request.policy is not None:
+        if name == "policy":
+            return request.policy.controller()
+        if name == "random_policy":
+            return _random(request.generator(name), request.policy)
+        if name.startswith("without_"):
+            return _without(SWITCHES[name.removeprefix("without_")], request.policy)
+    if name in ("linear", "cosine"):
+        shape: Shape = "linear" if name == "linear" else "cosine"
+        known = request.static.best(_preference(request))
+        return search_plans(
+            world, request.search, request.generator(name), request.on_window, shape, known
+        ).controller()
+    if name == "pbt":
+        first = request.static.best(_preference(request))[0]
+        generator = request.generator(name)
+        return follow(find_schedule(world, PBTConfig(), request.tasks, first, generator, request.on_window))
+    simple: dict[str, Callable[[], Controller]] = {
+        "static": lambda: static,
+        "published": lambda: published(world.config.controls),
+        "annealed": lambda: annealed,
+        "ctkd": lambda: adversarial_temperature(static, request.seed),
+        "hypergradient": lambda: hypergradient(static, request.seed),
+    }
+    return simple[name]()
+
+
+def _searched(names: Iterable[str], request: Request) -> dict[tuple[Sampler, Shape], Trials]:
+    """One search for every sampler and shape, as long as the largest budget that is asked for."""
+    budgets: dict[tuple[Sampler, Shape], int] = {}
+    for sampler, shape, budget in (SEARCHES[name] for name in names if name in SEARCHES):
+        budgets[sampler, shape] = max(budget, budgets.get((sampler, shape), 0))
+    first = request.static.best(_preference(request))[0]
+    return {
+        (sampler, shape): search_tasks(
+            request.world,
+            request.seeds,
+            request.tasks,
+            sampler,
+            shape,
+            budget,
+            first,
+            request.seed,
+            request.on_window,
+        )
+        for (sampler, shape), budget in budgets.items()
+    }
+
+
+def _preference(request: Request) -> Tensor:
+    """[1, 3], the fixed one of the tasks."""
+    accuracy, share = request.tasks.accuracy_weight.low, request.tasks.latency_share.low
+    return torch.tensor([[accuracy, (1 - accuracy) * share, (1 - accuracy) * (1 - share)]])
+
+
+def mean_offsets(request: Request) -> Tensor:
+    """[W, 9], the policy's mean distance from the start setting in every window over fresh training tasks.
+
+    Under the preference of the comparison, so that the blind rival knows as much of the budget as the policy.
+    """
+    assert request.policy is not None
     offsets: list[Tensor] = []
-    controller = policy.controller()
+    controller = request.policy.controller()
 
-    def recorded(observation: Tensor, start: Tensor, window: int) -> Tensor:
-        position = controller(observation, start, window)
-        offsets.append((position - start).mean(0))
+    def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        position = controller(observation, episodes, window)
+        offsets.append((position - episodes.start).mean(0))
         return position
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = request.generator("open_loop")
     seeds = torch.randint(2**59, (NUM_ABLATION_TASKS,), generator=generator).tolist()
-    run(world, recorded, seeds, world.config.task, final_split="validation", on_window=on_window)
+    run(request.world, recorded, seeds, request.tasks, final_split="validation", on_window=request.on_window)
     return torch.stack(offsets)
 
 
-def _blind(name: str, offsets: Tensor) -> Controller:
-    """The mean schedule, or its mean held constant, around each student's start setting."""
-    schedule_of = offsets if name == "open_loop" else offsets.mean(0, keepdim=True).expand_as(offsets)
-    return lambda observation, start, window: (start + schedule_of[min(window, len(schedule_of) - 1)]).clamp(0.0, 1.0)
+def _blind(offsets: Tensor) -> Controller:
+    """Fixed distances [W, 9] or [1, 9] from each student's start setting."""
+    return lambda observation, episodes, window: (episodes.start + offsets[min(window, len(offsets) - 1)]).clamp(0, 1)
+
+
+def _random(generator: torch.Generator, policy: Policy) -> Controller:
+    def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        action = 2 * torch.rand(episodes.start.shape, generator=generator) - 1
+        return change(episodes.start, action, policy.controls)
+
+    return controller
+
+
+def _without(switched_off: tuple[str, ...], policy: Policy) -> Controller:
+    mask = torch.tensor([name not in switched_off for name in CONTROLS]).float()  # [9]
+    return lambda observation, episodes, window: change(episodes.start, policy.act(observation) * mask, policy.controls)

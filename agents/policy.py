@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
-from rlkd.agents.search import StaticSettings
+from rlkd.agents.search import Shortlist
 from rlkd.envs.action import ControlConfig, change
 from rlkd.envs.sb3 import CLIP
 
@@ -22,7 +22,7 @@ class Policy:
     mean: Tensor  # [O], of the observations, fixed before training
     deviation: Tensor  # [O]
     start: Tensor  # [9], position that its actions change
-    static: StaticSettings  # its rivals, from the same search
+    static: Shortlist  # its rivals, from the same search
     controls: ControlConfig
 
     def act(self, observation: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Policy:
 
     def controller(self) -> Controller:
         """Closed loop: every window's controls from what was just observed, without exploration."""
-        return lambda observation, start, window: change(start, self.act(observation), self.controls)
+        return lambda observation, episodes, window: change(episodes.start, self.act(observation), self.controls)
 
     def spread_of(self, observation: Tensor) -> Tensor:
         """[N], largest distance of an observation from the training mean, in training deviations."""
@@ -47,7 +47,7 @@ def policy_from_sb3(
     mean: np.ndarray,
     deviation: np.ndarray,
     start: Tensor,
-    static: StaticSettings,
+    static: Shortlist,
     controls: ControlConfig,
 ) -> Policy:
     """Take the actor out of a stable-baselines3 `MlpPolicy` state dict."""

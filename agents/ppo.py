@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 
 from rlkd.agents.controllers import hold_start
 from rlkd.agents.policy import Policy, policy_from_sb3
-from rlkd.agents.search import StaticSettings
+from rlkd.agents.search import Shortlist
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.sb3 import SB3VecEnv
@@ -82,7 +82,7 @@ def observation_figures(
     episodes = Episodes(world, num_students)
     seen = [episodes.reset(seeds)]
     for window in range(world.config.num_windows):
-        held = hold_start(seen[-1], episodes.start, window)
+        held = hold_start(seen[-1], episodes, window)
         noise = 0.2 * torch.randn(held.shape, generator=generator)
         seen.append(episodes.step((held + noise).clamp(0.0, 1.0)).observation)
         if on_window:
@@ -147,7 +147,7 @@ class _Watch(BaseCallback):
 
 def train(
     world: World,
-    static: StaticSettings,
+    static: Shortlist,
     config: PPOConfig,
     seed: int,
     on_window: Callable[[int], object],

@@ -49,7 +49,7 @@ def distil(
     observation = episodes.reset([seed])
     diverged = False
     for window in range(world.config.num_windows):
-        position = controller(observation, episodes.start, window)
+        position = controller(observation, episodes, window)
         outcome = episodes.step(position)
         controls = decode(position, world.config.controls, world.data.num_classes)
         row = {

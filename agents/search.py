@@ -1,25 +1,42 @@
-"""Random search for static settings: the rival of every policy, and what a policy's actions change."""
+"""Search over the task distribution for static settings and simple schedules, tuned once for all tasks.
 
-from collections.abc import Callable
+The best static setting is the rival of every policy and what a policy's actions change. Settings are proposed by
+the multivariate tree-structured Parzen estimator (Bergstra et al. 2011; Falkner et al. 2018), as Optuna has it,
+with one study for each of a row of preferences. What a setting reaches (accuracy, latency, energy) does not
+depend on the preference of its tasks, so every study learns from every setting.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import optuna
 import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import create_trial
 from torch import Tensor
 
-from rlkd.agents.controllers import Controller, hold_start, run
-from rlkd.envs.action import NUM_CONTROLS, published_setting
+from rlkd.agents.controllers import Controller
+from rlkd.agents.plans import Shape, num_axes, run_plans, to_plan
+from rlkd.envs.action import published_setting
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.world import World
 from rlkd.errors import UserError
+from rlkd.tasks import Preference
+
+ACCURACY_WEIGHTS = (0.6, 0.4, 0.9, 0.75)  # of the studies' preferences
+OnWindow = Callable[[int], object] | None
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Random search for the best static setting over the task distribution."""
+    """Search for the best static setting over the task distribution."""
 
-    num_settings: int = 40
-    """The published setting, and the others drawn uniformly from the controls' ranges."""
+    num_settings: int = 60
+    """Settings tried, the published one first."""
     tasks_per_setting: int = 32
     """Tasks that every setting is tried on, the same for all."""
     num_finalists: int = 8
@@ -40,68 +57,104 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class StaticSettings:
-    """The best settings of a search, and what each reached on validation."""
+class Shortlist:
+    """The best plans of a search over the task distribution, and what each reached on validation."""
 
-    positions: Tensor  # [M, 9]
+    points: Tensor  # [M, 9] settings, or [M, 18] from a first to a last setting
     terms: Tensor  # [M, 3], mean accuracy, 1 - latency ratio, 1 - energy ratio
+    shape: Shape = "static"
 
     def best(self, preference: Tensor) -> Tensor:
-        """[N, 9], the setting with the best mean score under each `preference` [N, 3]; ties go to the lower index."""
-        return self.positions[(preference @ self.terms.T).argmax(-1)]
+        """[N, 9 or 18], the plan with the best mean score under each `preference` [N, 3]; ties: the lower index."""
+        return self.points[(preference @ self.terms.T).argmax(-1)]
 
     def controller(self) -> Controller:
-        """The best static setting for each student's own preference, held: the rival of every policy."""
+        """The best plan for each student's own preference, followed: the rival of every policy."""
         first = OBSERVATIONS.index("preference_accuracy")
-        return lambda observation, start, window: self.best(observation[:, first : first + 3])
+
+        def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+            num_windows = episodes.world.config.num_windows
+            return to_plan(self.best(observation[:, first : first + 3]), self.shape, num_windows)[:, window]
+
+        return controller
 
 
-def search_static(
-    world: World, config: SearchConfig, generator: torch.Generator, on_window: Callable[[int], object] | None = None
-) -> StaticSettings:
-    """Settings and what each reaches on validation; `StaticSettings.best` picks the best for a preference.
+def search_plans(
+    world: World,
+    config: SearchConfig,
+    generator: torch.Generator,
+    on_window: OnWindow = None,
+    shape: Shape = "static",
+    first: Tensor | None = None,
+) -> Shortlist:
+    """A shortlist of plans of one shape and what each reaches on validation.
 
-    The mean terms of a setting (accuracy, latency, energy) do not depend on the preference of its tasks, so one
-    search serves every preference. Finalists are the settings that are best for at least one of a row of
-    accuracy weights, then the best of the rest at the default weight.
+    Args:
+        world: gives the distribution of tasks.
+        config: checked here.
+        generator: of tasks and proposals.
+        on_window: called with the number of students after every window.
+        shape: of the plans.
+        first: [K, 9], settings tried before all others; by default the published one.
     """
     config.check()
-    drawn = torch.rand(config.num_settings - 1, NUM_CONTROLS, generator=generator)  # [M - 1, 9]
-    settings = torch.cat([published_setting(world.config.controls)[None], drawn])  # [M, 9]
-    first = _terms(world, settings, config.tasks_per_setting, generator, on_window)  # [M, 3]
-    chosen = _finalists(first, config.num_finalists)  # [F]
-    second = _terms(world, settings[chosen], config.tasks_per_finalist, generator, on_window)  # [F, 3]
+    known = published_setting(world.config.controls)[None] if first is None else first
+    known = known.repeat(1, num_axes(shape) // known.shape[1])[: config.num_settings]  # [K, A]
+    seeds = torch.randint(2**60, (config.tasks_per_setting,), generator=generator).tolist()
+    studies = [_new_study(generator) for _ in ACCURACY_WEIGHTS]
+    points = torch.empty(0, num_axes(shape))
+    terms = torch.empty(0, 3)
+    while len(points) < config.num_settings:
+        left = config.num_settings - len(points)
+        asked = known if len(points) == 0 else _propose(studies[:left], points.shape[1])
+        reached = _terms(world, asked, shape, seeds, on_window)
+        _tell(studies, asked, reached)
+        points, terms = torch.cat([points, asked]), torch.cat([terms, reached])
+    chosen = _finalists(terms, config.num_finalists)  # [F]
+    more = torch.randint(2**60, (config.tasks_per_finalist,), generator=generator).tolist()
+    second = _terms(world, points[chosen], shape, more, on_window)  # [F, 3]
     a, b = config.tasks_per_setting, config.tasks_per_finalist
-    return StaticSettings(settings[chosen], (first[chosen] * a + second * b) / (a + b))
+    return Shortlist(points[chosen], (terms[chosen] * a + second * b) / (a + b), shape)
+
+
+def _new_study(generator: torch.Generator) -> optuna.Study:
+    seed = int(torch.randint(2**31, (), generator=generator))
+    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+
+
+def _axes(count: int) -> dict[str, BaseDistribution]:
+    return {f"u{i}": FloatDistribution(0.0, 1.0) for i in range(count)}
+
+
+def _propose(studies: Sequence[optuna.Study], count: int) -> Tensor:
+    """One point a study, [len(studies), count]."""
+    asked = [study.ask(_axes(count)) for study in studies]
+    for study, trial in zip(studies, asked, strict=True):
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)  # what it reached is told to all studies alike
+    return torch.tensor([[trial.params[f"u{i}"] for i in range(count)] for trial in asked])
+
+
+def _tell(studies: Sequence[optuna.Study], points: Tensor, terms: Tensor) -> None:
+    axes = _axes(points.shape[1])
+    for study, weight in zip(studies, ACCURACY_WEIGHTS, strict=True):
+        scores = terms @ torch.tensor(Preference(weight).weights())  # [M]
+        for point, score in zip(points.tolist(), scores.tolist(), strict=True):
+            params = dict(zip(axes, point, strict=True))
+            study.add_trial(create_trial(params=params, distributions=dict(axes), value=score))
 
 
 def _finalists(terms: Tensor, num_finalists: int) -> Tensor:
-    """Indices of the settings to look at more closely: in turn the next best for each accuracy weight."""
-    weights = torch.tensor([0.6, 0.3, 0.4, 0.75, 0.9, 0.95])
-    preference = torch.stack([weights, 0.75 * (1 - weights), 0.25 * (1 - weights)], dim=-1)  # [W, 3]
+    """Indices of the plans to look at more closely: in turn the next best for each accuracy weight."""
+    preference = torch.tensor([Preference(weight).weights() for weight in (*ACCURACY_WEIGHTS, 0.3, 0.95)])
     ranked = (preference @ terms.T).argsort(dim=-1, descending=True)  # [W, M]
     order = list(dict.fromkeys(ranked.T.flatten().tolist()))
     return torch.tensor(order[:num_finalists])
 
 
-def _terms(
-    world: World,
-    settings: Tensor,
-    num_tasks: int,
-    generator: torch.Generator,
-    on_window: Callable[[int], object] | None,
-) -> Tensor:
-    """[M, 3] mean terms of every setting over the same `num_tasks` fresh tasks."""
-    seeds = torch.randint(2**60, (num_tasks,), generator=generator).tolist()
-    results = run(
-        world,
-        hold_start,
-        seeds * len(settings),
-        world.config.task,
-        start=settings.repeat_interleave(num_tasks, dim=0),
-        final_split="validation",
-        on_window=on_window,
-    )
+def _terms(world: World, points: Tensor, shape: Shape, seeds: Sequence[int], on_window: OnWindow) -> Tensor:
+    """[M, 3] mean terms of every plan over the same tasks."""
+    plans = to_plan(points, shape, world.config.num_windows).repeat_interleave(len(seeds), dim=0)
+    results = run_plans(world, list(seeds) * len(points), plans, world.config.task, "validation", on_window)
     columns = (results.accuracy, 1 - results.latency_ratio, 1 - results.energy_ratio)
-    stacked = np.stack(columns, axis=-1).reshape(len(settings), num_tasks, 3)
+    stacked = np.stack(columns, axis=-1).reshape(len(points), len(seeds), 3)
     return torch.from_numpy(stacked.mean(1)).float()

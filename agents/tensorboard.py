@@ -15,6 +15,7 @@ from rlkd.agents.controllers import Controller, run
 from rlkd.agents.ppo import Rollout
 from rlkd.agents.runs import plain
 from rlkd.envs.action import CONTROLS
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
 
 _STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged")
@@ -48,8 +49,8 @@ def write_controls(logger: Logger, world: World, controller: Controller, seeds: 
     """A figure of the controls over an episode: mean and spread over held-out tasks."""
     seen: list[Tensor] = []
 
-    def recorded(observation: Tensor, start: Tensor, window: int) -> Tensor:
-        position = controller(observation, start, window)
+    def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        position = controller(observation, episodes, window)
         seen.append(position)
         return position
 

@@ -1,7 +1,9 @@
 """The configurations of the verbs; each field is a section with a dataclass of its own, or a plain value."""
 
+import difflib
 from dataclasses import dataclass, field
 
+from rlkd.agents.methods import METHODS, NEED_POLICY
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.search import SearchConfig
 from rlkd.cost import CostConfig
@@ -77,7 +79,38 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class CompareConfig(ExperimentConfig):
-    """`rlkd compare`: the same tasks under several controllers. The search gives the static settings."""
+    """`rlkd compare`: the same tasks under several controllers. Without a policy a search gives the static settings."""
 
+    methods: str = "static,published,annealed"
+    """Comma-separated (`rlkd list`); the others are paired with the policy, or with the first."""
+    num_seeds: int = 1
+    """Sets of comparison.num_tasks fresh tasks."""
     policy: str | None = None
-    """Folder of the policy that method `policy` replays; its start settings then serve `static`, with no search."""
+    """Folder of the policy that method `policy` replays; its static settings then serve `static`, with no search."""
+    tune_exit: bool = False
+    """Tune every student's exit threshold on validation after its training, whatever the method."""
+    front_trials: int = 0
+    """Trainings a task of a multi-objective search that the policy's front is compared with; 0: no such comparison."""
+    front_weights: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+    """Accuracy weights that make up the policy's front."""
+
+    def method_names(self) -> list[str]:
+        """`methods` as a list, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.methods.split(",")))
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        super().check()
+        for name in self.method_names():
+            if name not in METHODS:
+                close = difflib.get_close_matches(name, METHODS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UserError(f"methods: got {name!r}; allowed: {', '.join(METHODS)}{hint}")
+            if self.policy is None and name in NEED_POLICY:
+                raise UserError(f"methods: {name} needs a policy; give its folder with --policy")
+        if self.num_seeds < 1:
+            raise UserError(f"num_seeds: got {self.num_seeds}; allowed: at least 1")
+        if self.front_trials < 0 or (self.front_trials and self.policy is None):
+            raise UserError(f"front_trials: got {self.front_trials}; allowed: 0, or more with --policy")
+        if not self.front_weights or not all(0 <= w <= 1 for w in self.front_weights):
+            raise UserError(f"front_weights: got {list(self.front_weights)}; allowed: one or more from 0 to 1")

@@ -4,7 +4,9 @@ Every control has a range; its *position* u in [0, 1] runs through the range lin
 the loss weights, in logits whose softmax gives the weights. A *setting* is a vector of all positions.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,25 +83,42 @@ def decode(position: Tensor, config: ControlConfig, num_classes: int) -> Control
     )
 
 
-def encode(controls: dict[str, float], config: ControlConfig) -> Tensor:
-    """Position [9] of named controls; weights as `weight_<family>` >= 0, scaled so that the largest has u = 1.
+def encode(controls: Mapping[str, float | Tensor], config: ControlConfig) -> Tensor:
+    """Position [9] of named controls, every one given; values as in `with_values`."""
+    missing = [name for name in CONTROLS if name not in controls]
+    if missing:
+        raise ValueError(f"encode: no value for {', '.join(missing)}")
+    return with_values(torch.zeros(1, NUM_CONTROLS), controls, config)[0]
 
-    `exit_threshold` is given as a position (0: all leave at once, 1: none leaves early), because its range
-    depends on the number of classes.
+
+def with_values(position: Tensor, controls: Mapping[str, float | Tensor], config: ControlConfig) -> Tensor:
+    """Positions [N, 9] with some controls set to values, clipped to their ranges; the others stay.
+
+    Args:
+        position: [N, 9].
+        controls: numbers or [N] by name. Weights come all four or not at all, as `weight_<family>` >= 0, and are
+            scaled so that the largest has u = 1. `exit_threshold` is a position (0: all leave at once, 1: none
+            leaves early), because its range depends on the number of classes.
+        config: ranges.
     """
-    position = torch.empty(NUM_CONTROLS)
-    largest = max(controls[f"weight_{family}"] for family in FAMILIES)
-    for index, name in enumerate(CONTROLS):
-        value = controls[name]
-        if name.startswith("weight_"):
-            logit = WEIGHT_LOGIT + math.log(max(value / largest, 1e-9))
-            position[index] = (logit / WEIGHT_LOGIT + 1) / 2
+    result = position.clone()
+    families = [f"weight_{family}" for family in FAMILIES]
+    values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in controls.items()}
+    given = [name for name in families if name in values]
+    if given and given != families:
+        raise ValueError(f"with_values: got {', '.join(given)}; give the weights of all families or of none")
+    largest = functools.reduce(torch.maximum, (values[n] for n in families)) if given else None
+    for name, value in values.items():
+        if largest is not None and name in families:
+            logit = WEIGHT_LOGIT + (value / largest).clamp_min(1e-9).log()
+            u = (logit / WEIGHT_LOGIT + 1) / 2
         elif name == "exit_threshold":
-            position[index] = value
+            u = value
         else:
             low, high = getattr(config, name)
-            position[index] = math.log(value / low) / math.log(high / low) if high > low else 0.0
-    return position.clamp(0.0, 1.0)
+            u = (value / low).log() / math.log(high / low) if high > low else torch.zeros_like(value)
+        result[:, CONTROLS.index(name)] = u.clamp(0.0, 1.0)
+    return result
 
 
 def published_setting(config: ControlConfig) -> Tensor:

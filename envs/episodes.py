@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rlkd.cost import Cost, dense_workload
-from rlkd.envs.action import NUM_CONTROLS, decode
+from rlkd.envs.action import CONTROLS, NUM_CONTROLS, decode
 from rlkd.envs.observation import TaskFacts, observe
 from rlkd.envs.reward import DIVERGED_SCORE, score
 from rlkd.envs.world import World
-from rlkd.students import Metrics, Students, Telemetry
+from rlkd.students import Metrics, Population, Students, Telemetry
 from rlkd.tasks import Split, Task, TaskDistribution, draw_task
 
 
@@ -87,6 +87,25 @@ class Episodes:
         done = (self._window >= self.world.config.num_windows) | telemetry.diverged
         observation = self._observe(metrics, cost, reward, telemetry)
         return Outcome(observation, reward, done, telemetry.diverged, now, metrics, cost, telemetry)
+
+    def copy_rows(self, sources: Tensor) -> None:
+        """Student i goes on from where student `sources[i]` ([N] int64) is, on its own task and batches.
+
+        For population-based training; the copies must be of students whose tasks are alike.
+
+        Raises:
+            ValueError: there is one student, which has nobody to copy.
+        """
+        if not isinstance(self.students, Population):
+            raise ValueError("copy_rows: got one student; allowed: a population of at least two")
+        self.students.copy_rows(sources)
+        self.position, self._score = self.position[sources], self._score[sources]
+
+    def set_exit(self, exit_position: Tensor) -> None:
+        """Move the exit control to `exit_position` [N] without training; nothing else changes."""
+        self.position = self.position.clone()
+        self.position[:, CONTROLS.index("exit_threshold")] = exit_position
+        self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
 
     def evaluate(self, split: Split) -> tuple[Metrics, Cost, Tensor]:
         """Metrics, cost and score [N] of the students as they are."""

@@ -5,13 +5,11 @@ from pathlib import Path
 from rich.console import Console
 
 from rlkd.agents.bundle import load_bundle
-from rlkd.agents.methods import METHODS
 from rlkd.agents.runs import new_run, use_one_thread
 from rlkd.agents.study import compare_methods
-from rlkd.cli.arguments import add_run_options, check_seed, closest, new_parser, parse
-from rlkd.cli.progress import Bar, comparison_table
+from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
+from rlkd.cli.progress import Bar, comparison_table, front_table
 from rlkd.configs import CompareConfig
-from rlkd.errors import UserError
 
 
 def run(argv: list[str]) -> int:
@@ -20,33 +18,26 @@ def run(argv: list[str]) -> int:
         "compare",
         "Train the same held-out tasks under several controllers and compare them in pairs, on test data.",
         [
-            "--methods static,published,schedule --seeds 2",
-            "--policy runs/first/policy --methods policy,static,open_loop,mean_action --seeds 5",
+            "--methods static,published,annealed --num_seeds 2",
+            "--policy runs/first/policy --methods policy,static,open_loop,tpe_25 --num_seeds 5",
+            "--config compare/dynamic --policy runs/first/policy",
         ],
     )
-    parser.add_argument("--methods", type=str, default="static,published,schedule", help="comma-separated (rlkd list)")
-    parser.add_argument("--seeds", type=int, default=1, help="sets of comparison.num_tasks fresh tasks")
     add_run_options(parser)
     config, options = parse(parser, argv, CompareConfig)
     assert config is not None
     check_seed(options.seed)
     config.check()
-    names = list(dict.fromkeys(name.strip() for name in options.methods.split(",")))
-    for name in names:
-        if name not in METHODS:
-            raise UserError(f"--methods: got {name!r}; allowed: {', '.join(METHODS)}{closest(name, METHODS)}")
-    if options.seeds < 1:
-        raise UserError(f"--seeds: got {options.seeds}; allowed: at least 1")
     bundle = load_bundle(Path(config.policy)) if config.policy else None
-    if bundle is None and (needy := [name for name in names if name in ("policy", "open_loop", "mean_action")]):
-        raise UserError(f"--methods: {needy[0]} needs a policy; give its folder with --policy")
     folder = new_run(options.out, "compare")
     use_one_thread()
     with Bar(config.train.steps_per_window) as bar:
-        result = compare_methods(config, bundle, names, options.seeds, folder, options.seed, bar)
+        result = compare_methods(config, bundle, folder, options.seed, bar)
     console = Console(width=None if Console().is_terminal else 150)
     num_tasks = result["num_tasks"] * result["num_seeds"]
     for weight, entry in result["preferences"].items():
         console.print(comparison_table(f"accuracy weight {weight}: {num_tasks} held-out tasks, test", entry))
+    if result["front"]:
+        console.print(front_table(f"accuracy-cost plane: {num_tasks} held-out tasks, test", result["front"]))
     console.print(f"figures: {folder / 'result.json'}, {folder / 'result.csv'}", highlight=False)
     return 0

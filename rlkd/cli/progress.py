@@ -96,3 +96,25 @@ def comparison_table(title: str, entry: dict[str, Any]) -> Table:
             wins,
         )
     return table
+
+
+def front_table(title: str, front: dict[str, Any]) -> Table:
+    """Fronts in rows: hypervolume with interval, trainings, and the policy's lead."""
+    table = Table(title=title, title_justify="left")
+    for column in ("front", "trainings a task", "hypervolume mean", "iqm [95 %]", "policy's lead [95 %]", "wins"):
+        table.add_column(column, justify="left" if column == "front" else "right")
+    for name, m in front["methods"].items():
+        low, high = m["hypervolume"]["ci95"]
+        row = front["paired"].get(f"policy-{name}")
+        lead = f"{row['difference']:+.4f} [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]" if row else ""
+        wins = f"{row['probability_of_improvement']:.0%}" if row else ""
+        area = m["hypervolume"]
+        table.add_row(
+            name,
+            str(m["trainings_per_task"]),
+            f"{area['mean']:.4f}",
+            f"{area['iqm']:.4f} [{low:.4f}, {high:.4f}]",
+            lead,
+            wins,
+        )
+    return table

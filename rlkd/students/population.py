@@ -96,6 +96,16 @@ class Population:
             self._teacher[row] = task.teacher
             self._batches[row] = task_generator(task.seed, "batches")
 
+    def copy_rows(self, sources: Tensor) -> None:
+        """Student i goes on as a copy of student `sources[i]` ([N] int64): parameters and optimizer state.
+
+        Its task and its batches stay its own.
+        """
+        for store in (self._parameters, self._first, self._second):
+            for name, tensor in store.items():
+                store[name] = tensor[sources]
+        self._num_updates = self._num_updates[sources]
+
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units by importance as it is now, and set the exit threshold."""
         self._masks = select(self._student, self._scores(), controls.feature_keep, controls.unit_keep)

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from rlkd.agents.bundle import MAX_BYTES, load_bundle, save_bundle
 from rlkd.agents.policy import TENSORS, Policy
-from rlkd.agents.search import StaticSettings
+from rlkd.agents.search import Shortlist
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
 from rlkd.errors import UserError
 
@@ -21,7 +21,7 @@ def some_policy(hidden: int = 5) -> Policy:
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
     shapes = [(hidden, num_seen), (hidden,), (hidden, hidden), (hidden,), (num_set, hidden), (num_set,)]
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = StaticSettings(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
+    static = Shortlist(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
     mean, deviation = torch.rand(num_seen, generator=g), 0.1 + torch.rand(num_seen, generator=g)
     return Policy(weights, mean, deviation, torch.rand(num_set, generator=g), static, ControlConfig(step=0.2))
 

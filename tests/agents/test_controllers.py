@@ -3,27 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from rlkd.agents.controllers import hold_start, published, run, schedule
-from rlkd.agents.search import SearchConfig, StaticSettings, search_static
-from rlkd.envs import OBSERVATIONS, ControlConfig, EnvConfig, World, build_world
-from rlkd.envs.action import decode, published_setting
-
-
-def test_schedule_goes_from_hot_and_dense_to_cold_and_sparse() -> None:
-    config, start = ControlConfig(), torch.zeros(2, 9)
-    first, last = (decode(schedule(config, 5)(start, start, w), config, 10) for w in (0, 4))
-    assert first.temperature.tolist() == pytest.approx([5.0, 5.0])
-    assert last.temperature.tolist() == pytest.approx([1.0, 1.0])
-    assert (float(first.unit_keep[0]), float(last.unit_keep[0])) == pytest.approx((0.8, 0.3))
-    assert float(last.weights[0, 0] / last.weights[0, 1]) == pytest.approx(0.5 / 0.3, rel=1e-4)
-
-
-def test_static_controllers_hold() -> None:
-    start = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(hold_start(start, start, 7), start)
-    config = ControlConfig()
-    assert torch.equal(published(config)(start, start, 2), published_setting(config).expand(3, -1))
+from rlkd.agents.controllers import EXIT_GRID, hold_start, run
+from rlkd.envs import ControlConfig, EnvConfig, World, build_world
+from rlkd.envs.action import CONTROLS
+from rlkd.envs.episodes import Episodes
 
 
 def test_the_same_seeds_give_the_same_results_however_many_run_together(world: World) -> None:
@@ -40,15 +26,6 @@ def test_only_test_and_validation_can_be_final(world: World) -> None:
         run(world, hold_start, [1], world.config.task, final_split="train")
 
 
-def test_selection_never_reads_the_test_split(world: World) -> None:
-    labels = world.data.labels.clone()
-    labels[world.data.splits["test"]] = 0
-    blind = dataclasses.replace(world, data=dataclasses.replace(world.data, labels=labels))
-    config = SearchConfig(3, 4, 2, 4)
-    one, two = (search_static(w, config, torch.Generator().manual_seed(1)) for w in (world, blind))
-    assert torch.equal(one.terms, two.terms)
-
-
 def test_diverged_students_count_as_worst(config: EnvConfig) -> None:
     hot = build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e30, 1e30))))
     results = run(hot, hold_start, [1, 2, 3], hot.config.task)
@@ -57,26 +34,25 @@ def test_diverged_students_count_as_worst(config: EnvConfig) -> None:
     assert results.macs_ratio.tolist() == [1.0] * 3
 
 
-def test_best_static_setting_follows_the_preference() -> None:
-    static = StaticSettings(
-        torch.stack([torch.zeros(9), torch.ones(9)]), torch.tensor([[0.9, 0.0, 0.0], [0.7, 0.5, 0.5]])
-    )
-    # 0.9 w against 0.7 w + 0.5 (1 - w): the first wins above w = 5/7
-    wanted = torch.tensor([[0.8, 0.15, 0.05], [0.6, 0.3, 0.1]])
-    assert static.best(wanted)[:, 0].tolist() == [0.0, 1.0]
-    observation = torch.zeros(2, len(OBSERVATIONS))
-    first = OBSERVATIONS.index("preference_accuracy")
-    observation[:, first : first + 3] = wanted
-    assert static.controller()(observation, torch.zeros(2, 9), 0)[:, 0].tolist() == [0.0, 1.0]
+def test_an_exit_tuned_afterwards_is_the_best_of_the_grid_on_validation(world: World) -> None:
+    seeds = [2**60 + i for i in range(4)]
 
+    def never_exits(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        position = episodes.start.clone()
+        position[:, CONTROLS.index("exit_threshold")] = 1.0
+        return position
 
-def test_search_repeats_counts_its_cost_and_knows_the_published_setting(world: World) -> None:
-    windows: list[int] = []
-    config = SearchConfig(num_settings=3, tasks_per_setting=4, num_finalists=2, tasks_per_finalist=5)
-    one = search_static(world, config, torch.Generator().manual_seed(4), windows.append)
-    two = search_static(world, config, torch.Generator().manual_seed(4))
-    assert torch.equal(one.positions, two.positions)
-    assert torch.equal(one.terms, two.terms)
-    assert sum(windows) == config.num_trainings * world.config.num_windows == (12 + 10) * 4
-    alone = search_static(world, SearchConfig(1, 2, 1, 2), torch.Generator().manual_seed(0))
-    assert torch.equal(alone.positions[0], published_setting(world.config.controls))
+    def scores(candidate: float) -> NDArray[np.float64]:
+        """On validation when the exit is moved to `candidate` after the same training."""
+        episodes = Episodes(world, 4)
+        observation = episodes.reset(seeds)
+        for window in range(world.config.num_windows):
+            observation = episodes.step(never_exits(observation, episodes, window)).observation
+        episodes.set_exit(torch.full((4,), candidate))
+        return episodes.evaluate("validation")[2].double().numpy()
+
+    tuned = run(world, never_exits, seeds, world.config.task, final_split="validation", tune_exit=True)
+    best = np.max([scores(candidate) for candidate in EXIT_GRID], axis=0)
+    np.testing.assert_allclose(tuned.score, best, atol=1e-6)
+    fixed = run(world, never_exits, seeds, world.config.task, final_split="validation")
+    assert (tuned.score > fixed.score).any()

@@ -12,7 +12,7 @@ from rlkd.agents.policy import TENSORS, Policy
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.replay import distil
 from rlkd.agents.runs import Silent
-from rlkd.agents.search import SearchConfig, StaticSettings
+from rlkd.agents.search import SearchConfig, Shortlist
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, World, build_world
@@ -52,7 +52,7 @@ def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, 
 
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert (result["schema"], result["split"], result["num_tasks"], result["num_seeds"]) == (1, "test", 8, 1)
-    assert set(result["methods"]) == {"policy", "static", "published", "schedule"}
+    assert set(result["methods"]) == {"policy", "static", "published", "annealed"}
     for entry in result["methods"].values():
         for figure in ("score", "accuracy", "macs_ratio", "latency_ratio"):
             low, high = entry[figure]["ci95"]
@@ -113,7 +113,7 @@ def restless_policy(world: World) -> Policy:
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
     shapes = [(6, num_seen), (6,), (6, 6), (6,), (num_set, 6), (num_set,)]
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = StaticSettings(world.start[None], torch.zeros(1, 3))
+    static = Shortlist(world.start[None], torch.zeros(1, 3))
     return Policy(weights, torch.zeros(num_seen), torch.ones(num_seen), world.start, static, world.config.controls)
 
 

@@ -4,12 +4,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rlkd.agents.policy import Policy, policy_from_sb3
 from rlkd.agents.ppo import PPOConfig, Rollout, new_agent, observation_figures, train
-from rlkd.agents.search import StaticSettings
+from rlkd.agents.search import Shortlist
 from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, World
 from rlkd.envs.sb3 import SB3VecEnv, standardise
 
 CONFIG = PPOConfig(num_students=6, num_iterations=2, batch_size=8, num_epochs=2, hidden=8)
-STATIC = StaticSettings(torch.zeros(1, 9), torch.zeros(1, 3))
+STATIC = Shortlist(torch.zeros(1, 9), torch.zeros(1, 3))
 
 
 def environment(world: World) -> tuple[VecEnv, np.ndarray, np.ndarray]:

@@ -47,7 +47,7 @@ MISTAKES = {
     "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
     "policy not given": (["replay"], ["policy"]),
     "preference": (["replay", "--policy", "gone", "--preference.accuracy", "2"], ["gone"]),
-    "unknown method": (["compare", "--methods", "statc"], ["'statc'", "did you mean static?"]),
+    "unknown method": (["compare", "--methods", "statc"], ["'statc'", "did you mean 'static'?"]),
     "method without policy": (["compare", "--methods", "static,policy"], ["--policy"]),
     "no such run": (["analyze", "gone"], ["gone"]),
     "calibrate": (["calibrate", "--batch_size", "0"], ["batch_size: got 0"]),
@@ -147,12 +147,12 @@ def test_a_damaged_policy_is_one_line(trained: Path, tmp_path: Path, capsys: Cap
 
 
 def test_compare_pairs_the_methods(trained: Path, tmp_path: Path, tiny: list[str]) -> None:
-    argv = ["compare", *tiny, "--policy", str(trained / "policy"), "--seeds", "2", "--out", "out"]
-    assert main([*argv, "--methods", "policy,static,open_loop,mean_action,published,schedule"]) == 0
+    argv = ["compare", *tiny, "--policy", str(trained / "policy"), "--num_seeds", "2", "--out", "out"]
+    assert main([*argv, "--methods", "policy,static,open_loop,mean_action,published,annealed"]) == 0
     result = read_run_result(tmp_path / "out")
     assert (result["num_tasks"], result["num_seeds"]) == (8, 2)
     assert set(result["paired"]) == {
-        f"policy-{m}" for m in ("static", "open_loop", "mean_action", "published", "schedule")
+        f"policy-{m}" for m in ("static", "open_loop", "mean_action", "published", "annealed")
     }
     lines = (tmp_path / "out" / "result.csv").read_text().splitlines()
     assert len(lines) == 1 + 6 * 16

@@ -1,0 +1,117 @@
+"""Population-based training over the lock-step population (Jaderberg et al. 2017), and the schedule it finds.
+
+Members of a group train the same task side by side; before every window the worse ones copy the weights of the
+better ones and change their settings a little. What is replayed on new tasks is, as in the paper's replay, the
+line of settings that led to the winner. Unlike the paper one schedule must serve a distribution of tasks, so the
+winners of several groups are tried on further tasks and the best on average is taken.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd.agents.controllers import run
+from rlkd.agents.plans import follow
+from rlkd.envs.action import NUM_CONTROLS
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.world import World
+from rlkd.errors import UserError
+from rlkd.tasks import TaskDistribution
+
+
+@dataclass(frozen=True)
+class PBTConfig:
+    """Population-based training."""
+
+    num_groups: int = 32
+    """Tasks, each with a population of its own; each gives one candidate schedule."""
+    group_size: int = 8
+    """Students that train one task side by side."""
+    replaced: float = 0.25
+    """Share of a group that is replaced by copies of as many of its best before every window."""
+    spread: float = 0.2
+    """Standard deviation of the first settings around the start, in shares of the range; half of it afterwards."""
+    num_trials: int = 32
+    """Further tasks that every candidate schedule is tried on."""
+
+    def check(self) -> None:
+        """Raises UserError for a population that has nobody to copy."""
+        if self.group_size < 2 or min(self.num_groups, self.num_trials) < 1 or not 0 < self.replaced <= 0.5:
+            raise UserError(
+                f"pbt: got group_size {self.group_size}, num_groups {self.num_groups}, num_trials {self.num_trials}, "
+                f"replaced {self.replaced:g}; allowed: at least 2, 1, 1, and above 0 up to 0.5"
+            )
+
+    @property
+    def num_trainings(self) -> int:
+        """Student trainings that finding a schedule costs."""
+        return self.num_groups * (self.group_size + self.num_trials)
+
+
+def find_schedule(
+    world: World,
+    config: PBTConfig,
+    tasks: TaskDistribution,
+    first: Tensor,
+    generator: torch.Generator,
+    on_window: Callable[[int], object] | None = None,
+) -> Tensor:
+    """[W, 9], positions of the best schedule in every window, chosen on validation.
+
+    Args:
+        world: what the tasks share.
+        config: checked here.
+        tasks: training tasks, their preference fixed.
+        first: [9], setting around which the populations begin; the first member of each holds exactly it.
+        generator: of tasks and settings.
+        on_window: called with the number of students after every window.
+    """
+    config.check()
+    lines = _winners(world, config, tasks, first, generator, on_window)  # [G, W, 9]
+    seeds = torch.randint(2**59, (config.num_trials,), generator=generator).tolist()
+    means = []
+    for line in lines:
+        results = run(world, follow(line), seeds, tasks, final_split="validation", on_window=on_window)
+        means.append(results.score.mean())
+    return lines[int(torch.tensor(means).argmax())]
+
+
+def _winners(
+    world: World,
+    config: PBTConfig,
+    tasks: TaskDistribution,
+    first: Tensor,
+    generator: torch.Generator,
+    on_window: Callable[[int], object] | None,
+) -> Tensor:
+    """[G, W, 9], the line of settings behind the best student of every group."""
+    groups, size = config.num_groups, config.group_size
+    num_students, num_replaced = groups * size, max(1, round(config.replaced * size))
+    seeds = torch.randint(2**59, (groups,), generator=generator).repeat_interleave(size).tolist()
+    episodes = Episodes(world, num_students, tasks)
+    episodes.reset(seeds)
+    noise = torch.randn(num_students, NUM_CONTROLS, generator=generator)
+    noise[::size] = 0.0
+    position = (first + config.spread * noise).clamp(0.0, 1.0)  # [N, 9]
+    history = torch.empty(num_students, 0, NUM_CONTROLS)
+    for window in range(world.config.num_windows):
+        outcome = episodes.step(position)
+        history = torch.cat([history, position[:, None]], dim=1)  # [N, w, 9]
+        if on_window:
+            on_window(num_students)
+        ranked = outcome.score.view(groups, size).argsort(dim=-1, descending=True, stable=True)  # [G, S]
+        ranked = ranked + torch.arange(groups)[:, None] * size
+        if window == world.config.num_windows - 1:
+            return history[ranked[:, 0]]
+        sources = torch.arange(num_students)
+        worst, best = ranked[:, size - num_replaced :], ranked[:, :num_replaced]
+        sources[worst.flatten()] = best.flatten()
+        episodes.copy_rows(sources)
+        history = history[sources]
+        changed = torch.zeros(num_students, dtype=torch.bool)
+        changed[worst.flatten()] = True
+        noise = 0.5 * config.spread * torch.randn(num_students, NUM_CONTROLS, generator=generator)
+        position = torch.where(changed[:, None], (position[sources] + noise).clamp(0.0, 1.0), position)
+    raise AssertionError("an episode has at least one window")
