@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rlkd.errors import UserError
-from rlkd.tasks.datasets import DataSet, check_dataset
+from rlkd.tasks.datasets import check_dataset
+from rlkd.tasks.samples import DataSet
 
 
 @dataclass(frozen=True)
