@@ -1,6 +1,6 @@
 """Tasks: a data set with its splits and corruptions, a teacher, a preference, and how to draw them."""
 
-from rlkd.tasks.datasets import DATASETS, DataSet, Split, load_dataset
+from rlkd.tasks.datasets import DATASETS, load_dataset
 from rlkd.tasks.distribution import (
     Preference,
     Range,
@@ -9,6 +9,7 @@ from rlkd.tasks.distribution import (
     draw_task,
     task_generator,
 )
+from rlkd.tasks.samples import DataSet, Split
 
 __all__ = [
     "DATASETS",

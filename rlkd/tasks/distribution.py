@@ -4,13 +4,15 @@ A task is fully determined by its integer seed and the distribution, so that any
 given the same task: the same teacher, the same corrupted labels, the same initial weights, the same batches.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.errors import UserError
-from rlkd.tasks.datasets import DataSet, check_dataset
+from rlkd.tasks.datasets import check_dataset
+from rlkd.tasks.samples import DataSet
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,14 @@ class TaskDistribution:
     label_noise: Range = field(default_factory=lambda: Range(0.0, 0.8))
     """Share of training labels replaced by a uniformly drawn wrong class."""
     num_labels: Range = field(default_factory=lambda: Range(60, 897))
-    """How many training samples the student gets at all; the others do not exist for it."""
+    """How many training samples the student gets at all, before class_imbalance; the others do not exist for it."""
     accuracy_weight: Range = field(default_factory=lambda: Range(0.3, 0.95))
     """Weight of accuracy in the student's preference."""
     latency_share: Range = field(default_factory=lambda: Range(0.5, 1.0))
     """Share of latency in what accuracy leaves of the preference; energy takes the rest."""
+    class_imbalance: Range = field(default_factory=lambda: Range(0.0, 0.0))
+    """1 less the share of its num_labels samples that the rarest class keeps; the other classes lie evenly between on a
+    log scale, in an order drawn for each task. 0 keeps all; 0.9 makes the rarest a tenth of the commonest."""
 
     def check(self) -> None:
         """Raises UserError for an unknown data set or an impossible range."""
@@ -86,14 +91,13 @@ class TaskDistribution:
         self.num_labels.check("task.num_labels", 1, float("inf"))
         self.accuracy_weight.check("task.accuracy_weight", 0.0, 1.0)
         self.latency_share.check("task.latency_share", 0.0, 1.0)
+        self.class_imbalance.check("task.class_imbalance", 0.0, 1.0)
 
     def with_preference(self, preference: Preference) -> "TaskDistribution":
         """The same distribution with the preference held fixed; all other draws of a seed stay the same."""
         accuracy, latency, energy = preference.weights()
         share = latency / (latency + energy) if latency + energy > 0 else 0.0
-        return TaskDistribution(
-            self.dataset, self.label_noise, self.num_labels, Range(accuracy, accuracy), Range(share, share)
-        )
+        return replace(self, accuracy_weight=Range(accuracy, accuracy), latency_share=Range(share, share))
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,37 @@ class Task:
     samples: Tensor  # [L] int64, indices into the data set, all from the train split
     labels: Tensor  # [L] int64, corrupted labels of those samples
     preference: tuple[float, float, float]  # accuracy, latency, energy; sums to one
+    class_imbalance: float
 
 
 def task_generator(seed: int, purpose: str) -> torch.Generator:
     """An independent random source for one purpose ("task", "parameters" or "batches") of one task."""
     offset = {"task": 0, "parameters": 1, "batches": 2}[purpose]
     return torch.Generator().manual_seed(seed * 3 + offset)
+
+
+def thin_classes(labels: Tensor, order: Tensor, imbalance: float) -> Tensor:
+    """Which samples stay so that classes are geometrically rarer along `order`.
+
+    Of n samples whose class stands at place r of C (from 0), the first round(n (1 - imbalance)^(r / (C - 1))) stay, at
+    least one: the ratio of the last class to the first is 1 - imbalance where they were equally common before. The
+    long-tailed sets of Cui et al. 2019 (class-balanced loss) are thinned the same way.
+
+    Args:
+        labels: [L] int64, in the random order in which samples were drawn.
+        order: [C], a permutation of the classes, the commonest first.
+        imbalance: in [0, 1].
+
+    Returns:
+        [L] bool.
+    """
+    shares = (1.0 - imbalance) ** (torch.arange(len(order), dtype=torch.float64) / (len(order) - 1))  # [C], by place
+    counts = torch.bincount(labels, minlength=len(order))[order]  # [C], by place
+    kept = torch.empty_like(order)
+    kept[order] = (counts * shares).round().long().clamp_min(1)  # [C], by class
+    one_hot = F.one_hot(labels, len(order))  # [L, C]
+    number = one_hot.cumsum(dim=0).gather(1, labels[:, None])[:, 0]  # [L], 1 for the first sample of its class
+    return number <= kept[labels]
 
 
 def draw_task(seed: int, distribution: TaskDistribution, data: DataSet, num_teachers: int) -> Task:
@@ -127,5 +156,10 @@ def draw_task(seed: int, distribution: TaskDistribution, data: DataSet, num_teac
     labels = data.labels[samples]  # [L]
     wrong = (labels + torch.randint(1, data.num_classes, (num_labels,), generator=g)) % data.num_classes
     flipped = torch.rand(num_labels, generator=g) < noise  # [L]
+    # Drawn last, so that balanced tasks are those that were drawn before there was an imbalance. Classes are thinned by
+    # their true labels: how common a class is and how often it is labelled wrongly are two properties.
+    imbalance = distribution.class_imbalance.draw(g)
+    stay = thin_classes(labels, torch.randperm(data.num_classes, generator=g), imbalance)  # [L]
     labels = torch.where(flipped, wrong, labels)
-    return Task(seed, teacher, noise, samples, labels, (accuracy, latency, max(0.0, 1.0 - accuracy - latency)))
+    preference = (accuracy, latency, max(0.0, 1.0 - accuracy - latency))
+    return Task(seed, teacher, noise, samples[stay], labels[stay], preference, imbalance)

@@ -6,6 +6,7 @@ Teachers see true labels of the train split alone. Their quality is set by how m
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class TeacherConfig:
     widths: tuple[int, ...] = (128, 64)
     """Units of each hidden layer."""
     num_samples: tuple[int, ...] = (24, 40, 64, 100, 160, 300, 600, 897)
-    """How many training samples each teacher sees: few make a poor teacher."""
+    """How many training samples each teacher sees: few make a poor teacher. Every data set has 897."""
     num_steps: int = 300
     """Optimizer steps of each teacher (Adam, batches of 64)."""
     learning_rate: float = 2e-3
@@ -43,6 +44,15 @@ class TeacherConfig:
                 f"teacher: got num_steps {self.num_steps}, learning_rate {self.learning_rate:g}; allowed: above 0"
             )
 
+    def check_against(self, data: DataSet) -> None:
+        """Raises UserError for a teacher that would see more samples than there are: it would be another's double."""
+        available = len(data.splits["train"])
+        if max(self.num_samples) > available:
+            raise UserError(
+                f"teacher.num_samples: got {max(self.num_samples)}; allowed: 1 to {available}, the train split of "
+                f"{data.name}"
+            )
+
 
 def cache_dir() -> Path:
     """Where trained teachers and cost profiles are kept: $RLKD_CACHE, else ~/.cache/rlkd."""
@@ -53,11 +63,11 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
     """The teachers of `data`, from the cache, or trained and then cached.
 
     Raises:
-        UserError: an impossible config, or a cached file that does not hold these teachers.
+        UserError: an impossible config, more samples than the train split has, or a cached file that holds others.
     """
     config.check()
-    key = json.dumps([asdict(config), data.name, torch.__version__, TEACHER_SEED])
-    path = cache_dir() / f"teachers-{data.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    config.check_against(data)
+    path = _cache_path(config, data)
     teachers = [_build(config, data) for _ in config.num_samples]
     if not path.exists():
         for index, teacher in enumerate(teachers):
@@ -76,6 +86,16 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
             f"{path}: cached teachers cannot be read ({error}); delete the file to train them anew"
         ) from error
     return teachers
+
+
+def _cache_path(config: TeacherConfig, data: DataSet) -> Path:
+    """A file name that depends on all that the teachers depend on, the samples too: files of a data set can change."""
+    digest = hashlib.sha256()
+    for tensor in (data.inputs, data.labels, data.splits["train"]):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    key = json.dumps([asdict(config), data.name, digest.hexdigest(), torch.__version__, TEACHER_SEED])
+    name = re.sub(r"[^\w.,=-]", "-", data.name)  # colons of generated names are not allowed everywhere
+    return cache_dir() / f"teachers-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _build(config: TeacherConfig, data: DataSet) -> ChainStudent:

@@ -1,8 +1,11 @@
+import hashlib
+
 import pytest
 import torch
 
 from rlkd.errors import UserError
 from rlkd.tasks import Preference, Range, TaskDistribution, draw_task, load_dataset
+from rlkd.tasks.distribution import thin_classes
 
 DIGITS = load_dataset("digits")
 
@@ -67,3 +70,58 @@ def test_impossible_distributions_are_named() -> None:
 def test_an_unknown_data_set_is_named() -> None:
     with pytest.raises(UserError, match=r"got 'mnist'; allowed: digits"):
         load_dataset("mnist")
+
+
+def imbalanced(imbalance: float, noise: float = 0.0) -> TaskDistribution:
+    return TaskDistribution(
+        label_noise=Range(noise, noise), num_labels=Range(897, 897), class_imbalance=Range(imbalance, imbalance)
+    )
+
+
+def test_classes_are_thinned_geometrically_by_hand_worked_numbers() -> None:
+    labels = torch.arange(3).repeat(16)  # [48], 16 samples a class
+    stay = thin_classes(labels, torch.tensor([2, 0, 1]), imbalance=0.75)
+    assert torch.bincount(labels[stay]).tolist() == [8, 4, 16]  # 16 * 0.25 ** (r / 2) for places r = 1, 2, 0
+    assert stay.nonzero()[:, 0][labels[stay] == 1].tolist() == [1, 4, 7, 10]  # those drawn first
+    assert torch.bincount(labels[thin_classes(labels, torch.arange(3), 1.0)]).tolist() == [16, 1, 1]
+    assert thin_classes(labels, torch.arange(3), 0.0).all()
+    assert thin_classes(torch.tensor([1, 1, 1]), torch.arange(3), 1.0).tolist() == [True, False, False]  # others absent
+
+
+def test_an_imbalanced_task_is_a_part_of_the_balanced_one() -> None:
+    for seed in range(5):
+        whole = draw_task(seed, imbalanced(0.0, noise=0.3), DIGITS, 8)
+        part = draw_task(seed, imbalanced(0.9, noise=0.3), DIGITS, 8)
+        assert (part.teacher, part.preference, part.class_imbalance) == (whole.teacher, whole.preference, 0.9)
+        given = dict(zip(whole.samples.tolist(), whole.labels.tolist(), strict=True))
+        assert 10 < len(part.samples) < 0.6 * len(whole.samples)
+        assert [given[s] for s in part.samples.tolist()] == part.labels.tolist()
+
+
+def test_the_rarest_class_keeps_its_share_and_differs_between_tasks() -> None:
+    commonest = set()
+    for seed in range(10):
+        whole, part = (draw_task(seed, imbalanced(i), DIGITS, 8) for i in (0.0, 0.9))
+        shares = torch.bincount(part.labels, minlength=10) / torch.bincount(whole.labels, minlength=10)
+        expected = [0.1 ** (place / 9) for place in range(9, -1, -1)]
+        assert shares.sort().values.tolist() == pytest.approx(
+            expected, abs=0.5 / 80
+        )  # half a sample; classes have 80 or more
+        commonest.add(int(shares.argmax()))
+    assert len(commonest) > 3
+
+
+def test_balanced_draws_are_those_of_the_first_release() -> None:
+    digest = hashlib.sha256()
+    for seed in range(200):
+        task = draw_task(seed, TaskDistribution(), DIGITS, 8)
+        digest.update(task.samples.numpy().tobytes() + task.labels.numpy().tobytes())
+        digest.update(repr((task.teacher, task.label_noise, task.preference)).encode())
+    # Taken before class_imbalance was added: published comparisons stand on these tasks.
+    assert digest.hexdigest() == "02c8d00cc543002ddb7dd17858e71908c26ef67cd99960cfcd5d428462e6dbba"
+
+
+def test_a_fixed_preference_keeps_the_imbalance() -> None:
+    assert imbalanced(0.5).with_preference(Preference()).class_imbalance == Range(0.5, 0.5)
+    with pytest.raises(UserError, match=r"task\.class_imbalance: got low 0, high 1\.5"):
+        TaskDistribution(class_imbalance=Range(0.0, 1.5)).check()

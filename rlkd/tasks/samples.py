@@ -1,0 +1,66 @@
+"""What every data set is: samples, labels and three disjoint splits that no run's seed can move."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Split = Literal["train", "validation", "test"]
+
+SPLIT_SEED = 20_260_101
+MOST_SAMPLES: dict[Split, int] = {"train": 2000, "validation": 1000, "test": 2000}
+"""Larger sources are cut to these: tiny students learn from at most some hundred labels in 180 steps."""
+MOST_DEVIATIONS = 4.0
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Samples of one data set and the three disjoint index sets that cut it."""
+
+    name: str
+    inputs: Tensor  # [S, *input_shape] float32; images in [0, 1], feature vectors as `standardise` leaves them
+    labels: Tensor  # [S] int64
+    num_classes: int
+    splits: dict[Split, Tensor]  # each [S_split] int64, disjoint, together all of S
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.inputs.shape[1:])
+
+
+def choose_rows(num_fit: int, num_test: int) -> tuple[Tensor, Tensor]:
+    """Which rows of a source that has a test part of its own are used, at most MOST_SAMPLES a split.
+
+    Args:
+        num_fit: rows that train and validation are drawn from, without repetition.
+        num_test: rows of the source's own test part.
+
+    Returns:
+        [train + validation] rows of the first part, the train split's first, and [test] rows of the second part, both
+        shuffled by SPLIT_SEED.
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    fit = torch.randperm(num_fit, generator=generator)[: MOST_SAMPLES["train"] + MOST_SAMPLES["validation"]]
+    return fit, torch.randperm(num_test, generator=generator)[: MOST_SAMPLES["test"]]
+
+
+def splits_in_order(num_fit: int, num_test: int) -> dict[Split, Tensor]:
+    """Splits of samples that lie in the order train, validation, test: two thirds of num_fit train."""
+    num_train = 2 * num_fit // 3
+    order = torch.arange(num_fit + num_test)
+    return {"train": order[:num_train], "validation": order[num_train:num_fit], "test": order[num_fit:]}
+
+
+def standardise(values: Tensor, train: Tensor) -> Tensor:
+    """[S, D] features with mean 0 and deviation 1 over the train split, then bounded to +-MOST_DEVIATIONS.
+
+    Args:
+        values: [S, D].
+        train: [S_train] int64; the figures come from these samples alone, so test data shape nothing.
+    """
+    seen = values[train].double()
+    # A feature that never changes in training says nothing: it becomes 0, or the bound where a test sample differs.
+    deviation = seen.std(dim=0).clamp_min(1e-6)
+    return ((values.double() - seen.mean(dim=0)) / deviation).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS).float()
