@@ -33,6 +33,8 @@ class PPOConfig:
 
     num_students: int = 128
     """Students in lock-step."""
+    group_size: int = 1
+    """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
     num_iterations: int = 70
     """Rollouts of one episode a student, each followed by an update of the policy."""
     learning_rate: float = 1e-3
@@ -60,6 +62,10 @@ class PPOConfig:
                 raise UserError(f"ppo.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
         if not (self.learning_rate > 0 and self.clip_range > 0):
             raise UserError("ppo: learning_rate and clip_range must be above 0")
+        if self.group_size < 1 or self.num_students % self.group_size:
+            raise UserError(
+                f"ppo.group_size: got {self.group_size}; allowed: divisors of num_students {self.num_students}"
+            )
         if self.batch_size < 2:
             raise UserError(f"ppo.batch_size: got {self.batch_size}; allowed: at least 2")
 
@@ -169,7 +175,7 @@ def train(
     """
     config.check()
     mean, deviation = observation_figures(world, config.num_students, seed, on_window)
-    env = SB3VecEnv(DistillationVectorEnv(config.num_students, world=world), mean, deviation, seed)
+    env = SB3VecEnv(DistillationVectorEnv(config.num_students, world=world), mean, deviation, seed, config.group_size)
     agent = new_agent(env, config, world.config.num_windows, seed)
     if logger is not None:
         agent.set_logger(logger)

@@ -30,15 +30,28 @@ class SB3VecEnv(VecEnv):
     Args:
         env: the population.
         mean, deviation: [O] each, fixed for the whole training, so that a policy means the same at every moment.
+        seed: of the task streams; student i draws from stream seed + i, or those of its group's first one.
+        group_size: students in a row that are given the same tasks, initial weights and batches. Their rewards then
+            come less the mean of the others' in the same window, which no action of one's own can change: what is
+            due to the task is gone, what is due to the actions stays (leave-one-out baseline, Kool et al. 2019).
     """
 
     def __init__(
-        self, env: DistillationVectorEnv, mean: NDArray[np.float32], deviation: NDArray[np.float32], seed: int
+        self,
+        env: DistillationVectorEnv,
+        mean: NDArray[np.float32],
+        deviation: NDArray[np.float32],
+        seed: int,
+        group_size: int = 1,
     ) -> None:
+        if env.num_envs % group_size:
+            raise ValueError(f"group_size: got {group_size} for {env.num_envs} students; allowed: its divisors")
+
         bound = np.full(len(OBSERVATIONS), CLIP, dtype=np.float32)
         self.env = env  # before super().__init__, which asks for its render mode
         super().__init__(env.num_envs, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32))
         self._mean, self._deviation, self._first_seed = mean, deviation, seed
+        self._group_size = group_size
         self._actions = np.zeros((env.num_envs, NUM_CONTROLS), dtype=np.float32)
         self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, dtype=np.int64)
@@ -46,7 +59,8 @@ class SB3VecEnv(VecEnv):
 
     def reset(self) -> NDArray[np.float32]:
         """New episodes for all students; the first call seeds their task streams."""
-        observation, _ = self.env.reset(seed=self._first_seed)
+        streams = [self._first_seed + i // self._group_size * self._group_size for i in range(self.num_envs)]
+        observation, _ = self.env.reset(seed=streams)
         self._returns[:], self._lengths[:] = 0.0, 0
         return standardise(observation, self._mean, self._deviation)
 
@@ -67,7 +81,17 @@ class SB3VecEnv(VecEnv):
             episode = {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": time.time() - self._began}
             infos[i] = {"terminal_observation": terminal, "episode": episode, "student": figures}
         self._returns[terminated], self._lengths[terminated] = 0.0, 0
-        return standardise(observation, self._mean, self._deviation), reward.astype(np.float32), terminated, infos
+        relative = self._less_the_others(reward).astype(np.float32)
+        return standardise(observation, self._mean, self._deviation), relative, terminated, infos
+
+    def _less_the_others(self, reward: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N] rewards less the mean of the other members of each group."""
+        if self._group_size == 1:
+            return reward
+        groups = reward.reshape(-1, self._group_size)
+        others = (groups.sum(1, keepdims=True) - groups) / (self._group_size - 1)
+        relative: NDArray[np.float64] = (groups - others).ravel()
+        return relative
 
     def close(self) -> None:
         """Nothing to release."""
