@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,23 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     config.check()
     began = time.perf_counter()
     versions = describe_run(folder, config, seed)
-    world = build_world(config, say=progress.say)
-    save_profile(world.profile, folder / "cost_profile.json")
+    worlds = [build_world(part, say=progress.say) for part in config.worlds()]
+    for index, world in enumerate(worlds):
+        save_profile(world.profile, folder / f"cost_profile{f'_{index}' if index else ''}.json")
     timing = JsonLines(folder / "timing.jsonl")
 
     progress.phase("static search", config.search.num_trainings, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-    static = search_plans(world, config.search, generator, progress.advance)
+    static = search_plans(worlds, config.search, generator, progress.advance)
     timing.write({"part": "static search", "wall_s": time.perf_counter() - began})
     middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]
-    world = dataclasses.replace(world, start=static.best(middle)[0])
+    worlds = [dataclasses.replace(world, start=static.best(middle)[0]) for world in worlds]
+    world = worlds[0]
 
     logger = tb.new_logger(folder / "tensorboard")
     tb.write_config(logger, config)
     provenance = {"seed": seed, "config": plain(config), "versions": versions, "task": plain(config.task)}
-    policy = learn(world, static, config, seed, folder, provenance, logger, timing, progress)
+    policy = learn(worlds, static, config, seed, folder, provenance, logger, timing, progress)
     tables = compare_on_held_out_tasks(world, static, policy, config, seed, progress)
     wall_s = time.perf_counter() - began
     result = result_of(config, tables, wall_s)
@@ -112,8 +114,9 @@ def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_
 
 
 def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: Progress) -> Distilled:
-    """What `rlkd replay` does by default, with the run's own student: clean labels, the best teacher."""
+    """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
     replay = ReplayConfig(
+        task=dataclasses.replace(ReplayConfig().task, dataset=config.task.dataset),
         num_windows=config.num_windows,
         student=config.student,
         train=config.train,
@@ -125,7 +128,7 @@ def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: P
 
 
 def learn(
-    world: World,
+    worlds: Sequence[World],
     static: Shortlist,
     config: ExperimentConfig,
     seed: int,
@@ -155,7 +158,14 @@ def learn(
     progress.phase("PPO", (config.ppo.num_iterations + 1) * config.ppo.num_students, config.num_windows)
     try:
         policy = train(
-            world, static, config.ppo, stream_seed(seed, TRAIN_STREAM), progress.advance, on_rollout, logger, now.append
+            worlds,
+            static,
+            config.ppo,
+            stream_seed(seed, TRAIN_STREAM),
+            progress.advance,
+            on_rollout,
+            logger,
+            now.append,
         )
     except KeyboardInterrupt:
         if now:

@@ -138,7 +138,7 @@ def _build(name: str, request: Request) -> Controller:
         shape: Shape = "linear" if name == "linear" else "cosine"
         known = request.static.best(_preference(request))
         return search_plans(
-            world, request.search, request.generator(name), request.on_window, shape, known
+            [world], request.search, request.generator(name), request.on_window, shape, known
         ).controller()
     if name == "pbt":
         first = request.static.best(_preference(request))[0]

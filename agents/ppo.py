@@ -5,7 +5,7 @@ observations are standardised by figures fixed before training instead of a runn
 numpy's global generators for its exploration noise and minibatch order; the students never read those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,19 +80,22 @@ class Rollout:
 
 
 def observation_figures(
-    world: World, num_students: int, seed: int, on_window: Callable[[int], object] | None = None
+    worlds: Sequence[World], num_students: int, seed: int, on_window: Callable[[int], object] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and deviation [O] of what is seen under random changes around the start settings: one episode each."""
     generator = torch.Generator().manual_seed(seed)
-    seeds = torch.randint(2**60, (num_students,), generator=generator).tolist()
-    episodes = Episodes(world, num_students)
-    seen = [episodes.reset(seeds)]
-    for window in range(world.config.num_windows):
-        held = hold_start(seen[-1], episodes, window)
-        noise = 0.2 * torch.randn(held.shape, generator=generator)
-        seen.append(episodes.step((held + noise).clamp(0.0, 1.0)).observation)
-        if on_window:
-            on_window(num_students)
+    seen = []
+    for world in worlds:
+        count = num_students // len(worlds)
+        seeds = torch.randint(2**60, (count,), generator=generator).tolist()
+        episodes = Episodes(world, count)
+        seen.append(episodes.reset(seeds))
+        for window in range(world.config.num_windows):
+            held = hold_start(seen[-1], episodes, window)
+            noise = 0.2 * torch.randn(held.shape, generator=generator)
+            seen.append(episodes.step((held + noise).clamp(0.0, 1.0)).observation)
+            if on_window:
+                on_window(count)
     stacked = torch.cat(seen)
     return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
 
@@ -138,7 +141,7 @@ class _Watch(BaseCallback):
         return True
 
     def _controls(self) -> dict[str, float]:
-        position = self.training_env.env.episodes.position  # type: ignore[attr-defined]
+        position = self.training_env.positions  # type: ignore[attr-defined]
         return {f"action/{name}": float(position[:, i].mean()) for i, name in enumerate(CONTROLS)}
 
     def _on_rollout_end(self) -> None:
@@ -152,7 +155,7 @@ class _Watch(BaseCallback):
 
 
 def train(
-    world: World,
+    worlds: Sequence[World],
     static: Shortlist,
     config: PPOConfig,
     seed: int,
@@ -161,10 +164,10 @@ def train(
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
 ) -> Policy:
-    """Learn a policy; the start setting of `world` is what its actions change.
+    """Learn a policy; the start setting of the worlds is what its actions change.
 
     Args:
-        world: shared by all episodes.
+        worlds: share the students evenly, and have one start, one range of controls and one horizon.
         static: kept with the policy, as what it was measured against.
         config: the agent's.
         seed: of the students' tasks, the exploration and the minibatches.
@@ -174,8 +177,15 @@ def train(
         on_agent: given a function that returns the policy as it is now, so that an interrupted run can be saved.
     """
     config.check()
-    mean, deviation = observation_figures(world, config.num_students, seed, on_window)
-    env = SB3VecEnv(DistillationVectorEnv(config.num_students, world=world), mean, deviation, seed, config.group_size)
+    if config.num_students % (len(worlds) * config.group_size):
+        raise UserError(
+            f"ppo.num_students: got {config.num_students}; allowed: multiples of {len(worlds) * config.group_size} "
+            f"({len(worlds)} worlds, groups of {config.group_size})"
+        )
+    world = worlds[0]
+    mean, deviation = observation_figures(worlds, config.num_students, seed, on_window)
+    populations = [DistillationVectorEnv(config.num_students // len(worlds), world=w) for w in worlds]
+    env = SB3VecEnv(populations, mean, deviation, seed, config.group_size)
     agent = new_agent(env, config, world.config.num_windows, seed)
     if logger is not None:
         agent.set_logger(logger)

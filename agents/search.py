@@ -80,7 +80,7 @@ class Shortlist:
 
 
 def search_plans(
-    world: World,
+    worlds: Sequence[World],
     config: SearchConfig,
     generator: torch.Generator,
     on_window: OnWindow = None,
@@ -90,7 +90,7 @@ def search_plans(
     """A shortlist of plans of one shape and what each reaches on validation.
 
     Args:
-        world: gives the distribution of tasks.
+        worlds: give the distributions of tasks, and share the tasks that every plan is tried on.
         config: checked here.
         generator: of tasks and proposals.
         on_window: called with the number of students after every window.
@@ -98,7 +98,7 @@ def search_plans(
         first: [K, 9], settings tried before all others; by default the published one.
     """
     config.check()
-    known = published_setting(world.config.controls)[None] if first is None else first
+    known = published_setting(worlds[0].config.controls)[None] if first is None else first
     known = known.repeat(1, num_axes(shape) // known.shape[1])[: config.num_settings]  # [K, A]
     seeds = torch.randint(2**60, (config.tasks_per_setting,), generator=generator).tolist()
     studies = [_new_study(generator) for _ in ACCURACY_WEIGHTS]
@@ -107,12 +107,12 @@ def search_plans(
     while len(points) < config.num_settings:
         left = config.num_settings - len(points)
         asked = known if len(points) == 0 else _propose(studies[:left], points.shape[1])
-        reached = _terms(world, asked, shape, seeds, on_window)
+        reached = _terms(worlds, asked, shape, seeds, on_window)
         _tell(studies, asked, reached)
         points, terms = torch.cat([points, asked]), torch.cat([terms, reached])
     chosen = _finalists(terms, config.num_finalists)  # [F]
     more = torch.randint(2**60, (config.tasks_per_finalist,), generator=generator).tolist()
-    second = _terms(world, points[chosen], shape, more, on_window)  # [F, 3]
+    second = _terms(worlds, points[chosen], shape, more, on_window)  # [F, 3]
     a, b = config.tasks_per_setting, config.tasks_per_finalist
     return Shortlist(points[chosen], (terms[chosen] * a + second * b) / (a + b), shape)
 
@@ -151,10 +151,13 @@ def _finalists(terms: Tensor, num_finalists: int) -> Tensor:
     return torch.tensor(order[:num_finalists])
 
 
-def _terms(world: World, points: Tensor, shape: Shape, seeds: Sequence[int], on_window: OnWindow) -> Tensor:
-    """[M, 3] mean terms of every plan over the same tasks."""
-    plans = to_plan(points, shape, world.config.num_windows).repeat_interleave(len(seeds), dim=0)
-    results = run_plans(world, list(seeds) * len(points), plans, world.config.task, "validation", on_window)
-    columns = (results.accuracy, 1 - results.latency_ratio, 1 - results.energy_ratio)
-    stacked = np.stack(columns, axis=-1).reshape(len(points), len(seeds), 3)
-    return torch.from_numpy(stacked.mean(1)).float()
+def _terms(worlds: Sequence[World], points: Tensor, shape: Shape, seeds: Sequence[int], on_window: OnWindow) -> Tensor:
+    """[M, 3] mean terms of every plan over the same tasks, which the worlds share out among them."""
+    parts = []
+    for k, world in enumerate(worlds):
+        some = list(seeds[k :: len(worlds)])
+        plans = to_plan(points, shape, world.config.num_windows).repeat_interleave(len(some), dim=0)
+        results = run_plans(world, some * len(points), plans, world.config.task, "validation", on_window)
+        columns = (results.accuracy, 1 - results.latency_ratio, 1 - results.energy_ratio)
+        parts.append(np.stack(columns, axis=-1).reshape(len(points), len(some), 3))
+    return torch.from_numpy(np.concatenate(parts, axis=1).mean(1)).float()

@@ -43,7 +43,7 @@ def compare_methods(
     if bundle is None:
         progress.phase("static search", config.search.num_trainings, config.num_windows)
         generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-        static = search_plans(world, config.search, generator, progress.advance)
+        static = search_plans([world], config.search, generator, progress.advance)
     else:
         static = bundle.policy.static
 

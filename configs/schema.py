@@ -1,7 +1,7 @@
 """The configurations of the verbs; each field is a section with a dataclass of its own, or a plain value."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from rlkd.agents.methods import METHODS, NEED_POLICY
 from rlkd.agents.ppo import PPOConfig
@@ -12,7 +12,7 @@ from rlkd.envs.world import EnvConfig
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
-from rlkd.tasks import Preference, Range, TaskDistribution
+from rlkd.tasks import Preference, Range, TaskDistribution, check_dataset
 from rlkd.teachers import TeacherConfig
 
 
@@ -36,9 +36,20 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
+class WorldConfig:
+    """A data set and a student structure."""
+
+    dataset: str
+    """Name of the data set (`rlkd list`)."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+
+@dataclass(frozen=True)
 class ExperimentConfig(EnvConfig):
     """`rlkd train`: learn a policy over a population and compare it on held-out tasks."""
 
+    also: tuple[WorldConfig, ...] = ()
+    """Data sets and students that the policy is trained on besides task.dataset and student; all share evenly."""
     search: SearchConfig = field(default_factory=SearchConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
@@ -48,6 +59,17 @@ class ExperimentConfig(EnvConfig):
         super().check()
         for part in (self.search, self.ppo, self.comparison):
             part.check()
+        for world in self.also:
+            check_dataset(world.dataset)
+            world.student.check()
+
+    def worlds(self) -> list[EnvConfig]:
+        """What the policy is trained on: the main data set and student, then those of `also`."""
+        shared = {f.name: getattr(self, f.name) for f in fields(EnvConfig)}
+        return [
+            EnvConfig(**shared | {"task": replace(self.task, dataset=world.dataset), "student": world.student})
+            for world in (WorldConfig(self.task.dataset, self.student), *self.also)
+        ]
 
 
 def _clean_task() -> TaskDistribution:

@@ -1,6 +1,6 @@
 """Tasks: a data set with its splits and corruptions, a teacher, a preference, and how to draw them."""
 
-from rlkd.tasks.datasets import DATASETS, load_dataset
+from rlkd.tasks.datasets import DATASETS, check_dataset, load_dataset
 from rlkd.tasks.distribution import (
     Preference,
     Range,
@@ -19,6 +19,7 @@ __all__ = [
     "Split",
     "Task",
     "TaskDistribution",
+    "check_dataset",
     "draw_task",
     "load_dataset",
     "task_generator",

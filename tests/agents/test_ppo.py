@@ -1,25 +1,30 @@
+import dataclasses
+
 import numpy as np
+import pytest
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from rlkd.agents.policy import Policy, policy_from_sb3
 from rlkd.agents.ppo import PPOConfig, Rollout, new_agent, observation_figures, train
 from rlkd.agents.search import Shortlist
-from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, World
+from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, EnvConfig, World, build_world
 from rlkd.envs.sb3 import SB3VecEnv, standardise
+from rlkd.errors import UserError
+from rlkd.models import StudentConfig
 
 CONFIG = PPOConfig(num_students=6, num_iterations=2, batch_size=8, num_epochs=2, hidden=8)
 STATIC = Shortlist(torch.zeros(1, 9), torch.zeros(1, 3))
 
 
 def environment(world: World) -> tuple[VecEnv, np.ndarray, np.ndarray]:
-    mean, deviation = observation_figures(world, 6, 0)
-    return SB3VecEnv(DistillationVectorEnv(6, world=world), mean, deviation, 0), mean, deviation
+    mean, deviation = observation_figures([world], 6, 0)
+    return SB3VecEnv([DistillationVectorEnv(6, world=world)], mean, deviation, 0), mean, deviation
 
 
 def trained(world: World) -> tuple[Policy, list[Rollout]]:
     rollouts: list[Rollout] = []
-    policy = train(world, STATIC, CONFIG, 5, lambda n: None, lambda r, log: rollouts.append(r))
+    policy = train([world], STATIC, CONFIG, 5, lambda n: None, lambda r, log: rollouts.append(r))
     return policy, rollouts
 
 
@@ -68,3 +73,24 @@ def test_sb3_adapter_reports_ends_and_returns(world: World) -> None:
         again = observation[i][progress] * deviation[progress] + mean[progress]
         assert abs(again) < 1e-5  # the next episode has begun
         assert 0 <= info["student"]["accuracy"] <= 1
+
+
+def test_populations_of_different_worlds_stand_side_by_side(world: World, config: EnvConfig) -> None:
+    task = dataclasses.replace(config.task, dataset="generated:classes=4,inputs=6")
+    other = build_world(dataclasses.replace(config, task=task, student=StudentConfig(widths=(8, 8, 8), exits=(2,))))
+    mean, deviation = observation_figures([world, other], 6, 0)
+    both = SB3VecEnv([DistillationVectorEnv(2, world=w) for w in (world, other)], mean, deviation, 5)
+    second = SB3VecEnv([DistillationVectorEnv(2, world=other)], mean, deviation, 7)  # its streams: 5 + 2, 5 + 3
+    np.testing.assert_array_equal(both.reset()[2:], second.reset())
+    action = np.full((4, 9), 0.3, dtype=np.float32)
+    for _ in range(world.config.num_windows):
+        (seen, rewards, dones, infos), (wanted, theirs, _, _) = both.step(action), second.step(action[2:])
+        np.testing.assert_array_equal(seen[2:], wanted)
+        np.testing.assert_array_equal(rewards[2:], theirs)
+    assert dones.all()
+    assert all("student" in info for info in infos)
+    assert both.positions.shape == (4, 9)
+    policy = train([world, other], STATIC, CONFIG, 5, lambda n: None, lambda r, log: None)
+    assert policy.weights["action.weight"].isfinite().all()
+    with pytest.raises(UserError, match="multiples of 4"):
+        train([world] * 4, STATIC, CONFIG, 5, lambda n: None, lambda r, log: None)

@@ -25,12 +25,12 @@ def test_the_best_plan_follows_the_preference(world: World) -> None:
 
 def test_search_repeats_counts_its_cost_and_tries_the_published_setting_first(world: World) -> None:
     windows: list[int] = []
-    one = search_plans(world, SMALL, torch.Generator().manual_seed(4), windows.append)
-    two = search_plans(world, SMALL, torch.Generator().manual_seed(4))
+    one = search_plans([world], SMALL, torch.Generator().manual_seed(4), windows.append)
+    two = search_plans([world], SMALL, torch.Generator().manual_seed(4))
     assert torch.equal(one.points, two.points)
     assert torch.equal(one.terms, two.terms)
     assert sum(windows) == SMALL.num_trainings * world.config.num_windows == (24 + 10) * 4
-    alone = search_plans(world, SearchConfig(1, 2, 1, 2), torch.Generator().manual_seed(0))
+    alone = search_plans([world], SearchConfig(1, 2, 1, 2), torch.Generator().manual_seed(0))
     assert torch.equal(alone.points[0], published_setting(world.config.controls))
 
 
@@ -38,14 +38,14 @@ def test_search_never_reads_the_test_split(world: World) -> None:
     labels = world.data.labels.clone()
     labels[world.data.splits["test"]] = 0
     blind = dataclasses.replace(world, data=dataclasses.replace(world.data, labels=labels))
-    one, two = (search_plans(w, SMALL, torch.Generator().manual_seed(1)) for w in (world, blind))
+    one, two = (search_plans([w], SMALL, torch.Generator().manual_seed(1)) for w in (world, blind))
     assert torch.equal(one.terms, two.terms)
 
 
 def test_search_improves_on_its_first_setting(world: World) -> None:
     config = SearchConfig(num_settings=25, tasks_per_setting=8, num_finalists=3, tasks_per_finalist=8)
-    found = search_plans(world, config, torch.Generator().manual_seed(2))
-    first = search_plans(world, SearchConfig(1, 8, 1, 8), torch.Generator().manual_seed(2))
+    found = search_plans([world], config, torch.Generator().manual_seed(2))
+    first = search_plans([world], SearchConfig(1, 8, 1, 8), torch.Generator().manual_seed(2))
     wanted = torch.tensor([[0.6, 0.3, 0.1]])
     assert float((wanted @ found.terms.T).max()) > float((wanted @ first.terms.T).max()) + 0.05
 
