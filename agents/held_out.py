@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from rlkd.agents.controllers import Results, run
-from rlkd.agents.methods import Request, build_methods
+from rlkd.agents.methods import Request, build_methods, tune
 from rlkd.tasks import Preference
 
 SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM = 1, 2, 3, 4
@@ -35,6 +35,7 @@ def run_methods(
         accuracy_weights: of the preferences.
         tune_exit: tune every student's exit threshold on validation after its training.
     """
+    request = dataclasses.replace(request, tuned=tune(names, request))
     tables: dict[float, dict[str, Results]] = {}
     for weight in accuracy_weights:
         asked = dataclasses.replace(request, tasks=request.tasks.with_preference(Preference(weight)))

@@ -1,7 +1,7 @@
 """The controllers that `rlkd compare --methods` knows, each built for one preference of a world."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class Request:
     search: SearchConfig  # of tuned schedules
     seed: int
     on_window: Callable[[int], object]
+    tuned: Mapping[str, Shortlist] = field(default_factory=dict)  # `tune`'s
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random source of its own for each method."""
@@ -83,8 +84,11 @@ def num_trainings(name: str) -> int:
     return SEARCHES[name][2] if name in SEARCHES else 1
 
 
-def total_trainings(names: Iterable[str], num_tasks: int, search: SearchConfig) -> int:
-    """Student trainings of a whole comparison under one preference: what methods are found with, and their replay."""
+def total_trainings(names: Iterable[str], num_tasks: int) -> int:
+    """Student trainings of a comparison under one preference: what methods are found with, and their replay.
+
+    Without those of `tune`, which all preferences share.
+    """
     names = list(names)
     shared = {SEARCHES[name][:2]: 0 for name in names if name in SEARCHES}
     for name in names:
@@ -92,10 +96,26 @@ def total_trainings(names: Iterable[str], num_tasks: int, search: SearchConfig) 
             *kind, budget = SEARCHES[name]
             shared[tuple(kind)] = max(shared[tuple(kind)], budget)  # type: ignore[index]
     found = sum(shared.values()) * num_tasks
-    found += search.num_trainings * len({"linear", "cosine"} & set(names))
     found += PBTConfig().num_trainings * ("pbt" in names)
     found += NUM_ABLATION_TASKS * bool({"open_loop", "mean_action"} & set(names))
     return found + len(names) * num_tasks
+
+
+def tune(names: Iterable[str], request: Request) -> dict[str, Shortlist]:
+    """The schedules among `names` that are tuned over training tasks: once for all preferences."""
+    shapes: dict[str, Shape] = {"linear": "linear", "cosine": "cosine"}
+    return {
+        name: search_plans(
+            [request.world],
+            request.search,
+            request.generator(name),
+            request.on_window,
+            shapes[name],
+            request.static.points,
+        )
+        for name in names
+        if name in shapes
+    }
 
 
 def build_methods(names: Iterable[str], request: Request) -> dict[str, Controller]:
@@ -134,12 +154,8 @@ def _build(name: str, request: Request) -> Controller:
             return _random(request.generator(name), request.policy)
         if name.startswith("without_"):
             return _without(SWITCHES[name.removeprefix("without_")], request.policy)
-    if name in ("linear", "cosine"):
-        shape: Shape = "linear" if name == "linear" else "cosine"
-        known = request.static.best(_preference(request))
-        return search_plans(
-            [world], request.search, request.generator(name), request.on_window, shape, known
-        ).controller()
+    if name in request.tuned:
+        return request.tuned[name].controller()
     if name == "pbt":
         first = request.static.best(_preference(request))[0]
         generator = request.generator(name)

@@ -50,7 +50,9 @@ def compare_methods(
     seeds = [s for k in range(config.num_seeds) for s in held_out_seeds(seed + k, num_tasks)]
     policy, method_seed = bundle.policy if bundle else None, stream_seed(seed, METHOD_STREAM)
     request = Request(world, config.task, tuple(seeds), static, policy, config.search, method_seed, progress.advance)
-    progress.phase("comparison", len(weights) * total_trainings(names, len(seeds), config.search), config.num_windows)
+    trained = len(weights) * total_trainings(names, len(seeds))
+    trained += config.search.num_trainings * len({"linear", "cosine"} & set(names))
+    progress.phase("comparison", trained, config.num_windows)
     tables = run_methods(names, request, weights, config.tune_exit)
     spent = {name: float(num_trainings(name)) for name in names}
     per_preference = {str(w): compare(table, spent, seed) for w, table in tables.items()}
@@ -64,7 +66,6 @@ def compare_methods(
         progress.phase("fronts", (2 * len(config.front_weights) + config.front_trials) * len(seeds), config.num_windows)
         front = compare_fronts(request, config.front_weights, config.front_trials)
     wall_s = time.perf_counter() - began
-    trained = len(weights) * total_trainings(names, len(seeds), config.search)
     result = {
         "schema": 1,
         "task": plain(config.task),

@@ -23,7 +23,7 @@ def closest(given: str, allowed: Iterable[str]) -> str:
 
 def config_names() -> list[str]:
     """Names of the configs that come with rlkd."""
-    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+    return sorted(str(path.relative_to(CONFIG_FOLDER).with_suffix("")) for path in CONFIG_FOLDER.rglob("*.yaml"))
 
 
 def new_parser(verb: str, what: str, examples: Sequence[str]) -> ArgumentParser:

@@ -13,14 +13,24 @@ from rlkd.configs import CompareConfig
 
 
 def run(argv: list[str]) -> int:
-    """Compare, write JSON and CSV, print the table."""
+    """Compare, write JSON and CSV, print the tables; once, or once for each config file that `argv` begins with."""
+    num_files = next((i for i, given in enumerate(argv) if given.startswith("-")), len(argv))
+    files, options = argv[:num_files], argv[num_files:]
+    if not files:
+        return _run_one(options, None)
+    for file in files:
+        _run_one(["--config", file, *options], Path(file).stem)
+    return 0
+
+
+def _run_one(argv: list[str], name: str | None) -> int:
     parser = new_parser(
         "compare",
         "Train the same held-out tasks under several controllers and compare them in pairs, on test data.",
         [
             "--methods static,published,annealed --num_seeds 2",
             "--policy runs/first/policy --methods policy,static,open_loop,tpe_25 --num_seeds 5",
-            "--config compare/dynamic --policy runs/first/policy",
+            "configs/compare/*.yaml --policy runs/first/policy --out runs/compare  (one folder a file)",
         ],
     )
     add_run_options(parser)
@@ -29,7 +39,7 @@ def run(argv: list[str]) -> int:
     check_seed(options.seed)
     config.check()
     bundle = load_bundle(Path(config.policy)) if config.policy else None
-    folder = new_run(options.out, "compare")
+    folder = new_run(options.out / name if name and options.out else options.out, "compare")
     use_one_thread()
     with Bar(config.train.steps_per_window) as bar:
         result = compare_methods(config, bundle, folder, options.seed, bar)

@@ -1,18 +1,27 @@
 import pytest
 
 from rlkd.cli.arguments import config_names, new_parser, parse
-from rlkd.configs import ExperimentConfig, ReplayConfig
+from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
 
 KINDS = {"conv": ReplayConfig, "wide": ReplayConfig, "default": ExperimentConfig, "smoke": ExperimentConfig}
+COMPARISONS = [name for name in config_names() if name.startswith("compare/")]
 
 
 def test_every_config_is_tested() -> None:
-    assert set(config_names()) == set(KINDS)
+    assert set(config_names()) == {*KINDS, *COMPARISONS}
+    assert len(COMPARISONS) >= 8
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_configs_parse_and_are_possible(name: str) -> None:
     config, _ = parse(new_parser("x", "", [""]), ["--config", name], KINDS[name])
+    assert config is not None
+    config.check()
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons_parse_and_are_possible(name: str) -> None:
+    config, _ = parse(new_parser("compare", "", [""]), ["--config", name, "--policy", "some"], CompareConfig)
     assert config is not None
     config.check()
 
