@@ -21,9 +21,9 @@ from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
 from rlkd.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 64 * 2**20
-_EXTRA = ("observation.mean", "observation.deviation", "start", "static.positions", "static.terms")
+_EXTRA = ("observation.mean", "observation.deviation", "plan", "static.points", "static.terms")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
         provenance: JSON-able; says from what, when and how well the policy was learned.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    extra = (policy.mean, policy.deviation, policy.start, policy.static.points, policy.static.terms)
+    extra = (policy.mean, policy.deviation, policy.plan, policy.static.points, policy.static.terms)
     tensors = {**policy.weights, **dict(zip(_EXTRA, extra, strict=True))}
     blob = save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
@@ -99,10 +99,10 @@ def load_bundle(folder: Path) -> Bundle:
         provenance = dict(card["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: not a policy bundle, or a damaged one ({error!r:.200})") from error
-    static = Shortlist(tensors["static.positions"], tensors["static.terms"])
+    static = Shortlist(tensors["static.points"], tensors["static.terms"])
     weights = {name: tensors[name] for name in TENSORS}
     mean, deviation = tensors["observation.mean"], tensors["observation.deviation"]
-    policy = Policy(weights, mean, deviation, tensors["start"], static, controls)
+    policy = Policy(weights, mean, deviation, tensors["plan"], static, controls)
     return Bundle(policy, provenance, digest)
 
 
@@ -161,8 +161,8 @@ def _check_shapes(folder: Path, tensors: dict[str, Tensor], hidden: int) -> None
         "action.bias": (num_set,),
         "observation.mean": (num_seen,),
         "observation.deviation": (num_seen,),
-        "start": (num_set,),
-        "static.positions": (num_settings, num_set),
+        "plan": (len(tensors["plan"]), num_set),
+        "static.points": (num_settings, num_set),
         "static.terms": (num_settings, 3),
     }
     for name, shape in wanted.items():

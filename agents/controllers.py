@@ -1,8 +1,9 @@
 """Controllers: from what is observed to the next position of the controls, and how to run one over tasks.
 
 A controller is a plain function `(observation [N, O], episodes, window) -> position [N, 9]`, with `window` counted
-from 0. A PPO policy, a constant, a schedule and a per-task search's winner are all of this kind, so they are compared
-alike. `episodes` gives the start settings and the tasks, and to gradient-based rivals the students themselves.
+from 0. A PPO policy, a constant, a schedule and a per-task search's winner are all of this kind, so they are
+compared alike. `episodes` gives the plan that actions change and the tasks, and to gradient-based rivals the
+students themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class Results:
 
 
 def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-    """The static setting that the student started from."""
+    """The plan that every student started with."""
     return episodes.start
 
 
@@ -45,7 +46,6 @@ def run(
     controller: Controller,
     seeds: Sequence[int],
     tasks: TaskDistribution,
-    start: Tensor | None = None,
     final_split: str = "test",
     num_parallel: int = 128,
     on_window: Callable[[int], object] | None = None,
@@ -58,7 +58,6 @@ def run(
         controller: sets the controls before every window.
         seeds: one a task.
         tasks: the distribution that the seeds draw from.
-        start: [len(seeds), 9] settings to start from; by default the world's for each preference.
         final_split: "validation" for selection, "test" for the one result.
         num_parallel: students in lock-step.
         on_window: called with the number of students after every window, for progress.
@@ -68,7 +67,7 @@ def run(
     for begin in range(0, len(seeds), num_parallel):
         chunk = list(seeds[begin : begin + num_parallel])
         episodes = Episodes(world, len(chunk), tasks)
-        observation = episodes.reset(chunk, start=None if start is None else start[begin : begin + num_parallel])
+        observation = episodes.reset(chunk)
         diverged = torch.zeros(len(chunk), dtype=torch.bool)
         for window in range(world.config.num_windows):
             outcome = episodes.step(controller(observation, episodes, window))

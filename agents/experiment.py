@@ -14,6 +14,7 @@ from rlkd.agents.bundle import save_bundle
 from rlkd.agents.comparison import compare
 from rlkd.agents.held_out import METHOD_STREAM, SEARCH_STREAM, TRAIN_STREAM, held_out_seeds, run_methods, stream_seed
 from rlkd.agents.methods import Request
+from rlkd.agents.plans import as_point, dense_first, to_plan
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.replay import Distilled, distil, write_student
@@ -26,6 +27,7 @@ from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
+DENSE_SHARES = (0.35, 0.6)  # of the windows, in the first guesses at a plan
 COMPARED = ("policy", "static", "published", "annealed")
 
 
@@ -46,9 +48,13 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     progress.phase("static search", config.search.num_trainings, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
     static = search_plans(worlds, config.search, generator, progress.advance)
-    timing.write({"part": "static search", "wall_s": time.perf_counter() - began})
+    progress.phase("search for the plan that actions change", config.search.num_trainings, config.num_windows)
+    known = torch.cat([as_point(static.points, "two_phase"), *(dense_first(static.points, s) for s in DENSE_SHARES)])
+    plans = search_plans(worlds, config.search, generator, progress.advance, "two_phase", known)
+    timing.write({"part": "search", "wall_s": time.perf_counter() - began})
     middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]
-    worlds = [dataclasses.replace(world, start=static.best(middle)[0]) for world in worlds]
+    plan = to_plan(plans.best(middle)[0], "two_phase", config.num_windows)  # [W, 9]
+    worlds = [dataclasses.replace(world, plan=plan) for world in worlds]
     world = worlds[0]
 
     logger = tb.new_logger(folder / "tensorboard")
@@ -94,7 +100,7 @@ def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_
     agent_trainings = (config.ppo.num_iterations + 1) * config.ppo.num_students
     first = config.comparison.accuracy_weights[0]
     compared = sum(len(table["methods"]) for table in tables.values()) * config.comparison.num_tasks
-    num_trainings = agent_trainings + config.search.num_trainings + compared
+    num_trainings = agent_trainings + 2 * config.search.num_trainings + compared
     return {
         "schema": 1,
         "task": plain(config.task),
@@ -106,7 +112,7 @@ def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_
         "preferences": tables,
         "cost": {
             "agent_trainings": agent_trainings,
-            "search_trainings": config.search.num_trainings,
+            "search_trainings": 2 * config.search.num_trainings,
             "wall_s": wall_s,
             "updates_per_s": num_trainings * config.num_windows * config.train.steps_per_window / wall_s,
         },
@@ -123,7 +129,7 @@ def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: P
         cost=config.cost,
         preference=Preference(config.comparison.accuracy_weights[0]),
     )
-    world = build_world(replay.env(policy.controls), policy.start, progress.say)
+    world = build_world(replay.env(policy.controls), policy.plan, progress.say)
     return distil(world, policy.controller(), seed, lambda row, observation: progress.advance(1))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlkd.agents.adaptive import adversarial_temperature, hypergradient
 from rlkd.agents.controllers import Controller, run
 from rlkd.agents.pbt import PBTConfig, find_schedule
-from rlkd.agents.plans import Shape, follow
+from rlkd.agents.plans import Shape, as_point, follow
 from rlkd.agents.policy import Policy
 from rlkd.agents.schedules import SCHEDULES, annealed, published, upon
 from rlkd.agents.search import SearchConfig, Shortlist, search_plans
@@ -111,7 +111,7 @@ def tune(names: Iterable[str], request: Request) -> dict[str, Shortlist]:
             request.generator(name),
             request.on_window,
             shapes[name],
-            request.static.points,
+            as_point(request.static.points, shapes[name]),
         )
         for name in names
         if name in shapes

@@ -21,7 +21,7 @@ class Policy:
     weights: dict[str, Tensor]  # by TENSORS; hidden.0.weight is [H, O], action.weight [9, H]
     mean: Tensor  # [O], of the observations, fixed before training
     deviation: Tensor  # [O]
-    start: Tensor  # [9], position that its actions change
+    plan: Tensor  # [P, 9], positions that its actions change, in P equal parts of an episode
     static: Shortlist  # its rivals, from the same search
     controls: ControlConfig
 
@@ -46,7 +46,7 @@ def policy_from_sb3(
     state: dict[str, Tensor],
     mean: np.ndarray,
     deviation: np.ndarray,
-    start: Tensor,
+    plan: Tensor,
     static: Shortlist,
     controls: ControlConfig,
 ) -> Policy:
@@ -61,4 +61,4 @@ def policy_from_sb3(
         for ours, theirs in names.items()
         for part in ("weight", "bias")
     }
-    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, static, controls)
+    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), plan, static, controls)

@@ -82,7 +82,7 @@ class Rollout:
 def observation_figures(
     worlds: Sequence[World], num_students: int, seed: int, on_window: Callable[[int], object] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation [O] of what is seen under random changes around the start settings: one episode each."""
+    """Mean and deviation [O] of what is seen under random changes around the plan: one episode each."""
     generator = torch.Generator().manual_seed(seed)
     seen = []
     for world in worlds:
@@ -164,10 +164,10 @@ def train(
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
 ) -> Policy:
-    """Learn a policy; the start setting of the worlds is what its actions change.
+    """Learn a policy; the plan of the worlds is what its actions change.
 
     Args:
-        worlds: share the students evenly, and have one start, one range of controls and one horizon.
+        worlds: share the students evenly, and have one plan, one range of controls and one horizon.
         static: kept with the policy, as what it was measured against.
         config: the agent's.
         seed: of the students' tasks, the exploration and the minibatches.
@@ -192,7 +192,7 @@ def train(
 
     def now() -> Policy:
         state: dict[str, Any] = agent.policy.state_dict()
-        return policy_from_sb3(state, mean, deviation, world.start, static, world.config.controls)
+        return policy_from_sb3(state, mean, deviation, world.plan, static, world.config.controls)
 
     if on_agent:
         on_agent(now)

@@ -17,7 +17,7 @@ from optuna.trial import create_trial
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
-from rlkd.agents.plans import Shape, num_axes, run_plans, to_plan
+from rlkd.agents.plans import Shape, as_point, num_axes, run_plans, to_plan
 from rlkd.envs.action import published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
@@ -60,12 +60,12 @@ class SearchConfig:
 class Shortlist:
     """The best plans of a search over the task distribution, and what each reached on validation."""
 
-    points: Tensor  # [M, 9] settings, or [M, 18] from a first to a last setting
+    points: Tensor  # [M, A] plans in the numbers of their shape; static: [M, 9] settings
     terms: Tensor  # [M, 3], mean accuracy, 1 - latency ratio, 1 - energy ratio
     shape: Shape = "static"
 
     def best(self, preference: Tensor) -> Tensor:
-        """[N, 9 or 18], the plan with the best mean score under each `preference` [N, 3]; ties: the lower index."""
+        """[N, A], the plan with the best mean score under each `preference` [N, 3]; ties: the lower index."""
         return self.points[(preference @ self.terms.T).argmax(-1)]
 
     def controller(self) -> Controller:
@@ -85,7 +85,7 @@ def search_plans(
     generator: torch.Generator,
     on_window: OnWindow = None,
     shape: Shape = "static",
-    first: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Shortlist:
     """A shortlist of plans of one shape and what each reaches on validation.
 
@@ -95,11 +95,12 @@ def search_plans(
         generator: of tasks and proposals.
         on_window: called with the number of students after every window.
         shape: of the plans.
-        first: [K, 9], settings tried before all others; by default the published one.
+        known: [K, A], plans tried before all others; by default the published setting, held.
     """
     config.check()
-    known = published_setting(worlds[0].config.controls)[None] if first is None else first
-    known = known.repeat(1, num_axes(shape) // known.shape[1])[: config.num_settings]  # [K, A]
+    if known is None:
+        known = as_point(published_setting(worlds[0].config.controls)[None], shape)
+    known = known[: config.num_settings]
     seeds = torch.randint(2**60, (config.tasks_per_setting,), generator=generator).tolist()
     studies = [_new_study(generator) for _ in ACCURACY_WEIGHTS]
     points = torch.empty(0, num_axes(shape))

@@ -38,7 +38,7 @@ def compare_methods(
     config.check()
     names, weights, num_tasks = config.method_names(), config.comparison.accuracy_weights, config.comparison.num_tasks
     describe_run(folder, config, seed)
-    world = build_world(config, bundle.policy.start if bundle else None, progress.say)
+    world = build_world(config, bundle.policy.plan if bundle else None, progress.say)
     save_profile(world.profile, folder / "cost_profile.json")
     if bundle is None:
         progress.phase("static search", config.search.num_trainings, config.num_windows)

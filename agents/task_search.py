@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller, Results
-from rlkd.agents.plans import Shape, follow_each, num_axes, run_plans, to_plan
+from rlkd.agents.plans import Shape, as_point, follow_each, num_axes, run_plans, to_plan
 from rlkd.envs.world import World
 from rlkd.tasks import TaskDistribution
 
@@ -132,7 +132,7 @@ def _search(
     names = [f"u{i}" for i in range(num_axes(shape))]
     axes: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in names}
     for study in studies:
-        study.enqueue_trial(dict(zip(names, first.repeat(len(names) // len(first)).tolist(), strict=True)))
+        study.enqueue_trial(dict(zip(names, as_point(first[None], shape)[0].tolist(), strict=True)))
     plans, columns = [], []
     for _ in range(num_trials):
         asked = [study.ask(axes) for study in studies]

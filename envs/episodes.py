@@ -42,7 +42,6 @@ class Episodes:
         self.students: Students = world.students(num_students)
         self.tasks: list[Task] = []
         self.position = torch.zeros(num_students, NUM_CONTROLS)
-        self.start = torch.zeros(num_students, NUM_CONTROLS)
         self._distribution = tasks or world.config.task
         self._structure = world.new_structure()
         self._window = torch.zeros(num_students)
@@ -50,13 +49,12 @@ class Episodes:
         batch_size = world.profile.batch_size
         self._capacity = float(dense_workload(self._structure, batch_size).macs) / world.teacher_macs
 
-    def reset(self, seeds: Sequence[int], rows: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    def reset(self, seeds: Sequence[int], rows: Tensor | None = None) -> Tensor:
         """Begin the episodes of `seeds` and return the observation [N, O], which is meant for those episodes alone.
 
         Args:
             seeds: one task a student, for all N or for those at `rows`.
             rows: [len(seeds)] int64.
-            start: [len(seeds), 9] positions to begin from; by default the world's.
         """
         where = torch.arange(self.num_students) if rows is None else rows
         num_teachers = len(self.world.signals.accuracy)
@@ -64,15 +62,21 @@ class Episodes:
         self.students.reset(fresh, where)
         tasks = dict(zip(where.tolist(), fresh, strict=True))
         self.tasks = [tasks.get(i) or self.tasks[i] for i in range(self.num_students)]
-        self.start[where] = self.world.start.expand(len(where), -1) if start is None else start
-        self.position[where] = self.start[where]
         self._window[where] = 0.0
+        self.position[where] = self.start[where]
         self._facts = self._task_facts()
         self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
         metrics, cost, now = self.evaluate("validation")
         self._score = self._score.clone()
         self._score[where] = now[where]  # the others keep theirs: their next reward begins where their last one ended
         return self._observe(metrics, cost, torch.zeros(self.num_students), None)
+
+    @property
+    def start(self) -> Tensor:
+        """[N, 9], what the world's plan has for each student's next window; what its action changes."""
+        plan = self.world.plan
+        part = (self._window * len(plan) / self.world.config.num_windows).long()
+        return plan[part.clamp_max(len(plan) - 1)]
 
     def step(self, position: Tensor) -> Outcome:
         """Train one window with the controls at `position` [N, 9]; the reward is what that window changed."""

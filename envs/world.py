@@ -45,7 +45,7 @@ class World:
     data: DataSet
     signals: Signals
     profile: CostProfile
-    start: Tensor  # [9], position of the controls that every episode starts from and actions change
+    plan: Tensor  # [P, 9], positions in P equal parts of an episode; what actions change
     teacher_macs: float
     template: ChainStudent  # its structure is every student's; its parameters are nobody's
 
@@ -63,7 +63,7 @@ class World:
 
 def build_world(
     config: EnvConfig,
-    start: Tensor | None = None,
+    plan: Tensor | None = None,
     say: Callable[[str], object] = print,
     student: ChainStudent | None = None,
 ) -> World:
@@ -71,7 +71,7 @@ def build_world(
 
     Args:
         config: checked here.
-        start: [9], position that episodes start from; by default the published setting.
+        plan: [P, 9], positions that actions change, in P equal parts of an episode; by default the published setting.
         say: told in one line when something takes a while.
         student: a structure of your own; by default the one that config.student describes.
     """
@@ -87,7 +87,7 @@ def build_world(
             f"{data.name} has {data.num_classes} for {list(data.input_shape)}"
         )
     profile = load_or_calibrate(config.cost, student, say)
-    if start is None:
-        start = published_setting(config.controls)
+    if plan is None:
+        plan = published_setting(config.controls)[None]
     weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
-    return World(config, data, signals, profile, start, float(weights), student)
+    return World(config, data, signals, profile, plan, float(weights), student)

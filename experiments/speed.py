@@ -46,7 +46,7 @@ def one(data_set: str, num_labels: int, seed: int, policy_folder: Path) -> dict[
     )
     samples = Range(num_labels, num_labels)
     config = dataclasses.replace(base, task=dataclasses.replace(base.task, dataset=data_set, num_labels=samples))
-    world = build_world(config.env(policy.controls), policy.start)
+    world = build_world(config.env(policy.controls), policy.plan)
     small = distil(world, policy.controller(), seed, lambda row, observation: None)
     dense = distil(world, published(policy.controls), seed, lambda row, observation: None)
     return {

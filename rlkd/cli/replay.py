@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     positions: list[list[float]] = []
     far: dict[int, float] = {}
     with Bar(config.train.steps_per_window) as bar:
-        world = build_world(config.env(bundle.policy.controls), bundle.policy.start, bar.say)
+        world = build_world(config.env(bundle.policy.controls), bundle.policy.plan, bar.say)
         save_profile(world.profile, folder / "cost_profile.json")
         metrics = JsonLines(folder / "metrics.jsonl")
         logger = tb.new_logger(folder / "tensorboard")

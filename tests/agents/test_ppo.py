@@ -35,7 +35,7 @@ def test_the_untrained_policy_holds_the_start_and_equals_sb3s_actor(world: World
     seen = torch.rand(20, len(OBSERVATIONS), generator=generator)
 
     def ours() -> np.ndarray:
-        policy = policy_from_sb3(agent.policy.state_dict(), mean, deviation, world.start, STATIC, world.config.controls)
+        policy = policy_from_sb3(agent.policy.state_dict(), mean, deviation, world.plan, STATIC, world.config.controls)
         return policy.act(seen).numpy()
 
     assert np.array_equal(ours(), np.zeros((20, 9)))

@@ -33,7 +33,7 @@ def double_world(world: World) -> Iterator[World]:
     torch.set_default_dtype(torch.float64)
     try:
         template = copy.deepcopy(world.template).double()
-        yield dataclasses.replace(world, data=data, signals=signals, start=world.start.double(), template=template)
+        yield dataclasses.replace(world, data=data, signals=signals, plan=world.plan.double(), template=template)
     finally:
         torch.set_default_dtype(torch.float32)
 
