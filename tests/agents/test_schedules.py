@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.schedules import SCHEDULES, Values, annealed, published, upon
-from rlkd.envs import World
+from rlkd.envs import ControlConfig, World
 from rlkd.envs.action import CONTROLS, SCALARS, decode, published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.students import Controls
@@ -45,9 +45,11 @@ def test_temperature_decays_by_a_hundredth_an_epoch(world: World) -> None:
     # 15 steps of 48 samples are 10 passes over 72 samples
     wanted = [5 * 0.99**epochs for epochs in (0, 10, 20, 30)]
     assert temperatures("temperature_decay", begun(world, num_labels=72)) == pytest.approx(wanted, rel=1e-5)
-    # and 90 over 8: 5 * 0.99^180 = 0.82 is below the floor
+    # and 90 over 8: 5 * 0.99^180 = 0.82 is below the floor, whatever the range of the control
+    cold = dataclasses.replace(world.config, controls=ControlConfig(temperature=(0.5, 10.0)))
     wanted = [5.0, 5 * 0.99**90, 1.0, 1.0]
-    assert temperatures("temperature_decay", begun(world, num_labels=8)) == pytest.approx(wanted, rel=1e-5)
+    episodes = begun(dataclasses.replace(world, config=cold), num_labels=8)
+    assert temperatures("temperature_decay", episodes) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_temperature_decays_by_each_students_own_epochs(world: World) -> None:
@@ -96,12 +98,12 @@ def test_labels_weigh_by_the_teachers_mean_confidence(world: World) -> None:
     wanted = [[0.2, 0.5, 0.8][teacher] for teacher in teachers]
     assert weights[:, 0].tolist() == pytest.approx(wanted, abs=1e-3)
     assert weights[:, 1].tolist() == pytest.approx([1 - w for w in wanted], abs=1e-3)
-    # a mean over the student's own samples: 0.99 on one half and 0.85 on the other is 0.92
+    # a mean over the student's own samples: 0.99 on one half and 0.75 on the other is 0.87
     task: Task = episodes.tasks[0]
     half = len(task.samples) // 2
     logits[:] = answer(0.1001)
-    logits[task.teacher, task.samples[:half]], logits[task.teacher, task.samples[half:]] = answer(0.99), answer(0.85)
-    assert float(controls_of("alpha_by_confidence", episodes, 1).weights[0, 0]) == pytest.approx(0.2, abs=1e-3)
+    logits[task.teacher, task.samples[:half]], logits[task.teacher, task.samples[half:]] = answer(0.99), answer(0.75)
+    assert float(controls_of("alpha_by_confidence", episodes, 1).weights[0, 0]) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_curriculum_is_whole_before_the_last_stage_and_the_bases_after(world: World) -> None:
