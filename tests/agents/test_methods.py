@@ -34,9 +34,9 @@ CHEAP = [name for name in METHODS if SEARCHES.get(name, ("", "", 10))[2] == 10]
 
 @pytest.fixture(scope="module")
 def asked(world: World) -> Request:
-    """Two windows of one step, and a policy that nobody trained."""
+    """Two windows of one step, looked at on 50 samples, and a policy that nobody trained."""
     config = dataclasses.replace(world.config, num_windows=2, train=TrainConfig(1, 8))
-    quick = dataclasses.replace(world, config=config)
+    splits = {name: index if name == "train" else index[:50] for name, index in world.data.splits.items()}
     g = torch.Generator().manual_seed(0)
     shapes = ((8, len(OBSERVATIONS)), (8,), (8, 8), (8,), (9, 8), (9,))
     weights = {name: torch.randn(shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
@@ -44,7 +44,7 @@ def asked(world: World) -> Request:
     spread = torch.ones(len(OBSERVATIONS))
     start = torch.full((9,), 0.5)
     policy = Policy(weights, 0 * spread, spread, start, static, config.controls)
-    quick = dataclasses.replace(quick, start=start)
+    quick = dataclasses.replace(world, config=config, start=start, data=dataclasses.replace(world.data, splits=splits))
     tasks = config.task.with_preference(Preference(0.6))
     return Request(quick, tasks, SEEDS, static, policy, SEARCH, 5, lambda n: None)
 
