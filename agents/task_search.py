@@ -22,6 +22,8 @@ from rlkd.agents.plans import Shape, follow_each, num_axes, run_plans, to_plan
 from rlkd.envs.world import World
 from rlkd.tasks import TaskDistribution
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 Sampler = Literal["random", "tpe"]
 OnWindow = Callable[[int], object] | None
 

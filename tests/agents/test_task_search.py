@@ -83,18 +83,21 @@ def test_the_best_is_taken_of_the_budget_and_ties_go_to_the_earlier(quick: World
 def test_the_model_finds_better_settings_than_chance(quick: World) -> None:
     seeds = tuple(2**60 + i for i in range(4))
     random, model = (searched(quick, sampler, "static", 22, seeds) for sampler in ("random", "tpe"))
-    # the first ten are drawn at random by both; what the model proposes afterwards is better on average, for each task
-    assert (model.score[:, 10:].mean(1) > random.score[:, 10:].mean(1) + 0.02).all()
+    # the first ten are drawn at random by both; what the model proposes afterwards is better on average
+    assert model.score[:, 10:].mean() > random.score[:, 10:].mean() + 0.03
 
 
-def test_fronts_are_searched_for_both_ends(quick: World) -> None:
+def test_fronts_are_searched_for_accuracy_and_low_cost(quick: World) -> None:
     windows: list[int] = []
-    tasks = quick.config.task.with_preference(Preference(0.6))
-    small = search_fronts(quick, SEEDS, tasks, 11, FIRST, 3)
-    found = search_fronts(quick, SEEDS, tasks, 12, FIRST, 3, windows.append)
+    tasks, seeds = quick.config.task.with_preference(Preference(0.6)), tuple(2**60 + i for i in range(4))
+    small = search_fronts(quick, seeds, tasks, 11, FIRST, 3)
+    found = search_fronts(quick, seeds, tasks, 22, FIRST, 3, windows.append)
     assert torch.equal(small.plans, found.plans[:, :11])
-    assert sum(windows) == 2 * 12 * 2
-    assert torch.allclose(found.plans[:, 0], FIRST.expand(2, 2, 9))
+    assert sum(windows) == 4 * 22 * 2
+    assert torch.allclose(found.plans[:, 0], FIRST.expand(4, 2, 9))
+    # the model's proposals against the first ten, which are drawn at random
+    gain = found.accuracy - cost_of(found.latency_ratio, found.energy_ratio)
+    assert gain[:, 10:].mean() > gain[:, 1:10].mean() + 0.05
 
 
 def area(some: list[tuple[int, int]], **reference: float) -> float:
