@@ -82,7 +82,11 @@ def test_values_that_were_set_are_decoded_and_the_others_stay(
 
 def test_values_are_clipped_to_their_ranges() -> None:
     middle = torch.full((3, len(CONTROLS)), 0.5)
-    wanted = {"temperature": torch.tensor([0.1, 2.0, 99.0]), "feature_keep": 2.0, "unit_keep": 0.01}
+    wanted: dict[str, float | torch.Tensor] = {
+        "temperature": torch.tensor([0.1, 2.0, 99.0]),
+        "feature_keep": 2.0,
+        "unit_keep": 0.01,
+    }
     controls = decode(with_values(middle, {**wanted, "exit_threshold": -1.0}, CONFIG), CONFIG, 10)
     assert controls.temperature.tolist() == pytest.approx([1.0, 2.0, 10.0], rel=1e-5)
     assert controls.feature_keep.tolist() == pytest.approx([1.0] * 3)
@@ -96,7 +100,8 @@ def test_values_are_clipped_to_their_ranges() -> None:
 
 def test_weights_are_set_in_proportion_and_zero_is_the_bottom_of_the_range() -> None:
     first = torch.tensor([2.0, 0.0])
-    named = dict(zip((f"weight_{family}" for family in FAMILIES), (first, 1.0, 0.5, 0.5), strict=True))
+    values: tuple[float | torch.Tensor, ...] = (first, 1.0, 0.5, 0.5)
+    named = dict(zip((f"weight_{family}" for family in FAMILIES), values, strict=True))
     position = with_values(torch.zeros(2, len(CONTROLS)), named, CONFIG)
     weights = decode(position, CONFIG, 10).weights
     assert weights[0].tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125], rel=1e-5)

@@ -83,3 +83,10 @@ def test_a_member_that_diverges_counts_with_what_it_lost(world: World) -> None:
     assert infos[1]["episode"]["r"] == pytest.approx(-float(before[1]), abs=1e-6)
     assert rewards[0] > 0
     assert rewards[1] == pytest.approx(-rewards[0], abs=1e-6)
+    # it begins the task that the others come to when this one is over
+    ahead = env.env.episodes.tasks[1].seed
+    assert ahead != env.env.episodes.tasks[0].seed
+    calm[1, -1] = -1.0
+    for _ in range(world.config.num_windows - 1):
+        env.step(calm)
+    assert env.env.episodes.tasks[0].seed == ahead
