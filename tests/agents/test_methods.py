@@ -12,6 +12,7 @@ from rlkd.agents.methods import (
     SEARCHES,
     SWITCHES,
     Request,
+    _preference,
     build_methods,
     mean_offsets,
     num_trainings,
@@ -120,6 +121,8 @@ def test_blind_methods_replay_the_policys_mean_schedule(asked: Request) -> None:
     built = build_methods(["open_loop", "mean_action"], asked)
     offsets = mean_offsets(asked)  # [2, 9]
     assert not torch.allclose(offsets[0], offsets[1], atol=1e-3)
+    thrifty = dataclasses.replace(asked, tasks=asked.tasks.with_preference(Preference(0.3)))
+    assert not torch.allclose(offsets, mean_offsets(thrifty), atol=1e-2)  # of that preference's policy
     observation, episodes = begun(asked)
     for window in range(2):
         for seen in (observation, 0 * observation):
@@ -144,8 +147,9 @@ def test_a_random_policy_moves_within_a_step_of_the_start(asked: Request) -> Non
 
 
 def test_budgets_of_one_search_are_its_first_trials(asked: Request) -> None:
-    built = build_methods(["random_10", "random_25"], asked)
+    built = build_methods(["random_25", "random_10"], asked)
     observation, episodes = begun(asked)
+    torch.testing.assert_close(_preference(asked), torch.tensor([[0.6, 0.3, 0.1]]))
     first = asked.static.points[1]  # 0.68 under (0.6, 0.3, 0.1), the other 0.58
     alone = search_tasks(asked.world, SEEDS, asked.tasks, "random", "static", 25, first, asked.seed)
     for name, controller in built.items():
