@@ -12,6 +12,7 @@ from rlkd.agents.controllers import Controller
 from rlkd.envs.action import CONTROLS, WEIGHT_LOGIT, decode, with_values
 from rlkd.envs.episodes import Episodes
 from rlkd.objectives import FAMILIES
+from rlkd.students.interface import available_families
 from rlkd.students.sensitivity import Sensitivity, sensitivity
 
 TEMPERATURE_RATE = 0.5  # of log T for each unit of d log loss / d log T
@@ -58,7 +59,8 @@ def hypergradient(base: Controller, seed: int) -> Controller:
         moved = WEIGHT_RATE / (2 * WEIGHT_LOGIT) * _look(episodes, generator).alignment.nan_to_num()  # [N, 4]
         weights = episodes.position[:, columns] + moved
         # only differences of logits count: keep the largest at the top of its range so that none is clipped away
-        position[:, columns] = (weights + (1.0 - weights.amax(-1, keepdim=True))).clamp(0.0, 1.0)
+        used = available_families(episodes.world.template.is_conv, episodes.world.signals.are_conv)
+        position[:, columns] = (weights + (1.0 - weights[:, used].amax(-1, keepdim=True))).clamp(0.0, 1.0)
         return position
 
     return controller

@@ -111,16 +111,6 @@ def curriculum(moment: Moment) -> Values:
     return {**_weights(*weights), "temperature": 4.0, **(whole if stage < 3 else {})}
 
 
-def in_shape(plan_start: Tensor, plan_end: Tensor, shape: str) -> Callable[[float], Tensor]:
-    """Position [9] by progress in [0, 1], from start to end in a line or along half a cosine."""
-
-    def at(done: float) -> Tensor:
-        share = done if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
-        return plan_start + (plan_end - plan_start) * share
-
-    return at
-
-
 SCHEDULES: dict[str, Callable[[Moment], Values]] = {
     "alpha_weighted": alpha_weighted,
     "temperature_decay": temperature_decay,

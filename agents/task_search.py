@@ -22,6 +22,8 @@ from rlkd.agents.plans import Shape, as_point, follow_each, num_axes, run_plans,
 from rlkd.envs.world import World
 from rlkd.tasks import TaskDistribution
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 Sampler = Literal["random", "tpe"]
 OnWindow = Callable[[int], object] | None
 

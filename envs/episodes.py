@@ -109,7 +109,8 @@ class Episodes:
         """Move the exit control to `exit_position` [N] without training; nothing else changes."""
         self.position = self.position.clone()
         self.position[:, CONTROLS.index("exit_threshold")] = exit_position
-        self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
+        controls = decode(self.position, self.world.config.controls, self.world.data.num_classes)
+        self.students.set_exit(controls.exit_threshold)
 
     def evaluate(self, split: Split) -> tuple[Metrics, Cost, Tensor]:
         """Metrics, cost and score [N] of the students as they are."""

@@ -37,6 +37,8 @@ class SB3VecEnv(VecEnv):
         group_size: students in a row that are given the same tasks, initial weights and batches. Their rewards then
             come less the mean of the others' in the same window, which no action of one's own can change: what is
             due to the task is gone, what is due to the actions stays (leave-one-out baseline, Kool et al. 2019).
+            A member that diverges begins the next task at once and stays ahead of its group from then on: the others'
+            mean is still nothing its actions can change, but no longer of the same task.
     """
 
     def __init__(

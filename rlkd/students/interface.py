@@ -90,6 +90,9 @@ class Students(Protocol):
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units and set the exit threshold without training."""
 
+    def set_exit(self, threshold: Tensor) -> None:
+        """Set the exit threshold [N] alone; inputs and units stay as they were selected."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters by name, each [N, ...]."""
 

@@ -97,7 +97,7 @@ class Population:
             self._batches[row] = task_generator(task.seed, "batches")
 
     def copy_rows(self, sources: Tensor) -> None:
-        """Student i goes on as a copy of student `sources[i]` ([N] int64): parameters and optimizer state.
+        """Student i goes on as a copy of student `sources[i]` ([N] int64): parameters, optimizer state, selection.
 
         Its task and its batches stay its own.
         """
@@ -105,11 +105,17 @@ class Population:
             for name, tensor in store.items():
                 store[name] = tensor[sources]
         self._num_updates = self._num_updates[sources]
+        self._masks = tuple(mask[sources] for mask in self._masks)
+        self._threshold = self._threshold[sources]
 
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units by importance as it is now, and set the exit threshold."""
         self._masks = select(self._student, self._scores(), controls.feature_keep, controls.unit_keep)
         self._threshold = controls.exit_threshold
+
+    def set_exit(self, threshold: Tensor) -> None:
+        """Set the exit threshold [N] alone; inputs and units stay as they were selected."""
+        self._threshold = threshold
 
     def train_window(self, controls: Controls) -> Telemetry:
         """`steps_per_window` Adam steps for all students, each under its own controls."""

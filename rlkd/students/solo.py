@@ -56,6 +56,10 @@ class SoloStudent:
         masks = select(self.student, self._scores(), controls.feature_keep[0], controls.unit_keep[0])
         self._masks, self._threshold = masks, controls.exit_threshold
 
+    def set_exit(self, threshold: Tensor) -> None:
+        """As `Population.set_exit`."""
+        self._threshold = threshold
+
     def train_window(self, controls: Controls) -> Telemetry:
         """As `Population.train_window`, step by step."""
         self.set_controls(controls)

@@ -1,0 +1,94 @@
+"""What a population does besides training: students copied from others, and exits moved without training."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkd.agents.controllers import run
+from rlkd.envs import CONTROLS, World
+from rlkd.envs.episodes import Episodes
+
+SEED = 2**60 + 5
+EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_keep", "learning_rate"))
+
+
+def settings(world: World, *changes: dict[int, float]) -> Tensor:
+    """The start setting of each student with some positions changed."""
+    position = world.start.expand(len(changes), -1).clone()
+    for row, changed in enumerate(changes):
+        for column, value in changed.items():
+            position[row, column] = value
+    return position
+
+
+def trained(world: World, position: Tensor, num_windows: int, seeds: list[int] | None = None) -> Episodes:
+    episodes = Episodes(world, len(position))
+    episodes.reset(seeds or [SEED] * len(position))
+    for _ in range(num_windows):
+        episodes.step(position)
+    return episodes
+
+
+def test_a_copy_goes_on_exactly_as_its_source(world: World) -> None:
+    different = settings(world, {KEEP: 0.6, EXIT: 0.0}, {RATE: 0.2, EXIT: 0.6}, {RATE: 0.9})
+    copied, untouched = trained(world, different, 2), trained(world, different, 2)
+    before = untouched.evaluate("validation")[2]
+    assert len(set(before.tolist())) == 3
+    copied.copy_rows(torch.tensor([0, 0, 2]))
+    assert torch.equal(copied.position, different[[0, 0, 2]])
+    assert torch.equal(copied.evaluate("validation")[2], before[[0, 0, 2]])
+    same = settings(world, *({KEEP: 0.8, EXIT: 0.4, RATE: 0.5},) * 3)
+    for _ in range(2):
+        now, reference = copied.step(same), untouched.step(same)
+        for field in ("observation", "reward", "score"):
+            torch.testing.assert_close(getattr(now, field)[0], getattr(reference, field)[0], atol=0, rtol=0)
+            torch.testing.assert_close(getattr(now, field)[1], getattr(now, field)[0], atol=0, rtol=0)
+            torch.testing.assert_close(getattr(now, field)[2], getattr(reference, field)[2], atol=0, rtol=0)
+    for name, stacked in copied.students.state_dict().items():
+        assert torch.equal(stacked[0], stacked[1]), name
+        assert torch.equal(stacked[[0, 2]], untouched.students.state_dict()[name][[0, 2]]), name
+
+
+def test_a_copy_keeps_its_own_task_and_batches(world: World) -> None:
+    position = settings(world, {}, {})
+    episodes = trained(world, position, 1, [SEED, SEED + 1])
+    tasks = list(episodes.tasks)
+    episodes.copy_rows(torch.tensor([0, 0]))
+    assert episodes.tasks == tasks
+    episodes.step(position)
+    first = episodes.students.state_dict()["layers.0.weight"]
+    assert not torch.equal(first[0], first[1])
+
+
+def test_one_student_has_nobody_to_copy(world: World) -> None:
+    with pytest.raises(ValueError, match="got one student"):
+        trained(world, settings(world, {}), 0).copy_rows(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("num_students", [1, 3])
+def test_moving_the_exit_changes_nothing_else(world: World, num_students: int) -> None:
+    pruned = settings(world, *({KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.5},) * num_students)
+    episodes = trained(world, pruned, 3, [SEED + i for i in range(num_students)])
+    before, masks = episodes.evaluate("validation"), episodes.students.masks()
+    parameters = episodes.students.state_dict()
+    episodes.set_exit(torch.full((num_students,), 1.0))
+    late = episodes.evaluate("validation")[0]
+    assert torch.equal(late.exit_rates[:, -1], torch.ones(num_students))
+    torch.testing.assert_close(late.exit_accuracy, before[0].exit_accuracy, atol=0, rtol=0)
+    for now, then in zip(episodes.students.masks(), masks, strict=True):
+        assert torch.equal(now, then)
+    for name, parameter in episodes.students.state_dict().items():
+        assert torch.equal(parameter, parameters[name]), name
+    episodes.set_exit(pruned[:, EXIT])
+    assert torch.equal(episodes.position, pruned)
+    assert torch.equal(episodes.evaluate("validation")[2], before[2])
+
+
+def test_tuning_the_exit_of_pruned_students_never_costs_validation_score(world: World) -> None:
+    seeds = [SEED + i for i in range(6)]
+    pruned = settings(world, {KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.0})[0]
+    fixed, tuned = (
+        run(world, lambda o, e, w: pruned.expand_as(e.start), seeds, world.config.task, None, "validation", tune_exit=t)
+        for t in (False, True)
+    )
+    assert (tuned.score >= fixed.score).all()

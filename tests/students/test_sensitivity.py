@@ -1,0 +1,135 @@
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkd.envs import World
+from rlkd.models import StudentConfig, build_student
+from rlkd.objectives import FAMILIES, cross_entropy, family_losses
+from rlkd.students import Controls, Population, SoloStudent, TrainConfig
+from rlkd.students.sensitivity import NUM_SAMPLES, Sensitivity, sensitivity
+from rlkd.tasks import Task, draw_task
+
+TRAIN = TrainConfig(steps_per_window=5, batch_size=24)
+SEEDS = (3, 4, 5)
+
+
+@pytest.fixture
+def double_world(world: World) -> Iterator[World]:
+    torch.set_default_dtype(torch.float64)
+    s = world.signals
+    signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
+    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
+    template = copy.deepcopy(world.template).double()
+    yield dataclasses.replace(world, data=data, signals=signals, template=template)
+    torch.set_default_dtype(torch.float32)
+
+
+def controls_of(rows: list[int]) -> Controls:
+    """Temperatures 1.5, 3 and 4.5; inputs and units pruned a little more from row to row."""
+    i = torch.tensor(rows, dtype=torch.get_default_dtype())
+    weights = torch.full((len(rows), 4), 0.25)
+    return Controls(weights, 1.5 * (1 + i), 0.9 - 0.1 * i, 0.8 - 0.2 * i, 0.5 + 0 * i, 3e-3 + 0 * i)
+
+
+def task_of(seed: int, world: World) -> Task:
+    return draw_task(seed, world.config.task, world.data, 3)
+
+
+def measured(world: World, students: Population | SoloStudent, rows: list[int]) -> Sensitivity:
+    """Train two windows and look."""
+    tasks = [task_of(SEEDS[row], world) for row in rows]
+    students.reset(tasks)
+    for _ in range(2):
+        students.train_window(controls_of(rows))
+    g = torch.Generator().manual_seed(7)
+    return sensitivity(students, world.new_structure(), tasks, controls_of(rows), world.data, world.signals, g)
+
+
+def solo(world: World) -> SoloStudent:
+    return SoloStudent(world.new_structure(), world.data, world.signals, TRAIN)
+
+
+def by_hand(world: World, student: SoloStudent, task: Task, positions: Tensor, chosen: Tensor, t: float) -> list[float]:
+    """d log response / d log T by central differences, and the four cosines by plain autograd."""
+    masks = tuple(mask[0] for mask in student.masks())
+    state, samples = student.state_dict(), task.samples[positions]
+
+    def losses(temperature: float) -> Tensor:
+        outputs = student.student(world.data.inputs[samples], masks)
+        adapted = outputs.features[-1] @ state["adapter.weight"][0].T + state["adapter.bias"][0]
+        s = world.signals
+        targets = (s.logits[task.teacher, samples], s.features[task.teacher, samples], s.maps[task.teacher, samples])
+        return family_losses(outputs, adapted, task.labels[positions], *targets, torch.tensor(temperature))
+
+    def flat(loss: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(loss, list(student.student.parameters()), materialize_grads=True)
+        return torch.cat([g.flatten() for g in gradients])
+
+    step = 1e-5
+    high, low = (float(losses(t * math.exp(s))[1].detach().log()) for s in (step, -step))
+    answers = student.student(world.data.inputs[chosen], masks).logits[-1]
+    wanted = flat(cross_entropy(answers, world.data.labels[chosen]))
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(flat(losses(t)[i]), wanted, dim=0)) for i in range(len(FAMILIES))
+    ]
+    return [(high - low) / (2 * step), *cosines]
+
+
+def test_both_gradients_are_those_of_a_plain_module(double_world: World) -> None:
+    world, rows = double_world, [0, 1, 2]
+    found = measured(world, Population(world.new_structure(), world.data, world.signals, 3, TRAIN), rows)
+    tasks = [task_of(seed, world) for seed in SEEDS]
+    g = torch.Generator().manual_seed(7)
+    positions = [torch.randint(len(task.samples), (NUM_SAMPLES,), generator=g) for task in tasks]
+    validation = world.data.splits["validation"]
+    chosen = validation[torch.randint(len(validation), (NUM_SAMPLES,), generator=g)]
+    for row, task in enumerate(tasks):
+        student = solo(world)
+        measured(world, student, [row])  # the same two windows
+        slope, *cosines = by_hand(world, student, task, positions[row], chosen, 1.5 * (1 + row))
+        assert float(found.log_temperature[row]) == pytest.approx(slope, abs=1e-7)
+        assert found.alignment[row].tolist() == pytest.approx(cosines, abs=1e-8)
+        assert max(abs(c) for c in cosines) > 0.05
+
+
+def test_a_solo_student_is_measured_as_a_population(double_world: World) -> None:
+    world = double_world
+    students = Population(world.new_structure(), world.data, world.signals, 2, TRAIN)
+    alone, together = measured(world, solo(world), [0]), measured(world, students, [0, 1])
+    # the first student's samples are drawn first; the validation samples after those of all students
+    torch.testing.assert_close(alone.log_temperature[0], together.log_temperature[0], atol=1e-8, rtol=1e-7)
+    assert alone.alignment.shape == (1, 4)
+
+
+def test_gradients_come_from_training_and_validation_samples_alone(world: World) -> None:
+    def with_labels_shifted(split: str) -> World:
+        labels = world.data.labels.clone()
+        index = world.data.splits[split]  # type: ignore[index]
+        labels[index] = (labels[index] + 1) % 10
+        return dataclasses.replace(world, data=dataclasses.replace(world.data, labels=labels))
+
+    plain, blind, moved = (
+        measured(w, solo(w), [1]) for w in (world, *map(with_labels_shifted, ("test", "validation")))
+    )
+    assert torch.equal(plain.alignment, blind.alignment)
+    assert torch.equal(plain.log_temperature, blind.log_temperature)
+    assert torch.equal(plain.log_temperature, moved.log_temperature)  # the slope needs no validation labels
+    assert not torch.allclose(plain.alignment, moved.alignment, atol=1e-2)
+
+
+def test_a_convolutional_student_can_be_measured(world: World) -> None:
+    structure = build_student(StudentConfig("conv", (4, 8), (1,)), world.data.input_shape, 10)
+    students = Population(structure, world.data, world.signals, 2, TRAIN)
+    tasks = [task_of(seed, world) for seed in SEEDS[:2]]
+    students.reset(tasks)
+    controls = controls_of([0, 1])
+    students.train_window(controls)
+    g = torch.Generator().manual_seed(0)
+    found = sensitivity(students, structure, tasks, controls, world.data, world.signals, g)
+    assert torch.isfinite(found.log_temperature).all()
+    assert found.alignment.abs().max() <= 1 + 1e-5
