@@ -28,7 +28,7 @@ from rlkd.tasks import Preference
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
 DENSE_SHARES = (0.35, 0.6)  # of the windows, in the first guesses at a plan
-COMPARED = ("policy", "static", "published", "annealed")
+COMPARED = ("policy", "static", "plan", "published", "annealed")
 
 
 def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress: Progress) -> dict[str, Any]:

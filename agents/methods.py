@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.adaptive import adversarial_temperature, hypergradient
-from rlkd.agents.controllers import Controller, run
+from rlkd.agents.controllers import Controller, hold_start, run
 from rlkd.agents.pbt import PBTConfig, find_schedule
 from rlkd.agents.plans import Shape, as_point, follow
 from rlkd.agents.policy import Policy
@@ -32,11 +32,12 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "weights": tuple(name for name in CONTROLS if name.startswith("weight_")),
     **{name: (name,) for name in CONTROLS if not name.startswith("weight_")},
 }
-NEED_POLICY = ("policy", "open_loop", "mean_action", "random_policy", *(f"without_{name}" for name in SWITCHES))
+NEED_POLICY = ("policy", "plan", "open_loop", "mean_action", "random_policy", *(f"without_{name}" for name in SWITCHES))
 
 METHODS = {
     "policy": "closed loop: the learned policy (needs --policy)",
     "static": "best static setting of the search, or of the policy's own, for the preference",
+    "plan": "the searched two-phase plan that the policy's actions change, unchanged (needs --policy)",
     "published": "CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05, T = 4, the whole student",
     "annealed": "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
     "alpha_weighted": "labels and softened answers half and half at T = 5; the rest as static",
@@ -162,6 +163,7 @@ def _build(name: str, request: Request) -> Controller:
         return follow(find_schedule(world, PBTConfig(), request.tasks, first, generator, request.on_window))
     simple: dict[str, Callable[[], Controller]] = {
         "static": lambda: static,
+        "plan": lambda: hold_start,
         "published": lambda: published(world.config.controls),
         "annealed": lambda: annealed,
         "ctkd": lambda: adversarial_temperature(static, request.seed),

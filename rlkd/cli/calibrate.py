@@ -22,7 +22,7 @@ class CalibrateConfig:
     dataset: str = "digits"
     """Gives the inputs' shape and the number of classes."""
     student: StudentConfig = field(default_factory=StudentConfig)
-    batch_size: int = 256
+    batch_size: int = 1024
     """Samples that one inference answers together."""
 
 

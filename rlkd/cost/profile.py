@@ -39,7 +39,7 @@ class CostConfig:
 
     profile: str | None = None
     """A cost profile written by `rlkd calibrate`; by default one is made for this machine and student, and cached."""
-    batch_size: int = 256
+    batch_size: int = 1024
     """Samples that one inference answers together, on one thread: the latency that the reward reads."""
 
     def check(self) -> None:

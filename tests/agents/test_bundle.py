@@ -23,7 +23,7 @@ def some_policy(hidden: int = 5) -> Policy:
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
     mean, deviation = torch.rand(num_seen, generator=g), 0.1 + torch.rand(num_seen, generator=g)
-    return Policy(weights, mean, deviation, torch.rand(num_set, generator=g), static, ControlConfig(step=0.2))
+    return Policy(weights, mean, deviation, torch.rand(3, num_set, generator=g), static, ControlConfig(step=0.2))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_truncated_or_altered_tensors_fail_the_checksum(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "words"),
     [
-        (("format",), 2, "format is 2"),
+        (("format",), 1, "format is 1"),
         (("observation", "names", 0), "progres", "observation.names is 'progres' at 0"),
         (("observation", "high", 1), 7.0, "observation.high is 7.0 at 1"),
         (("action", "names", 8), "lr", "action.names is 'lr' at 8"),

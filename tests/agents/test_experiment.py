@@ -52,7 +52,7 @@ def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, 
 
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert (result["schema"], result["split"], result["num_tasks"], result["num_seeds"]) == (1, "test", 8, 1)
-    assert set(result["methods"]) == {"policy", "static", "published", "annealed"}
+    assert set(result["methods"]) == {"policy", "static", "plan", "published", "annealed"}
     for entry in result["methods"].values():
         for figure in ("score", "accuracy", "macs_ratio", "latency_ratio"):
             low, high = entry[figure]["ci95"]

@@ -59,7 +59,7 @@ def request_(world: World) -> Request:
     weights = {name: torch.randn(shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.tensor([[0.7] * 9, [0.4] * 9]), torch.tensor([[0.9, 0.1, 0.1], [0.6, 0.8, 0.8]]))
     spread = torch.ones(len(OBSERVATIONS))
-    policy = Policy(weights, 0 * spread, spread, world.start, static, world.config.controls)
+    policy = Policy(weights, 0 * spread, spread, world.plan, static, world.config.controls)
     return Request(quick, config.task, SEEDS, static, policy, SearchConfig(), 5, lambda n: None)
 
 

@@ -14,7 +14,7 @@ EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_ke
 
 def settings(world: World, *changes: dict[int, float]) -> Tensor:
     """The start setting of each student with some positions changed."""
-    position = world.start.expand(len(changes), -1).clone()
+    position = world.plan[0].expand(len(changes), -1).clone()
     for row, changed in enumerate(changes):
         for column, value in changed.items():
             position[row, column] = value
@@ -88,7 +88,7 @@ def test_tuning_the_exit_of_pruned_students_never_costs_validation_score(world: 
     seeds = [SEED + i for i in range(6)]
     pruned = settings(world, {KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.0})[0]
     fixed, tuned = (
-        run(world, lambda o, e, w: pruned.expand_as(e.start), seeds, world.config.task, None, "validation", tune_exit=t)
+        run(world, lambda o, e, w: pruned.expand_as(e.start), seeds, world.config.task, "validation", tune_exit=t)
         for t in (False, True)
     )
     assert (tuned.score >= fixed.score).all()

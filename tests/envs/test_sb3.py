@@ -13,7 +13,7 @@ NO_MEAN, NO_SCALE = np.zeros(len(OBSERVATIONS), np.float32), np.ones(len(OBSERVA
 
 
 def grouped(world: World, num_students: int, group_size: int) -> SB3VecEnv:
-    return SB3VecEnv(DistillationVectorEnv(num_students, world=world), NO_MEAN, NO_SCALE, 3, group_size)
+    return SB3VecEnv([DistillationVectorEnv(num_students, world=world)], NO_MEAN, NO_SCALE, 3, group_size)
 
 
 def actions(num_students: int, window: int) -> NDArray[np.float32]:
@@ -45,7 +45,7 @@ def test_members_of_a_group_have_one_task_after_the_other_in_common(world: World
     env.reset()
     seen = []
     for _ in range(2):
-        episodes = env.env.episodes
+        episodes = env.envs[0].episodes
         seeds = [task.seed for task in episodes.tasks]
         assert seeds[:3] == [seeds[0]] * 3
         assert seeds[3:] == [seeds[3]] * 3
@@ -75,7 +75,7 @@ def test_a_member_that_diverges_counts_with_what_it_lost(world: World) -> None:
     wild = ControlConfig(step=1.0, learning_rate=(1e-3, 1e30))
     env = grouped(dataclasses.replace(world, config=dataclasses.replace(world.config, controls=wild)), 2, 2)
     env.reset()
-    before = env.env.episodes._score.clone()
+    before = env.envs[0].episodes._score.clone()
     calm = np.zeros((2, 9), np.float32)
     calm[:, -1], calm[1, -1] = -1.0, 1.0  # the learning rate: lowest, highest
     _, rewards, dones, infos = env.step(calm)
@@ -84,9 +84,9 @@ def test_a_member_that_diverges_counts_with_what_it_lost(world: World) -> None:
     assert rewards[0] > 0
     assert rewards[1] == pytest.approx(-rewards[0], abs=1e-6)
     # it begins the task that the others come to when this one is over
-    ahead = env.env.episodes.tasks[1].seed
-    assert ahead != env.env.episodes.tasks[0].seed
+    ahead = env.envs[0].episodes.tasks[1].seed
+    assert ahead != env.envs[0].episodes.tasks[0].seed
     calm[1, -1] = -1.0
     for _ in range(world.config.num_windows - 1):
         env.step(calm)
-    assert env.env.episodes.tasks[0].seed == ahead
+    assert env.envs[0].episodes.tasks[0].seed == ahead
