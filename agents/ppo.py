@@ -48,7 +48,9 @@ class PPOConfig:
     hidden: int = 64
     """Units of each of the two layers, of the actor and of the critic."""
     initial_log_std: float = -1.0
-    """Log of the standard deviation of exploration, in units of an action."""
+    """Log of the standard deviation of exploration at the beginning, in units of an action."""
+    final_log_std: float = -2.2
+    """The same at the end; in between it falls in a line. It is set, not learned."""
     clip_range: float = 0.2
     entropy_weight: float = 0.0
 
@@ -119,15 +121,18 @@ def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) ->
     )
     for parameter in agent.policy.action_net.parameters():
         torch.nn.init.zeros_(parameter)
+    agent.policy.log_std.requires_grad_(False)  # `_Watch` sets it
     return agent
 
 
 class _Watch(BaseCallback):
-    """Collects what rollouts report and hands a summary on after each."""
+    """Sets the exploration, collects what rollouts report, and hands a summary on after each."""
 
-    def __init__(self, on_window: Callable[[int], object], on_rollout: Callable[[Rollout, Logger], object]) -> None:
+    def __init__(
+        self, config: PPOConfig, on_window: Callable[[int], object], on_rollout: Callable[[Rollout, Logger], object]
+    ) -> None:
         super().__init__()
-        self._on_window, self._on_rollout = on_window, on_rollout
+        self._config, self._on_window, self._on_rollout = config, on_window, on_rollout
         self._ended: list[dict[str, float]] = []
         self._sums: dict[str, list[float]] = {}
         self._iteration = 0
@@ -139,6 +144,12 @@ class _Watch(BaseCallback):
             self._sums.setdefault(name, []).append(value)
         self._on_window(len(infos))
         return True
+
+    def _on_rollout_start(self) -> None:
+        done = min(1.0, self._iteration / max(1, self._config.num_iterations - 1))
+        c = self._config
+        log_std = c.initial_log_std + (c.final_log_std - c.initial_log_std) * done
+        self.model.policy.log_std.data.fill_(log_std)  # type: ignore[operator]
 
     def _controls(self) -> dict[str, float]:
         position = self.training_env.positions  # type: ignore[attr-defined]
@@ -197,5 +208,5 @@ def train(
     if on_agent:
         on_agent(now)
     total = config.num_iterations * config.num_students * world.config.num_windows
-    agent.learn(total, callback=_Watch(on_window, on_rollout), log_interval=1)
+    agent.learn(total, callback=_Watch(config, on_window, on_rollout), log_interval=1)
     return now()
