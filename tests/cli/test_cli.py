@@ -185,3 +185,13 @@ def test_calibrate_writes_a_profile_that_train_takes(tmp_path: Path) -> None:
     assert main(["calibrate", "--student.widths", "[8, 8]", "--batch_size", "4", "--out", "p.json"]) == 0
     assert (tmp_path / "p.json").exists()
     assert torch.get_num_threads() == 1
+
+
+def test_compare_makes_a_folder_for_each_file(tmp_path: Path, tiny: list[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"methods: static, published\nnum_seeds: {len(name) - 2}\n")
+    options = [o for o in tiny if o not in ("--config", "smoke")]
+    options += ["--search.tasks_per_setting", "2", "--search.tasks_per_finalist", "2", "--comparison.accuracy_weights"]
+    assert main(["compare", "one.yaml", "two.yaml", *options, "[0.6]", "--out", "all"]) == 0
+    for name in ("one", "two"):
+        assert set(read_run_result(tmp_path / "all" / name)["methods"]) == {"static", "published"}
