@@ -211,6 +211,9 @@ def test_flat_and_dict_actions_are_one() -> None:
         ({"num_windows": 0}, "num_windows: got 0"),
         ({"controls": ControlConfig(step=0.0)}, r"controls\.step: got 0"),
         ({"controls": ControlConfig(unit_keep=(0.5, 1.5))}, r"controls\.unit_keep"),
+        ({"controls": ControlConfig(temperature=(1.0, float("inf")))}, r"controls\.temperature: got \[1, inf\]"),
+        ({"controls": ControlConfig(learning_rate=(5e-324, 1e-3))}, r"controls\.learning_rate"),
+        ({"controls": ControlConfig(temperature=(float("nan"), 2.0))}, r"controls\.temperature"),
     ],
 )
 def test_impossible_configs_are_named(change: dict[str, Any], words: str) -> None:
