@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
+from rlkd.files import write_whole
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -78,17 +79,13 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
         "controls": controls(runs),
         "accuracy_cost": accuracy_cost(runs),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        images = {}
-        for name, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=150)
-            images[name] = buffer.getvalue()
-            (out / f"{name}.png").write_bytes(images[name])
-        (out / "report.html").write_text(page(runs, images), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out} ({error.strerror}); choose another folder") from error
+    images = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        images[name] = buffer.getvalue()
+        write_whole(out / f"{name}.png", images[name])
+    write_whole(out / "report.html", page(runs, images))
     return [*(out / f"{name}.png" for name in figures), out / "report.html"]
 
 

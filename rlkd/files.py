@@ -221,6 +221,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
                 partial.unlink()
             raise
         _sync_folder(path.parent)
+    except FileExistsError as error:  # by mkdir: a file stands where the folder should
+        raise write_error(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))) from error
     except OSError as error:
         raise write_error(path, error) from error
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from rlkd.agents.bundle import load_bundle
 from rlkd.agents.methods import METHODS
-from rlkd.agents.runs import new_run, use_one_thread
+from rlkd.agents.runs import run_folder, use_one_thread
 from rlkd.agents.study import compare_methods
 from rlkd.cli.arguments import add_run_options, check_seed, closest, new_parser, parse
 from rlkd.cli.progress import Bar, comparison_table
@@ -40,9 +40,8 @@ def run(argv: list[str]) -> int:
     bundle = load_bundle(Path(config.policy)) if config.policy else None
     if bundle is None and (needy := [name for name in names if name in ("policy", "open_loop", "mean_action")]):
         raise UserError(f"--methods: {needy[0]} needs a policy; give its folder with --policy")
-    folder = new_run(options.out, "compare")
     use_one_thread()
-    with Bar(config.train.steps_per_window) as bar:
+    with run_folder(options.out, "compare") as folder, Bar(config.train.steps_per_window) as bar:
         result = compare_methods(config, bundle, names, options.seeds, folder, options.seed, bar)
     console = Console(width=None if Console().is_terminal else 150)
     num_tasks = result["num_tasks"] * result["num_seeds"]

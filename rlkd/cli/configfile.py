@@ -1,0 +1,95 @@
+"""Look at a config before the parser does: text, size, depth, tags and sections, each refused in one clear line."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from rlkd.errors import UserError
+from rlkd.files import MAX_DEPTH, read_bytes
+
+MAX_CONFIG_BYTES = 64 * 2**10
+
+
+def check_config_file(path: Path, config_class: type[Any]) -> None:
+    """Raises UserError for a file that is no config: too large, not text, not YAML, or with a value for a section."""
+    try:
+        blob = read_bytes(path, MAX_CONFIG_BYTES)
+    except UserError as error:
+        raise UserError(f"--config: {error}; give a YAML file") from error
+    try:
+        text = blob.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: {path}: not UTF-8 text (byte {error.start}); give a YAML file") from error
+    tree = plain_yaml(text, f"--config: {path}")
+    if tree is None or tree == "":
+        raise UserError(f"--config: {path}: holds nothing; allowed: sections and keys, or no --config at all")
+    if not isinstance(tree, Mapping):
+        raise UserError(f"--config: {path}: holds {tree!r:.40}; allowed: sections and keys, such as 'num_windows: 12'")
+    check_sections(tree, config_class)
+
+
+def check_options(argv: list[str], config_class: type[Any]) -> None:
+    """Raises UserError for a value given to a whole section, as in `--task 3`; jsonargparse would take a file there."""
+    hints = _sections(config_class)
+    for i, given in enumerate(argv):
+        name, equals, value = given.partition("=")
+        section: type[Any] | None = None
+        for part in name.removeprefix("--").split("."):
+            section = hints.get(part) if section is None else _sections(section).get(part)
+            if section is None:
+                break
+        if name.startswith("--") and section is not None:
+            shown = value if equals else "".join(argv[i + 1 : i + 2])
+            check_section(name.removeprefix("--"), plain_yaml(shown, name), section)
+
+
+def plain_yaml(text: str, complaint: str) -> Any:
+    """YAML with every scalar as a text; without tags, aliases or deep nesting, which rlkd's configs do not need.
+
+    Raises:
+        UserError: anything else; `complaint` begins the message.
+    """
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise UserError(f"{complaint}: has an alias or anchor (line {_line(event)}); write the value out")
+            if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
+                raise UserError(
+                    f"{complaint}: has a tag {event.tag!r:.40} (line {_line(event)}); allowed: plain values"
+                )
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > MAX_DEPTH:
+                    raise UserError(f"{complaint}: nested deeper than {MAX_DEPTH} (line {_line(event)})")
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{complaint}: not YAML ({' '.join(str(error).split())!s:.150})") from error
+
+
+def check_sections(tree: Mapping[str, Any], config_class: type[Any], prefix: str = "") -> None:
+    """Raises UserError where a value stands in the place of a section; unknown keys are left to the parser."""
+    for name, section in _sections(config_class).items():
+        if name in tree:
+            check_section(prefix + name, tree[name], section)
+
+
+def check_section(name: str, given: Any, section: type[Any]) -> None:
+    """Raises UserError unless `given` is a mapping, down to its own sections."""
+    keys = [field.name for field in fields(section)]
+    if not isinstance(given, Mapping):
+        raise UserError(f"{name}: got {given!r:.40}; allowed: a section with keys {', '.join(keys)}")
+    check_sections(given, section, f"{name}.")
+
+
+def _sections(config_class: type[Any]) -> dict[str, type[Any]]:
+    hints: dict[str, Any] = get_type_hints(config_class)
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+
+
+def _line(event: yaml.Event) -> int:
+    return 1 + (event.start_mark.line if event.start_mark else 0)
