@@ -69,6 +69,13 @@ def _taken(folder: Path) -> str:
 def read_owner(folder: Path) -> dict[str, Any]:
     """`pid`, `host`, `since` and `ticks` of the folder's lock; UserError if there is none or it cannot be read."""
     path = folder / LOCK
+    for _ in range(20):
+        try:
+            if path.stat().st_size > 0:
+                break
+        except OSError:  # gone meanwhile; reading it says so
+            break
+        time.sleep(0.05)  # its owner has made it and is about to write
     owner = parse_json(read_bytes(path, 4096), f"{path}: not a lock")
     try:
         whole(owner["pid"], "pid", 1, 2**31)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_of_several_runs_at_once_exactly_one_gets_the_folder(tmp_path: Path) -> 
     for run in runs:
         run.communicate()
     assert not list(tmp_path.iterdir())  # the lock went with its owner
+
+
+def test_a_lock_that_is_only_just_made_is_waited_for(tmp_path: Path) -> None:
+    with hold(tmp_path):
+        content = (tmp_path / LOCK).read_bytes()
+        (tmp_path / LOCK).write_bytes(b"")
+        writer = threading.Timer(0.2, (tmp_path / LOCK).write_bytes, [content])
+        writer.start()
+        assert read_owner(tmp_path)["pid"] == os.getpid()
+        writer.join()
 
 
 def test_a_lock_that_a_killed_run_left_is_recognised(tmp_path: Path) -> None:
