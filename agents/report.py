@@ -74,7 +74,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, scalars, result, texts)
     try:
         _section(run), _points(run)  # whatever the report takes from the result is there and of its kind
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / 'result.json'}: not a run's result, or a damaged one ({error!r:.100})") from error
     return run
 

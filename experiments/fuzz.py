@@ -155,7 +155,7 @@ def damaged_tree(r: random.Random, tree: Any) -> Any:
     elif kind == "new" and isinstance(node, dict):
         node[r.choice(["more", "", "x" * 300, "__class__", "format"])] = r.choice(ODD)
     elif kind == "deep":
-        for _ in range(r.choice([10, 100, 900])):
+        for _ in range(r.choice([10, 40, 90])):
             node[key] = [node[key]] if r.random() < 0.5 else {"a": node[key]}
     elif kind == "long":
         node[key] = r.choice(["x" * 100_000, [0] * 50_000, 10**4000])
@@ -201,6 +201,8 @@ def damaged_tensors(r: random.Random, blob: bytes) -> bytes:
         if not flat.is_floating_point():
             value = r.choice([-1, 2**62, 0, 64, 10**6])
         flat[: r.choice([1, len(flat)])] = value
+        if flat.is_floating_point() and r.random() < 0.5:
+            flat[:: r.randint(2, 3)] *= -1  # sums of both signs: infinity less infinity is no number
         tensors[name] = flat.reshape(tensors[name].shape)
     else:
         change = r.choice(["gone", "type", "more", "shape", "swap"])
@@ -294,6 +296,8 @@ def fuzz_bundle(r: random.Random, s: Samples) -> Callable[[], None]:
     def use() -> None:
         policy = load_bundle(s.place("policy")).policy
         assert torch.isfinite(policy.act(torch.rand(2, len(OBSERVATIONS)))).all()
+        for positions in (policy.start, policy.static.positions):
+            assert ((positions >= 0) & (positions <= 1)).all()
 
     return use
 

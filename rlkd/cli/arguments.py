@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 import rlkd.configs
-from rlkd.cli.configfile import check_config_file, check_options
+from rlkd.cli.configfile import check_config_file, check_options, check_values
 from rlkd.errors import UserError
 
 Config = TypeVar("Config")
@@ -80,7 +80,9 @@ def parse(
     if config_class is None:
         return None, ready
     fields = list(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
-    return config_class(**{name: ready[name] for name in fields}), ready
+    config = config_class(**{name: ready[name] for name in fields})
+    check_values(config)
+    return config, ready
 
 
 def _keys(parser: ArgumentParser) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -11,6 +11,7 @@ from rlkd.errors import UserError
 from rlkd.files import MAX_DEPTH, read_bytes
 
 MAX_CONFIG_BYTES = 64 * 2**10
+LARGEST = 2**31 - 1
 
 
 def check_config_file(path: Path, config_class: type[Any]) -> None:
@@ -72,10 +73,16 @@ def plain_yaml(text: str, complaint: str) -> Any:
 
 
 def check_sections(tree: Mapping[str, Any], config_class: type[Any], prefix: str = "") -> None:
-    """Raises UserError where a value stands in the place of a section; unknown keys are left to the parser."""
-    for name, section in _sections(config_class).items():
-        if name in tree:
-            check_section(prefix + name, tree[name], section)
+    """Raises UserError where a value stands in the place of a section, or nothing in the place of a value.
+
+    Unknown keys are left to the parser.
+    """
+    sections = _sections(config_class)
+    for name, hint in get_type_hints(config_class).items():
+        if name in tree and name in sections:
+            check_section(prefix + name, tree[name], sections[name])
+        elif name in tree and tree[name] == "":
+            _refuse_nothing(prefix + name, hint)
 
 
 def check_section(name: str, given: Any, section: type[Any]) -> None:
@@ -84,6 +91,26 @@ def check_section(name: str, given: Any, section: type[Any]) -> None:
     if not isinstance(given, Mapping):
         raise UserError(f"{name}: got {given!r:.40}; allowed: a section with keys {', '.join(keys)}")
     check_sections(given, section, f"{name}.")
+
+
+def check_values(config: Any, prefix: str = "") -> None:
+    """Raises UserError for what the parser lets through: nothing at all, infinity, NaN, integers of many digits."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if is_dataclass(value):
+            check_values(value, f"{name}.")
+        if value is None:
+            _refuse_nothing(name, hints[field.name])
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int | float) and not -LARGEST <= part <= LARGEST:
+                shown = f"{part:g}" if isinstance(part, float) else f"an integer of {len(str(part))} digits"
+                raise UserError(f"{name}: got {shown}; allowed: numbers from -{LARGEST} to {LARGEST}")
+
+
+def _refuse_nothing(name: str, hint: Any) -> None:
+    if type(None) not in get_args(hint):
+        raise UserError(f"{name}: got nothing; allowed: {getattr(hint, '__name__', 'a value')}, or leave the key out")
 
 
 def _sections(config_class: type[Any]) -> dict[str, type[Any]]:

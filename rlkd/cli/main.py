@@ -67,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once", file=sys.stderr)
+        return USAGE
     except OSError as error:  # a folder that cannot be written or a full disk, in a library that knows no UserError
         if error.errno is None:
             raise

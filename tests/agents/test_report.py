@@ -118,3 +118,12 @@ def test_event_files_that_would_take_memory_or_wait_are_refused(folder: Path) ->
     sound = next(events.iterdir())
     sound.write_bytes(sound.read_bytes()[:-7])  # a run that is going on: its last record is not whole yet
     assert read_run(folder).scalars["student/score"][0] == [1, 2, 3]
+
+
+def test_figures_without_a_scale_are_drawn(folder: Path, tmp_path: Path) -> None:
+    writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=".more")  # type: ignore[no-untyped-call]
+    for tag in ("student/score", "reward/return", "student/accuracy", "student/num_trainings", "action/temperature"):
+        for step, value in ((4, float("nan")), (5, float("inf")), (6, 3e38), (2**62, -3e38)):
+            writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+    writer.close()  # type: ignore[no-untyped-call]
+    assert len(write_report([read_run(folder)], tmp_path / "out")) == 4

@@ -98,7 +98,13 @@ def test_a_mistake_is_one_line_and_exit_code_two(name: str, capsys: Capture, tmp
         ("a: &a [1]\nppo: *a", "has an alias or anchor (line 1)"),
         ("#" * 2**17, "131072 bytes; allowed: at most 65536; give a YAML file"),
         ("\udcff\udcfe", "not UTF-8 text (byte 0); give a YAML file"),
-        ("controls: {temperature: [1, .inf]}", "controls.temperature: got [1, inf]"),
+        ("controls: {temperature: [1, .inf]}", "controls.temperature: got inf; allowed: numbers from"),
+        ("ppo: {num_epochs: null}", "ppo.num_epochs: got nothing; allowed: int"),
+        ("num_windows:", "num_windows: got nothing; allowed: int"),
+        ("task: {num_labels: {low: 60, high: .inf}}", "task.num_labels.high: got inf; allowed: numbers from"),
+        ("ppo: {initial_log_std: .nan}", "ppo.initial_log_std: got nan"),
+        ("search: {num_settings: 1" + "0" * 30 + "}", "search.num_settings: got an integer of 31 digits"),
+        ("student: {widths: [100000]}", "student.widths: got 1 blocks of up to 100000 units; allowed: up to 32 of"),
         ("{num_windows: 1, ppo: {num_students: 1}}", "ppo.num_students: got 1 with num_windows 1"),
         ('{cost: {profile: "a\\0b"}}', "no file name"),
         ('{cost: {profile: "a\\nb\\e[2J"}}', "a b [2J: cannot read it"),
@@ -248,6 +254,21 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert main([*argv, "--out", "file/out.json"]) == 2
     err = capsys.readouterr().err
     assert err == "rlkd: file/out.json: cannot write it (Not a directory); choose a place that can be written\n"
+
+
+def test_too_little_memory_is_one_line_and_other_failures_stay_failures(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("rlkd.cli.listing.run", lambda _: torch.empty(2**55).numel())
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err.startswith("rlkd: not enough memory (")
+
+    def broken(argv: list[str]) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("rlkd.cli.listing.run", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["list"])
 
 
 def test_a_failing_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
