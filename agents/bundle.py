@@ -26,6 +26,7 @@ from rlkd.files import (
     number,
     read_bytes,
     read_json,
+    reason,
     tensor_shapes,
     whole,
     write_whole,
@@ -84,6 +85,8 @@ def load_bundle(folder: Path) -> Bundle:
         UserError: a file is missing, damaged, too large or altered, or its schema is not this version's; the
             message names the field that differs.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds bundle.json and policy.safetensors")
     card = read_json(inside(folder, "bundle.json"), "a policy bundle's card")
     weights_file = inside(folder, "policy.safetensors")
     blob = read_bytes(weights_file, MAX_TENSOR_BYTES)
@@ -97,7 +100,7 @@ def load_bundle(folder: Path) -> Bundle:
         provenance = dict(card["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder}/bundle.json: not a policy bundle's card, or a damaged one ({error!s:.120})"
+            f"{folder}/bundle.json: not a policy bundle's card, or a damaged one ({reason(error):.120})"
         ) from error
     tensors = load_tensors(blob, _schema(blob, hidden, str(weights_file)), str(weights_file))
     _check_values(weights_file, tensors)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkd.errors import UserError
-from rlkd.files import parse_json, read_bytes, whole, write_error
+from rlkd.files import parse_json, read_bytes, reason, whole, write_error
 
 LOCK = "run.lock"
 
@@ -83,7 +83,7 @@ def read_owner(folder: Path) -> dict[str, Any]:
             whole(owner["ticks"], "ticks", 0, 2**63)
         return {"pid": owner["pid"], "host": str(owner["host"]), "since": str(owner["since"]), "ticks": owner["ticks"]}
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a lock, or a damaged one ({error!s:.60})") from error
+        raise UserError(f"{path}: not a lock, or a damaged one ({reason(error):.60})") from error
 
 
 def is_alive(owner: dict[str, Any]) -> bool:

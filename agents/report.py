@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
-from rlkd.files import MAX_JSON_BYTES, MAX_TENSOR_BYTES, inside, number, read_bytes, read_json, write_whole
+from rlkd.files import MAX_JSON_BYTES, MAX_TENSOR_BYTES, inside, number, read_bytes, read_json, reason, write_whole
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -75,7 +75,9 @@ def read_run(folder: Path) -> Run:
     try:
         _section(run), _points(run)  # whatever the report takes from the result is there and of its kind
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{folder / 'result.json'}: not a run's result, or a damaged one ({error!r:.100})") from error
+        raise UserError(
+            f"{folder / 'result.json'}: not a run's result, or a damaged one ({reason(error):.100})"
+        ) from error
     return run
 
 

@@ -159,7 +159,7 @@ def damaged_tree(r: random.Random, tree: Any) -> Any:
             node[key] = [node[key]] if r.random() < 0.5 else {"a": node[key]}
     elif kind == "long":
         node[key] = r.choice(["x" * 100_000, [0] * 50_000, 10**4000])
-    elif isinstance(node[key], int | float) and not isinstance(node[key], bool):
+    elif isinstance(node[key], int | float) and not isinstance(node[key], bool) and abs(node[key]) < 2**53:
         node[key] = node[key] * r.choice([-1, 2, 0.5, 1000]) + r.choice([0, 1, -1])
     return tree
 

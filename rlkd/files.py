@@ -38,7 +38,7 @@ def inside(folder: Path, name: str) -> Path:
     try:
         home, place = folder.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-        raise UserError(f"{path}: cannot be followed ({error!s:.80}); put the file itself there") from error
+        raise UserError(f"{path}: cannot be followed, as links in a circle; put the file itself there") from error
     if not place.is_relative_to(home):
         raise UserError(f"{path}: leads out of {folder}; put the file itself there")
     return path
@@ -130,10 +130,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def reason(error: Exception) -> str:
+    """What is wrong, for a message: a KeyError alone would give no more than the key."""
+    return f"{error.args[0]!r:.60} is missing" if isinstance(error, KeyError) and error.args else str(error)
+
+
 def number(value: Any, name: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
     """`value` as a float if it is a finite JSON number within bounds; else ValueError that says what is wrong."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        raise ValueError(f"{name} is {value!r:.40}; allowed: a number from {lowest:g} to {highest:g}")
+        bounds = "" if lowest == -math.inf else f" from {lowest:g} to {highest:g}"
+        raise ValueError(f"{name} is {value!r:.40}; allowed: a number{bounds}")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value!r:.40}; allowed: a finite number")
     return float(value)
@@ -163,9 +169,14 @@ def tensor_shapes(blob: bytes, name: str) -> dict[str, tuple[Any, tuple[int, ...
         if key == "__metadata__":
             continue
         try:
-            dtype, shape = entry["dtype"], tuple(whole(size, "a size", 0, 2**40) for size in entry["shape"])
+            dtype, sizes = entry["dtype"], entry["shape"]
+            if not isinstance(sizes, list):
+                raise ValueError(f"shape is {sizes!r:.40}; allowed: a list")
+            shape = tuple(whole(size, "a size", 0, 2**40) for size in sizes)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{name}: not a safetensors file, or a damaged one ({key!r:.40}: {error!r:.60})") from error
+            raise UserError(
+                f"{name}: not a safetensors file, or a damaged one ({key!r:.40}: {reason(error):.80})"
+            ) from error
         shapes[key] = (_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype, shape)
     return shapes
 

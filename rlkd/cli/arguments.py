@@ -124,6 +124,9 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
     option = re.search(
         r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line
     )
+    needed = re.match(r"the following arguments are required: (\S+)", line)
+    if needed:
+        return f"--{needed.group(1)} is required; give it a value (--help tells which)"
     top = re.match(r"Option '(\S+)' is not accepted", line)
     if top:
         return f"no key {top.group(1)!r} in the config{closest(top.group(1), [key.split('.')[0] for key in keys])}"

@@ -59,17 +59,18 @@ def plain_yaml(text: str, complaint: str) -> Any:
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise UserError(f"{complaint}: has an alias or anchor (line {_line(event)}); write the value out")
             if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
-                raise UserError(
-                    f"{complaint}: has a tag {event.tag!r:.40} (line {_line(event)}); allowed: plain values"
-                )
+                raise UserError(f"{complaint}: has a tag {event.tag:.60} (line {_line(event)}); allowed: plain values")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_DEPTH:
                     raise UserError(f"{complaint}: nested deeper than {MAX_DEPTH} (line {_line(event)})")
             depth -= isinstance(event, yaml.CollectionEndEvent)
         return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{complaint}: not YAML ({' '.join(str(error).split())!s:.150})") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{complaint}: not YAML ({error.problem}{line})") from error
+    except yaml.YAMLError as error:  # a character that YAML forbids
+        raise UserError(f"{complaint}: not YAML ({' '.join(str(error).split())!s:.80})") from error
 
 
 def check_sections(tree: Mapping[str, Any], config_class: type[Any], prefix: str = "") -> None:
@@ -89,7 +90,8 @@ def check_section(name: str, given: Any, section: type[Any]) -> None:
     """Raises UserError unless `given` is a mapping, down to its own sections."""
     keys = [field.name for field in fields(section)]
     if not isinstance(given, Mapping):
-        raise UserError(f"{name}: got {given!r:.40}; allowed: a section with keys {', '.join(keys)}")
+        shown = "nothing" if given in (None, "") else f"{given!r:.40}"
+        raise UserError(f"{name}: got {shown}; allowed: a section with keys {', '.join(keys)}")
     check_sections(given, section, f"{name}.")
 
 

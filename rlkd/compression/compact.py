@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
-from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, number, read_bytes, read_json, whole, write_whole
+from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, number, read_bytes, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent, Layer, Masks, layers_of, num_positions
 from rlkd.objectives.hard_label import log_probabilities
 
@@ -178,7 +178,9 @@ def load_student(folder: Path) -> CompactStudent:
             raise UserError(f"{folder}: the student was altered after it was saved (checksum); get it anew")
         _check_architecture(architecture)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/student.json: not a student's card, or a damaged one ({error!s:.120})") from error
+        raise UserError(
+            f"{folder}/student.json: not a student's card, or a damaged one ({reason(error):.120})"
+        ) from error
     with torch.device("meta"):  # shapes alone: nothing of the size that the card names is taken before it is checked
         skeleton = _empty(architecture)
     schema = {name: (t.dtype, tuple(t.shape)) for name, t in skeleton.state_dict().items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlkd.cost.workload import REGRESSORS, Workload, dense_workload, workload
 from rlkd.errors import UserError
-from rlkd.files import number, read_json, whole, write_whole
+from rlkd.files import number, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent
 from rlkd.teachers import cache_dir
 
@@ -141,7 +141,7 @@ def load_profile(path: Path) -> CostProfile:
         return CostProfile(batch_size, coefficients, energy, dict(card["provenance"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a cost profile, or a damaged one ({error!s:.120}); run `rlkd calibrate`"
+            f"{path}: not a cost profile, or a damaged one ({reason(error):.120}); run `rlkd calibrate`"
         ) from error
 
 
