@@ -10,7 +10,6 @@ their checksums made right again. Input i of a kind depends on the seed, the kin
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import os
@@ -28,255 +27,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from damage import damaged_bytes, damaged_tensors, damaged_text, damaged_tree
+from samples import TEACHERS, Samples
 
-from rlkd.agents.bundle import load_bundle, save_bundle
-from rlkd.agents.policy import TENSORS, Policy
+from rlkd.agents.bundle import load_bundle
 from rlkd.agents.report import read_run
-from rlkd.agents.search import StaticSettings
 from rlkd.cli.arguments import CONFIG_FOLDER, new_parser, parse
-from rlkd.compression import compact, load_student, save_student
+from rlkd.compression import load_student
 from rlkd.configs import ExperimentConfig
-from rlkd.cost import CostProfile, load_profile, save_profile
-from rlkd.cost.profile import ENERGY_MODEL
-from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
+from rlkd.cost import load_profile
+from rlkd.envs import OBSERVATIONS
 from rlkd.errors import UserError
-from rlkd.models import StudentConfig, build_student, initialise
-from rlkd.tasks import load_dataset
-from rlkd.teachers import TeacherConfig, load_teachers
+from rlkd.models import StudentConfig, build_student
+from rlkd.teachers import load_teachers
 
 MAX_S, MAX_MIB = 2.0, 1024
-HUGE: list[Any] = [
-    10**30,
-    -(10**30),
-    2**63,
-    2**31,
-    10**400,
-    1e308,
-    -1e308,
-    5e-324,
-    1e-30,
-    -1,
-    0,
-    float("inf"),
-    float("nan"),
-]
-ODD: list[Any] = [
-    None,
-    True,
-    "x",
-    "",
-    "1",
-    [],
-    {},
-    [1],
-    {"a": 1},
-    [[[]]],
-    "a\0b\x1b[2J\n",
-    "../../etc/passwd",
-    "\ud800",
-    1.5,
-]
-TEACHERS = TeacherConfig(widths=(6,), num_samples=(24, 40), num_steps=1)
-
-
-def some_policy(hidden: int = 5) -> Policy:
-    """A small policy with random weights."""
-    g = torch.Generator().manual_seed(0)
-    num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
-    shapes = [(hidden, num_seen), (hidden,), (hidden, hidden), (hidden,), (num_set, hidden), (num_set,)]
-    weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = StaticSettings(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
-    mean, deviation = torch.rand(num_seen, generator=g), 0.1 + torch.rand(num_seen, generator=g)
-    return Policy(weights, mean, deviation, torch.rand(num_set, generator=g), static, ControlConfig(step=0.2))
-
-
-def damaged_bytes(r: random.Random, blob: bytes) -> bytes:
-    """`blob` with bits flipped, cut, filled, repeated or replaced."""
-    data = bytearray(blob)
-    place = r.randrange(len(data) + 1)
-    size = r.choice([1, 4, 8, 64, 1000])
-    kind = r.choice(["flip", "flip", "flip", "head", "cut", "hole", "put", "repeat", "zero", "random", "empty"])
-    if kind in ("flip", "head") and data:
-        reach = len(data) if kind == "flip" else min(len(data), 64)
-        for _ in range(r.randint(1, 16)):
-            data[r.randrange(reach)] ^= 1 << r.randrange(8)
-    elif kind == "cut":
-        del data[place:]
-    elif kind == "hole":
-        del data[place : place + size]
-    elif kind == "put":
-        data[place:place] = r.randbytes(size)
-    elif kind == "repeat":
-        data[place:place] = data[place : place + size] * r.randint(1, 20)
-    elif kind == "zero":
-        data[place : place + size] = bytes(len(data[place : place + size]))
-    elif kind == "random":
-        data = bytearray(r.randbytes(r.randrange(5000)))
-    elif kind == "empty":
-        data = bytearray()
-    return bytes(data)
-
-
-def places(tree: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value in a tree."""
-    found: list[tuple[Any, Any]] = []
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        pairs = (
-            list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
-        )
-        found += [(node, key) for key, _ in pairs]
-        waiting += [value for _, value in pairs]
-    return found
-
-
-def damaged_tree(r: random.Random, tree: Any) -> Any:
-    """A copy of `tree` with one value swapped, gone, renamed, nested, or of another kind or size."""
-    tree = copy.deepcopy(tree)
-    found = places(tree)
-    if not found:
-        return r.choice(ODD)
-    node, key = r.choice(found)
-    kind = r.choice(["swap", "huge", "huge", "odd", "odd", "gone", "new", "deep", "long", "nudge"])
-    if kind == "swap":
-        other, place = r.choice(found)
-        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
-    elif kind == "huge":
-        node[key] = r.choice(HUGE)
-    elif kind == "odd":
-        node[key] = copy.deepcopy(r.choice(ODD))
-    elif kind == "gone":
-        del node[key]
-    elif kind == "new" and isinstance(node, dict):
-        node[r.choice(["more", "", "x" * 300, "__class__", "format"])] = r.choice(ODD)
-    elif kind == "deep":
-        for _ in range(r.choice([10, 40, 90])):
-            node[key] = [node[key]] if r.random() < 0.5 else {"a": node[key]}
-    elif kind == "long":
-        node[key] = r.choice(["x" * 100_000, [0] * 50_000, 10**4000])
-    elif isinstance(node[key], int | float) and not isinstance(node[key], bool) and abs(node[key]) < 2**53:
-        node[key] = node[key] * r.choice([-1, 2, 0.5, 1000]) + r.choice([0, 1, -1])
-    return tree
-
-
-def damaged_text(r: random.Random, tree: Any) -> bytes:
-    """JSON of a damaged tree, or a text that no tree makes."""
-    for _ in range(r.randint(1, 3)):
-        tree = damaged_tree(r, tree)
-    limit = sys.get_int_max_str_digits() if hasattr(sys, "get_int_max_str_digits") else 0
-    if limit:
-        sys.set_int_max_str_digits(0)  # only for writing: what reads it keeps its limit
-    try:
-        blob = json.dumps(tree, indent=r.choice([None, 1])).encode()
-    finally:
-        if limit:
-            sys.set_int_max_str_digits(limit)
-    if r.random() < 0.1:
-        blob = r.choice(
-            [b"[" * 100_000, b'{"a":' * 50_000, blob + blob, b"\xef\xbb\xbf" + blob, b" " * 2**21, blob[1:]]
-        )
-    return blob
-
-
-def damaged_tensors(r: random.Random, blob: bytes) -> bytes:
-    """safetensors with damaged bytes, another header, or other tensors."""
-    kind = r.choice(["bytes", "header", "values", "tensors"])
-    if kind == "bytes":
-        return damaged_bytes(r, blob)
-    length = int.from_bytes(blob[:8], "little")
-    if kind == "header":
-        header = damaged_text(r, json.loads(blob[8 : 8 + length]))
-        size = r.choice([len(header)] * 4 + [0, 2**63, 2**31, len(header) + 1])
-        return size.to_bytes(8, "little") + header + blob[8 + length :]
-    tensors = {name: tensor.clone() for name, tensor in load(blob).items()}
-    name = r.choice(sorted(tensors))
-    if kind == "values":
-        flat = tensors[name].flatten()
-        value = r.choice([float("nan"), float("inf"), 3e38, -3e38, 1e-45, -1.0, 0.0, 2.0, 1e5])
-        if not flat.is_floating_point():
-            value = r.choice([-1, 2**62, 0, 64, 10**6])
-        flat[: r.choice([1, len(flat)])] = value
-        if flat.is_floating_point() and r.random() < 0.5:
-            flat[:: r.randint(2, 3)] *= -1  # sums of both signs: infinity less infinity is no number
-        tensors[name] = flat.reshape(tensors[name].shape)
-    else:
-        change = r.choice(["gone", "type", "more", "shape", "swap"])
-        other = r.choice(sorted(tensors))
-        if change == "gone":
-            del tensors[name]
-        elif change == "type":
-            tensors[name] = tensors[name].to(r.choice([torch.float64, torch.float16, torch.int64, torch.bool]))
-        elif change == "more":
-            tensors["more"] = torch.zeros(3)
-        elif change == "shape":
-            tensors[name] = tensors[name].flatten()[: r.randint(0, 3)].contiguous()
-        else:
-            tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
-    return save(tensors)
-
-
-@dataclass
-class Samples:
-    """Sound files of every kind, and where their damaged copies go."""
-
-    folder: Path
-    sound: dict[str, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        os.environ["RLKD_CACHE"] = str(self.folder / "cache")
-        self.data = load_dataset("digits")
-        save_bundle(some_policy(), self.folder / "policy", {"seed": 3, "config": {"a": [1, 2]}})
-        for name, config in (("mlp", StudentConfig()), ("conv", StudentConfig("conv", (4, 6), (1,)))):
-            student = build_student(config, (8, 8), 10)
-            initialise(student, torch.Generator().manual_seed(0))
-            masks = student.full_masks()
-            masks[0][: len(masks[0]) // 2] = 0
-            save_student(compact(student, masks, 0.4), self.folder / name, {"figures": {"score": 0.5}})
-        save_profile(
-            CostProfile(256, (1e-6,) * 8, dict(ENERGY_MODEL), {"grid": [{"a": 1.0}]}), self.folder / "profile.json"
-        )
-        load_teachers(TEACHERS, self.data)
-        self.teachers = next((self.folder / "cache").glob("teachers-*"))
-        self.events = self._run()
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file():
-                self.sound[str(path.relative_to(self.folder))] = path.read_bytes()
-
-    def _run(self) -> Path:
-        from torch.utils.tensorboard import SummaryWriter
-
-        run = self.folder / "run"
-        writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
-        for step in range(1, 6):
-            for tag in ("student/score", "student/num_trainings", "action/temperature"):
-                writer.add_scalar(tag, step / 10, step)  # type: ignore[no-untyped-call]
-        writer.add_text("config", "a: 1")  # type: ignore[no-untyped-call]
-        writer.close()  # type: ignore[no-untyped-call]
-        figure = {"mean": 0.5, "iqm": 0.51, "ci95": [0.4, 0.6]}
-        entry = dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
-        pair = {"difference": 0.0421, "ci95": [0.03, 0.05], "probability_of_improvement": 0.9}
-        table = {"methods": {"policy": entry, "static": entry}, "paired": {"policy-static": pair}}
-        cost = {"agent_trainings": 24, "wall_s": 3.0, "updates_per_s": 100.0, "search_trainings": 3}
-        result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": 8, "split": "test"}
-        (run / "result.json").write_text(json.dumps(result))
-        (run / "command.txt").write_text("rlkd train\n")
-        return next((run / "tensorboard").iterdir())
-
-    def restore(self) -> None:
-        """Make every file sound again."""
-        for name, blob in self.sound.items():
-            path = self.folder / name
-            if not path.exists() or path.read_bytes() != blob:
-                path.write_bytes(blob)
-
-    def place(self, name: str) -> Path:
-        """Path of a file to damage."""
-        return self.folder / name
 
 
 def fuzz_bundle(r: random.Random, s: Samples) -> Callable[[], None]:

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fuzz import TEACHERS, Samples
 from safetensors.torch import load, save
+from samples import TEACHERS, Samples
 
 from rlkd.agents.lock import LOCK
 from rlkd.cli.main import main, one_line

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import some_policy
 from safetensors.torch import save
+from samples import some_policy
 
 from rlkd.agents.bundle import load_bundle, save_bundle
 from rlkd.compression import compact, load_student, save_student

@@ -10,7 +10,7 @@ import yaml
 from rlkd.errors import UserError
 from rlkd.files import MAX_DEPTH, read_bytes
 
-MAX_CONFIG_BYTES = 64 * 2**10
+MAX_CONFIG_BYTES = 16 * 2**10  # ours have less than 1 KiB; the parser takes a second for 64
 LARGEST = 2**31 - 1
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import some_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
+from samples import some_policy
 
 from rlkd.agents.bundle import load_bundle, save_bundle
 from rlkd.envs import OBSERVATIONS, ControlConfig
