@@ -146,3 +146,27 @@ def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(
     monkeypatch.setattr("time.strftime", lambda text, *_: "20260102-030405")
     with run_folder(None, "train") as first, run_folder(None, "train") as second:
         assert (first.name, second.name) == ("train-20260102-030405", "train-20260102-030405-2")
+
+
+def test_a_run_that_looked_before_another_one_locked_does_not_get_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold(tmp_path):
+        monkeypatch.setattr("rlkd.agents.lock._refuse_content", lambda *_, **__: None)  # it saw an empty folder
+        with pytest.raises(UserError, match="is in use by another run"):
+            hold(tmp_path).__enter__()
+        assert read_owner(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_run_that_came_and_went_between_look_and_lock_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interleave(path: Path, *args: int) -> int:
+        (tmp_path / "result.json").write_text("{}")
+        return real(path, *args)
+
+    real = os.open
+    monkeypatch.setattr("rlkd.agents.lock.os.open", interleave)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        hold(tmp_path).__enter__()
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

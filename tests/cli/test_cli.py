@@ -48,6 +48,7 @@ MISTAKES = {
     "stray word": (["train", "now"], ["'now'", "--section.key value"]),
     "value for a section": (["train", "--task", "3"], ["task: got '3'", "section with keys dataset"]),
     "file for a section": (["train", "--task.label_noise=x.yaml"], ["task.label_noise: got 'x.yaml'", "low, high"]),
+    "rollout_of_one": (["train", "--num_windows", "1", "--ppo.num_students", "1"], ["ppo.num_students: got 1"]),
     "seed": (["train", "--seed", "-1"], ["--seed: got -1"]),
     "profile": (["train", "--cost.profile", "gone.json"], ["gone.json", "rlkd calibrate"]),
     "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),

@@ -213,6 +213,7 @@ def test_flat_and_dict_actions_are_one() -> None:
         ({"controls": ControlConfig(unit_keep=(0.5, 1.5))}, r"controls\.unit_keep"),
         ({"controls": ControlConfig(temperature=(1.0, float("inf")))}, r"controls\.temperature: got \[1, inf\]"),
         ({"controls": ControlConfig(learning_rate=(5e-324, 1e-3))}, r"controls\.learning_rate"),
+        ({"controls": ControlConfig(temperature=(1.0, 1e31))}, r"controls\.temperature: got \[1, 1e\+31\]"),
         ({"controls": ControlConfig(temperature=(float("nan"), 2.0))}, r"controls\.temperature"),
     ],
 )
