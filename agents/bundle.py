@@ -5,14 +5,12 @@ stable-baselines3's own zip holds pickles, that is, code; it is never written no
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from rlkd.agents.policy import TENSORS, Policy
@@ -20,9 +18,23 @@ from rlkd.agents.search import Shortlist
 from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
 from rlkd.errors import UserError
+from rlkd.files import (
+    MAX_TENSOR_BYTES,
+    Schema,
+    inside,
+    load_tensors,
+    number,
+    read_bytes,
+    read_json,
+    reason,
+    tensor_shapes,
+    whole,
+    write_whole,
+)
 
 FORMAT = 2
-MAX_BYTES = 64 * 2**20
+MAX_HIDDEN, MAX_ROWS = 4096, 4096
+MAX_WEIGHT = 1e6  # far above any learned weight, and far below where sums of products overflow
 _EXTRA = ("observation.mean", "observation.deviation", "plan", "static.points", "static.terms")
 
 
@@ -43,7 +55,6 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
         folder: made if missing; existing files are replaced one by one, each whole.
         provenance: JSON-able; says from what, when and how well the policy was learned.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     extra = (policy.mean, policy.deviation, policy.plan, policy.static.points, policy.static.terms)
     tensors = {**policy.weights, **dict(zip(_EXTRA, extra, strict=True))}
     blob = save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
@@ -61,19 +72,10 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
         "network": {"hidden": policy.weights["hidden.0.weight"].shape[0], "activation": "tanh"},
         "provenance": provenance,
     }
-    _replace(folder / "policy.safetensors", blob)
-    _replace(folder / "bundle.json", (json.dumps(card, indent=1) + "\n").encode())
-    _replace(folder / "README.md", _card(digest, provenance).encode())
+    write_whole(folder / "policy.safetensors", blob)
+    write_whole(folder / "bundle.json", json.dumps(card, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "README.md", _card(digest, provenance))
     return digest
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -83,22 +85,25 @@ def load_bundle(folder: Path) -> Bundle:
         UserError: a file is missing, damaged, too large or altered, or its schema is not this version's; the
             message names the field that differs.
     """
-    card, blob = _read(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds bundle.json and policy.safetensors")
+    card = read_json(inside(folder, "bundle.json"), "a policy bundle's card")
+    weights_file = inside(folder, "policy.safetensors")
+    blob = read_bytes(weights_file, MAX_TENSOR_BYTES)
     try:
         _check_schema(folder, card)
         digest = hashlib.sha256(blob).hexdigest()
         if digest != card["sha256"]:
-            raise UserError(f"{folder}/policy.safetensors: checksum differs from bundle.json; get the bundle anew")
-        tensors = load(blob)
-        _check_shapes(folder, tensors, int(card["network"]["hidden"]))
-        ranges: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in card["action"]["controls"].items()
-        }
-        controls = ControlConfig(**ranges)
-        controls.check()
+            raise UserError(f"{weights_file}: checksum differs from bundle.json; get the bundle anew")
+        controls = _controls(card["action"]["controls"])
+        hidden = whole(card["network"]["hidden"], "network.hidden", 1, MAX_HIDDEN)
         provenance = dict(card["provenance"])
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a policy bundle, or a damaged one ({error!r:.200})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}/bundle.json: not a policy bundle's card, or a damaged one ({reason(error):.120})"
+        ) from error
+    tensors = load_tensors(blob, _schema(blob, hidden, str(weights_file)), str(weights_file))
+    _check_values(weights_file, tensors)
     static = Shortlist(tensors["static.points"], tensors["static.terms"])
     weights = {name: tensors[name] for name in TENSORS}
     mean, deviation = tensors["observation.mean"], tensors["observation.deviation"]
@@ -106,24 +111,22 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(policy, provenance, digest)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
-    try:
-        for name in ("bundle.json", "policy.safetensors"):
-            size = (folder / name).stat().st_size
-            if size > MAX_BYTES:
-                raise UserError(f"{folder / name}: {size} bytes; allowed: at most {MAX_BYTES}")
-        card = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        blob = (folder / "policy.safetensors").read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot read the policy ({error.strerror}); "
-            "give the folder that holds bundle.json and policy.safetensors"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder}/bundle.json: not JSON, or damaged ({error!s:.100})") from error
-    if not isinstance(card, dict):
-        raise UserError(f"{folder}/bundle.json: not a policy bundle; expected an object")
-    return card, blob
+def _controls(given: dict[str, Any]) -> ControlConfig:
+    """The ranges of the controls; ValueError or UserError for anything but them."""
+    names = {field.name for field in fields(ControlConfig)}
+    if set(given) != names:
+        raise ValueError(f"action.controls has {sorted(given)!s:.60}; allowed: {sorted(names)}")
+    ranges: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == "step":
+            ranges[name] = number(value, "action.controls.step")
+        elif not isinstance(value, list) or len(value) != 2:
+            raise ValueError(f"action.controls.{name} is {value!r:.40}; allowed: [low, high]")
+        else:
+            ranges[name] = tuple(number(side, f"action.controls.{name}") for side in value)
+    controls = ControlConfig(**ranges)
+    controls.check()
+    return controls
 
 
 def _check_schema(folder: Path, card: dict[str, Any]) -> None:
@@ -134,6 +137,8 @@ def _check_schema(folder: Path, card: dict[str, Any]) -> None:
         "observation.low": (card["observation"]["low"], LOW.tolist()),
         "observation.high": (card["observation"]["high"], HIGH.tolist()),
         "action.names": (card["action"]["names"], list(CONTROLS)),
+        "action.low": (card["action"]["low"], -1.0),
+        "action.high": (card["action"]["high"], 1.0),
         "network.activation": (card["network"]["activation"], "tanh"),
     }
     for field, (given, wanted) in expected.items():
@@ -149,10 +154,17 @@ def _check_schema(folder: Path, card: dict[str, Any]) -> None:
             raise UserError(f"{folder}/bundle.json: {field} is {shown}; use the rlkd version that made the bundle")
 
 
-def _check_shapes(folder: Path, tensors: dict[str, Tensor], hidden: int) -> None:
+def _schema(blob: bytes, hidden: int, name: str) -> Schema:
+    """Names, types and shapes of the tensors, given the width of the hidden layers; UserError for an empty search."""
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
-    num_settings = len(tensors["static.terms"])
-    wanted = {
+    found = tensor_shapes(blob, name)
+    counts = {}
+    for key in ("static.terms", "plan"):
+        shape = found.get(key, (None, (0,)))[1]
+        counts[key] = shape[0] if shape else 0
+        if not 1 <= counts[key] <= MAX_ROWS:
+            raise UserError(f"{name}: {key} has {counts[key]} rows; expected 1 to {MAX_ROWS}")
+    shapes: dict[str, tuple[int, ...]] = {
         "hidden.0.weight": (hidden, num_seen),
         "hidden.0.bias": (hidden,),
         "hidden.1.weight": (hidden, hidden),
@@ -161,19 +173,23 @@ def _check_shapes(folder: Path, tensors: dict[str, Tensor], hidden: int) -> None
         "action.bias": (num_set,),
         "observation.mean": (num_seen,),
         "observation.deviation": (num_seen,),
-        "plan": (len(tensors["plan"]), num_set),
-        "static.points": (num_settings, num_set),
-        "static.terms": (num_settings, 3),
+        "plan": (counts["plan"], num_set),
+        "static.points": (counts["static.terms"], num_set),
+        "static.terms": (counts["static.terms"], 3),
     }
-    for name, shape in wanted.items():
-        tensor = tensors.get(name)
-        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or num_settings < 1:
-            given = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise UserError(f"{folder}/policy.safetensors: {name} is {given}; expected float32 {list(shape)}")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder}/policy.safetensors: {name} holds a non-finite value")
+    return {key: (torch.float32, shape) for key, shape in shapes.items()}
+
+
+def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for values that no training writes and that would make a policy answer without meaning."""
     if not (tensors["observation.deviation"] > 0).all():
-        raise UserError(f"{folder}/policy.safetensors: observation.deviation must be above 0")
+        raise UserError(f"{path}: observation.deviation must be above 0")
+    for name in ("plan", "static.points"):
+        if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
+            raise UserError(f"{path}: {name} holds a position outside of 0 to 1")
+    for name, tensor in tensors.items():
+        if not (tensor.abs() <= MAX_WEIGHT).all():
+            raise UserError(f"{path}: {name} holds a value beyond {MAX_WEIGHT:g} either way")
 
 
 def _card(digest: str, provenance: dict[str, Any]) -> str:

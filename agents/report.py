@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
+from rlkd.files import MAX_JSON_BYTES, MAX_TENSOR_BYTES, inside, number, read_bytes, read_json, reason, write_whole
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MAX_EVENT_FILES = 64
 Scalars = dict[str, tuple[list[int], list[float]]]
 
 
@@ -46,10 +47,16 @@ def read_run(folder: Path) -> Run:
     events = folder / "tensorboard"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    if not list(events.glob("events.out.tfevents.*")):
+    files = sorted(events.glob("*tfevents*")) if events.is_dir() else []
+    if not files:
         raise UserError(f"{events}: holds no TensorBoard event file; give the folder of a train or replay run")
+    if len(files) > MAX_EVENT_FILES:
+        raise UserError(f"{events}: holds {len(files)} event files; allowed: at most {MAX_EVENT_FILES}")
+    for file in files:
+        _check_records(inside(folder, f"tensorboard/{file.name}"))
     try:
-        accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        # as far as the report needs them: no images, histograms or tensors are kept
+        accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
         accumulator.Reload()
         tags = accumulator.Tags()["scalars"]
         scalars = {tag: _series(accumulator.Scalars(tag)) for tag in tags}
@@ -57,14 +64,32 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{events}: cannot read the event file ({error!r:.100})") from error
     result = None
     if (folder / "result.json").exists():
-        try:
-            result = json.loads((folder / "result.json").read_text())
-            _ = result["methods"], result["cost"]["wall_s"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'result.json'}: damaged ({error!r:.100})") from error
+        result = read_json(inside(folder, "result.json"), "a run's result")
     names = ("command.txt", "versions.json", "config.yaml")
-    texts = {name: (folder / name).read_text(errors="replace") for name in names if (folder / name).exists()}
-    return Run(folder, scalars, result, texts)
+    texts = {
+        name: read_bytes(inside(folder, name), MAX_JSON_BYTES).decode(errors="replace")
+        for name in names
+        if (folder / name).exists()
+    }
+    run = Run(folder, scalars, result, texts)
+    try:
+        _section(run), _points(run)  # whatever the report takes from the result is there and of its kind
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{folder / 'result.json'}: not a run's result, or a damaged one ({reason(error):.100})"
+        ) from error
+    return run
+
+
+def _check_records(path: Path) -> None:
+    """Raises UserError for an event file with a record so long that TensorBoard's reader would take all memory."""
+    blob = read_bytes(path, MAX_TENSOR_BYTES)
+    place = 0
+    while place + 8 <= len(blob):
+        length = int.from_bytes(blob[place : place + 8], "little")
+        if length > MAX_TENSOR_BYTES:
+            raise UserError(f"{path}: damaged (a record of {length} bytes at {place})")
+        place += 8 + 4 + length + 4  # length, its checksum, content, its checksum
 
 
 def _series(events: list[Any]) -> tuple[list[int], list[float]]:
@@ -78,17 +103,13 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
         "controls": controls(runs),
         "accuracy_cost": accuracy_cost(runs),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        images = {}
-        for name, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=150)
-            images[name] = buffer.getvalue()
-            (out / f"{name}.png").write_bytes(images[name])
-        (out / "report.html").write_text(page(runs, images), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out} ({error.strerror}); choose another folder") from error
+    images = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        images[name] = buffer.getvalue()
+        write_whole(out / f"{name}.png", images[name])
+    write_whole(out / "report.html", page(runs, images))
     return [*(out / f"{name}.png" for name in figures), out / "report.html"]
 
 
@@ -189,15 +210,19 @@ def _points(run: Run) -> list[tuple[str, str, dict[str, float]]]:
     if run.result is None:
         return []
     names = ("accuracy", "macs_ratio", "latency_ratio")
+
+    def drawn(value: Any, name: str) -> float:
+        return number(value, name, -1e9, 1e9)
+
     if "preferences" in run.result:
         return [
-            (f"{run.name}: {method}", weight, {name: entry[name]["mean"] for name in names})
+            (f"{run.name}: {method}", weight, {name: drawn(entry[name]["mean"], name) for name in names})
             for weight, table in run.result["preferences"].items()
             for method, entry in table["methods"].items()
         ]
     weight = run.result.get("preference", {}).get("accuracy")
     shown = "" if weight is None else f"{weight:g}"
-    return [(f"{run.name}: {m}", shown, {n: e[n] for n in names}) for m, e in run.result["methods"].items()]
+    return [(f"{run.name}: {m}", shown, {n: drawn(e[n], n) for n in names}) for m, e in run.result["methods"].items()]
 
 
 _STYLE = """

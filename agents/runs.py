@@ -6,7 +6,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 import yaml
 
 import rlkd
+from rlkd.agents.lock import hold
 from rlkd.errors import UserError
+from rlkd.files import write_error, write_whole
 
 
 class Progress(Protocol):
@@ -51,27 +54,35 @@ class Silent:
         """Nothing."""
 
 
-def new_run(out: Path | None, verb: str) -> Path:
-    """Make the run folder: `out`, or `runs/<verb>-<time>`.
+@contextmanager
+def run_folder(out: Path | None, verb: str) -> Iterator[Path]:
+    """Make the run folder, `out` or `runs/<verb>-<time>`, and hold it alone until the run ends.
 
     Raises:
-        UserError: it holds a run already, or cannot be written.
+        UserError: it holds a run already, or another run works in it, or it cannot be written.
     """
-    folder = out or Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or _free(Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out: {folder} exists and is not empty; choose another folder or move it away")
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--out: {folder} exists and is no folder; choose another folder") from error
     except OSError as error:
         raise UserError(f"--out: cannot write {folder} ({error.strerror}); choose another folder") from error
-    return folder
+    with hold(folder):
+        yield folder
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or with a number behind it if runs began in the same second."""
+    names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))
+    return next((path for path in (folder, *names) if not path.exists()), folder)
 
 
 def describe_run(folder: Path, config: Any, seed: int) -> dict[str, Any]:
     """Write `config.yaml`, `command.txt` and `versions.json`; returns the versions."""
     resolved = {"seed": seed, **plain(config)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-    (folder / "command.txt").write_text(shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
+    write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
     names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn")
     versions: dict[str, Any] = {
         "rlkd": rlkd.__version__,
@@ -110,9 +121,7 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all. Non-finite figures are an error: they belong in no result."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 class JsonLines:
@@ -123,8 +132,12 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append `row`."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise write_error(self._path, error) from error
 
 
 def use_one_thread() -> None:

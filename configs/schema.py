@@ -59,6 +59,8 @@ class ExperimentConfig(EnvConfig):
         super().check()
         for part in (self.search, self.ppo, self.comparison):
             part.check()
+        if self.ppo.num_students * self.num_windows < 2:
+            raise UserError("ppo.num_students: got 1 with num_windows 1; allowed: at least 2 of either, to learn from")
         for world in self.also:
             check_dataset(world.dataset)
             world.student.check()

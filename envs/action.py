@@ -27,6 +27,8 @@ WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a fa
 # early: these two cost no decision at inference, so a search must be able to hit them exactly.
 EXIT_DEAD_ZONE = 0.2
 
+HIGHEST = 1e30  # of a temperature or learning rate: nothing sensible, but still a float32
+
 SCALARS = ("temperature", "feature_keep", "unit_keep", "exit_threshold", "learning_rate")
 CONTROLS = (*(f"weight_{family}" for family in FAMILIES), *SCALARS)
 NUM_CONTROLS = len(CONTROLS)
@@ -53,12 +55,9 @@ class ControlConfig:
             raise UserError(f"controls.step: got {self.step:g}; allowed: above 0, at most 1")
         for name in ("temperature", "feature_keep", "unit_keep", "learning_rate"):
             low, high = getattr(self, name)
-            highest = 1.0 if name.endswith("keep") else math.inf
-            if not 0 < low <= high <= highest:
-                raise UserError(
-                    f"controls.{name}: got [{low:g}, {high:g}]; allowed: 0 < low <= high"
-                    + (" <= 1" if highest == 1.0 else "")
-                )
+            highest = 1.0 if name.endswith("keep") else HIGHEST
+            if not (0 < low <= high <= highest and math.isfinite(high / low)):  # decode raises high / low to powers
+                raise UserError(f"controls.{name}: got [{low:g}, {high:g}]; allowed: 0 < low <= high <= {highest:g}")
 
 
 def decode(position: Tensor, config: ControlConfig, num_classes: int) -> Controls:

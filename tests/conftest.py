@@ -1,5 +1,7 @@
 """A small world on real digits: three quick teachers and a cost profile written by hand, so nothing is timed."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,18 @@ def config(profile_file: Path) -> EnvConfig:
 @pytest.fixture(scope="session")
 def world(config: EnvConfig) -> World:
     return build_world(config)
+
+
+@pytest.fixture
+def double_world(world: World) -> Iterator[World]:
+    """The same world in double precision, where Adam cannot blow rounding up to something visible."""
+    torch.set_default_dtype(torch.float64)
+    s = world.signals
+    signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
+    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
+    template, start = copy.deepcopy(world.template).double(), world.start.double()
+    yield dataclasses.replace(world, data=data, signals=signals, template=template, start=start)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

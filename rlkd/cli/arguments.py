@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 import rlkd.configs
+from rlkd.cli.configfile import check_config_file, check_options, check_values
 from rlkd.errors import UserError
 
 Config = TypeVar("Config")
@@ -63,15 +64,25 @@ def parse(
         if defaults:
             parser.set_defaults(defaults)
     keys = [key for key in _keys(parser) if key not in ("help",)]
+    resolved, files = _resolve_configs(argv)
+    if config_class is not None:
+        for file in files:
+            check_config_file(file, config_class)
+        check_options(resolved, config_class)
     try:
-        namespace = parser.parse_args(_resolve_configs(argv))
+        namespace = parser.parse_args(resolved)
         ready = parser.instantiate(namespace)
     except ArgumentError as error:
         raise UserError(_one_line(str(error), keys)) from error
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, OverflowError) as error:
+        # jsonargparse lets these through for values of a kind that it does not expect
+        raise UserError(f"options or config cannot be understood ({_one_line(str(error), keys)!s:.150})") from error
     if config_class is None:
         return None, ready
     fields = list(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
-    return config_class(**{name: ready[name] for name in fields}), ready
+    config = config_class(**{name: ready[name] for name in fields})
+    check_values(config)
+    return config, ready
 
 
 def _keys(parser: ArgumentParser) -> list[str]:
@@ -79,9 +90,9 @@ def _keys(parser: ArgumentParser) -> list[str]:
     return [option.removeprefix("--") for option in options if option.startswith("--")]
 
 
-def _resolve_configs(argv: Sequence[str]) -> list[str]:
-    """Replace the name of a config that comes with rlkd by its path."""
-    resolved = []
+def _resolve_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The options with the name of a config that comes with rlkd replaced by its path, and all configs' paths."""
+    resolved, files = [], []
     for previous, given in zip(["", *argv], argv, strict=False):
         prefix, name = ("--config=", given[9:]) if given.startswith("--config=") else ("", given)
         is_config = bool(prefix) or previous == "--config"
@@ -93,8 +104,10 @@ def _resolve_configs(argv: Sequence[str]) -> list[str]:
                     f"{', '.join(config_names())}{closest(name, config_names())}"
                 )
             name = str(inside)
+        if is_config:
+            files.append(Path(name))
         resolved.append(prefix + name if is_config else given)
-    return resolved
+    return resolved, files
 
 
 def _one_line(message: str, keys: Sequence[str]) -> str:
@@ -111,6 +124,9 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
     option = re.search(
         r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line
     )
+    needed = re.match(r"the following arguments are required: (\S+)", line)
+    if needed:
+        return f"--{needed.group(1)} is required; give it a value (--help tells which)"
     top = re.match(r"Option '(\S+)' is not accepted", line)
     if top:
         return f"no key {top.group(1)!r} in the config{closest(top.group(1), [key.split('.')[0] for key in keys])}"

@@ -9,6 +9,7 @@ from rich.table import Table
 from rlkd.agents.runs import use_one_thread
 from rlkd.cli.arguments import new_parser, parse
 from rlkd.cost import calibrate, save_profile
+from rlkd.cost.profile import MAX_BATCH
 from rlkd.cost.workload import REGRESSORS
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig, build_student
@@ -36,15 +37,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("cost_profile.json"), help="file to write")
     config, options = parse(parser, argv, CalibrateConfig)
     assert config is not None
-    if config.batch_size < 1:
-        raise UserError(f"batch_size: got {config.batch_size}; allowed: at least 1")
+    if not 1 <= config.batch_size <= MAX_BATCH:
+        raise UserError(f"batch_size: got {config.batch_size}; allowed: 1 to {MAX_BATCH}")
     use_one_thread()
     data = load_dataset(config.dataset)
     profile = calibrate(build_student(config.student, data.input_shape, data.num_classes), config.batch_size)
-    try:
-        save_profile(profile, options.out)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {options.out} ({error.strerror}); choose another file") from error
+    save_profile(profile, options.out)
     table = Table(title=f"latency of a batch of {config.batch_size}, one thread, microseconds", title_justify="left")
     for column in ("inputs kept", "units kept", "exit rate", "measured", "spread (IQR)", "fitted"):
         table.add_column(column, justify="right")

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rlkd.agents.bundle import load_bundle
-from rlkd.agents.runs import new_run, use_one_thread
+from rlkd.agents.runs import run_folder, use_one_thread
 from rlkd.agents.study import compare_methods
 from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
 from rlkd.cli.progress import Bar, comparison_table, front_table
@@ -39,9 +39,9 @@ def _run_one(argv: list[str], name: str | None) -> int:
     check_seed(options.seed)
     config.check()
     bundle = load_bundle(Path(config.policy)) if config.policy else None
-    folder = new_run(options.out / name if name and options.out else options.out, "compare")
     use_one_thread()
-    with Bar(config.train.steps_per_window) as bar:
+    out = options.out / name if name and options.out else options.out
+    with run_folder(out, "compare") as folder, Bar(config.train.steps_per_window) as bar:
         result = compare_methods(config, bundle, folder, options.seed, bar)
     console = Console(width=None if Console().is_terminal else 150)
     num_tasks = result["num_tasks"] * result["num_seeds"]

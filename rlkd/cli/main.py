@@ -2,10 +2,14 @@
 
 import importlib
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import rlkd
 from rlkd.errors import UserError
+from rlkd.files import write_error
 
 VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
@@ -47,20 +51,56 @@ def main(argv: list[str] | None = None) -> int:
             from rlkd.cli.arguments import closest
 
             raise UserError(f"no verb {args[0]!r}; allowed: {', '.join(VERBS)}{closest(args[0], VERBS)}")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _failures_of_threads() as failures:
             # SB3 advises against 1 window an episode and the like on every start; errors stay errors
             warnings.filterwarnings("ignore", category=UserWarning, module="stable_baselines3")
             module = {"list": "listing"}.get(args[0], args[0])
             code: int = importlib.import_module(f"rlkd.cli.{module}").run(args[1:])
+        if failures:
+            raise failures[0]
         return code
     except UserError as error:
-        print(f"rlkd: {error}", file=sys.stderr)
+        print(f"rlkd: {one_line(str(error))}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("rlkd: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once", file=sys.stderr)
+        return USAGE
+    except OSError as error:  # a folder that cannot be written or a full disk, in a library that knows no UserError
+        if error.errno is None:
+            raise
+        print(f"rlkd: {one_line(str(write_error(error.filename or 'output', error)))}", file=sys.stderr)
+        return USAGE
+
+
+@contextmanager
+def _failures_of_threads() -> Iterator[list[OSError]]:
+    """Collect what the thread that writes event files cannot write, which it would print as a traceback."""
+    failures: list[OSError] = []
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError):
+            failures.append(args.exc_value)
+        else:
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield failures
+    finally:
+        threading.excepthook = before
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, which names and values from a file may hold."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 if __name__ == "__main__":

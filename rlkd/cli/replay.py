@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from rlkd.agents import tensorboard as tb
-from rlkd.agents.bundle import load_bundle
+from rlkd.agents.bundle import Bundle, load_bundle
 from rlkd.agents.replay import distil, write_student
 from rlkd.agents.report import read_run, write_report
-from rlkd.agents.runs import JsonLines, describe_run, new_run, plain, use_one_thread, write_json
+from rlkd.agents.runs import JsonLines, describe_run, plain, run_folder, use_one_thread, write_json
 from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
 from rlkd.cli.progress import Bar
 from rlkd.configs import ReplayConfig
@@ -40,10 +40,15 @@ def run(argv: list[str]) -> int:
     check_seed(options.seed)
     bundle = load_bundle(options.policy)
     config.check()
-    folder = new_run(options.out, "replay")
     use_one_thread()
+    with run_folder(options.out, "replay") as folder:
+        return _replay(config, bundle, options.seed, folder)
+
+
+def _replay(config: ReplayConfig, bundle: Bundle, seed: int, folder: Path) -> int:
+    """Distil into `folder`; returns the exit code."""
     began = time.perf_counter()
-    describe_run(folder, config, options.seed)
+    describe_run(folder, config, seed)
     positions: list[list[float]] = []
     far: dict[int, float] = {}
     with Bar(config.train.steps_per_window) as bar:
@@ -63,7 +68,7 @@ def run(argv: list[str]) -> int:
             bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
             bar.advance(1)
 
-        done = distil(world, bundle.policy.controller(), options.seed, on_window)
+        done = distil(world, bundle.policy.controller(), seed, on_window)
         tb.write_config(logger, config)
         tb.write_position_figure(logger, torch.tensor(positions)[:, None])
         logger.close()

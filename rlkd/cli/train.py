@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from rlkd.agents.experiment import train_experiment
-from rlkd.agents.runs import new_run, use_one_thread
+from rlkd.agents.runs import run_folder, use_one_thread
 from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
 from rlkd.cli.progress import Bar, comparison_table
 from rlkd.configs import ExperimentConfig
@@ -21,9 +21,8 @@ def run(argv: list[str]) -> int:
     assert config is not None
     check_seed(options.seed)
     config.check()
-    folder = new_run(options.out, "train")
     use_one_thread()
-    with Bar(config.train.steps_per_window) as bar:
+    with run_folder(options.out, "train") as folder, Bar(config.train.steps_per_window) as bar:
         result = train_experiment(config, folder, options.seed, bar)
     console = Console(width=None if Console().is_terminal else 150)
     for weight, entry in result["preferences"].items():

@@ -6,23 +6,23 @@ Unlike `torch.nn.utils.prune`, which only masks, this makes the tensors smaller,
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
+from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, number, read_bytes, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent, Layer, Masks, layers_of, num_positions
 from rlkd.objectives.hard_label import log_probabilities
 
-FORMAT = 1
+FORMAT = 2
+MAX_SIZE = 2**20
 
 
 class CompactStudent(nn.Module):
@@ -145,33 +145,76 @@ def _layer_of(weight: Tensor, bias: Tensor) -> Layer:
 
 
 def save_student(student: CompactStudent, folder: Path, extra: dict[str, Any]) -> None:
-    """Write `student.safetensors` and `student.json` (architecture, checksum and `extra`) into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "student.safetensors"
-    partial = weights.with_suffix(".partial")
-    save_file({name: t.contiguous() for name, t in student.state_dict().items()}, partial)
-    os.replace(partial, weights)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    card = {"format": FORMAT, "sha256": digest, "architecture": student.architecture(), **extra}
-    (folder / "student.json").write_text(json.dumps(card, indent=2) + "\n")
+    """Write `student.safetensors` and `student.json` (architecture, checksum of both, and `extra`) into `folder`."""
+    blob = save({name: t.contiguous() for name, t in student.state_dict().items()})
+    architecture = student.architecture()
+    card = {"format": FORMAT, "sha256": _digest(architecture, blob), "architecture": architecture, **extra}
+    write_whole(folder / "student.safetensors", blob)
+    write_whole(folder / "student.json", json.dumps(card, indent=2, allow_nan=False) + "\n")
+
+
+def _digest(architecture: dict[str, Any], blob: bytes) -> str:
+    """sha256 of architecture and tensors together: another threshold makes another student of the same tensors."""
+    text = json.dumps(architecture, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode() + b"\n" + blob).hexdigest()
 
 
 def load_student(folder: Path) -> CompactStudent:
     """The student that `save_student` wrote; runs no code from the files.
 
     Raises:
-        UserError: a file is missing, altered or of another format.
+        UserError: a file is missing, altered, too large or of another format, or the architecture makes no student.
     """
+    card = read_json(inside(folder, "student.json"), "a student's card")
+    weights = inside(folder, "student.safetensors")
+    blob = read_bytes(weights, MAX_TENSOR_BYTES)
+    if card.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}/student.json: student of format {card.get('format')!r:.20}; allowed: {FORMAT}; distil it anew"
+        )
     try:
-        card = json.loads((folder / "student.json").read_text())
-        blob = (folder / "student.safetensors").read_bytes()
-        if card["format"] != FORMAT or hashlib.sha256(blob).hexdigest() != card["sha256"]:
-            raise UserError(f"{folder}: not a student of format {FORMAT}, or altered after it was saved")
-        student = _empty(card["architecture"])
-        student.load_state_dict(load_file(folder / "student.safetensors"))
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot read the student ({error})") from error
-    return student
+        architecture = card["architecture"]
+        if _digest(architecture, blob) != card["sha256"]:
+            raise UserError(f"{folder}: the student was altered after it was saved (checksum); get it anew")
+        _check_architecture(architecture)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}/student.json: not a student's card, or a damaged one ({reason(error):.120})"
+        ) from error
+    with torch.device("meta"):  # shapes alone: nothing of the size that the card names is taken before it is checked
+        skeleton = _empty(architecture)
+    schema = {name: (t.dtype, tuple(t.shape)) for name, t in skeleton.state_dict().items()}
+    tensors = load_tensors(blob, schema, str(weights))
+    kept = tensors.get("kept_inputs")
+    num_inputs = math.prod(architecture["input_shape"])
+    if kept is not None and not (((kept >= 0) & (kept < num_inputs)).all() and (kept.diff() > 0).all()):
+        raise UserError(f"{weights}: kept_inputs must be rising indices below {num_inputs}")
+    skeleton.load_state_dict(tensors, assign=True)
+    return skeleton.requires_grad_(False)
+
+
+def _check_architecture(a: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError or KeyError for an architecture that makes no student."""
+    if a["kind"] not in ("mlp", "conv"):
+        raise ValueError(f"kind is {a['kind']!r:.20}; allowed: mlp, conv")
+    is_conv = a["kind"] == "conv"
+    shape, widths, exits = a["input_shape"], a["widths"], a["exits"]
+    for name, sizes, highest in (("input_shape", shape, MAX_SIZE), ("widths", widths, MAX_SIZE), ("exits", exits, 64)):
+        if not isinstance(sizes, list) or not 1 <= len(sizes) <= 64:
+            raise ValueError(f"{name} is {sizes!r:.40}; allowed: a list of 1 to 64 sizes")
+        for size in sizes:
+            whole(size, name, 1, highest)
+    if exits != sorted(set(exits)) or exits[-1] != len(widths):
+        raise ValueError(f"exits is {exits!r:.40}; allowed: rising block numbers, the last {len(widths)}")
+    num_inputs = math.prod(shape)
+    if num_inputs > MAX_SIZE or (is_conv and len(shape) != 3):
+        raise ValueError(f"input_shape is {shape!r:.40}; allowed: up to {MAX_SIZE} values, three sizes for conv")
+    if a["num_kept_inputs"] is not None:
+        if is_conv:
+            raise ValueError("num_kept_inputs is given; a convolution reads all inputs")
+        whole(a["num_kept_inputs"], "num_kept_inputs", 1, num_inputs)
+    whole(a["num_classes"], "num_classes", 1, MAX_SIZE)
+    number(a["threshold"], "threshold", 0.0, 1.0)
 
 
 def _empty(a: dict[str, Any]) -> CompactStudent:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +13,13 @@ from torch import Tensor
 
 from rlkd.cost.workload import REGRESSORS, Workload, dense_workload, workload
 from rlkd.errors import UserError
+from rlkd.files import number, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent
 from rlkd.teachers import cache_dir
 
 FORMAT = 2
+MAX_BATCH = 65_536
+MAX_FIGURE = 1e3  # seconds or joules of one operation
 
 # Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V: a 32-bit float multiply 3.7 pJ and add
 # 0.9 pJ; a 64-bit read of an 8 / 32 / 1024 KiB cache 10 / 20 / 100 pJ. Activations are taken to live in the
@@ -43,9 +44,9 @@ class CostConfig:
     """Samples that one inference answers together, on one thread: the latency that the reward reads."""
 
     def check(self) -> None:
-        """Raises UserError for a batch without a sample."""
-        if self.batch_size < 1:
-            raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: at least 1")
+        """Raises UserError for a batch without a sample, or one that no memory holds."""
+        if not 1 <= self.batch_size <= MAX_BATCH:
+            raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: 1 to {MAX_BATCH}")
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,9 @@ class CostProfile:
 
 def save_profile(profile: CostProfile, path: Path) -> None:
     """Write the profile as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     card = {"format": FORMAT, **asdict(profile)}
     card["coefficients"] = dict(zip(REGRESSORS, profile.coefficients, strict=True))
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(card, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(card, indent=1, allow_nan=False) + "\n")
 
 
 def load_profile(path: Path) -> CostProfile:
@@ -118,22 +116,33 @@ def load_profile(path: Path) -> CostProfile:
         UserError: the file is missing or is no cost profile of this format.
     """
     try:
-        card = json.loads(path.read_text())
+        card = read_json(path, "a cost profile")
+    except UserError as error:
+        raise UserError(f"{error}; run `rlkd calibrate`") from error
+    try:
         if card["format"] != FORMAT:
-            raise UserError(f"{path}: cost profile of format {card['format']}; allowed: {FORMAT}; run `rlkd calibrate`")
-        coefficients = tuple(float(card["coefficients"][name]) for name in REGRESSORS)
-        energy = {k: v if k in ("kind", "source") else float(v) for k, v in card["energy"].items()}
-        numbers = (*coefficients, *(energy[k] for k in ENERGY_MODEL if k not in ("kind", "source")))
-        if not all(math.isfinite(x) and x >= 0 for x in numbers) or sum(coefficients) <= 0:
-            raise UserError(f"{path}: cost profile with a negative or non-finite figure; run `rlkd calibrate`")
-        batch_size = int(card["batch_size"])
-        if batch_size < 1:
-            raise UserError(f"{path}: batch_size is {batch_size}; allowed: at least 1; run `rlkd calibrate`")
+            raise ValueError(f"format {card['format']!r:.20}; allowed: {FORMAT}")
+        given = card["coefficients"]
+        coefficients = tuple(number(given[name], f"coefficients.{name}", 0.0, MAX_FIGURE) for name in REGRESSORS)
+        if sum(coefficients) <= 0:
+            raise ValueError("every coefficient is 0")
+        energy: dict[str, Any] = {}
+        for name in ENERGY_MODEL:
+            value = card["energy"][name]
+            if name in ("kind", "source"):
+                if not isinstance(value, str):
+                    raise ValueError(f"energy.{name} is {value!r:.40}; allowed: a text")
+                energy[name] = value
+            else:
+                energy[name] = number(value, f"energy.{name}", 0.0, MAX_FIGURE)
+        if energy["mac_j"] <= 0:
+            raise ValueError("energy.mac_j is 0; allowed: above 0")
+        batch_size = whole(card["batch_size"], "batch_size", 1, MAX_BATCH)
         return CostProfile(batch_size, coefficients, energy, dict(card["provenance"]))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the cost profile ({error.strerror}); run `rlkd calibrate`") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: not a cost profile ({error}); run `rlkd calibrate`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a cost profile, or a damaged one ({reason(error):.120}); run `rlkd calibrate`"
+        ) from error
 
 
 def machine() -> dict[str, Any]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from rlkd.errors import UserError
 
+MAX_BLOCKS, MAX_WIDTH = 32, 4096  # two such neighbours hold 64 MiB of weights
+
 Layer = nn.Linear | nn.Conv2d
 Masks = tuple[Tensor, ...]  # one 0/1 float vector a group: the inputs, then the units of every block
 
@@ -44,6 +46,11 @@ class StudentConfig:
         """Raises UserError for widths or exits that make no student."""
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"student.widths: got {list(self.widths)}; allowed: one or more widths of at least 1")
+        if len(self.widths) > MAX_BLOCKS or max(self.widths) > MAX_WIDTH:
+            raise UserError(
+                f"student.widths: got {len(self.widths)} blocks of up to {max(self.widths)} units; "
+                f"allowed: up to {MAX_BLOCKS} of up to {MAX_WIDTH}"
+            )
         allowed = range(1, len(self.widths))
         if sorted(set(self.exits)) != list(self.exits) or not set(self.exits) <= set(allowed):
             raise UserError(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from rlkd.errors import UserError
+from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, read_bytes, write_whole
 from rlkd.models import ChainStudent, StudentConfig, build_student, initialise
 from rlkd.tasks import DataSet
 
@@ -73,18 +73,18 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
         for index, teacher in enumerate(teachers):
             _train(teacher, config, data, index)
         tensors = {f"{i}.{name}": p for i, teacher in enumerate(teachers) for name, p in teacher.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(save(tensors))
-        partial.replace(path)
+        write_whole(path, save(tensors))
+    schema = {
+        f"{i}.{name}": (p.dtype, tuple(p.shape))
+        for i, teacher in enumerate(teachers)
+        for name, p in teacher.state_dict().items()
+    }
     try:
-        tensors = load_file(path)
-        for index, teacher in enumerate(teachers):
-            teacher.load_state_dict({name: tensors[f"{index}.{name}"] for name in teacher.state_dict()})
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: cached teachers cannot be read ({error}); delete the file to train them anew"
-        ) from error
+        tensors = load_tensors(read_bytes(inside(path.parent, path.name), MAX_TENSOR_BYTES), schema, str(path))
+    except UserError as error:
+        raise UserError(f"cached teachers: {error}; delete the file to train them anew") from error
+    for index, teacher in enumerate(teachers):
+        teacher.load_state_dict({name: tensors[f"{index}.{name}"] for name in teacher.state_dict()})
     return teachers
 
 

@@ -1,8 +1,11 @@
 import json
+import os
+import struct
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from rlkd.agents.report import read_run, write_report
@@ -60,7 +63,67 @@ def test_missing_and_damaged_runs_are_named(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no TensorBoard event file"):
         read_run(tmp_path / "empty")
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", '{"methods": {}}'):
         (folder / "result.json").write_text(text)
-        with pytest.raises(UserError, match=r"result\.json: damaged"):
+        with pytest.raises(UserError, match=r"result\.json: not a run's result, or a damaged one"):
             read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("preferences", "0.6", "methods", "policy", "score", "mean"), "high"),
+        (("preferences", "0.6", "methods", "policy", "accuracy"), 0.5),
+        (("preferences", "0.6", "methods", "static", "macs_ratio", "mean"), 1e300),
+        (("preferences", "0.6", "methods", "static", "score", "ci95"), [1.0]),
+        (("preferences", "0.6", "paired"), []),
+        (("preferences", "0.6", "paired"), {"policy": {}}),
+        (("preferences",), 3),
+        (("cost",), None),
+        (("cost", "wall_s"), "long"),
+    ],
+)
+def test_a_result_of_another_form_is_refused(folder: Path, keys: tuple[str, ...], value: object) -> None:
+    card = json.loads((folder / "result.json").read_text())
+    place = card
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / "result.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"result\.json: not a run's result"):
+        read_run(folder)
+
+
+def test_event_files_that_would_take_memory_or_wait_are_refused(folder: Path) -> None:
+    events = folder / "tensorboard"
+    damaged = events / "events.out.tfevents.0"
+    length = (2**40).to_bytes(8, "little")
+    damaged.write_bytes(length + struct.pack("<I", masked_crc32c(length)))  # the checksum is right
+    with pytest.raises(UserError, match=r"damaged \(a record of 1099511627776 bytes at 0\)"):
+        read_run(folder)
+    damaged.unlink()
+    os.mkfifo(damaged)
+    with pytest.raises(UserError, match="not a file"):
+        read_run(folder)
+    damaged.unlink()
+    damaged.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="leads out of"):
+        read_run(folder)
+    damaged.unlink()
+    with damaged.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="1099511627776 bytes; allowed"):
+        read_run(folder)
+    damaged.unlink()
+    sound = next(events.iterdir())
+    sound.write_bytes(sound.read_bytes()[:-7])  # a run that is going on: its last record is not whole yet
+    assert read_run(folder).scalars["student/score"][0] == [1, 2, 3]
+
+
+def test_figures_without_a_scale_are_drawn(folder: Path, tmp_path: Path) -> None:
+    writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=".more")  # type: ignore[no-untyped-call]
+    for tag in ("student/score", "reward/return", "student/accuracy", "student/num_trainings", "action/temperature"):
+        for step, value in ((4, float("nan")), (5, float("inf")), (6, 3e38), (2**62, -3e38)):
+            writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+    writer.close()  # type: ignore[no-untyped-call]
+    assert len(write_report([read_run(folder)], tmp_path / "out")) == 4

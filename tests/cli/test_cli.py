@@ -1,6 +1,8 @@
+import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import yaml
 from rlkd.agents.report import read_run
 from rlkd.cli.main import VERBS, main
 from rlkd.compression import load_student
+from rlkd.cost import CostProfile
+from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.tasks import load_dataset
 
 Capture = pytest.CaptureFixture[str]
@@ -42,6 +46,9 @@ MISTAKES = {
     "impossible search": (["train", "--search.num_settings", "0"], ["search"]),
     "no such config": (["train", "--config", "defalt"], ["'defalt'", "did you mean default?"]),
     "stray word": (["train", "now"], ["'now'", "--section.key value"]),
+    "value for a section": (["train", "--task", "3"], ["task: got '3'", "section with keys dataset"]),
+    "file for a section": (["train", "--task.label_noise=x.yaml"], ["task.label_noise: got 'x.yaml'", "low, high"]),
+    "rollout_of_one": (["train", "--num_windows", "1", "--ppo.num_students", "1"], ["ppo.num_students: got 1"]),
     "seed": (["train", "--seed", "-1"], ["--seed: got -1"]),
     "profile": (["train", "--cost.profile", "gone.json"], ["gone.json", "rlkd calibrate"]),
     "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
@@ -78,17 +85,47 @@ def test_a_mistake_is_one_line_and_exit_code_two(name: str, capsys: Capture, tmp
         ("ppo: {num_student: 3}", "did you mean ppo.num_students?"),
         ("tsk: 3", "did you mean task?"),
         ("ppo: {num_students: many}", "'many'"),
-        ("task: [1", "parsing"),
-        ("!!python/object/apply:os.system ['touch ran']", "rlkd:"),
+        ("task: [1", "not YAML"),
+        ("!!python/object/apply:os.system ['touch ran']", "has a tag"),
+        ("ppo: {num_students: !!int 3}", "has a tag tag:yaml.org,2002:int (line 1)"),
+        ("task: 3", "task: got '3'; allowed: a section with keys dataset,"),
+        ("task: {label_noise: 0.5}", "task.label_noise: got '0.5'; allowed: a section with keys low, high"),
+        ("task: other.yaml", "task: got 'other.yaml'; allowed: a section"),
+        ("ppo:", "ppo: got nothing; allowed: a section"),
+        ("", "holds nothing"),
+        ("# only a remark", "holds nothing"),
+        ("[1, 2]", "holds ['1', '2']; allowed: sections and keys"),
+        ("[" * 10_000, "nested deeper than 32"),
+        ("a: &a [1]\nppo: *a", "has an alias or anchor (line 1)"),
+        ("#" * 2**17, "131072 bytes; allowed: at most 16384; give a YAML file"),
+        ("\udcff\udcfe", "not UTF-8 text (byte 0); give a YAML file"),
+        ("controls: {temperature: [1, .inf]}", "controls.temperature: got inf; allowed: numbers from"),
+        ("ppo: {num_epochs: null}", "ppo.num_epochs: got nothing; allowed: int"),
+        ("num_windows:", "num_windows: got nothing; allowed: int"),
+        ("task: {num_labels: {low: 60, high: .inf}}", "task.num_labels.high: got inf; allowed: numbers from"),
+        ("ppo: {initial_log_std: .nan}", "ppo.initial_log_std: got nan"),
+        ("search: {num_settings: 1" + "0" * 30 + "}", "search.num_settings: got an integer of 31 digits"),
+        ("student: {widths: [100000]}", "student.widths: got 1 blocks of up to 100000 units; allowed: up to 32 of"),
+        ("{num_windows: 1, ppo: {num_students: 1}}", "ppo.num_students: got 1 with num_windows 1"),
+        ('{cost: {profile: "a\\0b"}}', "no file name"),
+        ('{cost: {profile: "a\\nb\\e[2J"}}', "a b [2J: cannot read it"),
     ],
 )
 def test_mistakes_in_a_file_are_named(text: str, words: str, capsys: Capture, tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text(text, errors="surrogateescape")
     assert main(["train", "--config", "bad.yaml"]) == 2
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_that_is_no_file_is_named(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        assert main(["train", "--config", name]) == 2
+        assert capsys.readouterr().err == f"rlkd: --config: {name}: not a file; give a YAML file\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -195,3 +232,68 @@ def test_compare_makes_a_folder_for_each_file(tmp_path: Path, tiny: list[str]) -
     assert main(["compare", "one.yaml", "two.yaml", *options, "[0.6]", "--out", "all"]) == 0
     for name in ("one", "two"):
         assert set(read_run_result(tmp_path / "all" / name)["methods"]) == {"static", "published"}
+
+
+@pytest.mark.parametrize("blocks", [4, 16, 32])
+def test_a_disk_that_fills_up_ends_in_one_line(tmp_path: Path, tiny: list[str], blocks: int) -> None:
+    """No file may grow beyond `blocks` KiB: a limit that needs no privileges and fails writes wherever they happen."""
+    code = f"""
+import resource, sys
+from rlkd.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({blocks} * 1024, {blocks} * 1024))
+sys.exit(main(sys.argv[1:]))
+"""
+    call = [sys.executable, "-c", code, "train", *tiny, "--out", "full"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if "student trainings" not in line]
+    assert done.returncode == 2, done.stderr
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("rlkd: ")
+    assert said[0].endswith("cannot write it (File too large); choose a place that can be written")
+    assert not list((tmp_path / "full").glob("**/*.partial"))
+    assert not (tmp_path / "full" / "run.lock").exists()
+
+
+@pytest.mark.parametrize("argv", [["calibrate", "--student.widths", "[8]", "--student.exits", "[]"], ["bench"]])
+def test_an_output_that_cannot_be_written_is_one_line(
+    argv: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlkd.cli.calibrate.calibrate", lambda *_: CostProfile(4, (1e-6,) * 8, dict(ENERGY_MODEL), {}))
+    figures = {"updates_per_s": {}, "ratio": {}, "step_share": {}}
+    monkeypatch.setattr("rlkd.cli.bench.bench", lambda *_: figures)
+    (tmp_path / "file").write_text("")
+    assert main([*argv, "--out", "file/out.json"]) == 2
+    err = capsys.readouterr().err
+    assert err == "rlkd: file/out.json: cannot write it (Not a directory); choose a place that can be written\n"
+
+
+def test_too_little_memory_is_one_line_and_other_failures_stay_failures(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("rlkd.cli.listing.run", lambda _: torch.empty(2**55).numel())
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err.startswith("rlkd: not enough memory (")
+
+    def broken(argv: list[str]) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("rlkd.cli.listing.run", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["list"])
+
+
+def test_a_failing_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def run(argv: list[str]) -> int:
+        def work() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return 0
+
+    monkeypatch.setattr("rlkd.cli.listing.run", run)
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err == (
+        "rlkd: output: cannot write it, the disk is full (No space left on device); free some room, then run it again\n"
+    )

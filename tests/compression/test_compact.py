@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from rlkd.compression import compact, exits_at, keep_top, load_student, save_student
+from rlkd.compression.compact import _digest
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, Masks, StudentConfig, build_student, initialise
 
@@ -72,38 +74,76 @@ def test_a_saved_student_answers_the_same(name: str, tmp_path: Path) -> None:
     assert torch.equal(load_student(tmp_path)(inputs), small(inputs))
 
 
-def test_an_altered_student_is_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
     student, masks, _ = made("mlp")
     save_student(compact(student, masks, 0.4), tmp_path, {})
-    weights = tmp_path / "student.safetensors"
+    return tmp_path
+
+
+def test_an_altered_student_is_refused(saved: Path) -> None:
+    weights = saved / "student.safetensors"
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(blob)
     with pytest.raises(UserError, match="altered"):
-        load_student(tmp_path)
-    card = json.loads((tmp_path / "student.json").read_text())
-    (tmp_path / "student.json").write_text(json.dumps({**card, "format": 99}))
-    with pytest.raises(UserError, match="format"):
-        load_student(tmp_path)
+        load_student(saved)
+    card = json.loads((saved / "student.json").read_text())
+    (saved / "student.json").write_text(json.dumps({**card, "format": 99}))
+    with pytest.raises(UserError, match="format 99; allowed: 2"):
+        load_student(saved)
     with pytest.raises(UserError, match="cannot read"):
-        load_student(tmp_path / "nowhere")
+        load_student(saved / "nowhere")
+
+
+@pytest.mark.parametrize(("field", "value"), [("threshold", 0.9), ("exits", [2, 3]), ("num_classes", 11)])
+def test_an_altered_architecture_is_refused(saved: Path, field: str, value: object) -> None:
+    card = json.loads((saved / "student.json").read_text())
+    assert card["architecture"][field] != value
+    card["architecture"][field] = value
+    (saved / "student.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="altered after it was saved"):
+        load_student(saved)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "words"),
     [
-        ("num_classes", 3),
-        ("threshold", "x"),
-        ("widths", [12, -1, 7]),
-        ("kind", "conv"),
-        ("exits", [9]),
+        ("num_classes", 3, r"heads\.0\.weight is .*expected float32 \[3, "),
+        ("num_classes", 0, "num_classes is 0"),
+        ("threshold", "x", "threshold is 'x'"),
+        ("threshold", 1.5, "threshold is 1.5; allowed: a number from 0 to 1"),
+        ("threshold", True, "threshold is True"),
+        ("widths", [12, -1, 7], "widths is -1"),
+        ("widths", [2**20, 2**20, 2**20], r"layers\.0\.weight is "),  # 8 TiB: refused before any of it is taken
+        ("widths", 3, "widths is 3"),
+        ("kind", "conv", "input_shape"),
+        ("kind", "rnn", "kind is 'rnn'"),
+        ("exits", [9], "exits is"),
+        ("exits", [2, 1, 3], "exits is"),
+        ("exits", [], "exits is"),
+        ("input_shape", [2**20, 2**20], "input_shape is"),
+        ("num_kept_inputs", 65, "num_kept_inputs is 65"),
     ],
 )
-def test_a_card_that_does_not_fit_the_tensors_is_refused(tmp_path: Path, field: str, value: object) -> None:
-    student, masks, _ = made("mlp")
-    save_student(compact(student, masks, 0.4), tmp_path, {})
-    card = json.loads((tmp_path / "student.json").read_text())
+def test_a_card_that_makes_no_student_is_refused(saved: Path, field: str, value: object, words: str) -> None:
+    card = json.loads((saved / "student.json").read_text())
     card["architecture"][field] = value
-    (tmp_path / "student.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="cannot read"):
-        load_student(tmp_path)
+    card["sha256"] = _digest(card["architecture"], (saved / "student.safetensors").read_bytes())
+    (saved / "student.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=words) as refusal:
+        load_student(saved)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("index", [-1, 64])
+def test_kept_inputs_outside_of_the_inputs_are_refused(saved: Path, index: int) -> None:
+    tensors = load((saved / "student.safetensors").read_bytes())
+    tensors["kept_inputs"][-1] = index
+    blob = save(tensors)
+    (saved / "student.safetensors").write_bytes(blob)
+    card = json.loads((saved / "student.json").read_text())
+    card["sha256"] = _digest(card["architecture"], blob)
+    (saved / "student.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="kept_inputs must be rising indices below 64"):
+        load_student(saved)

@@ -1,7 +1,9 @@
 import pytest
 
+from rlkd.agents.ppo import PPOConfig
 from rlkd.cli.arguments import config_names, new_parser, parse
 from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
+from rlkd.errors import UserError
 
 KINDS = {"conv": ReplayConfig, "wide": ReplayConfig, "default": ExperimentConfig, "smoke": ExperimentConfig}
 COMPARISONS = [name for name in config_names() if name.startswith("compare/")]
@@ -29,3 +31,10 @@ def test_comparisons_parse_and_are_possible(name: str) -> None:
 def test_the_default_config_is_the_default() -> None:
     config, _ = parse(new_parser("train", "", [""]), ["--config", "default"], ExperimentConfig)
     assert config == ExperimentConfig()
+
+
+def test_a_rollout_of_one_sample_is_refused() -> None:
+    with pytest.raises(UserError, match="got 1 with num_windows 1; allowed: at least 2 of either"):
+        ExperimentConfig(num_windows=1, ppo=PPOConfig(num_students=1)).check()
+    ExperimentConfig(num_windows=2, ppo=PPOConfig(num_students=1)).check()
+    ExperimentConfig(num_windows=1, ppo=PPOConfig(num_students=2)).check()

@@ -43,12 +43,13 @@ def test_gymnasium_and_sb3_find_nothing_to_warn_of(world: World) -> None:
         sb3_check_env(FlattenAction(gymnasium.make(ENV_ID, world=world)))
 
 
-def test_vector_environment_agrees_with_single_ones_step_by_step(world: World) -> None:
+def test_vector_environment_agrees_with_single_ones_step_by_step(double_world: World) -> None:
+    world = double_world
     vector = gymnasium.make_vec(ENV_ID, num_envs=3, vectorization_mode="vector_entry_point", world=world)
     singles = [gymnasium.make(ENV_ID, world=world) for _ in range(3)]
     observations, _ = vector.reset(seed=20)
     for i, env in enumerate(singles):
-        np.testing.assert_allclose(env.reset(seed=20 + i)[0], observations[i], atol=1e-5)
+        np.testing.assert_allclose(env.reset(seed=20 + i)[0], observations[i], atol=1e-6)
     for step in range(2 * world.config.num_windows):
         flat = np.stack(actions(3, seed=step))
         observations, rewards, terminated, truncated, info = vector.step(dict_action(flat))
@@ -58,11 +59,11 @@ def test_vector_environment_agrees_with_single_ones_step_by_step(world: World) -
             assert done == terminated[i] == ((step + 1) % world.config.num_windows == 0)
             last = info["final_obs"][i] if done else observations[i]
             figures = info["final_info"] if done else info
-            np.testing.assert_allclose(observation, last, atol=5e-3)
-            assert reward == pytest.approx(rewards[i], abs=5e-3)
-            assert single_info["macs_ratio"] == pytest.approx(figures["macs_ratio"][i], abs=5e-3)
+            np.testing.assert_allclose(observation, last, atol=1e-6)
+            assert reward == pytest.approx(rewards[i], abs=1e-6)
+            assert single_info["macs_ratio"] == pytest.approx(figures["macs_ratio"][i], abs=1e-6)
             if done:
-                np.testing.assert_allclose(env.reset()[0], observations[i], atol=1e-5)
+                np.testing.assert_allclose(env.reset()[0], observations[i], atol=1e-6)
 
 
 def test_seeds_repeat_and_differ(world: World) -> None:
@@ -210,6 +211,10 @@ def test_flat_and_dict_actions_are_one() -> None:
         ({"num_windows": 0}, "num_windows: got 0"),
         ({"controls": ControlConfig(step=0.0)}, r"controls\.step: got 0"),
         ({"controls": ControlConfig(unit_keep=(0.5, 1.5))}, r"controls\.unit_keep"),
+        ({"controls": ControlConfig(temperature=(1.0, float("inf")))}, r"controls\.temperature: got \[1, inf\]"),
+        ({"controls": ControlConfig(learning_rate=(5e-324, 1e-3))}, r"controls\.learning_rate"),
+        ({"controls": ControlConfig(temperature=(1.0, 1e31))}, r"controls\.temperature: got \[1, 1e\+31\]"),
+        ({"controls": ControlConfig(temperature=(float("nan"), 2.0))}, r"controls\.temperature"),
     ],
 )
 def test_impossible_configs_are_named(change: dict[str, Any], words: str) -> None:

@@ -1,0 +1,68 @@
+"""docs/errors.md is what the command line says, word for word, and leaves no error of the code out."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from list_errors import DOC, page
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Said by nothing that can be set up here, each with the reason.
+NOT_SHOWN = {
+    "rlkd/files.py: the safetensors library refuses what the header's own check let pass": "not a safetensors file",
+    "rlkd/files.py: reading fails half-way, by a defective disk": "cannot read it ({error.strerror})",
+    "rlkd/files.py: a full disk, which tests/cli/test_cli.py and tests/test_files.py fake": "the disk is full",
+    "rlkd/files.py: a link that cannot be followed, on some versions of Python": "cannot be followed",
+    "rlkd/cli/arguments.py: jsonargparse fails in a way of its own": "options or config cannot be understood",
+    "rlkd/compression/compact.py: indices in the tensors": "kept_inputs must be rising indices",
+    "agents/lock.py: a folder that exists but cannot be written": "cannot write {folder}",
+    "agents/lock.py: another run takes the lock between a look and a grab": "UserError(_taken(folder))",
+    "agents/report.py: TensorBoard's reader fails in a way of its own": "cannot read the event file",
+    "agents/methods.py: rlkd compare says it first": "needs a policy",
+    "envs/world.py: a student of one's own, from Python": "classes for inputs of shape",
+    "rlkd/models/chain.py: inputs of one or four dimensions, which no data set has": "got conv for inputs of shape",
+}
+
+
+def made(path: Path) -> list[tuple[range, str]]:
+    """Lines and text of every UserError that a source file makes."""
+    source = path.read_text()
+    return [
+        (range(node.lineno, (node.end_lineno or node.lineno) + 1), ast.get_source_segment(source, node) or "")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError"
+    ]
+
+
+def sources() -> list[Path]:
+    tops = [ROOT / name for name in ("rlkd", "envs", "agents", "configs")]
+    return sorted({path.resolve() for top in tops for path in top.rglob("*.py")})
+
+
+@pytest.fixture(scope="module")
+def written() -> tuple[str, set[tuple[str, int]]]:
+    sites: set[tuple[str, int]] = set()
+    return page(sites), sites
+
+
+def test_the_table_of_errors_says_what_is_said(written: tuple[str, set[tuple[str, int]]]) -> None:
+    assert DOC.read_text().splitlines() == written[0].splitlines(), "run python experiments/list_errors.py"
+
+
+def test_every_error_of_the_code_is_in_the_table(written: tuple[str, set[tuple[str, int]]]) -> None:
+    missing = []
+    for path in sources():
+        for lines, call in made(path):
+            if not any(name == path.name and line in lines for name, line in written[1]):
+                missing.append(f"{path.relative_to(ROOT)}:{lines.start} {' '.join(call.split())}")
+    unexplained = [
+        m
+        for m in missing
+        if not any(m.startswith(k.split(":")[0] + ":") and words in m for k, words in NOT_SHOWN.items())
+    ]
+    assert not unexplained, "\n".join(unexplained)
+    stale = [
+        k for k, words in NOT_SHOWN.items() if not any(m.startswith(k.split(":")[0]) and words in m for m in missing)
+    ]
+    assert not stale, stale
