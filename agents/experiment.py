@@ -14,7 +14,7 @@ from rlkd.agents.bundle import save_bundle
 from rlkd.agents.comparison import compare
 from rlkd.agents.held_out import METHOD_STREAM, SEARCH_STREAM, TRAIN_STREAM, held_out_seeds, run_methods, stream_seed
 from rlkd.agents.methods import Request
-from rlkd.agents.plans import as_point, dense_first, to_plan
+from rlkd.agents.plans import first_guesses, to_plan
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.replay import Distilled, distil, write_student
@@ -27,7 +27,7 @@ from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
-DENSE_SHARES = (0.35, 0.6)  # of the windows, in the first guesses at a plan
+NUM_GUESSED = 5  # static settings that the search for a plan begins with
 COMPARED = ("policy", "static", "plan", "published", "annealed")
 
 
@@ -49,7 +49,7 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
     static = search_plans(worlds, config.search, generator, progress.advance)
     progress.phase("search for the plan that actions change", config.search.num_trainings, config.num_windows)
-    known = torch.cat([as_point(static.points, "two_phase"), *(dense_first(static.points, s) for s in DENSE_SHARES)])
+    known = first_guesses(static.points[:NUM_GUESSED])
     plans = search_plans(worlds, config.search, generator, progress.advance, "two_phase", known)
     timing.write({"part": "search", "wall_s": time.perf_counter() - began})
     middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]

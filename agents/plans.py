@@ -29,11 +29,21 @@ def as_point(setting: Tensor, shape: Shape) -> Tensor:
     return torch.cat([both, torch.zeros(len(setting), 1)], dim=-1) if shape == "two_phase" else both
 
 
-def dense_first(setting: Tensor, share: float) -> Tensor:
-    """[K, 19], two-phase plans that keep all inputs and units for a share of the windows, then hold each `setting`."""
-    whole = setting.clone()
-    whole[:, [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]] = 1.0
-    return torch.cat([whole, setting, torch.full((len(setting), 1), share)], dim=-1)
+def first_guesses(setting: Tensor) -> Tensor:
+    """[4K, 19], two-phase plans to begin a search with: each `setting` [K, 9] varied in what proposals rarely jump.
+
+    All samples leave at the first exit, or none leaves early; and the setting holds from the beginning, or all
+    inputs and units are kept for the first third.
+    """
+    exit_index, keeps = CONTROLS.index("exit_threshold"), [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]
+    guesses = []
+    for exit_position in (0.0, 1.0):
+        second = setting.clone()
+        second[:, exit_index] = exit_position
+        first = second.clone()
+        first[:, keeps] = 1.0
+        guesses += [torch.cat([first, second, torch.full((len(setting), 1), share)], dim=-1) for share in (0.35, 0.0)]
+    return torch.cat(guesses)
 
 
 def to_plan(point: Tensor, shape: Shape, num_windows: int) -> Tensor:

@@ -189,9 +189,8 @@ def train(
     """
     config.check()
     if config.num_students % (len(worlds) * config.group_size):
-        raise UserError(
-            f"ppo.num_students: got {config.num_students}; allowed: multiples of {len(worlds) * config.group_size} "
-            f"({len(worlds)} worlds, groups of {config.group_size})"
+        raise ValueError(
+            f"train: {len(worlds)} worlds and groups of {config.group_size} cannot share {config.num_students}"
         )
     world = worlds[0]
     mean, deviation = observation_figures(worlds, config.num_students, seed, on_window)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlkd.agents.controllers import Controller
 from rlkd.agents.plans import Shape, as_point, num_axes, run_plans, to_plan
-from rlkd.envs.action import published_setting
+from rlkd.envs.action import CONTROLS, published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.world import World
@@ -95,11 +95,14 @@ def search_plans(
         generator: of tasks and proposals.
         on_window: called with the number of students after every window.
         shape: of the plans.
-        known: [K, A], plans tried before all others; by default the published setting, held.
+        known: [K, A], plans tried before all others; by default the published setting, without and with its exit.
     """
     config.check()
     if known is None:
-        known = as_point(published_setting(worlds[0].config.controls)[None], shape)
+        whole = published_setting(worlds[0].config.controls)
+        early = whole.clone()
+        early[CONTROLS.index("exit_threshold")] = 0.0
+        known = as_point(torch.stack([whole, early]), shape)
     known = known[: config.num_settings]
     seeds = torch.randint(2**60, (config.tasks_per_setting,), generator=generator).tolist()
     studies = [_new_study(generator) for _ in ACCURACY_WEIGHTS]

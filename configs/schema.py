@@ -61,6 +61,12 @@ class ExperimentConfig(EnvConfig):
             part.check()
         if self.ppo.num_students * self.num_windows < 2:
             raise UserError("ppo.num_students: got 1 with num_windows 1; allowed: at least 2 of either, to learn from")
+        shares = (len(self.also) + 1) * self.ppo.group_size
+        if self.ppo.num_students % shares:
+            raise UserError(
+                f"ppo.num_students: got {self.ppo.num_students} for {len(self.also) + 1} worlds and groups of "
+                f"{self.ppo.group_size}; allowed: multiples of {shares}"
+            )
         for world in self.also:
             check_dataset(world.dataset)
             world.student.check()

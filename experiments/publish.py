@@ -1,8 +1,7 @@
-"""Write docs/results/main.md from a run of `make train`, and from the ablations and the benchmark beside it.
+"""Write docs/results/main.md from a run of `make train`, and from the benchmark beside it.
 
-    rlkd compare --policy RUN/policy --methods policy,static,open_loop,mean_action --seeds 3 --seed 100 --out ABLATION
     rlkd bench --out BENCH
-    python experiments/publish.py RUN ABLATION BENCH
+    python experiments/publish.py RUN BENCH
 
 Copies result.json and the reward curves too. Nothing is typed by hand: run it again after another run.
 """
@@ -71,9 +70,9 @@ def bench_table(bench: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(run: Path, ablation: Path, bench: Path) -> str:
+def page(run: Path, bench: Path) -> str:
     """The whole of main.md."""
-    result, blind, rates = (json.loads(p.read_text()) for p in (run / "result.json", ablation / "result.json", bench))
+    result, rates = (json.loads(p.read_text()) for p in (run / "result.json", bench))
     profile = json.loads((run / "cost_profile.json").read_text())
     versions = json.loads((run / "versions.json").read_text())
     student, cost = result["student"], result["cost"]
@@ -81,7 +80,7 @@ def page(run: Path, ablation: Path, bench: Path) -> str:
 
 Command: `make train` (which is `rlkd train --config default`), {time.strftime("%Y-%m-%d")}, two cores, one torch thread,
 Python {platform.python_version()}, torch {versions["torch"]}. It took {cost["wall_s"]:.0f} s after the installation:
-{cost["agent_trainings"]:,} student trainings for the agent, {cost["search_trainings"]:,} for the static search, {cost["updates_per_s"]:,.0f} student updates/s in all.
+{cost["agent_trainings"]:,} student trainings for the agent, {cost["search_trainings"]:,} for the searches (static settings, then the plan that actions change), {cost["updates_per_s"]:,.0f} student updates/s in all.
 Machine-readable: [main.json](main.json). Seed 0, one policy; policies of other seeds were not averaged.
 
 {result["num_tasks"]} held-out tasks, test data, every method one training a task on the same weights and batches. Costs are ratios to the dense
@@ -91,12 +90,7 @@ student. Latency is the cost profile's (measured on this machine, batch {profile
 
 ![Reward curves](reward_curves.png)
 
-## What the loop is worth
-
-The same policy against itself, blind: its mean schedule over training tasks (open loop) and its mean setting held constant, on
-{blind["num_tasks"] * blind["num_seeds"]} further tasks. Command: `rlkd compare --policy RUN/policy --methods policy,static,open_loop,mean_action --seeds {blind["num_seeds"]} --comparison.num_tasks {blind["num_tasks"]} --seed 100`.
-
-{table(blind)}
+Stronger rivals, the policy's own ablations and data sets that it never saw: [compare.md](compare.md).
 
 ## The student that ships
 
@@ -117,25 +111,21 @@ An environment step spends its time on: {", ".join(f"{name} {share:.0%}" for nam
 ## Where it falls short
 
 - One-thread lock-step is less than 4 times SubprocVecEnv with two processes, which uses twice the cores; on the same two cores it is more.
-- The static rival comes from a random search of 40 settings, as many as a hurried engineer would try. Searches that spend
-  dozens of trainings on every single task, and tuned schedules, are stronger rivals and are not in this table yet.
 - At batch 1 the student gains little: its latency is the cost of calling its layers.
 - Exits that decide sample by sample do not pay at this size (docs/decisions.md): shares of samples that leave at each exit of the
   student above: {", ".join(f"{rate:.2f}" for rate in student["exit_rates"])}.
-- Random-search settings and the policy's start come from the policy's own task distribution: nothing here speaks of other data sets.
 """
 
 
 def main() -> int:
     """Write the page, the JSON and the figure."""
-    if len(sys.argv) != 4:
-        print("usage: python experiments/publish.py RUN ABLATION BENCH", file=sys.stderr)
+    if len(sys.argv) != 3:
+        print("usage: python experiments/publish.py RUN BENCH", file=sys.stderr)
         return 2
-    run, ablation, bench = map(Path, sys.argv[1:])
+    run, bench = map(Path, sys.argv[1:])
     DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "main.md").write_text(page(run, ablation, bench))
+    (DOCS / "main.md").write_text(page(run, bench))
     shutil.copy(run / "result.json", DOCS / "main.json")
-    shutil.copy(ablation / "result.json", DOCS / "ablation.json")
     shutil.copy(run / "reward_curves.png", DOCS / "reward_curves.png")
     print(table(json.loads((run / "result.json").read_text())))
     return 0

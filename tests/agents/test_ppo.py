@@ -10,7 +10,6 @@ from rlkd.agents.ppo import PPOConfig, Rollout, new_agent, observation_figures, 
 from rlkd.agents.search import Shortlist
 from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, EnvConfig, World, build_world
 from rlkd.envs.sb3 import SB3VecEnv, standardise
-from rlkd.errors import UserError
 from rlkd.models import StudentConfig
 
 CONFIG = PPOConfig(num_students=6, num_iterations=2, batch_size=8, num_epochs=2, hidden=8)
@@ -92,5 +91,5 @@ def test_populations_of_different_worlds_stand_side_by_side(world: World, config
     assert both.positions.shape == (4, 9)
     policy = train([world, other], STATIC, CONFIG, 5, lambda n: None, lambda r, log: None)
     assert policy.weights["action.weight"].isfinite().all()
-    with pytest.raises(UserError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="4 worlds"):
         train([world] * 4, STATIC, CONFIG, 5, lambda n: None, lambda r, log: None)

@@ -20,6 +20,8 @@ NOT_SHOWN = {
     "agents/lock.py: another run takes the lock between a look and a grab": "UserError(_taken(folder))",
     "agents/report.py: TensorBoard's reader fails in a way of its own": "cannot read the event file",
     "agents/methods.py: rlkd compare says it first": "needs a policy",
+    "agents/pbt.py: set from Python alone": "pbt: got group_size",
+    "rlkd/tasks/files.py: files of other people's packages; tests/tasks/test_files.py makes them": "",
     "envs/world.py: a student of one's own, from Python": "classes for inputs of shape",
     "rlkd/models/chain.py: inputs of one or four dimensions, which no data set has": "got conv for inputs of shape",
 }
