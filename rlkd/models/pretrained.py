@@ -187,7 +187,7 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
     cut.check()
     blocks = block_paths(teacher)
     chosen = kept_layers(len(blocks), cut)
-    config = _smaller_config(teacher.config, chosen, len(blocks), cut.width)  # type: ignore[arg-type]
+    config = _smaller_config(teacher.config, chosen, len(blocks), cut.width)
     student = new_model(config, kind, seed=0)
     prefix = blocks[0].rpartition(".")[0]
     source = teacher.state_dict()
