@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlkd.models.blocks import Masks, mask_groups
+from rlkd.models.blocks import mask_groups
+from rlkd.models.chain import Masks
 from rlkd.models.hooks import Link, build_adapters, pool, tensor_at
 from rlkd.models.plan import Plan, logits_of
 from rlkd.objectives.attention import attention_map

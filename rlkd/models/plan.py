@@ -51,12 +51,13 @@ class Plan:
     num_positions: int  # of the token group; 1 where tokens cannot be left out
     num_classes: int
     is_conv: bool  # blocks give [B, C, H, W]
+    patience: int  # exits in a row that must agree; 0: that rule is off
     controls: dict[str, str]  # control: what it does here, or "not available: ..."
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """Token positions, then the units of every group."""
-        return (self.num_positions, *(group.size for group in self.groups))
+        """Token positions, then the units of every group; where there are none, one unit that always stays."""
+        return (self.num_positions, *(group.size for group in self.groups)) if self.groups else (self.num_positions, 1)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -119,6 +120,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         1 if why_not else length,
         logits.shape[-1],
         last.ndim == 4,
+        config.patience,
         controls,
     )
 

@@ -3,7 +3,7 @@
 from rlkd.objectives.attention import attention_map, attention_transfer
 from rlkd.objectives.feature import hint
 from rlkd.objectives.hard_label import cross_entropy
-from rlkd.objectives.objective import FAMILIES, family_losses
+from rlkd.objectives.objective import FAMILIES, family_losses, losses_of
 from rlkd.objectives.response import response
 from rlkd.objectives.tokens import (
     TopK,
@@ -22,6 +22,7 @@ __all__ = [
     "cross_entropy",
     "family_losses",
     "hint",
+    "losses_of",
     "next_token_mask",
     "response",
     "token_cross_entropy",

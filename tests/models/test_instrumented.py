@@ -36,7 +36,7 @@ def test_an_encoder_has_all_controls(family: str) -> None:
 def test_what_a_convolution_lacks_is_said() -> None:
     plan = attached("resnet").plan
     assert plan.is_conv
-    assert plan.group_sizes == (1,)
+    assert plan.group_sizes == (1, 1)
     table = control_table(plan).splitlines()
     assert [line.split()[0] for line in table if "not available" in line] == ["feature_keep", "unit_keep"]
 
