@@ -11,6 +11,8 @@ from torch import Tensor
 from rlkd.agents.controllers import Controller
 from rlkd.envs.action import CONTROLS, WEIGHT_LOGIT, decode, with_values
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.world import World
+from rlkd.errors import UserError
 from rlkd.objectives import FAMILIES
 from rlkd.students.sensitivity import Sensitivity, sensitivity
 
@@ -66,6 +68,8 @@ def hypergradient(base: Controller, seed: int) -> Controller:
 
 def _look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
     world = episodes.world
+    if not isinstance(world, World):
+        raise UserError("hypergradient: got a real model; allowed: students that are chains (mlp, conv)")
     controls = decode(episodes.position, world.config.controls, world.data.num_classes)
     structure = world.new_structure()
     return sensitivity(episodes.students, structure, episodes.tasks, controls, world.data, world.signals, generator)

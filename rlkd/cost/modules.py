@@ -275,4 +275,4 @@ def load_speed(path: Path, fresh: ModuleProfile) -> ModuleProfile:
             f"{path}: got format, batch size and dense MACs {list(given)}; allowed: {list(wanted)}, this student's"
         )
     provenance = {**dict(card["provenance"]), "read_from": path.name}
-    return ModuleProfile(fresh.plan, fresh.work, fresh.batch_size, overhead_s, mac_s, fresh.energy, provenance)
+    return ModuleProfile(fresh.plan, fresh.work, fresh.batch_size, overhead_s, mac_s, dict(ENERGY_MODEL), provenance)
