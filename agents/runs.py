@@ -67,12 +67,12 @@ def new_run(out: Path | None, verb: str) -> Path:
     return folder
 
 
-def describe_run(folder: Path, config: Any, seed: int) -> dict[str, Any]:
-    """Write `config.yaml`, `command.txt` and `versions.json`; returns the versions."""
+def describe_run(folder: Path, config: Any, seed: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Write `config.yaml`, `command.txt` and `versions.json`, with those of `extra` packages; returns the versions."""
     resolved = {"seed": seed, **plain(config)}
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     (folder / "command.txt").write_text(shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
-    names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn")
+    names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn", *extra)
     versions: dict[str, Any] = {
         "rlkd": rlkd.__version__,
         "python": platform.python_version(),

@@ -12,7 +12,9 @@ from rlkd.errors import UserError
 from rlkd.models.hooks import link_places
 from rlkd.models.instrumented import Instrumented
 from rlkd.models.plan import AttachConfig, make_plan
+from rlkd.models.pretrained import Kind
 
+KINDS: dict[str, Kind] = {"vit": "image_classification", "resnet": "image_classification"}
 THRESHOLDS = {"never": 1.0, "always": 0.5, "some": 0.0}
 
 
@@ -67,7 +69,7 @@ def test_a_shipped_student_answers_as_the_trained_one(family: str, when: str, pa
     wanted, left = expected(student, masks, keep, threshold, inputs)
     if when == "some":
         assert len(set(left)) > 1  # the case is worth its name
-    shipped = ship(student, "sequence_classification", masks, keep, threshold)
+    shipped = ship(student, KINDS.get(family, "sequence_classification"), masks, keep, threshold)
     with torch.no_grad():
         torch.testing.assert_close(shipped(**inputs), wanted, atol=1e-5, rtol=1e-4)
         for i in (0, 5):
