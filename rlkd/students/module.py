@@ -195,16 +195,18 @@ class ModuleStudent:
         """Metrics on one split under the current masks, tokens and exit threshold."""
         self.student.eval()
         index = self._data.splits[split]
+        order = self._data.by_length(index)
         parts, token_scores = [], torch.zeros(self.plan.num_positions)
-        for rows in torch.split(index, self._config.evaluation_batch_size):
-            outputs = self._forward(rows)
+        for rows in torch.split(order, self._config.evaluation_batch_size):
+            outputs = self._forward(index[rows])
             parts.append([z.float().cpu() for z in outputs.logits])
             if outputs.token_scores is not None:
                 token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
         if self.plan.select_after is not None:
             self._token_scores = token_scores
+        back = order.argsort()
         return summarise(
-            tuple(torch.cat(columns)[None] for columns in zip(*parts, strict=True)),
+            tuple(torch.cat(columns)[back][None] for columns in zip(*parts, strict=True)),
             self._data.labels[index],
             log_probabilities(self._signals.logits[self._task.teacher, index])[None],
             self._threshold,

@@ -30,6 +30,11 @@ class Examples:
         full = mask.shape[1]
         return {k: v[:, :longest] if v.ndim > 1 and v.shape[1] == full else v for k, v in chosen.items()}
 
+    def by_length(self, index: Tensor) -> Tensor:
+        """[B] int64, places in `index` [B] from the shortest text to the longest: batches then hold little padding."""
+        mask = self.inputs.get(PADDING_MASK)
+        return torch.arange(len(index)) if mask is None else mask[index].sum(1).argsort(stable=True)
+
     @property
     def num_positions(self) -> int | None:
         """Length of the padded texts; None where inputs are no texts."""

@@ -75,11 +75,11 @@ def _fill(
     attention = plan.attention[-1:] if "maps" in arrays else ()
     last = plan.blocks[-1:] if plan.is_conv else ()
     with capture(teacher.eval(), [*places, *attention, *last]) as seen:
-        for rows in torch.split(torch.arange(len(data.labels)), batch_size):
+        for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
             inputs = to_device(data.batch(rows), device)
             mask = inputs.get(PADDING_MASK)
             logits = logits_of(teacher(**inputs))
-            where = slice(int(rows[0]), int(rows[-1]) + 1)
+            where = rows.numpy()
             arrays["logits"][where] = logits.float().cpu().numpy()
             features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
             arrays["features"][where] = features.float().cpu().numpy()
@@ -130,11 +130,10 @@ def causal_signals(teacher: nn.Module, data: Examples, k: int, batch_size: int =
     def fill(arrays: Arrays) -> None:
         say(f"one pass of the teacher over {size} texts of {data.name} (kept in the cache)")
         device = next(teacher.parameters()).device
-        for rows in torch.split(torch.arange(size), batch_size):
+        for rows in torch.split(data.by_length(torch.arange(size)), batch_size):
             inputs = to_device(data.batch(rows), device)
             shortened = top_k(logits_of(teacher.eval()(**inputs)).float(), k)
-            where = slice(int(rows[0]), int(rows[-1]) + 1)
             for name, values in shortened._asdict().items():
-                arrays[name][where, : values.shape[1]] = values.cpu().numpy()
+                arrays[name][rows.numpy(), : values.shape[1]] = values.cpu().numpy()
 
     return TopK(**cached_arrays("tokens", {**_key(teacher, data), "k": str(k)}, specs, fill, say))

@@ -293,3 +293,21 @@ def test_a_causal_teacher_is_kept_as_its_top_tokens() -> None:
     torch.testing.assert_close(kept.values[real], logits.topk(3).values[real], atol=1e-5, rtol=1e-4)
     total = torch.cat([kept.values, kept.rest[..., None]], -1).logsumexp(-1)
     torch.testing.assert_close(total[real], logits.logsumexp(-1)[real], atol=1e-5, rtol=1e-4)
+
+
+def test_evaluation_gives_every_sample_its_own_label() -> None:
+    """Batches are made by length; the answers come back in order."""
+    student = student_of(config=replace(TRAIN, evaluation_batch_size=5))
+    data = texts()
+    for split in ("train", "validation"):
+        index = data.splits[split]  # type: ignore[index]
+        lengths = data.inputs["attention_mask"][index].sum(1)
+        assert lengths[data.by_length(index)].tolist() == sorted(lengths.tolist())
+        with torch.no_grad():
+            logits = student.student.model(**data.batch(index)).logits
+        expected = torch.nn.functional.cross_entropy(logits, data.labels[index])
+        student.set_controls(controls())
+        metrics = student.evaluate(split)  # type: ignore[arg-type]
+        assert float(metrics.exit_loss[0, -1]) == pytest.approx(float(expected), rel=1e-4)
+        theirs = student._signals.logits[0, index].argmax(-1)
+        assert float(metrics.agreement) == pytest.approx(float((logits.argmax(-1) == theirs).float().mean()))
