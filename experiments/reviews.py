@@ -37,7 +37,7 @@ from rlkd.envs.action import published_setting, with_values
 from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, build_module_world
 from rlkd.errors import UserError
 from rlkd.models.plan import logits_of
-from rlkd.models.pretrained import StudentCut, load_model, load_processor
+from rlkd.models.pretrained import StudentCut, load_model, load_processor, quiet
 from rlkd.students.module import ModuleTrainConfig
 from rlkd.students.optimizers import new_optimizer, schedule
 from rlkd.tasks import Preference
@@ -116,8 +116,9 @@ def fine_tune_teacher(model_folder: Path, table: Path, folder: Path, num_steps: 
             (logits_of(model(**data.batch(rows))).argmax(-1) == data.labels[rows]).float()
             for rows in torch.split(data.splits["test"], 64)
         ]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     card = {"num_steps": num_steps, "accuracy": float(torch.cat(parts).mean()), "wall_s": time.perf_counter() - began}
     write_json(folder / "teacher.json", card)
     return card
