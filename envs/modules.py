@@ -214,15 +214,17 @@ def _teacher(config: ModuleConfig, kind: Kind) -> _Side:
 def _student(config: ModuleConfig, kind: Kind, teacher: _Side, seed: int) -> _Side:
     """Cut from the teacher, loaded, or fresh from a configuration; with the teacher's inputs unless it has its own."""
     processor, data = teacher.processor, teacher.data
+    described: Any = teacher.model.config
     if not config.student:
         model, _ = student_from_teacher(teacher.model, kind, config.cut)
     elif Path(config.student).suffix == ".json":
         fresh = load_config(config.student)
-        described: Any = teacher.model.config
         fresh.id2label, fresh.label2id = dict(described.id2label), dict(described.label2id)
         model = new_model(fresh, kind, seed)
     else:
-        model = load_model(config.student, kind, config.allow_pickle, num_classes=data.num_classes)
+        model = load_model(config.student, kind, config.allow_pickle, data.num_classes, seed)
+        own_config: Any = model.config
+        own_config.id2label, own_config.label2id = dict(described.id2label), dict(described.label2id)
         own = None if processor is None else _own_processor(config.student, kind)
         if own is not None and _differ(processor, own):
             processor, data = own, _examples(read_table(Path(config.data), config.columns), own, teacher.model, config)

@@ -80,11 +80,13 @@ def write_table(archive: Path, table: Path) -> None:
                 out.writerow([text.strip(), "pos" if float(rating) > 0 else "neg", f"snippet {number}"])
 
 
-def first_rows(table: Path, num_rows: int) -> Path:
-    """A table of the first num_rows snippets beside `table`, for a quick try."""
-    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+def some_rows(table: Path, num_rows: int) -> Path:
+    """A table of num_rows snippets, evenly spread, beside `table`, for a quick try; the file begins with praise alone."""
+    with table.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
     part = table.with_name(f"reviews-{num_rows}.csv")
-    part.write_text("".join(lines[: num_rows + 1]), encoding="utf-8")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows[:: max(1, len(rows) // num_rows)][:num_rows]])
     return part
 
 
@@ -139,7 +141,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--accuracy_weight", type=float, default=0.6)
     parser.add_argument("--teacher_steps", type=int, default=440, help="about two epochs")
-    parser.add_argument("--num_rows", type=int, default=None, help="use the first snippets only, for a quick try")
+    parser.add_argument("--num_rows", type=int, default=None, help="use some snippets only, for a quick try")
     parser.add_argument("--num_windows", type=int, default=12)
     parser.add_argument("--steps_per_window", type=int, default=15)
     options = parser.parse_args()
@@ -147,7 +149,7 @@ def main() -> int:
     bundle = load_bundle(options.policy)
     table, model_folder = fetch(options.work)
     if options.num_rows is not None:
-        table = first_rows(table, options.num_rows)
+        table = some_rows(table, options.num_rows)
     teacher_folder = options.work / f"teacher-{table.stem}-{options.teacher_steps}"
     teacher = fine_tune_teacher(model_folder, table, teacher_folder, options.teacher_steps)
     config = ModuleConfig(

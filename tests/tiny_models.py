@@ -31,6 +31,12 @@ def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **ch
     makers = {
         "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**text | changes)),
         "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**text | changes)),
+        "electra": lambda: t.ElectraForSequenceClassification(
+            t.ElectraConfig(**text | {"embedding_size": 16} | changes)
+        ),
+        "llama_classifier": lambda: t.LlamaForSequenceClassification(
+            t.LlamaConfig(**text | {"num_key_value_heads": 2, "pad_token_id": 0} | changes)
+        ),
         "distilbert": lambda: t.DistilBertForSequenceClassification(
             t.DistilBertConfig(**distil | {"attn_implementation": "eager"} | changes)
         ),

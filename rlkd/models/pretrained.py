@@ -98,7 +98,9 @@ def kind_of(config: Any, source: str) -> Kind:
     raise UserError(f"{source}: got architectures {names}; allowed: {allowed}")
 
 
-def load_model(source: str, kind: Kind, allow_pickle: bool = False, num_classes: int | None = None) -> nn.Module:
+def load_model(
+    source: str, kind: Kind, allow_pickle: bool = False, num_classes: int | None = None, seed: int = 0
+) -> nn.Module:
     """A pretrained model in float32 and evaluation mode.
 
     Args:
@@ -106,6 +108,7 @@ def load_model(source: str, kind: Kind, allow_pickle: bool = False, num_classes:
         kind: what it is for.
         allow_pickle: read weight files that are pickles, too; they can run code.
         num_classes: replace a head of another size by a fresh one; by default the folder's own head is required.
+        seed: of a fresh head.
 
     Raises:
         UserError: no such model, no network, weights that are no safetensors, or a head that is missing.
@@ -114,7 +117,9 @@ def load_model(source: str, kind: Kind, allow_pickle: bool = False, num_classes:
     if num_classes is not None:
         options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
     loader = getattr(transformers(), CLASSES[kind][1])
-    model, info = _load(source, loader, output_loading_info=True, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = _load(source, loader, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing and num_classes is None:
         raise UserError(

@@ -132,6 +132,7 @@ def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> N
     t = tiny_models.need_transformers()
     shipped = t.AutoTokenizer.from_pretrained(tmp_path / "a" / "student" / "model")
     assert shipped.get_vocab()["not"] == 5  # the student's, not the teacher's
+    assert load_module_student(tmp_path / "a" / "student").model.config.id2label == {0: "neg", 1: "pos"}
 
 
 def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

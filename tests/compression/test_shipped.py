@@ -53,7 +53,7 @@ def expected(
     return torch.stack(rows), left
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "llama_classifier"])
 @pytest.mark.parametrize("when", THRESHOLDS)
 @pytest.mark.parametrize("patience", [0, 2])
 def test_a_shipped_student_answers_as_the_trained_one(family: str, when: str, patience: int) -> None:

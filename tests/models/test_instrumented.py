@@ -23,7 +23,7 @@ def full(plan: Plan) -> tuple[Tensor, ...]:
     return tuple(torch.ones(group.size) for group in plan.groups)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "vit"])
 def test_an_encoder_has_all_controls(family: str) -> None:
     plan = attached(family).plan
     assert plan.select_after == 1
@@ -31,6 +31,12 @@ def test_an_encoder_has_all_controls(family: str) -> None:
     assert plan.num_positions == (17 if family == "vit" else 7)
     assert plan.group_sizes[1:] == (64, 4) * 3
     assert "not available" not in control_table(plan)
+
+
+def test_a_decoder_s_tokens_stay_because_its_head_reads_the_last() -> None:
+    plan = attached("llama_classifier").plan
+    assert "more than the first token" in plan.controls["feature_keep"]
+    assert plan.group_sizes == (1, *(64, 4) * 3)
 
 
 def test_what_a_convolution_lacks_is_said() -> None:

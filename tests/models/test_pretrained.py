@@ -106,6 +106,16 @@ def test_a_missing_head_is_an_error_for_a_teacher_and_fresh_for_a_student(tmp_pa
     assert load_model(str(tmp_path), "sequence_classification", num_classes=5).config.num_labels == 5
 
 
+def test_a_fresh_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    heads = []
+    for noise, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(noise)
+        heads.append(load_model(str(tmp_path), "sequence_classification", num_classes=5, seed=seed).classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
 def test_an_architecture_for_something_else_is_named(tmp_path: Path) -> None:
     t = tiny_models.need_transformers()
     config = t.BertConfig(architectures=["BertForMaskedLM"])
