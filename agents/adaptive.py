@@ -11,6 +11,7 @@ from torch import Tensor
 from rlkd.agents.controllers import Controller
 from rlkd.envs.action import CONTROLS, WEIGHT_LOGIT, decode, with_values
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.world import World
 from rlkd.objectives import FAMILIES
 from rlkd.students.interface import available_families
 from rlkd.students.sensitivity import Sensitivity, sensitivity
@@ -59,7 +60,7 @@ def hypergradient(base: Controller, seed: int) -> Controller:
         moved = WEIGHT_RATE / (2 * WEIGHT_LOGIT) * _look(episodes, generator).alignment.nan_to_num()  # [N, 4]
         weights = episodes.position[:, columns] + moved
         # only differences of logits count: keep the largest at the top of its range so that none is clipped away
-        used = available_families(episodes.world.template.is_conv, episodes.world.signals.are_conv)
+        used = available_families(_chain_world(episodes).template.is_conv, episodes.world.signals.are_conv)
         position[:, columns] = (weights + (1.0 - weights[:, used].amax(-1, keepdim=True))).clamp(0.0, 1.0)
         return position
 
@@ -67,7 +68,14 @@ def hypergradient(base: Controller, seed: int) -> Controller:
 
 
 def _look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
-    world = episodes.world
+    world = _chain_world(episodes)
     controls = decode(episodes.position, world.config.controls, world.data.num_classes)
     structure = world.new_structure()
     return sensitivity(episodes.students, structure, episodes.tasks, controls, world.data, world.signals, generator)
+
+
+def _chain_world(episodes: Episodes) -> World:
+    """Raises ValueError for a real model, whose losses' gradients are not looked at."""
+    if not isinstance(episodes.world, World):
+        raise ValueError("ctkd, hypergradient: got a real model; allowed: students that are chains (mlp, conv)")
+    return episodes.world

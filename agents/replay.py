@@ -13,7 +13,7 @@ from rlkd.cost import median_latency_s
 from rlkd.envs.action import CONTROLS, decode
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.reward import DIVERGED_SCORE
-from rlkd.envs.world import World
+from rlkd.envs.world import EpisodeWorld, World
 from rlkd.objectives import FAMILIES
 from rlkd.students import Controls, SoloStudent
 from rlkd.tasks import Preference
@@ -31,19 +31,19 @@ class Distilled:
     diverged: bool
 
 
-def distil(
-    world: World,
+def run_windows(
+    world: EpisodeWorld,
     controller: Controller,
     seed: int,
     on_window: Callable[[dict[str, float], torch.Tensor], object],
-) -> Distilled:
-    """Train the task of `seed` under `controller`, evaluate it once on test data, compact it, time it.
+) -> tuple[Episodes, bool]:
+    """Train one student to the end, or until it diverges, and tell which.
 
     Args:
-        world: its task distribution is what the seed draws from.
+        world: of chains or of a real model.
         controller: sets the controls before every window.
         seed: task, parameters and batches.
-        on_window: given each window's row (controls and validation figures) and its observation [1, O].
+        on_window: as in `distil`.
     """
     episodes = Episodes(world, 1)
     observation = episodes.reset([seed])
@@ -66,6 +66,24 @@ def distil(
         observation, diverged = outcome.observation, bool(outcome.diverged[0])
         if diverged:
             break
+    return episodes, diverged
+
+
+def distil(
+    world: World,
+    controller: Controller,
+    seed: int,
+    on_window: Callable[[dict[str, float], torch.Tensor], object],
+) -> Distilled:
+    """Train the task of `seed` under `controller`, evaluate it once on test data, compact it, time it.
+
+    Args:
+        world: its task distribution is what the seed draws from.
+        controller: sets the controls before every window.
+        seed: task, parameters and batches.
+        on_window: given each window's row (controls and validation figures) and its observation [1, O].
+    """
+    episodes, diverged = run_windows(world, controller, seed, on_window)
     students = episodes.students
     assert isinstance(students, SoloStudent)
     threshold = float(decode(episodes.position, world.config.controls, world.data.num_classes).exit_threshold[0])
@@ -98,11 +116,15 @@ def distil(
     return Distilled(small, figures, measured, diverged)
 
 
+def student_card(figures: dict[str, Any], preference: Preference, policy_sha256: str) -> dict[str, Any]:
+    """What is written beside a student: test figures, the preference, and which policy made it."""
+    weights = dict(zip(("accuracy", "latency", "energy"), preference.weights(), strict=True))
+    return {"figures": figures, "preference": weights, "policy_sha256": policy_sha256}
+
+
 def write_student(folder: Path, done: Distilled, preference: Preference, policy_sha256: str) -> None:
     """Save the compacted student with its test figures, in `folder`."""
-    weights = dict(zip(("accuracy", "latency", "energy"), preference.weights(), strict=True))
-    card = {"figures": done.figures, "preference": weights, "policy_sha256": policy_sha256}
-    save_student(done.student, folder, card)
+    save_student(done.student, folder, student_card(done.figures, preference, policy_sha256))
 
 
 def _named(controls: Controls) -> dict[str, float]:

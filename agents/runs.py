@@ -78,12 +78,12 @@ def _free(folder: Path) -> Path:
     return next((path for path in (folder, *names) if not path.exists()), folder)
 
 
-def describe_run(folder: Path, config: Any, seed: int) -> dict[str, Any]:
-    """Write `config.yaml`, `command.txt` and `versions.json`; returns the versions."""
+def describe_run(folder: Path, config: Any, seed: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Write `config.yaml`, `command.txt` and `versions.json`, with those of `extra` packages; returns the versions."""
     resolved = {"seed": seed, **plain(config)}
     write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
-    names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn")
+    names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn", *extra)
     versions: dict[str, Any] = {
         "rlkd": rlkd.__version__,
         "python": platform.python_version(),

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkd.cost import Cost, dense_workload
+from rlkd.cost import Cost
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS, decode
 from rlkd.envs.observation import TaskFacts, observe
 from rlkd.envs.reward import DIVERGED_SCORE, score
-from rlkd.envs.world import World
+from rlkd.envs.world import EpisodeWorld
 from rlkd.students import Metrics, Population, Students, Telemetry
 from rlkd.tasks import Split, Task, TaskDistribution, draw_task
 
@@ -36,18 +36,16 @@ class Outcome:
 class Episodes:
     """N students in training, each with its own task, controls and clock."""
 
-    def __init__(self, world: World, num_students: int, tasks: TaskDistribution | None = None) -> None:
+    def __init__(self, world: EpisodeWorld, num_students: int, tasks: TaskDistribution | None = None) -> None:
         self.world = world
         self.num_students = num_students
         self.students: Students = world.students(num_students)
         self.tasks: list[Task] = []
         self.position = torch.zeros(num_students, NUM_CONTROLS)
         self._distribution = tasks or world.config.task
-        self._structure = world.new_structure()
         self._window = torch.zeros(num_students)
         self._score = torch.zeros(num_students)
-        batch_size = world.profile.batch_size
-        self._capacity = float(dense_workload(self._structure, batch_size).macs) / world.teacher_macs
+        self._capacity = world.capacity
 
     def reset(self, seeds: Sequence[int], rows: Tensor | None = None) -> Tensor:
         """Begin the episodes of `seeds` and return the observation [N, O], which is meant for those episodes alone.
@@ -116,7 +114,7 @@ class Episodes:
         """Metrics, cost and score [N] of the students as they are."""
         metrics = self.students.evaluate(split)
         threshold = decode(self.position, self.world.config.controls, self.world.data.num_classes).exit_threshold
-        cost = self.world.profile.cost(self._structure, metrics.kept, metrics.exit_rates, threshold)
+        cost = self.world.cost(metrics, threshold)
         return metrics, cost, score(metrics.accuracy, cost, self._facts.preference)
 
     def _observe(self, metrics: Metrics, cost: Cost, change: Tensor, telemetry: Telemetry | None) -> Tensor:
@@ -131,7 +129,7 @@ class Episodes:
             metrics=metrics,
             cost=cost,
             telemetry=telemetry,
-            group_sizes=self._structure.group_sizes,
+            group_sizes=world.group_sizes,
             num_classes=world.data.num_classes,
             num_train=len(world.data.splits["train"]),
             capacity=self._capacity,

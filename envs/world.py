@@ -4,15 +4,16 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
-from rlkd.cost import CostConfig, CostProfile, load_or_calibrate
+from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, StudentConfig, build_student
-from rlkd.students import Population, SoloStudent, Students, TrainConfig
-from rlkd.tasks import DataSet, TaskDistribution, load_dataset
+from rlkd.students import Metrics, Population, SoloStudent, Students, TrainConfig
+from rlkd.tasks import DataSet, Labelled, TaskDistribution, load_dataset
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 
 
@@ -37,6 +38,60 @@ class EnvConfig:
             part.check()
 
 
+class EpisodeConfig(Protocol):
+    """What an episode reads of its configuration."""
+
+    @property
+    def num_windows(self) -> int:
+        """Decisions of one episode."""
+
+    @property
+    def task(self) -> TaskDistribution:
+        """What tasks are drawn from."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Steps of a window."""
+
+    @property
+    def controls(self) -> ControlConfig:
+        """Ranges of the controls."""
+
+
+class EpisodeWorld(Protocol):
+    """What an episode needs of its world: `World` for chains, `ModuleWorld` for real models."""
+
+    @property
+    def config(self) -> EpisodeConfig:
+        """The environment's configuration."""
+
+    @property
+    def data(self) -> Labelled:
+        """Labels and splits."""
+
+    @property
+    def signals(self) -> Signals:
+        """Of all teachers."""
+
+    @property
+    def plan(self) -> Tensor:
+        """[P, 9], positions in P equal parts of an episode; what actions change."""
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Of the student: inputs, then the units of every group."""
+
+    @property
+    def capacity(self) -> float:
+        """The dense student's MACs over the teacher's."""
+
+    def students(self, num_students: int) -> Students:
+        """New students in training."""
+
+    def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
+        """Cost of N students under `metrics`."""
+
+
 @dataclass(frozen=True)
 class World:
     """What all episodes share."""
@@ -52,6 +107,20 @@ class World:
     def new_structure(self) -> ChainStudent:
         """A student of this world's architecture; its parameters mean nothing yet."""
         return copy.deepcopy(self.template)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Inputs, then the units of every block."""
+        return self.template.group_sizes
+
+    @property
+    def capacity(self) -> float:
+        """The dense student's MACs over the teacher's."""
+        return float(dense_workload(self.template, self.profile.batch_size).macs) / self.teacher_macs
+
+    def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
+        """Cost of N students under `metrics`; exit_threshold is [N]."""
+        return self.profile.cost(self.template, metrics.kept, metrics.exit_rates, exit_threshold)
 
     def students(self, num_students: int) -> Students:
         """A lock-step population, or one plain student."""

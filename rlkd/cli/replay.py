@@ -1,8 +1,9 @@
-"""`rlkd replay`."""
+"""`rlkd replay`: on a student that is a chain, or, with `--data`, on a real model (`rlkd.cli.replay_models`)."""
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,19 +19,29 @@ from rlkd.configs import ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.world import build_world
+from rlkd.errors import UserError
 
 FAR = 5.0  # training deviations; a bundle's own tasks stay below this nearly always
 
 
 def run(argv: list[str]) -> int:
     """Distil one student, write it, and print its figures."""
+    if any(given.split("=")[0] == "--data" for given in argv):
+        from rlkd.cli import replay_models
+
+        return replay_models.run(argv)
+    for name in ("--teacher", "--student"):
+        if any(given.split("=")[0] == name for given in argv):
+            raise UserError(f"{name}: names a real model, which needs --data FILE_OR_FOLDER, too")
     parser = new_parser(
         "replay",
-        "Distil a new student under a frozen policy, in one training run.",
+        "Distil a new student under a frozen policy, in one training run. With --data, a real model: "
+        "`rlkd replay --data FILE --help` tells its options.",
         [
             "--policy runs/first/policy",
             "--policy runs/first/policy --preference.accuracy 0.9 --student.widths [96,64,32] --student.exits [1,2]",
             "--policy runs/first/policy --config conv",
+            "--policy runs/first/policy --teacher models/bert --data reviews.csv --cut.layers 2",
         ],
     )
     parser.add_argument("--policy", type=Path, required=True, help="folder of a policy bundle")
@@ -49,54 +60,79 @@ def _replay(config: ReplayConfig, bundle: Bundle, seed: int, folder: Path) -> in
     """Distil into `folder`; returns the exit code."""
     began = time.perf_counter()
     describe_run(folder, config, seed)
-    positions: list[list[float]] = []
-    far: dict[int, float] = {}
     with Bar(config.train.steps_per_window) as bar:
         world = build_world(config.env(bundle.policy.controls), bundle.policy.plan, bar.say)
         save_profile(world.profile, folder / "cost_profile.json")
-        metrics = JsonLines(folder / "metrics.jsonl")
-        logger = tb.new_logger(folder / "tensorboard")
         bar.phase("distilling", 1, config.num_windows)
-
-        def on_window(row: dict[str, float], observation: torch.Tensor) -> None:
-            metrics.write(row)
-            positions.append([row[f"position_{name}"] for name in CONTROLS])
-            distance = float(bundle.policy.spread_of(observation)[0])
-            if distance > FAR:
-                far[int(row["window"])] = distance
-            tb.record_window(logger, row)
-            bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
-            bar.advance(1)
-
-        done = distil(world, bundle.policy.controller(), seed, on_window)
-        tb.write_config(logger, config)
-        tb.write_position_figure(logger, torch.tensor(positions)[:, None])
-        logger.close()
-    preference = dict(zip(("accuracy", "latency", "energy"), config.preference.weights(), strict=True))
+        watch = Watch(folder, bundle, bar)
+        done = distil(world, bundle.policy.controller(), seed, watch.window)
+        watch.close(config)
     write_student(folder / "student", done, config.preference, bundle.digest)
+    return finish(folder, config, plain(config.task), watch, done.figures, done.measured, done.diverged, began)
+
+
+class Watch:
+    """What is written of every window while a student trains."""
+
+    def __init__(self, folder: Path, bundle: Bundle, bar: Bar) -> None:
+        self.positions: list[list[float]] = []
+        self.far: dict[int, float] = {}
+        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self._logger = tb.new_logger(folder / "tensorboard")
+        self._bundle, self._bar = bundle, bar
+
+    def window(self, row: dict[str, float], observation: torch.Tensor) -> None:
+        """Write one window's row, and remember how far its observation [1, O] is from the policy's training."""
+        self._metrics.write(row)
+        self.positions.append([row[f"position_{name}"] for name in CONTROLS])
+        distance = float(self._bundle.policy.spread_of(observation)[0])
+        if distance > FAR:
+            self.far[int(row["window"])] = distance
+        tb.record_window(self._logger, row)
+        self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
+        self._bar.advance(1)
+
+    def close(self, config: Any) -> None:
+        """End the event file."""
+        tb.write_config(self._logger, config)
+        tb.write_position_figure(self._logger, torch.tensor(self.positions)[:, None])
+        self._logger.close()
+
+
+def finish(
+    folder: Path,
+    config: Any,
+    task: Any,
+    watch: Watch,
+    figures: dict[str, Any],
+    measured: dict[str, Any],
+    diverged: bool,
+    began: float,
+) -> int:
+    """Write result.json and report.html, print the figures, and give the exit code."""
     wall_s = time.perf_counter() - began
     updates = config.num_windows * config.train.steps_per_window
     write_json(
         folder / "result.json",
         {
             "schema": 1,
-            "task": plain(config.task),
+            "task": task,
             "split": "test",
             "num_tasks": 1,
             "num_seeds": 1,
-            "preference": preference,
-            "methods": {"policy": {**done.figures, "num_diverged": int(done.diverged), "trainings_per_task": 1.0}},
+            "preference": dict(zip(("accuracy", "latency", "energy"), config.preference.weights(), strict=True)),
+            "methods": {"policy": {**figures, "num_diverged": int(diverged), "trainings_per_task": 1.0}},
             "paired": {},
-            "measured": done.measured,
-            "far_from_training": far,
+            "measured": measured,
+            "far_from_training": watch.far,
             "cost": {"agent_trainings": 0, "wall_s": wall_s, "updates_per_s": updates / wall_s},
         },
     )
     write_report([read_run(folder)], folder)
-    _report(Console(), folder, done.figures, done.measured, far)
-    if done.diverged:
-        print(f"rlkd: the student diverged in window {len(positions)}; do not ship it", file=sys.stderr)
-    return 1 if done.diverged else 0
+    _report(Console(), folder, figures, measured, watch.far)
+    if diverged:
+        print(f"rlkd: the student diverged in window {len(watch.positions)}; do not ship it", file=sys.stderr)
+    return 1 if diverged else 0
 
 
 def _report(

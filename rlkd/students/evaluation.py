@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlkd.compression.selection import exits_at, spread
+from rlkd.compression.selection import exit_ends, exits_at, spread
 from rlkd.models import Masks
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.interface import Metrics
@@ -17,6 +17,7 @@ def summarise(
     exit_threshold: Tensor,
     masks: Masks,
     scores: Masks,
+    patience: int = 0,
 ) -> Metrics:
     """Metrics of N students.
 
@@ -27,6 +28,8 @@ def summarise(
         exit_threshold: [N].
         masks: one [N, G] a group.
         scores: importance, one [N, G] a group.
+        patience: a sample also leaves where this many exits in a row agree (PABEE, Zhou et al. 2020), unless the
+            threshold is at an end, which lets all or none leave; 0 switches the rule off.
     """
     num_classes = logits[0].shape[-1]
     log_q = torch.stack([log_probabilities(z) for z in logits], dim=1)  # [N, E, C, B]
@@ -36,9 +39,14 @@ def summarise(
     losses = -log_q.gather(-2, picked)[..., 0, :].mean(-1)  # [N, E]
 
     waiting = torch.ones_like(correct[:, 0])  # [N, B]
+    undecided = ~torch.stack(exit_ends(exit_threshold, num_classes)).any(0)[:, None]  # [N, 1]
     leaves = []
     for e in range(len(logits) - 1):
-        leave = waiting & exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
+        leave = exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
+        if 0 < patience <= e + 1:
+            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
+            leave = leave | ((recent == recent[:, :1]).all(1) & undecided)
+        leave = waiting & leave
         leaves.append(leave)
         waiting = waiting & ~leave
     left_at = torch.stack([*leaves, waiting], dim=1)  # [N, E, B], one True a sample

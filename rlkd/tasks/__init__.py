@@ -9,11 +9,12 @@ from rlkd.tasks.distribution import (
     draw_task,
     task_generator,
 )
-from rlkd.tasks.samples import DataSet, Split
+from rlkd.tasks.samples import DataSet, Labelled, Split
 
 __all__ = [
     "DATASETS",
     "DataSet",
+    "Labelled",
     "Preference",
     "Range",
     "Split",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlkd.errors import UserError
 from rlkd.tasks.datasets import check_dataset
-from rlkd.tasks.samples import DataSet
+from rlkd.tasks.samples import Labelled
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def thin_classes(labels: Tensor, order: Tensor, imbalance: float) -> Tensor:
     return number <= kept[labels]
 
 
-def draw_task(seed: int, distribution: TaskDistribution, data: DataSet, num_teachers: int) -> Task:
+def draw_task(seed: int, distribution: TaskDistribution, data: Labelled, num_teachers: int) -> Task:
     """The task of this seed. Draws come in a fixed order, so a range held fixed leaves the others as they were."""
     g = task_generator(seed, "task")
     teacher = int(torch.randint(num_teachers, (), generator=g))

@@ -1,7 +1,7 @@
 """What every data set is: samples, labels and three disjoint splits that no run's seed can move."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,26 @@ SPLIT_SEED = 20_260_101
 MOST_SAMPLES: dict[Split, int] = {"train": 2000, "validation": 1000, "test": 2000}
 """Larger sources are cut to these: tiny students learn from at most some hundred labels in 180 steps."""
 MOST_DEVIATIONS = 4.0
+
+
+class Labelled(Protocol):
+    """What tasks are drawn from: `DataSet`, or a real model's `Examples`."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[S] int64."""
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+
+    @property
+    def splits(self) -> dict[Split, Tensor]:
+        """Disjoint index sets, each [S_split] int64."""
 
 
 @dataclass(frozen=True)

@@ -61,3 +61,20 @@ def test_divergence_is_from_the_teacher_to_the_last_exit() -> None:
 
     expected = sum(kl(p, q) for p, q in zip(TEACHER, LATE, strict=True)) / 3
     assert float(metrics_at(0.7).divergence) == pytest.approx(expected, rel=1e-5)
+
+
+def test_patience_lets_a_sample_leave_where_exits_agree() -> None:
+    # answers of three exits: 0 0 1, 1 0 0, 0 1 1; none is confident enough, the last exit is the third
+    exits = tuple(logits_of(p) for p in ([0.6, 0.4, 0.6], [0.6, 0.6, 0.4], [0.4, 0.6, 0.4]))
+    masks = (torch.ones(1, 3), torch.ones(1, 2))
+    teacher = log_probabilities(logits_of(TEACHER))
+
+    def rates(threshold: float, patience: int) -> list[float]:
+        m = summarise(exits, LABELS, teacher, torch.tensor([threshold]), masks, masks, patience)
+        return [round(r, 3) for r in m.exit_rates[0].tolist()]
+
+    assert rates(0.9, 0) == [0.0, 0.0, 1.0]
+    assert rates(0.9, 2) == [0.0, 0.333, 0.667]  # the first sample: 0 and 0
+    assert rates(0.9, 3) == [0.0, 0.0, 1.0]
+    assert rates(1.0, 2) == [0.0, 0.0, 1.0]  # none leaves early
+    assert rates(0.5, 2) == [1.0, 0.0, 0.0]  # all leave at once

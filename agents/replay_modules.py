@@ -1,0 +1,107 @@
+"""Replay on a real model: the same loop as on chains, then one evaluation on test data and a shipped student."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkd.agents.controllers import Controller
+from rlkd.agents.replay import run_windows
+from rlkd.compression.modules import ShippedStudent, ship
+from rlkd.cost.modules import measure
+from rlkd.envs.action import decode
+from rlkd.envs.modules import ModuleWorld
+from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.students.module import ModuleStudent
+from rlkd.tasks.examples import Examples
+
+MEASURED_BATCHES = (1, 16)
+
+
+@dataclass(frozen=True)
+class DistilledModule:
+    """What one replay on a real model brings."""
+
+    student: ShippedStudent
+    figures: dict[str, Any]  # on test data
+    measured: dict[str, Any]  # latency by the clock, on the CPU
+    diverged: bool
+
+
+def distil_module(
+    world: ModuleWorld,
+    controller: Controller,
+    seed: int,
+    on_window: Callable[[dict[str, float], Tensor], object] = lambda row, observation: None,
+) -> DistilledModule:
+    """Train under `controller`, evaluate once on test data, ship the student and time it beside the dense one.
+
+    Args:
+        world: of the model.
+        controller: sets the controls before every window.
+        seed: fresh exits and adapters, batches and dropout.
+        on_window: given each window's row (controls and validation figures) and its observation [1, O].
+    """
+    episodes, diverged = run_windows(world, controller, seed, on_window)
+    students = episodes.students
+    assert isinstance(students, ModuleStudent)
+    controls = decode(episodes.position, world.config.controls, world.data.num_classes)
+    metrics, cost, score = episodes.evaluate("test")
+    unit_masks = tuple(mask[0] for mask in students.masks()[1:]) if world.student.plan.groups else ()
+    keep = float(controls.feature_keep[0]) if world.student.plan.select_after is not None else 1.0
+    shipped = ship(world.student, world.kind, unit_masks, keep, float(controls.exit_threshold[0]))
+    full = tuple(torch.ones_like(mask) for mask in unit_masks)
+    dense = ship(world.student, world.kind, full, 1.0, 1.0)
+    test = world.data.splits["test"]
+    labels = world.data.labels[test]
+    figures = {
+        "score": DIVERGED_SCORE if diverged else float(score[0]),
+        "accuracy": float(metrics.accuracy[0]),
+        "compacted_accuracy": shipped_accuracy(shipped, world.data, test),
+        "teacher_agreement": float(metrics.agreement[0]),
+        "teacher_accuracy": float((world.signals.logits[0, test].argmax(-1) == labels).float().mean()),
+        "exit_rates": [float(r) for r in metrics.exit_rates[0]],
+        "macs": float(cost.macs[0]),
+        "macs_ratio": float(cost.macs_ratio[0]),
+        "macs_of_dense_student": world.profile.work.dense_macs,
+        "macs_of_teacher": world.teacher_macs,
+        "latency_ratio": float(cost.latency_ratio[0]),
+        "energy_ratio": float(cost.energy_ratio[0]),
+        "energy_j": float(cost.energy_j[0]),
+        "energy_kind": world.profile.energy["kind"],
+    }
+    batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})
+    measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, world.data, test, b) for b in batches}
+    measured["profile_batch"] = world.profile.batch_size
+    measured["profile_latency_s"] = float(cost.latency_s[0])
+    return DistilledModule(shipped, figures, measured, diverged)
+
+
+@torch.inference_mode()
+def shipped_accuracy(student: ShippedStudent, data: Examples, index: Tensor, batch_size: int = 32) -> float:
+    """Share of the samples at `index` [B] that the shipped student answers rightly."""
+    right = 0
+    for rows in torch.split(index, batch_size):
+        right += int((student(**data.batch(rows)).argmax(-1) == data.labels[rows]).sum())
+    return right / len(index)
+
+
+def _timed(
+    small: ShippedStudent, dense: ShippedStudent, data: Examples, index: Tensor, batch_size: int
+) -> dict[str, float]:
+    """Latency of the shipped and of the dense student on the first samples at `index`, one thread, medians."""
+    inputs = data.batch(index[torch.arange(batch_size) % len(index)])
+
+    def call(student: ShippedStudent) -> Callable[[Mapping[str, Tensor]], object]:
+        return lambda batch: student(**batch)
+
+    (small_s, small_iqr), (dense_s, dense_iqr) = (measure(call(student), inputs) for student in (small, dense))
+    return {
+        "latency_s": small_s,
+        "spread_s": small_iqr,
+        "dense_latency_s": dense_s,
+        "dense_spread_s": dense_iqr,
+        "speedup": dense_s / small_s,
+    }

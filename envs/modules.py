@@ -1,0 +1,297 @@
+"""The world of a real model: teacher, data, student with its attachments, signals and cost, for one student."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlkd.cost import Cost
+from rlkd.cost.modules import ModuleProfile, count_work, load_speed, profile_module
+from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.errors import UserError
+from rlkd.models.hooks import link_places, link_table
+from rlkd.models.instrumented import Instrumented
+from rlkd.models.plan import AttachConfig, Plan, control_table, make_plan
+from rlkd.models.pretrained import (
+    Kind,
+    StudentCut,
+    kind_of,
+    load_config,
+    load_model,
+    load_processor,
+    new_model,
+    student_from_teacher,
+    vocabulary_differences,
+)
+from rlkd.students import Metrics, Students
+from rlkd.students.module import ModuleStudent, ModuleTrainConfig
+from rlkd.tasks import Preference, Range, TaskDistribution
+from rlkd.tasks.examples import PADDING_MASK, Examples
+from rlkd.tasks.tables import ColumnConfig, Table, make_examples, read_table
+from rlkd.teachers import Signals
+from rlkd.teachers.module_signals import module_signals
+
+
+@dataclass(frozen=True)
+class ModuleCostConfig:
+    """Where costs come from."""
+
+    batch_size: int = 8
+    """Samples that one inference answers together, on one thread: the latency that the reward reads."""
+    profile: str | None = None
+    """cost_profile.json of an earlier run of the same student: its speed is taken and nothing is timed."""
+
+    def check(self) -> None:
+        """Raises UserError for a batch without a sample."""
+        if self.batch_size < 1:
+            raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: at least 1")
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """`rlkd replay --data ...`: distil a real model. Control ranges come from the policy."""
+
+    teacher: str
+    """Folder of a transformers classifier (config.json, safetensors, tokenizer or image processor), or a hub id."""
+    data: str
+    """A CSV, TSV, JSON lines, Parquet or .npz file, or a folder of such files named by split, or of images."""
+    student: str = ""
+    """Folder or hub id of a model, or a JSON configuration (fresh weights); by default it is cut from the teacher."""
+    num_windows: int = 12
+    """Decisions; each trains the student for train.steps_per_window steps."""
+    cut: StudentCut = field(default_factory=StudentCut)
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    attach: AttachConfig = field(default_factory=AttachConfig)
+    train: ModuleTrainConfig = field(default_factory=ModuleTrainConfig)
+    cost: ModuleCostConfig = field(default_factory=ModuleCostConfig)
+    preference: Preference = field(default_factory=Preference)
+    allow_pickle: bool = False
+    """Read weight files that are pickles, too; they can run code."""
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        if self.num_windows < 1:
+            raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
+        for part in (self.cut, self.columns, self.attach, self.train, self.cost):
+            part.check()
+        self.preference.weights()
+        self.train.torch_device()
+
+
+@dataclass(frozen=True)
+class ModuleEpisodeConfig:
+    """What an episode reads: `EpisodeConfig`."""
+
+    num_windows: int
+    task: TaskDistribution
+    train: ModuleTrainConfig
+    controls: ControlConfig
+
+
+@dataclass(frozen=True)
+class ModuleWorld:
+    """`EpisodeWorld` of one real student."""
+
+    config: ModuleEpisodeConfig
+    data: Examples
+    signals: Signals
+    profile: ModuleProfile
+    plan: Tensor  # [P, 9], positions in P equal parts of an episode; what actions change
+    teacher_macs: float
+    student: Instrumented  # holds the weights that training starts from
+    initial: dict[str, Tensor]  # a copy of the model's weights before any training
+    kind: Kind
+    processor: Any  # tokenizer or image processor of the student; None for arrays
+    tables: str  # what was mapped to what, and which controls there are
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Token positions, then the units of every group."""
+        return self.student.plan.group_sizes
+
+    @property
+    def capacity(self) -> float:
+        """The dense student's MACs over the teacher's."""
+        return self.profile.work.dense_macs / self.teacher_macs
+
+    def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
+        """Cost under `metrics`; exit_threshold is [1]."""
+        return self.profile.cost(metrics.kept, metrics.exit_rates, exit_threshold)
+
+    def students(self, num_students: int) -> Students:
+        """The student, at its starting weights."""
+        if num_students != 1:
+            raise ValueError(f"students: got {num_students}; allowed: 1, real models train one at a time")
+        self.student.model.load_state_dict(self.initial)
+        c = self.config
+        return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One model with its data."""
+
+    model: nn.Module
+    data: Examples
+    plan: Plan
+    processor: Any
+
+
+def build_module_world(
+    config: ModuleConfig,
+    controls: ControlConfig,
+    plan: Tensor | None = None,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> ModuleWorld:
+    """Load teacher and data, make the student, attach what it takes, get the teacher's signals, count and time.
+
+    Args:
+        config: checked here.
+        controls: ranges of the controls.
+        plan: [P, 9], positions that actions change; by default the published setting.
+        seed: of a fresh student's weights.
+        say: told in one line when something takes a while.
+
+    Raises:
+        UserError: a model or data that cannot be used.
+    """
+    config.check()
+    kind = kind_of(load_config(config.teacher), config.teacher)
+    if kind == "causal_lm":
+        raise UserError(f"{config.teacher}: got a causal language model; allowed: sequence or image classifiers")
+    teacher = _teacher(config, kind)
+    student = _student(config, kind, teacher, seed)
+    device = config.train.torch_device()
+    blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
+    few = student.data.splits["train"][:2]
+    links = link_places(
+        student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
+    )
+    places = [link.teacher for link in links]
+    teacher.model.to(device)
+    signals = module_signals(teacher.model, teacher.plan, places, teacher.data, config.train.evaluation_batch_size, say)
+    teacher.model.cpu()
+    if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
+        signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
+    one = _typical(student.data)
+    profile = _profile(config, student, one, say)
+    teacher_macs = count_work(teacher.model, _typical(teacher.data), teacher.plan).dense_macs
+    task = TaskDistribution(
+        dataset=student.data.name,
+        label_noise=Range(0.0, 0.0),
+        num_labels=Range(len(student.data.splits["train"]), len(student.data.splits["train"])),
+    ).with_preference(config.preference)
+    return ModuleWorld(
+        ModuleEpisodeConfig(config.num_windows, task, config.train, controls),
+        student.data,
+        signals,
+        profile,
+        published_setting(controls)[None] if plan is None else plan,
+        teacher_macs,
+        Instrumented(student.model, student.plan, links),
+        {name: value.clone() for name, value in student.model.state_dict().items()},
+        kind,
+        student.processor,
+        f"{link_table(links)}\n\n{control_table(student.plan)}\n",
+    )
+
+
+def _teacher(config: ModuleConfig, kind: Kind) -> _Side:
+    model = load_model(config.teacher, kind, config.allow_pickle)
+    table = read_table(Path(config.data), config.columns)
+    if table.kind != ("text" if kind == "sequence_classification" else "image") and table.kind != "array":
+        raise UserError(f"{config.data}: got {table.kind}s for {config.teacher}, which is for {kind.replace('_', ' ')}")
+    processor = None if table.kind == "array" else load_processor(config.teacher, kind)
+    data = _examples(table, processor, model, config)
+    return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor)
+
+
+def _student(config: ModuleConfig, kind: Kind, teacher: _Side, seed: int) -> _Side:
+    """Cut from the teacher, loaded, or fresh from a configuration; with the teacher's inputs unless it has its own."""
+    processor, data = teacher.processor, teacher.data
+    described: Any = teacher.model.config
+    if not config.student:
+        model, _ = student_from_teacher(teacher.model, kind, config.cut)
+    elif Path(config.student).suffix == ".json":
+        fresh = load_config(config.student)
+        fresh.id2label, fresh.label2id = dict(described.id2label), dict(described.label2id)
+        model = new_model(fresh, kind, seed)
+    else:
+        model = load_model(config.student, kind, config.allow_pickle, data.num_classes, seed)
+        own_config: Any = model.config
+        own_config.id2label, own_config.label2id = dict(described.id2label), dict(described.label2id)
+        own = None if processor is None else _own_processor(config.student, kind)
+        if own is not None and _differ(processor, own):
+            processor, data = own, _examples(read_table(Path(config.data), config.columns), own, teacher.model, config)
+    _check_size(config.student or "student", model, data)
+    return _Side(model, data, _plan(model, data, config.attach), processor)
+
+
+def _own_processor(source: str, kind: Kind) -> Any:
+    """The student's own tokenizer or image processor; None where its folder has none."""
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json")
+    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in names):
+        return None
+    return load_processor(source, kind)
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    if hasattr(ours, "get_vocab"):
+        return vocabulary_differences(ours, theirs) is not None
+    return bool(ours.to_dict() != theirs.to_dict())
+
+
+def _examples(table: Table, processor: Any, teacher: nn.Module, config: ModuleConfig) -> Examples:
+    described: Any = teacher.config
+    return make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
+
+
+def _check_size(name: str, model: nn.Module, data: Examples) -> None:
+    """Raises UserError for a vocabulary or positions that the inputs go beyond."""
+    described: Any = model.config
+    ids = data.inputs.get("input_ids")
+    if ids is None:
+        return
+    if int(ids.max()) >= described.vocab_size:
+        raise UserError(
+            f"{name}: its vocabulary has {described.vocab_size} tokens; the data have token {int(ids.max())}"
+        )
+    longest = getattr(described, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(f"{name}: takes {longest} tokens, the data have {ids.shape[1]}; lower --columns.max_length")
+
+
+def _plan(model: nn.Module, data: Examples, attach: AttachConfig) -> Plan:
+    try:
+        return make_plan(model, data.batch(data.splits["train"][:2]), attach, data.num_positions)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = {name: list(values.shape[1:]) for name, values in data.inputs.items()}
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{type(model).__name__} does not take inputs of shapes {shapes} ({reason})") from error
+
+
+def _typical(data: Examples) -> dict[str, Tensor]:
+    """The training sample of median length, without padding: [1, ...] each."""
+    train = data.splits["train"]
+    mask = data.inputs.get(PADDING_MASK)
+    if mask is None:
+        return data.batch(train[:1])
+    lengths = mask[train].sum(1).tolist()
+    where = lengths.index(statistics.median_low(lengths))
+    return data.batch(train[where : where + 1])
+
+
+def _profile(
+    config: ModuleConfig, student: _Side, one: dict[str, Tensor], say: Callable[[str], object]
+) -> ModuleProfile:
+    if config.cost.profile is None:
+        say("timing the dense student at two batch sizes")
+        return profile_module(student.model, one, student.plan, config.cost.batch_size)
+    work = count_work(student.model, one, student.plan)
+    counted = ModuleProfile(student.plan, work, config.cost.batch_size, 0.0, 0.0, {}, {})
+    return load_speed(Path(config.cost.profile), counted)

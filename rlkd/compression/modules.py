@@ -1,0 +1,273 @@
+"""A trained real student on disk and at inference: hidden units cut out, heads zeroed, exits and tokens as trained.
+
+The folder holds `model/`, which transformers loads as it is, `exits.safetensors` and `student.json`. Hidden units are
+cut where every block keeps equally many and the configuration has a size for them; transformers has none for heads
+that differ in number from hidden size / head size, so masked heads stay, as zeros, and save nothing.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlkd.compression.selection import exit_ends, exits_at
+from rlkd.errors import UserError
+from rlkd.models.blocks import Group
+from rlkd.models.chain import Masks
+from rlkd.models.hooks import pool, resolve, tensor_at
+from rlkd.models.instrumented import Instrumented, choose_tokens
+from rlkd.models.plan import logits_of
+from rlkd.models.pretrained import HIDDEN_UNITS, Kind, load_model, new_model, quiet
+from rlkd.tasks.examples import PADDING_MASK
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What `student.json` says of how a student answers; block numbers count from 1."""
+
+    kind: Kind
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...]
+    exits: tuple[int, ...]
+    patience: int
+    threshold: float
+    select_after: int | None
+    keep: float  # share of tokens
+    num_classes: int
+    drops_rows: bool  # samples that left are taken out of the batch; else a batch stops once all have left
+
+
+def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks) -> nn.Module:
+    """A model on the CPU that answers like `model` under `masks`, physically smaller where it can be.
+
+    Args:
+        model: of transformers.
+        kind: what it is for.
+        groups: its groups.
+        masks: one [size] a group.
+    """
+    described: Any = copy.deepcopy(model.config)
+    names = [name for name in HIDDEN_UNITS if isinstance(getattr(described, name, None), int)]
+    counts = {int(mask.sum()) for group, mask in zip(groups, masks, strict=True) if group.kind == "units"}
+    cuts_units = len(counts) == 1 and bool(names)
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    for group, mask in zip(groups, masks, strict=True):
+        reader = f"{group.reader}.weight"
+        if group.kind == "units" and cuts_units:
+            kept = mask.bool()
+            state[reader] = state[reader][:, kept]
+            for name in (f"{path}.{part}" for path in group.writers for part in ("weight", "bias")):
+                if name in state:
+                    state[name] = state[name][kept]
+        else:
+            state[reader] = state[reader] * mask.repeat_interleave(group.width)
+    if cuts_units:
+        setattr(described, names[0], counts.pop())
+    small = new_model(described, kind, seed=0)
+    small.load_state_dict(state)
+    return small
+
+
+class _AllLeft(Exception):
+    """Every sample has its answer: the blocks that follow are not run."""
+
+
+@dataclass
+class _Batch:
+    """One batch on its way through the blocks."""
+
+    rows: Tensor  # [R] int64, samples that still wait
+    waiting: Tensor  # [R] bool; samples that left may stay in the batch
+    valid: Tensor | None  # [R, L] bool
+    answers: Tensor  # [B, C], filled as samples leave
+    keep_mask: bool = False  # tokens were left out: the model's own attention mask no longer fits
+    mask: Tensor | None = None  # [R, 1, 1, L']
+    weights: Tensor | None = None  # [R, heads, L, L] of the selecting block
+    history: list[Tensor] = field(default_factory=list)  # answers of the exits so far, each [R]
+
+
+class ShippedStudent(nn.Module):
+    """A trained student that leaves early and leaves tokens out as it was trained to.
+
+    Call it by keyword with what the model takes; it gives logits [B, C], each sample's from the exit that it left at.
+    """
+
+    def __init__(self, model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> None:
+        super().__init__()
+        self.model, self.heads, self.shipment = model, heads, shipment
+        self._batch: _Batch | None = None
+        s = shipment
+        always, never = exit_ends(torch.tensor([s.threshold]), s.num_classes)
+        self._always, self._never = bool(always), bool(never)
+        for number, path in enumerate(s.blocks[1:], start=2):
+            model.get_submodule(path).register_forward_pre_hook(self._enter(number), with_kwargs=True)
+        if s.select_after is not None and s.keep < 1.0:
+            place = s.attention[s.select_after - 1]
+            model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits [B, C]."""
+        size = len(next(iter(inputs.values())))
+        padding = inputs.get(PADDING_MASK)
+        now = self._batch = _Batch(
+            torch.arange(size),
+            torch.ones(size, dtype=torch.bool),
+            None if padding is None else padding.bool(),
+            torch.zeros(size, self.shipment.num_classes),
+        )
+        try:
+            logits = logits_of(self.model(**inputs)).float()
+            now.answers[now.rows[now.waiting]] = logits[now.waiting]
+        except _AllLeft:
+            pass  # every answer is in place
+        finally:
+            self._batch = None
+        return now.answers
+
+    def _look(self, number: int, place: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if self._batch is not None:
+                self._batch.weights = tensor_at(output, 1, place)
+
+        return hook
+
+    def _enter(self, number: int) -> Any:
+        """Ahead of block `number`: let samples leave that the exit before it answers, then leave tokens out."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            now, s = self._batch, self.shipment
+            if now is None:
+                return None
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            first = next(iter(bound.arguments))
+            hidden = bound.arguments[first]
+            if number - 1 in s.exits and not self._never:
+                hidden = self._leave(now, hidden, s.exits.index(number - 1))
+            mask = bound.arguments.get("attention_mask")
+            if isinstance(mask, Tensor) and len(mask) == len(now.answers) and not now.keep_mask:
+                bound.arguments["attention_mask"] = mask[now.rows]
+            if number - 1 == s.select_after and s.keep < 1.0:
+                hidden = self._select(now, hidden)
+            if now.keep_mask:
+                bound.arguments["attention_mask"] = now.mask
+            bound.arguments[first] = hidden
+            return bound.args, bound.kwargs
+
+        return hook
+
+    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
+        """Answer the samples that leave here; returns the hidden values of those that stay in the batch."""
+        s = self.shipment
+        logits = self.heads[index](pool(hidden, now.valid)).float()  # [R, C]
+        confidence, answer = logits.softmax(-1).max(-1)  # [R]
+        now.history.append(answer)
+        leave = exits_at(confidence, torch.tensor(s.threshold), s.num_classes)
+        if 0 < s.patience <= len(now.history) and not self._always:
+            recent = torch.stack(now.history[-s.patience :])  # [patience, R]
+            leave = leave | (recent == recent[0]).all(0)
+        leave = leave & now.waiting
+        now.answers[now.rows[leave]] = logits[leave]
+        now.waiting = now.waiting & ~leave
+        if not bool(now.waiting.any()):
+            raise _AllLeft
+        if not s.drops_rows:
+            return hidden
+        stay = now.waiting
+        now.rows, now.waiting = now.rows[stay], now.waiting[stay]
+        now.history = [answers[stay] for answers in now.history]
+        now.valid = None if now.valid is None else now.valid[stay]
+        now.weights = None if now.weights is None else now.weights[stay]
+        now.mask = None if now.mask is None else now.mask[stay]
+        return hidden[stay]
+
+    def _select(self, now: _Batch, hidden: Tensor) -> Tensor:
+        assert now.weights is not None
+        chosen, now.valid = choose_tokens(now.weights, now.valid, self.shipment.keep)
+        now.mask = (~now.valid)[:, None, None].to(hidden.dtype) * torch.finfo(hidden.dtype).min
+        now.keep_mask = True
+        return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, threshold: float) -> ShippedStudent:
+    """The student as it will answer, on the CPU.
+
+    Args:
+        student: trained.
+        kind: of its model.
+        unit_masks: one [size] a group of its plan.
+        keep: share of tokens.
+        threshold: of the exits.
+    """
+    plan = student.plan
+    shipment = Shipment(
+        kind,
+        plan.blocks,
+        plan.attention,
+        plan.exits,
+        plan.patience,
+        threshold,
+        plan.select_after,
+        keep,
+        plan.num_classes,
+        plan.select_after is not None or plan.is_conv,
+    )
+    heads = copy.deepcopy(student.heads).cpu()
+    return ShippedStudent(cut_model(student.model, kind, plan.groups, unit_masks), heads, shipment).eval()
+
+
+def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
+    """Write `model/` with its tokenizer or image processor, `exits.safetensors` and `student.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = student.model
+    with quiet():
+        model.save_pretrained(folder / "model")
+        if processor is not None:
+            processor.save_pretrained(folder / "model")
+    tensors = {name: value.contiguous() for name, value in student.heads.state_dict().items()}
+    save_file(tensors or {"none": torch.zeros(1)}, folder / "exits.safetensors")
+    sums = {name: _sha256(folder / name) for name in ("exits.safetensors", "model/model.safetensors")}
+    text = json.dumps({"format": FORMAT, "sha256": sums, "shipment": asdict(student.shipment), **card}, indent=1)
+    (folder / "student.json").write_text(text + "\n")
+
+
+def load_module_student(folder: Path) -> ShippedStudent:
+    """Read a folder of `save_module_student`; runs no code from it.
+
+    Raises:
+        UserError: a file is missing, damaged or altered.
+    """
+    try:
+        card = json.loads((folder / "student.json").read_text())
+        if card["format"] != FORMAT:
+            raise UserError(f"{folder}/student.json: format {card['format']}; allowed: {FORMAT}")
+        for name, wanted in card["sha256"].items():
+            if _sha256(folder / name) != wanted:
+                raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["shipment"].items()}
+        shipment = Shipment(**given)
+        tensors = load_file(folder / "exits.safetensors")
+        model = load_model(str(folder / "model"), shipment.kind)
+        resolve(model, [*shipment.blocks, *shipment.attention])
+        sizes = [tensors[f"{i}.weight"].shape for i in range(len(shipment.exits))]
+        heads = nn.ModuleList(nn.Linear(width, num_classes) for num_classes, width in sizes)
+        heads.load_state_dict({name: value for name, value in tensors.items() if name != "none"})
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot read the student ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a student of a real model, or a damaged one ({error!r:.120})") from error
+    return ShippedStudent(model, heads, shipment).eval()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,163 @@
+"""The parts of a transformer that can be switched off: blocks, attention heads, hidden units of feed-forward layers.
+
+A unit is removed by putting zeros before the linear layer that reads it, which equals cutting it out. Where the
+parts lie is written down a family of models in `LAYOUTS`; a model of none of them keeps all its units.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rlkd.models.chain import Masks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths inside one block."""
+
+    attention: str  # its output is (features, weights [B, heads, L, L])
+    queries: tuple[str, ...]  # layers that write heads: query, key, value
+    out: str  # the layer that reads heads
+    up: tuple[str, ...]  # layers that write hidden units
+    down: str  # the layer that reads them
+
+
+LAYOUTS = {
+    "bert": Layout(
+        "attention.self",
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.output.dense",
+        ("intermediate.dense",),
+        "output.dense",
+    ),
+    "distilbert": Layout(
+        "attention",
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        "attention.out_lin",
+        ("ffn.lin1",),
+        "ffn.lin2",
+    ),
+    "vit": Layout(
+        "attention",
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attention.o_proj",
+        ("mlp.fc1",),
+        "mlp.fc2",
+    ),
+    "llama": Layout(
+        "self_attn",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_proj",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind in one block."""
+
+    kind: str  # "units" or "heads"
+    block: int  # from 0
+    reader: str  # path of the linear layer that reads them
+    writers: tuple[str, ...]  # paths of the linear layers whose rows are cut with them
+    size: int
+    width: int  # channels a unit: 1, or a head's dimension
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Paths of the model's blocks: the children of its largest `nn.ModuleList`; empty where there is none."""
+    lists = [
+        (sum(p.numel() for p in module.parameters()), len(module), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    if not lists:
+        return []
+    _, count, name = max(lists)
+    return [f"{name}.{i}" for i in range(count)]
+
+
+def layout_of(model: nn.Module, blocks: Sequence[str]) -> Layout | None:
+    """The layout that every block has; None where none fits."""
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for layout in LAYOUTS.values():
+        paths = (*layout.queries, layout.out, *layout.up, layout.down)
+        if blocks and all(f"{block}.{path}" in names for block in blocks for path in paths):
+            return layout
+    return None
+
+
+def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) -> list[Group]:
+    """Hidden units, then heads, of every block; empty without a layout.
+
+    The number of heads comes from `model.config.num_attention_heads`. Keys and values that several heads share
+    (grouped-query attention) stay: they are no writers.
+    """
+    if layout is None:
+        return []
+    groups = []
+    for index, block in enumerate(blocks):
+        down, out = linear(model, f"{block}.{layout.down}"), linear(model, f"{block}.{layout.out}")
+        up = tuple(f"{block}.{path}" for path in layout.up)
+        groups.append(Group("units", index, f"{block}.{layout.down}", up, down.in_features, 1))
+        num_heads = int(model.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        writers = tuple(
+            f"{block}.{path}"
+            for path in layout.queries
+            if linear(model, f"{block}.{path}").out_features == out.in_features
+        )
+        width = out.in_features // num_heads
+        groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
+    return groups
+
+
+def linear(model: nn.Module, path: str) -> nn.Linear:
+    """The linear layer at `path`."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+@torch.no_grad()
+def group_importance(model: nn.Module, groups: Sequence[Group]) -> Masks:
+    """Importance of every unit: mean absolute weight that writes it plus mean absolute weight that reads it.
+
+    Coupled weights are judged together, as in DepGraph (Fang et al. 2023), by magnitude (Li et al. 2017).
+
+    Returns:
+        One [size] a group, on the CPU.
+    """
+    scores = []
+    for group in groups:
+        written = [linear(model, path).weight.abs().mean(1) for path in group.writers]  # each [size * width]
+        read = linear(model, group.reader).weight.abs().mean(0)  # [size * width]
+        total = torch.stack(written).mean(0) + read
+        scores.append(total.reshape(group.size, group.width).mean(1).float().cpu())
+    return tuple(scores)
+
+
+def mask_groups(
+    model: nn.Module, groups: Sequence[Group], masks: Callable[[], Sequence[Tensor]]
+) -> list[RemovableHandle]:
+    """Multiply what every reader reads by its group's mask in all forward passes until the handles are removed.
+
+    Args:
+        model: has the groups.
+        groups: of `find_groups`.
+        masks: gives the current masks, one [size] a group.
+    """
+    handles = []
+    for index, group in enumerate(groups):
+
+        def hook(_: nn.Module, args: tuple[Any, ...], index: int = index, width: int = group.width) -> tuple[Any, ...]:
+            mask = masks()[index].repeat_interleave(width).to(args[0])  # [size * width]
+            return (args[0] * mask, *args[1:])
+
+        handles.append(model.get_submodule(group.reader).register_forward_pre_hook(hook))
+    return handles

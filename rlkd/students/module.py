@@ -1,0 +1,294 @@
+"""One real student, any `nn.Module` with `Instrumented`'s attachments, trained under the same controls.
+
+Implements `Students` for N = 1 beside `SoloStudent`: what differs is what real models need, AdamW or Lion with warm-up
+and decay inside the policy's learning rate, accumulation, clipping, bfloat16, a device, and inputs by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlkd.compression.selection import keep_top
+from rlkd.errors import UserError
+from rlkd.models.blocks import group_importance
+from rlkd.models.chain import Masks, initialise
+from rlkd.models.instrumented import Instrumented, ModuleOutputs
+from rlkd.objectives import FAMILIES, losses_of
+from rlkd.objectives.hard_label import log_probabilities
+from rlkd.students.evaluation import summarise
+from rlkd.students.interface import (
+    PROBE_SIZE,
+    Controls,
+    Metrics,
+    Telemetry,
+    TrainConfig,
+    divergence_free,
+    family_weights,
+)
+from rlkd.students.optimizers import new_optimizer, schedule
+from rlkd.tasks import Split, Task, task_generator
+from rlkd.tasks.examples import Examples, to_device
+from rlkd.teachers import Signals
+
+REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny students: `learning_rate` stands for it
+
+
+@dataclass(frozen=True)
+class ModuleTrainConfig(TrainConfig):
+    """How a real student is trained between two decisions."""
+
+    batch_size: int = 32
+    """Samples of one optimizer step, drawn with replacement from the training samples."""
+    micro_batches: int = 1
+    """Parts that a batch is computed in; the loss is the same, the memory smaller."""
+    optimizer: Literal["adamw", "lion"] = "adamw"
+    learning_rate: float = 5e-5
+    """Step size where the policy's control stands at 0.003, its published value; other values scale it alike."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices alone."""
+    warmup: float = 0.06
+    """Share of all steps in which the learning rate rises in a line; then it falls along half a cosine."""
+    floor: float = 0.1
+    """Factor on the learning rate at the end of that."""
+    clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products (autocast); parameters and losses stay float32."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    evaluation_batch_size: int = 64
+
+    def check(self) -> None:
+        """Raises UserError for an impossible value."""
+        super().check()
+        if not 1 <= self.micro_batches <= self.batch_size:
+            raise UserError(
+                f"train.micro_batches: got {self.micro_batches}; allowed: 1 to {self.batch_size}, the batch"
+            )
+        if not (self.learning_rate > 0 and self.clip_norm > 0 and self.weight_decay >= 0):
+            raise UserError(
+                f"train: got learning_rate {self.learning_rate:g}, clip_norm {self.clip_norm:g}, weight_decay "
+                f"{self.weight_decay:g}; allowed: above 0, above 0, at least 0"
+            )
+        if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.evaluation_batch_size >= 1):
+            raise UserError(
+                f"train: got warmup {self.warmup:g}, floor {self.floor:g}, evaluation_batch_size "
+                f"{self.evaluation_batch_size}; allowed: 0 to below 1, 0 to 1, at least 1"
+            )
+
+    def torch_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            UserError: it is not there, or lacks bfloat16.
+        """
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"train.device: got {self.device!r}, which torch cannot use here; try cpu") from error
+        if self.precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise UserError("train.precision: got bfloat16, which this GPU lacks; allowed here: float32")
+        return device
+
+
+class ModuleStudent:
+    """Implements `Students` for one real student.
+
+    Args:
+        student: the model with its attachments, holding the weights that every training starts from.
+        data: what it learns.
+        signals: of one teacher, for all samples; maps with P = 0 switch the attention family off.
+        config: checked here.
+        num_windows: of a whole training, for the course of the learning rate.
+    """
+
+    num_students = 1
+
+    def __init__(
+        self, student: Instrumented, data: Examples, signals: Signals, config: ModuleTrainConfig, num_windows: int
+    ) -> None:
+        config.check()
+        self._device = config.torch_device()
+        self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
+        self.student = student.to(self._device)
+        self.plan = student.plan
+        self._data, self._signals, self._config = data, signals, config
+        self._num_steps = num_windows * config.steps_per_window
+        self._available = torch.tensor([True, True, bool(student.links), self._has_maps()])
+        self._unit_masks: Masks = tuple(torch.ones(group.size) for group in self.plan.groups)
+        self._keep, self._threshold = 1.0, torch.ones(1)
+        self._token_scores = torch.ones(self.plan.num_positions)
+
+    @property
+    def available(self) -> dict[str, bool]:
+        """Which families of terms this student and its teacher have in common."""
+        return dict(zip(FAMILIES, self._available.tolist(), strict=True))
+
+    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+        """The starting weights again, fresh exits and adapters, a fresh optimizer and batches."""
+        (self._task,) = tasks
+        self.student.model.load_state_dict(self._initial)
+        generator = task_generator(self._task.seed, "parameters")
+        for part in (self.student.heads, self.student.adapters):
+            part.cpu()
+            initialise(part, generator)
+            part.to(self._device)
+        config = self._config
+        self._optimizer = new_optimizer(self.student, config.optimizer, config.learning_rate, config.weight_decay)
+        self._batches = task_generator(self._task.seed, "batches")
+        self._step = 0
+        self._token_scores = torch.ones(self.plan.num_positions)
+
+    def set_controls(self, controls: Controls) -> None:
+        """Choose units and heads by importance as it is now, the share of tokens, and the exit threshold."""
+        scores = group_importance(self.student.model, self.plan.groups)
+        self._unit_masks = tuple(keep_top(score, controls.unit_keep[0]) for score in scores)
+        self._keep = float(controls.feature_keep[0]) if self.plan.select_after is not None else 1.0
+        self._threshold = controls.exit_threshold
+
+    def set_exit(self, threshold: Tensor) -> None:
+        """As `Population.set_exit`."""
+        self._threshold = threshold
+
+    def train_window(self, controls: Controls) -> Telemetry:
+        """`steps_per_window` optimizer steps under `controls`."""
+        self.set_controls(controls)
+        weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
+        temperature = controls.temperature[0].to(self._device)
+        scale = float(controls.learning_rate[0]) / REFERENCE_RATE
+        num_steps, size = self._config.steps_per_window, self._config.batch_size
+        positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
+        total = torch.zeros(len(FAMILIES))
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._task.seed % 2**48 + self._step)  # of dropout
+            self.student.train()
+            for step in range(num_steps):
+                total += self._train_step(positions[step], weights, temperature, scale)
+        self.student.eval()
+        norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
+        finite = divergence_free(*(p.detach()[None] for p in self.student.parameters())).cpu()
+        diverged = ~(finite & divergence_free(total[None]))
+        return Telemetry((total / num_steps)[None], norms[None], cosine[None], diverged)
+
+    def _train_step(self, positions: Tensor, weights: Tensor, temperature: Tensor, scale: float) -> Tensor:
+        """One optimizer step on the samples at `positions` [B]; returns the families' losses [4] on the CPU."""
+        config = self._config
+        factor = scale * schedule(self._step, self._num_steps, config.warmup, config.floor)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        self._optimizer.zero_grad()
+        total = torch.zeros(len(FAMILIES), device=self._device)
+        for part in positions.tensor_split(config.micro_batches):
+            share = len(part) / len(positions)  # every term is a mean over samples
+            losses = self._losses(part, temperature)
+            (share * (losses * weights).sum()).backward()  # type: ignore[no-untyped-call]
+            total += share * losses.detach()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        self._optimizer.step()
+        self._step += 1
+        return total.cpu()
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Metrics:
+        """Metrics on one split under the current masks, tokens and exit threshold."""
+        self.student.eval()
+        index = self._data.splits[split]
+        order = self._data.by_length(index)
+        parts, token_scores = [], torch.zeros(self.plan.num_positions)
+        for rows in torch.split(order, self._config.evaluation_batch_size):
+            outputs = self._forward(index[rows])
+            parts.append([z.float().cpu() for z in outputs.logits])
+            if outputs.token_scores is not None:
+                token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        if self.plan.select_after is not None:
+            self._token_scores = token_scores
+        back = order.argsort()
+        return summarise(
+            tuple(torch.cat(columns)[back][None] for columns in zip(*parts, strict=True)),
+            self._data.labels[index],
+            log_probabilities(self._signals.logits[self._task.teacher, index])[None],
+            self._threshold,
+            self.masks(),
+            tuple(score[None] for score in self._scores()),
+            self.plan.patience,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the parameters, exits and adapters included, each [1, ...]."""
+        return {k.removeprefix("model."): p.detach()[None].clone() for k, p in self.student.named_parameters()}
+
+    def masks(self) -> Masks:
+        """One [1, G] a group: tokens by rank of received attention, then hidden units and heads of every block."""
+        count = max(1, round(self._keep * self.plan.num_positions))
+        tokens = (torch.arange(self.plan.num_positions) < count).float()
+        return tuple(mask[None] for mask in (tokens, *(self._unit_masks or (torch.ones(1),))))
+
+    def _scores(self) -> Masks:
+        groups = group_importance(self.student.model, self.plan.groups)
+        return (self._token_scores, *(groups or (torch.ones(1),)))
+
+    def _has_maps(self) -> bool:
+        """Whether the student's attention map has the teacher's positions."""
+        if self.plan.is_conv or self._signals.are_conv:
+            return self.plan.is_conv and self._signals.are_conv
+        length = self._data.num_positions or self.plan.num_positions
+        return bool(self.plan.attention) and self._signals.maps.shape[-1] == length
+
+    def _forward(self, samples: Tensor) -> ModuleOutputs:
+        inputs = to_device(self._data.batch(samples), self._device)
+        masks = tuple(mask.to(self._device) for mask in self._unit_masks)
+        is_half = self._config.precision == "bfloat16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_half):
+            outputs: ModuleOutputs = self.student(inputs, masks, self._keep)
+        return outputs
+
+    def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
+        """[4], of the samples at `positions` [B] of the task."""
+        samples = self._task.samples[positions]  # [B]
+        teacher, device = self._task.teacher, self._device
+        outputs = self._forward(samples)
+        features = self._signals.features[teacher, samples].to(device)  # [B, F]
+        theirs = self._teacher_map(samples, outputs)
+        ours = theirs if outputs.map is None or not self._available[3] else outputs.map
+        return losses_of(
+            tuple(z.float() for z in outputs.logits),
+            outputs.features.float() if self._available[2] else features,
+            ours,
+            self._task.labels[positions].to(device),
+            self._signals.logits[teacher, samples].to(device),
+            features,
+            theirs,
+            temperature,
+        )
+
+    def _teacher_map(self, samples: Tensor, outputs: ModuleOutputs) -> Tensor:
+        """[B, P]: the teacher's map over the tokens that the student still has, of unit norm."""
+        full = self._signals.maps[self._task.teacher, samples].to(self._device)  # [B, P]
+        if outputs.map is None or not self._available[3]:
+            return full
+        if outputs.positions is None or outputs.valid is None:
+            return full[:, : outputs.map.shape[-1]]  # what follows is padding
+        return F.normalize(full.gather(1, outputs.positions) * outputs.valid, dim=-1, eps=1e-8)
+
+    def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms [4] of each family's gradient on model and exits, and the cosine of the first two, on the CPU."""
+        losses = self._losses(positions, temperature)
+        own = [*self.student.model.parameters(), *self.student.heads.parameters()]
+        parameters = [p for p in own if p.requires_grad]
+        norms, first, product = torch.zeros(len(FAMILIES)), [], torch.zeros(())
+        for k in range(len(FAMILIES)):
+            if not self._available[k]:
+                continue
+            rows = torch.autograd.grad(losses[k], parameters, retain_graph=True, materialize_grads=True)
+            norms[k] = torch.stack([g.float().square().sum() for g in rows]).sum().sqrt().cpu()
+            if k == 0:
+                first = list(rows)
+            elif k == 1:
+                product = torch.stack([(a * b).sum() for a, b in zip(first, rows, strict=True)]).sum().cpu()
+        return norms, product / (norms[0] * norms[1]).clamp_min(1e-12)

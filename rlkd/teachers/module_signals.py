@@ -1,0 +1,139 @@
+"""Signals of a real teacher for all samples: one pass, cached as memory-mapped files."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlkd.models.hooks import capture, pool
+from rlkd.models.instrumented import NUM_PIXELS, received
+from rlkd.models.plan import Plan, logits_of
+from rlkd.objectives import attention_map
+from rlkd.objectives.tokens import TopK, top_k
+from rlkd.tasks.examples import PADDING_MASK, Examples, to_device
+from rlkd.teachers.cache import Arrays, Spec, cached_arrays, digest_tensors
+from rlkd.teachers.signals import Signals
+
+Say = Callable[[str], object]
+
+
+def module_signals(
+    teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int = 64, say: Say = print
+) -> Signals:
+    """Logits, pooled features and attention maps of one teacher, from the cache where it has them.
+
+    Features of several places lie side by side, each scaled to a mean square of one over the train split. Maps are
+    the attention that every token receives in the last block, or convolutional activation over pixels; P is 0 where
+    the teacher gives neither.
+
+    Args:
+        teacher: on its device.
+        plan: of the teacher.
+        places: blocks whose output the hints learn.
+        data: all samples, as the teacher takes them.
+        batch_size: of the pass.
+        say: told in one line before the pass, and when a cached file is broken.
+    """
+    size, width = len(data.labels), sum(plan.widths[plan.blocks.index(place)] for place in places)
+    num_positions = NUM_PIXELS if plan.is_conv else (data.num_positions or plan.num_positions) if plan.attention else 0
+    specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32"), "features": ((size, width), "float32")}
+    if num_positions:
+        specs["maps"] = ((size, num_positions), "float32")
+    key = {**_key(teacher, data), "places": " ".join(places)}
+
+    def fill(arrays: Arrays) -> None:
+        say(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
+        _fill(arrays, teacher, plan, places, data, batch_size)
+
+    tensors = cached_arrays("signals", key, specs, fill, say)
+    logits = tensors["logits"]  # [S, C]
+    validation, train = data.splits["validation"], data.splits["train"]
+    accuracy = (logits[validation].argmax(-1) == data.labels[validation]).float().mean()
+    log_p = F.log_softmax(logits[train], dim=-1)  # [S_train, C]
+    entropy = -(log_p.exp() * log_p).sum(-1).mean() / math.log(data.num_classes)
+    maps = tensors.get("maps", torch.zeros(size, 0))
+    return Signals(logits[None], tensors["features"][None], maps[None], accuracy[None], entropy[None], plan.is_conv)
+
+
+def _key(teacher: nn.Module, data: Examples) -> dict[str, str]:
+    """What signals depend on; preprocessing is in the inputs."""
+    splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
+    return {
+        "teacher": digest_tensors(teacher.state_dict().items()),
+        "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
+        "torch": torch.__version__,
+    }
+
+
+@torch.no_grad()
+def _fill(
+    arrays: Arrays, teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int
+) -> None:
+    device = next(teacher.parameters()).device
+    attention = plan.attention[-1:] if "maps" in arrays else ()
+    last = plan.blocks[-1:] if plan.is_conv else ()
+    with capture(teacher.eval(), [*places, *attention, *last]) as seen:
+        for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
+            inputs = to_device(data.batch(rows), device)
+            mask = inputs.get(PADDING_MASK)
+            logits = logits_of(teacher(**inputs))
+            where = rows.numpy()
+            arrays["logits"][where] = logits.float().cpu().numpy()
+            features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+            arrays["features"][where] = features.float().cpu().numpy()
+            if "maps" in arrays:
+                arrays["maps"][where] = _maps(seen, attention, last, mask, arrays["maps"].shape[1]).numpy()
+    start = 0
+    train = data.splits["train"].numpy()
+    for place in places:
+        stop = start + plan.widths[plan.blocks.index(place)]
+        block = arrays["features"][:, start:stop]
+        scale = max(float((block[train].astype("float64") ** 2).mean()) ** 0.5, 1e-8)
+        arrays["features"][:, start:stop] = block / scale
+        start = stop
+
+
+def _maps(
+    seen: dict[str, Tensor], attention: Sequence[str], last: Sequence[str], mask: Tensor | None, num_positions: int
+) -> Tensor:
+    """[B, P] float32 on the CPU, rows of unit norm."""
+    if last:
+        maps = attention_map(seen[last[0]].float(), num_positions)
+    else:
+        maps = F.normalize(received(seen[attention[0]].float(), None if mask is None else mask.bool()), dim=-1)
+    return F.pad(maps, (0, num_positions - maps.shape[-1])).cpu()
+
+
+def causal_signals(teacher: nn.Module, data: Examples, k: int, batch_size: int = 8, say: Say = print) -> TopK:
+    """The k largest next-token logits of a causal model at every position, and the logsumexp of the others.
+
+    Args:
+        teacher: gives logits [B, L, V].
+        data: input_ids and attention_mask, padded to one length.
+        k: at most V.
+        batch_size: of the pass.
+        say: as in `module_signals`.
+
+    Returns:
+        Fields [S, L, k], [S, L, k] int64 and [S, L]; positions of padding hold zeros.
+    """
+    size, length = data.inputs["input_ids"].shape
+    specs: dict[str, Spec] = {
+        "values": ((size, length, k), "float32"),
+        "indices": ((size, length, k), "int64"),
+        "rest": ((size, length), "float32"),
+    }
+
+    @torch.no_grad()
+    def fill(arrays: Arrays) -> None:
+        say(f"one pass of the teacher over {size} texts of {data.name} (kept in the cache)")
+        device = next(teacher.parameters()).device
+        for rows in torch.split(data.by_length(torch.arange(size)), batch_size):
+            inputs = to_device(data.batch(rows), device)
+            shortened = top_k(logits_of(teacher.eval()(**inputs)).float(), k)
+            for name, values in shortened._asdict().items():
+                arrays[name][rows.numpy(), : values.shape[1]] = values.cpu().numpy()
+
+    return TopK(**cached_arrays("tokens", {**_key(teacher, data), "k": str(k)}, specs, fill, say))

@@ -1,0 +1,171 @@
+"""`rlkd replay --data`: tiny transformers distilled under a policy, from files to a shipped student."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from rlkd.agents.bundle import save_bundle
+from rlkd.agents.policy import TENSORS, Policy
+from rlkd.agents.report import read_run
+from rlkd.agents.search import Shortlist
+from rlkd.cli.main import main
+from rlkd.compression.modules import load_module_student
+from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
+from rlkd.envs.action import published_setting
+from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
+
+QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
+GOOD, BAD = ("good", "fine", "bright", "great"), ("bad", "dull", "slow", "poor")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a policy, text and image teachers, and data."""
+    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    t = tiny_models.need_transformers()
+    folder = tmp_path_factory.mktemp("place")
+    _policy(folder / "policy")
+    teacher = tiny_models.tiny("bert", layers=3)
+    teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    teacher.save_pretrained(folder / "bert")
+    tiny_models.save_tokenizer(folder / "bert")
+    tiny_models.tiny("vit", num_classes=3).save_pretrained(folder / "vit")
+    t.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    tiny_models.tiny("llama").save_pretrained(folder / "llama")
+    draw = random.Random(0)
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label", "source"])
+        for i in range(90):
+            words = [draw.choice(GOOD if i % 2 else BAD), *draw.choices(("the", "film", "was", "plot"), k=4)]
+            rows.writerow([" ".join(words), "pos" if i % 2 else "neg", f"review {i // 3}"])
+    pixels = np.random.default_rng(0).random((60, 3, 16, 16), dtype=np.float32)
+    np.savez(folder / "images.npz", inputs=pixels, labels=np.arange(60) % 3)
+    np.savez(folder / "two.npz", inputs=pixels, labels=np.arange(60) % 2)
+    return folder
+
+
+def _policy(folder: Path) -> None:
+    """Untrained, but not idle: its changes depend on what it sees."""
+    g = torch.Generator().manual_seed(0)
+    seen, controls = len(OBSERVATIONS), len(CONTROLS)
+    shapes = [(5, seen), (5,), (5, 5), (5,), (controls, 5), (controls,)]
+    weights = {name: 0.5 * torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
+    static = Shortlist(torch.rand(2, controls, generator=g), torch.rand(2, 3, generator=g))
+    config = ControlConfig()
+    start = published_setting(config)
+    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), start, static, config), folder, {"seed": 0})
+
+
+def replay(place: Path, out: Path, *options: str) -> int:
+    return main(["replay", "--policy", str(place / "policy"), "--out", str(out), *QUICK, *options])
+
+
+def test_a_text_student_from_files_to_a_shipped_model(place: Path, tmp_path: Path) -> None:
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
+    assert replay(place, tmp_path / "a", *options) == 0
+    result = read_run(tmp_path / "a").result
+    assert result is not None
+    figures = result["methods"]["policy"]
+    assert figures["compacted_accuracy"] == pytest.approx(figures["accuracy"])
+    assert 0 < figures["macs_ratio"] < 1.5
+    assert figures["macs_of_dense_student"] < figures["macs_of_teacher"]
+    assert result["far_from_training"] == {} or all(v > 5 for v in result["far_from_training"].values())
+    mapping = (tmp_path / "a" / "mapping.txt").read_text()
+    assert "bert.encoder.layer.1" in mapping
+    assert "bert.encoder.layer.2" in mapping
+    assert "feature_keep" in mapping
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["window"] for row in rows] == [1, 2]
+    assert rows[0]["position_temperature"] != rows[1]["position_temperature"]  # the loop is closed
+    for name in ("cost_profile.json", "config.yaml", "versions.json", "report.html"):
+        assert (tmp_path / "a" / name).exists()
+    assert "transformers" in json.loads((tmp_path / "a" / "versions.json").read_text())
+
+    student = load_module_student(tmp_path / "a" / "student")
+    t = tiny_models.need_transformers()
+    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "a" / "student" / "model")
+    table = read_table(place / "reviews.csv", ColumnConfig())
+    data = make_examples(table, tokenizer, {"neg": 0, "pos": 1}, 2, ColumnConfig())
+    test = data.splits["test"]
+    with torch.no_grad():
+        answers = student(**data.batch(test)).argmax(-1)
+    assert float((answers == data.labels[test]).float().mean()) == pytest.approx(figures["accuracy"])
+
+
+def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--seed", "5"]
+    assert replay(place, tmp_path / "a", *options) == 0
+    profile = ["--cost.profile", str(tmp_path / "a" / "cost_profile.json")]
+    assert replay(place, tmp_path / "b", *options, *profile) == 0
+    a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("a", "b"))
+    assert a == b
+    weights = [tmp_path / name / "student" / "model" / "model.safetensors" for name in ("a", "b")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_an_image_student_from_a_configuration(place: Path, tmp_path: Path) -> None:
+    config = tiny_models.tiny("vit", num_classes=3, layers=2).config
+    config.hidden_size, config.intermediate_size = 16, 32
+    config.to_json_file(tmp_path / "small.json", use_diff=False)
+    options = ["--teacher", str(place / "vit"), "--data", str(place / "images.npz")]
+    assert replay(place, tmp_path / "a", *options, "--student", str(tmp_path / "small.json")) == 0
+    assert "linear 16 -> 32" in (tmp_path / "a" / "mapping.txt").read_text()
+    student = load_module_student(tmp_path / "a" / "student")
+    assert student.model.config.hidden_size == 16
+    assert student(pixel_values=torch.rand(2, 3, 16, 16)).shape == (2, 3)
+
+
+def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> None:
+    tiny_models.tiny("distilbert").save_pretrained(tmp_path / "student")
+    tiny_models.save_tokenizer(tmp_path / "student", list(reversed(tiny_models.WORDS)))
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv")]
+    assert replay(place, tmp_path / "a", *options, "--student", str(tmp_path / "student")) == 0
+    first = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["accuracy"] >= 0
+    t = tiny_models.need_transformers()
+    shipped = t.AutoTokenizer.from_pretrained(tmp_path / "a" / "student" / "model")
+    assert shipped.get_vocab()["not"] == 5  # the student's, not the teacher's
+    assert load_module_student(tmp_path / "a" / "student").model.config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, data = ["--teacher", str(place / "bert")], ["--data", str(place / "reviews.csv")]
+    cases = {
+        "teacher without data": (teacher, ["--data"]),
+        "data without teacher": (data, ["teacher"]),
+        "no such teacher": (["--teacher", "./gone", *data], ["gone", "no such folder"]),
+        "no such data": ([*teacher, "--data", "gone.csv"], ["gone.csv"]),
+        "wrong column": ([*teacher, *data, "--columns.text", "review"], ["'review'", "text, label, source"]),
+        "images for a text model": ([*teacher, "--data", str(place / "two.npz")], ["does not take"]),
+        "texts for an image model": (["--teacher", str(place / "vit"), *data], ["got texts"]),
+        "causal model": (["--teacher", str(place / "llama"), *data], ["causal language model"]),
+        "too many layers": ([*teacher, *data, "--cut.layers", "9"], ["cut.layers: got 9", "1 to 3"]),
+        "unknown key": ([*teacher, *data, "--cut.layer", "2"], ["did you mean --cut.layers"]),
+        "device": ([*teacher, *data, "--train.device", "gpu"], ["train.device", "'gpu'"]),
+        "exit": ([*teacher, *data, "--attach.exits", "[7]"], ["attach.exits"]),
+        "profile": ([*teacher, *data, "--cost.profile", "gone.json"], ["gone.json"]),
+    }
+    for name, (options, words) in cases.items():
+        assert replay(place, tmp_path / name, *options) == 2, name
+        error = capsys.readouterr().err
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("rlkd: "), (name, error)
+        assert "Traceback" not in error
+        for word in words:
+            assert word in line, (name, line)
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["replay", "--data", "x", "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "--teacher models/bert --data" in out.split("Examples:")[1]
+    assert "--attach.patience" in out

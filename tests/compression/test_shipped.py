@@ -1,0 +1,136 @@
+"""A shipped student answers as the trained one did, is smaller, and survives its folder."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from rlkd.compression.modules import ShippedStudent, load_module_student, save_module_student, ship
+from rlkd.errors import UserError
+from rlkd.models.hooks import link_places
+from rlkd.models.instrumented import Instrumented
+from rlkd.models.plan import AttachConfig, make_plan
+from rlkd.models.pretrained import Kind
+
+KINDS: dict[str, Kind] = {"vit": "image_classification", "resnet": "image_classification"}
+THRESHOLDS = {"never": 1.0, "always": 0.5, "some": 0.0}
+
+
+def trained(family: str, attach: AttachConfig) -> Instrumented:
+    model, inputs = tiny_models.tiny(family, layers=2 if family == "resnet" else 3), tiny_models.batch(family, size=12)
+    plan = make_plan(model, inputs, attach, None)
+    student = Instrumented(model, plan, link_places(model, model, plan.blocks[-1:], plan.blocks, inputs, inputs)).eval()
+    torch.manual_seed(0)
+    for head in student.heads:
+        torch.nn.init.normal_(head.weight, std=0.15)
+        head.bias.data.zero_()
+    return student
+
+
+def expected(
+    student: Instrumented,
+    masks: tuple[torch.Tensor, ...],
+    keep: float,
+    threshold: float,
+    inputs: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, list[int]]:
+    """Logits by the rule, sample by sample, and at which exit each left."""
+    patience = student.plan.patience
+    with torch.no_grad():
+        logits = student(inputs, masks, keep).logits
+    rows, left = [], []
+    for i in range(len(logits[0])):
+        answers = [int(z[i].argmax()) for z in logits]
+        for e, z in enumerate(logits):
+            confident = threshold <= 0.5 or (threshold < 1.0 and float(z[i].softmax(-1).max()) >= threshold)
+            agree = 0 < patience <= e + 1 and 0.5 < threshold < 1.0 and len(set(answers[e + 1 - patience : e + 1])) == 1
+            if confident or agree or e == len(logits) - 1:
+                rows.append(z[i])
+                left.append(e)
+                break
+    return torch.stack(rows), left
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "llama_classifier"])
+@pytest.mark.parametrize("when", THRESHOLDS)
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_shipped_student_answers_as_the_trained_one(family: str, when: str, patience: int) -> None:
+    exits = (1,) if family == "resnet" else (1, 2)
+    student = trained(family, AttachConfig(exits=exits, patience=patience))
+    inputs = tiny_models.batch(family, size=12)
+    masks = tuple((torch.arange(g.size) % 2).float() for g in student.plan.groups)
+    keep = 0.5 if student.plan.select_after else 1.0
+    threshold = THRESHOLDS[when]
+    if when == "some":
+        with torch.no_grad():
+            threshold = float(student(inputs, masks, keep).logits[0].softmax(-1).amax(-1).median()) - 1e-7
+    wanted, left = expected(student, masks, keep, threshold, inputs)
+    if when == "some":
+        assert len(set(left)) > 1  # the case is worth its name
+    shipped = ship(student, KINDS.get(family, "sequence_classification"), masks, keep, threshold)
+    with torch.no_grad():
+        torch.testing.assert_close(shipped(**inputs), wanted, atol=1e-5, rtol=1e-4)
+        for i in (0, 5):
+            one = {name: values[i : i + 1] for name, values in inputs.items()}
+            torch.testing.assert_close(shipped(**one)[0], wanted[i], atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_has_left_does_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = trained("bert", AttachConfig(exits=(1,)))
+    masks = tuple(torch.ones(g.size) for g in student.plan.groups)
+    shipped = ship(student, "sequence_classification", masks, 1.0, 0.5)
+    ran: list[int] = []
+    for number, path in enumerate(shipped.shipment.blocks, start=1):
+        shipped.model.get_submodule(path).register_forward_hook(lambda *_, n=number: ran.append(n))
+    shipped(**tiny_models.batch("bert"))
+    assert ran == [1]
+
+
+def test_hidden_units_are_gone_and_transformers_loads_the_folder(tmp_path: Path) -> None:
+    student = trained("bert", AttachConfig())
+    masks = tuple((torch.arange(g.size) % 4 == 0).float() for g in student.plan.groups)
+    shipped = ship(student, "sequence_classification", masks, 0.5, 0.55)
+    save_module_student(shipped, tmp_path / "s", None, {"figures": {"accuracy": 0.5}})
+    t = tiny_models.need_transformers()
+    plain = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "s" / "model")
+    assert plain.config.intermediate_size == 16
+    assert plain.bert.encoder.layer[0].intermediate.dense.weight.shape == (16, 32)
+    inputs = tiny_models.batch("bert", size=12)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, student(inputs, masks, 1.0).logits[-1])
+        loaded = load_module_student(tmp_path / "s")
+        torch.testing.assert_close(loaded(**inputs), shipped(**inputs))
+
+
+def test_units_that_differ_in_number_are_zeroed(tmp_path: Path) -> None:
+    student = trained("bert", AttachConfig())
+    masks = tuple((torch.arange(g.size) < 3 + i).float() for i, g in enumerate(student.plan.groups))
+    shipped = ship(student, "sequence_classification", masks, 1.0, 1.0)
+    assert shipped.model.config.intermediate_size == 64
+    inputs = tiny_models.batch("bert")
+    with torch.no_grad():
+        torch.testing.assert_close(shipped(**inputs), student(inputs, masks, 1.0).logits[-1])
+
+
+def saved(tmp_path: Path) -> Path:
+    student = trained("bert", AttachConfig())
+    masks = tuple(torch.ones(g.size) for g in student.plan.groups)
+    shipped: ShippedStudent = ship(copy.deepcopy(student), "sequence_classification", masks, 1.0, 0.6)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("name", ["student.json", "exits.safetensors", "model/model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_folder_is_one_line(tmp_path: Path, name: str, damage: str) -> None:
+    folder = saved(tmp_path)
+    path = folder / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)

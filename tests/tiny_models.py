@@ -1,0 +1,73 @@
+"""Tiny transformers models with random weights, built from configurations: nothing is downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+WORDS = ["good", "bad", "fine", "dull", "bright", "slow", "great", "poor", "film", "plot", "actor", "the", "was", "not"]
+
+
+def need_transformers() -> Any:
+    return pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+
+
+def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **changes: Any) -> nn.Module:
+    t = need_transformers()
+    torch.manual_seed(seed)
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_labels": num_classes,
+        "attn_implementation": "eager",
+    }
+    text: dict[str, Any] = {**small, "vocab_size": 40, "max_position_embeddings": 40}
+    image: dict[str, Any] = {"image_size": 16, "patch_size": 4}
+    distil = {"dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64, "vocab_size": 40, "num_labels": 2}
+    makers = {
+        "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**text | changes)),
+        "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**text | changes)),
+        "electra": lambda: t.ElectraForSequenceClassification(
+            t.ElectraConfig(**text | {"embedding_size": 16} | changes)
+        ),
+        "llama_classifier": lambda: t.LlamaForSequenceClassification(
+            t.LlamaConfig(**text | {"num_key_value_heads": 2, "pad_token_id": 0} | changes)
+        ),
+        "distilbert": lambda: t.DistilBertForSequenceClassification(
+            t.DistilBertConfig(**distil | {"attn_implementation": "eager"} | changes)
+        ),
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**small | image | changes)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**text | {"num_key_value_heads": 2} | changes)),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=40, n_embd=32, n_layer=layers, n_head=4, bos_token_id=1, eos_token_id=2)
+        ),
+        "resnet": lambda: t.ResNetForImageClassification(
+            t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=num_classes)
+        ),
+    }
+    model: nn.Module = makers[family]()
+    return model.eval()
+
+
+def batch(family: str, size: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if family in ("vit", "resnet"):
+        return {"pixel_values": torch.rand(size, 3, 16, 16, generator=generator)}
+    ids = torch.randint(5, 40, (size, length), generator=generator)
+    mask = (torch.arange(length) < length - torch.arange(size)[:, None] % 3).long()  # rows of 7, 6, 5, 7 tokens
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def save_tokenizer(folder: Path, words: list[str] = WORDS) -> Any:
+    """A word-level BERT tokenizer in `folder`."""
+    t = need_transformers()
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = t.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
