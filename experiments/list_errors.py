@@ -185,6 +185,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a number without end", "train --ppo.learning_rate inf"),
         Case("a seed below 0", "train --seed -1"),
         Case("a required option left out", "replay"),
+        Case("a real model without data", "replay --policy policy --teacher models/bert"),
         Case("a method that does not exist", "compare --methods statc"),
         Case("a method that needs a policy", "compare --methods static,policy"),
         Case("no round of tasks", "compare --num_seeds 0"),
