@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
+
+from rlkd.tasks import TaskDistribution, draw_task, load_dataset
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 NUM_RESAMPLES = 5000
@@ -139,6 +142,35 @@ def bars(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
     return "\n".join(lines)
 
 
+def by_teacher(folder: Path) -> str:
+    """Mean lead over TPE-100 by the task's teacher, and the interquartile mean of the paired leads."""
+    with (folder / "result.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    data, groups = load_dataset("digits"), {"poorest": (0, 1), "next two": (1, 3), "other five": (3, 8)}
+    lines = [
+        "| accuracy weight | all tasks, mean | all tasks, IQM | " + " | ".join(groups) + " |",
+        "|---|---|---|" + "---|" * len(groups),
+    ]
+    for weight in dict.fromkeys(row["accuracy_weight"] for row in rows):
+        found = {
+            method: {
+                int(r["task_seed"]): float(r["score"])
+                for r in rows
+                if (r["accuracy_weight"], r["method"]) == (weight, method)
+            }
+            for method in ("policy", "tpe_100")
+        }
+        seeds = list(found["policy"])
+        teacher = np.array([draw_task(s, TaskDistribution(), data, 8).teacher for s in seeds])
+        gap = np.array([found["policy"][s] - found["tpe_100"][s] for s in seeds])
+        cells = [
+            f"{gap[(teacher >= low) & (teacher < high)].mean():+.3f} ({int(((teacher >= low) & (teacher < high)).sum())} tasks)"
+            for low, high in groups.values()
+        ]
+        lines.append(f"| {weight} | {gap.mean():+.4f} | {trim_mean(gap, 0.25):+.4f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def forest(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Leads over every rival with their intervals, one panel a preference."""
     weights = list(found["dynamic"]["preferences"])
@@ -159,6 +191,7 @@ def forest(found: dict[str, dict[str, Any]], path: Path) -> None:
         ax.set_yticks(range(len(names)), names)
         ax.set_xscale("symlog", linthresh=0.02)
         ax.set_xticks([-0.05, -0.02, 0, 0.02, 0.05, 0.2], ["-0.05", "-0.02", "0", "0.02", "0.05", "0.2"], fontsize=8)
+        ax.set_xlim(-0.06, 0.6)
         ax.set_title(f"accuracy weight {weight}", fontsize=10)
         ax.set_xlabel("policy's lead in J, 95 %")
         ax.grid(axis="x", alpha=0.3)
@@ -216,6 +249,15 @@ def page(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
                 table(result),
                 "",
             ]
+    if "in_family" in found:
+        parts += [
+            "## Where it loses to TPE-100",
+            "",
+            "By the quality of the task's teacher (default teachers saw 24 to 897 samples):",
+            "",
+            by_teacher(folder / "in_family"),
+            "",
+        ]
     front = found.get("front", {}).get("front")
     if front:
         parts += [
