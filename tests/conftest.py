@@ -49,8 +49,8 @@ def double_world(world: World) -> Iterator[World]:
     s = world.signals
     signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
     data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
-    template, start = copy.deepcopy(world.template).double(), world.start.double()
-    yield dataclasses.replace(world, data=data, signals=signals, template=template, start=start)
+    template = copy.deepcopy(world.template).double()
+    yield dataclasses.replace(world, data=data, signals=signals, template=template, plan=world.plan.double())
     torch.set_default_dtype(torch.float32)
 
 

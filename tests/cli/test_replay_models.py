@@ -59,8 +59,8 @@ def _policy(folder: Path) -> None:
     weights = {name: 0.5 * torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.rand(2, controls, generator=g), torch.rand(2, 3, generator=g))
     config = ControlConfig()
-    start = published_setting(config)
-    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), start, static, config), folder, {"seed": 0})
+    plan = published_setting(config)[None]
+    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), plan, static, config), folder, {"seed": 0})
 
 
 def replay(place: Path, out: Path, *options: str) -> int:
