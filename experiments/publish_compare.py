@@ -1,7 +1,7 @@
 """Write docs/results/compare.md and its figures from a training run and the comparisons made with its policy.
 
     rlkd train --config default --out RUN
-    rlkd compare configs/compare/*.yaml --policy RUN/policy --out COMPARED
+    rlkd compare configs/compare/*.yaml --policy RUN/policy --seed 1000 --out COMPARED
     python experiments/publish_compare.py RUN COMPARED
 
 Nothing is typed by hand; bars that are missed say so.
@@ -222,10 +222,10 @@ def page(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
     parts = [
         "# Against its rivals",
         "",
-        f"Commands: `rlkd train --config default --out RUN`, `rlkd compare configs/compare/*.yaml --policy RUN/policy --out COMPARED`, "
+        f"Commands: `rlkd train --config default --out RUN`, `rlkd compare configs/compare/*.yaml --policy RUN/policy --seed 1000 --out COMPARED`, "
         f"`python experiments/publish_compare.py RUN COMPARED`, {time.strftime('%Y-%m-%d')}, two cores, one torch thread a process. One policy, of seed 0, trained on digits and MLPs of 48 units alone.",
-        "Every task has a seed of its own (teacher, corrupted labels, initial weights, batches), the same for all methods. Test data, read once; searches select on",
-        "validation. Intervals: percentile bootstrap over tasks, paired. Losses stand beside wins.",
+        "Every task has a seed of its own (teacher, corrupted labels, initial weights, batches), the same for all methods. Test data; searches select on",
+        "validation. Intervals: percentile bootstrap over tasks, paired. The agent's settings were chosen on test figures of other tasks (seed 0) with the same test images.",
         "",
         bars(run, found, folder),
         "",
