@@ -45,12 +45,13 @@ def world(config: EnvConfig) -> World:
 @pytest.fixture
 def double_world(world: World) -> Iterator[World]:
     """The same world in double precision, where Adam cannot blow rounding up to something visible."""
-    torch.set_default_dtype(torch.float64)
     s = world.signals
     signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
     data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
     template = copy.deepcopy(world.template).double()
-    yield dataclasses.replace(world, data=data, signals=signals, template=template, plan=world.plan.double())
+    double = dataclasses.replace(world, data=data, signals=signals, template=template, plan=world.plan.double())
+    torch.set_default_dtype(torch.float64)
+    yield double
     torch.set_default_dtype(torch.float32)
 
 

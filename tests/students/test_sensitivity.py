@@ -1,7 +1,5 @@
-import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,17 +14,6 @@ from rlkd.tasks import Task, draw_task
 
 TRAIN = TrainConfig(steps_per_window=5, batch_size=24)
 SEEDS = (3, 4, 5)
-
-
-@pytest.fixture
-def double_world(world: World) -> Iterator[World]:
-    torch.set_default_dtype(torch.float64)
-    s = world.signals
-    signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
-    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
-    template = copy.deepcopy(world.template).double()
-    yield dataclasses.replace(world, data=data, signals=signals, template=template)
-    torch.set_default_dtype(torch.float32)
 
 
 def controls_of(rows: list[int]) -> Controls:
