@@ -37,7 +37,7 @@ def adversarial_temperature(base: Controller, seed: int) -> Controller:
         config = episodes.world.config.controls
         temperature = decode(episodes.position, config, episodes.world.data.num_classes).temperature  # [N]
         share = 0.5 * (1.0 - math.cos(math.pi * window / max(1, episodes.world.config.num_windows - 1)))
-        slope = _look(episodes, generator).log_temperature.nan_to_num()  # a diverged student stays where it is
+        slope = _look(episodes, generator).log_temperature.nan_to_num()  # where a gradient overflows it stays
         return with_values(position, {"temperature": temperature * (TEMPERATURE_RATE * share * slope).exp()}, config)
 
     return controller

@@ -36,6 +36,7 @@ def summarise(results: Results, trainings_per_task: float, generator: np.random.
         values = getattr(results, name)
         entry[name] = {**interval(values, "iqm", generator), "mean": float(values.mean())}
     entry["num_diverged"] = int(results.diverged.sum())
+    entry["num_rollbacks"] = int(results.num_rollbacks.sum())
     entry["trainings_per_task"] = trainings_per_task
     return entry
 

@@ -34,6 +34,7 @@ class Results:
     energy_ratio: NDArray[np.float64]
     macs_ratio: NDArray[np.float64]
     diverged: NDArray[np.bool_]
+    num_rollbacks: NDArray[np.int64]
 
 
 def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
@@ -76,7 +77,7 @@ def run(
                 on_window(len(chunk))
         if tune_exit:
             _tune_exit(episodes)
-        parts.append(Results(*final_figures(episodes, diverged, final_split)))
+        parts.append(Results(*final_figures(episodes, diverged, outcome.telemetry.num_rollbacks, final_split)))
     return join(parts)
 
 
@@ -85,7 +86,7 @@ def join(parts: Sequence[Results]) -> Results:
     return Results(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Results)))
 
 
-def final_figures(episodes: Episodes, diverged: Tensor, split: str) -> tuple[Any, ...]:
+def final_figures(episodes: Episodes, diverged: Tensor, num_rollbacks: Tensor, split: str) -> tuple[Any, ...]:
     """The fields of `Results`; a diverged student has accuracy 0, saves nothing and scores worst."""
     if split not in ("validation", "test"):
         raise ValueError(f"split: got {split!r}; allowed: 'validation', 'test'")
@@ -93,7 +94,7 @@ def final_figures(episodes: Episodes, diverged: Tensor, split: str) -> tuple[Any
     worst = {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0}
     columns = (score, metrics.accuracy, cost.latency_ratio, cost.energy_ratio, cost.macs_ratio)
     cleaned = [torch.where(diverged, torch.full_like(c, worst[i]), c) for i, c in enumerate(columns)]
-    return (*(c.double().numpy() for c in cleaned), diverged.numpy())
+    return (*(c.double().numpy() for c in cleaned), diverged.numpy(), num_rollbacks.numpy())
 
 
 def _tune_exit(episodes: Episodes) -> None:

@@ -158,7 +158,8 @@ class _Watch(BaseCallback):
     def _on_rollout_end(self) -> None:
         self._iteration += 1
         figures = {k: float(np.mean([e[k] for e in self._ended])) for k in (self._ended[0] if self._ended else ())}
-        figures["num_diverged"] = float(sum(e["diverged"] for e in self._ended))
+        for name, key in (("num_diverged", "diverged"), ("num_rollbacks", "num_rollbacks")):
+            figures[name] = float(sum(e[key] for e in self._ended))
         controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
         num_trainings = self._iteration * self.training_env.num_envs
         self._on_rollout(Rollout(self._iteration, num_trainings, {**figures, **controls}), self.logger)

@@ -11,7 +11,7 @@ from rlkd.agents.controllers import Controller
 from rlkd.compression import CompactStudent, compact, save_student
 from rlkd.cost import median_latency_s
 from rlkd.envs.action import CONTROLS, decode
-from rlkd.envs.episodes import Episodes
+from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.reward import DIVERGED_SCORE
 from rlkd.envs.world import EpisodeWorld, World
 from rlkd.objectives import FAMILIES
@@ -36,8 +36,8 @@ def run_windows(
     controller: Controller,
     seed: int,
     on_window: Callable[[dict[str, float], torch.Tensor], object],
-) -> tuple[Episodes, bool]:
-    """Train one student to the end, or until it diverges, and tell which.
+) -> tuple[Episodes, Outcome]:
+    """Train one student to the end, or until it diverges; returns what its last window brought, too.
 
     Args:
         world: of chains or of a real model.
@@ -47,7 +47,6 @@ def run_windows(
     """
     episodes = Episodes(world, 1)
     observation = episodes.reset([seed])
-    diverged = False
     for window in range(world.config.num_windows):
         position = controller(observation, episodes, window)
         outcome = episodes.step(position)
@@ -61,12 +60,14 @@ def run_windows(
             "macs_ratio": float(outcome.cost.macs_ratio[0]),
             "latency_ratio": float(outcome.cost.latency_ratio[0]),
             "energy_ratio": float(outcome.cost.energy_ratio[0]),
+            "num_diverged": float(outcome.diverged[0]),
+            "num_rollbacks": float(outcome.telemetry.num_rollbacks[0]),
         }
         on_window(row, outcome.observation)
-        observation, diverged = outcome.observation, bool(outcome.diverged[0])
-        if diverged:
+        observation = outcome.observation
+        if outcome.diverged[0]:
             break
-    return episodes, diverged
+    return episodes, outcome
 
 
 def distil(
@@ -83,7 +84,8 @@ def distil(
         seed: task, parameters and batches.
         on_window: given each window's row (controls and validation figures) and its observation [1, O].
     """
-    episodes, diverged = run_windows(world, controller, seed, on_window)
+    episodes, last = run_windows(world, controller, seed, on_window)
+    diverged = bool(last.diverged[0])
     students = episodes.students
     assert isinstance(students, SoloStudent)
     threshold = float(decode(episodes.position, world.config.controls, world.data.num_classes).exit_threshold[0])
@@ -108,6 +110,7 @@ def distil(
         "energy_ratio": float(cost.energy_ratio[0]),
         "energy_j": float(cost.energy_j[0]),
         "energy_kind": world.profile.energy["kind"],
+        "num_rollbacks": int(last.telemetry.num_rollbacks[0]),
     }
     batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(small, dense, world.data.inputs[test], b) for b in batches}

@@ -44,7 +44,8 @@ def distil_module(
         seed: fresh exits and adapters, batches and dropout.
         on_window: given each window's row (controls and validation figures) and its observation [1, O].
     """
-    episodes, diverged = run_windows(world, controller, seed, on_window)
+    episodes, last = run_windows(world, controller, seed, on_window)
+    diverged = bool(last.diverged[0])
     students = episodes.students
     assert isinstance(students, ModuleStudent)
     controls = decode(episodes.position, world.config.controls, world.data.num_classes)
@@ -71,6 +72,7 @@ def distil_module(
         "energy_ratio": float(cost.energy_ratio[0]),
         "energy_j": float(cost.energy_j[0]),
         "energy_kind": world.profile.energy["kind"],
+        "num_rollbacks": int(last.telemetry.num_rollbacks[0]),
     }
     batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, world.data, test, b) for b in batches}

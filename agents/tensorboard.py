@@ -18,7 +18,7 @@ from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
 
-_STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged")
+_STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged", "num_rollbacks")
 
 
 def new_logger(folder: Path) -> Logger:

@@ -79,5 +79,6 @@ def figures(outcome: Outcome) -> dict[str, NDArray[Any]]:
         "energy_ratio": outcome.cost.energy_ratio,
         "macs_ratio": outcome.cost.macs_ratio,
         "diverged": outcome.diverged,
+        "num_rollbacks": outcome.telemetry.num_rollbacks,
     }
     return {name: tensor.numpy() for name, tensor in values.items()}

@@ -207,6 +207,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("an exit behind a block that is not there", "train --student.exits [2]"),
         Case("more halvings than the images have", "calibrate --student.kind conv --student.widths [4,4,4,4,4]"),
         Case("a step of nothing", "train --train.batch_size 0"),
+        Case("fewer rollbacks than none", "train --train.max_rollbacks -1"),
         Case("no sample for a teacher", "train --teacher.num_samples []"),
         Case("a teacher of more samples than there are", "train --teacher.num_samples [9999]"),
         Case("no step for a teacher", "train --teacher.num_steps 0"),

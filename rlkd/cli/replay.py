@@ -159,6 +159,11 @@ def _report(
             f"note: in {len(far)} windows the policy saw something over {FAR:g} deviations from its training tasks; "
             "its choices there are guesses"
         )
+    if figures["num_rollbacks"]:
+        lines.append(
+            f"note: {figures['num_rollbacks']} windows were undone, since their numbers were not finite; the student "
+            "went on with smaller steps"
+        )
     lines.append(f"student: {folder / 'student'}   figures: {folder / 'result.json'}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -23,14 +23,18 @@ class TrainConfig:
     """Optimizer steps of one window, which is one environment step."""
     batch_size: int = 48
     """Samples of one optimizer step, drawn with replacement from the student's training samples."""
+    max_rollbacks: int = 2
+    """Windows that are undone, with a tenth of the step size from then on, before a student counts as diverged."""
 
     def check(self) -> None:
-        """Raises UserError for a window without a step or a batch without a sample."""
+        """Raises UserError for a window without a step, a batch without a sample, or fewer rollbacks than none."""
         if self.steps_per_window < 1 or self.batch_size < 1:
             raise UserError(
                 f"train: got steps_per_window {self.steps_per_window}, batch_size {self.batch_size}; "
                 "allowed: at least 1"
             )
+        if self.max_rollbacks < 0:
+            raise UserError(f"train.max_rollbacks: got {self.max_rollbacks}; allowed: at least 0")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Telemetry:
     losses: Tensor  # [N, 4], mean over the window, unweighted, in the order of FAMILIES
     gradient_norms: Tensor  # [N, 4], of each family's unweighted loss on PROBE_SIZE samples of the last batch
     gradient_cosine: Tensor  # [N], between the gradients of hard label and response
-    diverged: Tensor  # [N] bool, a parameter or a loss was not finite
+    diverged: Tensor  # [N] bool, a loss, a gradient or a parameter was not finite once more than may be undone
+    num_rollbacks: Tensor  # [N] int64, windows that were undone since the student began
 
 
 @dataclass(frozen=True)

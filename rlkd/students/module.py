@@ -30,6 +30,7 @@ from rlkd.students.interface import (
     family_weights,
 )
 from rlkd.students.optimizers import new_optimizer, schedule
+from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.tasks import Split, Task, task_generator
 from rlkd.tasks.examples import Examples, to_device
 from rlkd.teachers import Signals
@@ -123,6 +124,7 @@ class ModuleStudent:
         self._unit_masks: Masks = tuple(torch.ones(group.size) for group in self.plan.groups)
         self._keep, self._threshold = 1.0, torch.ones(1)
         self._token_scores = torch.ones(self.plan.num_positions)
+        self._rollbacks = Rollbacks(1, config.max_rollbacks)
 
     @property
     def available(self) -> dict[str, bool]:
@@ -142,6 +144,7 @@ class ModuleStudent:
         self._optimizer = new_optimizer(self.student, config.optimizer, config.learning_rate, config.weight_decay)
         self._batches = task_generator(self._task.seed, "batches")
         self._step = 0
+        self._rollbacks.reset(torch.arange(1))
         self._token_scores = torch.ones(self.plan.num_positions)
 
     def set_controls(self, controls: Controls) -> None:
@@ -156,28 +159,44 @@ class ModuleStudent:
         self._threshold = threshold
 
     def train_window(self, controls: Controls) -> Telemetry:
-        """`steps_per_window` optimizer steps under `controls`."""
+        """`steps_per_window` optimizer steps under `controls`.
+
+        If they are undone, the course of the learning rate goes on all the same: it counts steps taken.
+        """
         self.set_controls(controls)
+        before = Snapshot(self.student, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
         temperature = controls.temperature[0].to(self._device)
-        scale = float(controls.learning_rate[0]) / REFERENCE_RATE
+        scale = float((controls.learning_rate * self._rollbacks.step_scale)[0]) / REFERENCE_RATE
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
-        total = torch.zeros(len(FAMILIES))
+        total, worst_norm = torch.zeros(len(FAMILIES)), torch.zeros((), device=self._device)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self._task.seed % 2**48 + self._step)  # of dropout
             self.student.train()
             for step in range(num_steps):
-                total += self._train_step(positions[step], weights, temperature, scale)
+                losses, norm = self._train_step(positions[step], weights, temperature, scale)
+                total += losses
+                worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
         self.student.eval()
         norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
-        finite = divergence_free(*(p.detach()[None] for p in self.student.parameters())).cpu()
-        diverged = ~(finite & divergence_free(total[None]))
-        return Telemetry((total / num_steps)[None], norms[None], cosine[None], diverged)
+        parameters = (p.detach()[None] for p in self.student.parameters())
+        on_device = divergence_free(worst_norm[None], *parameters, *moments(self._optimizer))
+        finite = on_device.cpu() & divergence_free(total[None], norms[None])
+        if self._rollbacks.judge(finite).any():
+            before.put_back(self.student, self._optimizer)
+        rollbacks = self._rollbacks
+        return Telemetry((total / num_steps)[None], norms[None], cosine[None], rollbacks.diverged, rollbacks.count)
 
-    def _train_step(self, positions: Tensor, weights: Tensor, temperature: Tensor, scale: float) -> Tensor:
-        """One optimizer step on the samples at `positions` [B]; returns the families' losses [4] on the CPU."""
+    def _train_step(
+        self, positions: Tensor, weights: Tensor, temperature: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the samples at `positions` [B].
+
+        Returns:
+            The families' losses [4] on the CPU, and the norm [] of the whole gradient before it is clipped.
+        """
         config = self._config
         factor = scale * schedule(self._step, self._num_steps, config.warmup, config.floor)
         for group in self._optimizer.param_groups:
@@ -189,10 +208,10 @@ class ModuleStudent:
             losses = self._losses(part, temperature)
             (share * (losses * weights).sum()).backward()  # type: ignore[no-untyped-call]
             total += share * losses.detach()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         self._optimizer.step()
         self._step += 1
-        return total.cpu()
+        return total.cpu(), norm
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:

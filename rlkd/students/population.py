@@ -27,6 +27,7 @@ from rlkd.students.interface import (
     divergence_free,
     family_weights,
 )
+from rlkd.students.rollback import Rollbacks
 from rlkd.tasks import DataSet, Split, Task, task_generator
 from rlkd.teachers import Signals
 
@@ -67,6 +68,7 @@ class Population:
         self._first = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
         self._second = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
         self._num_updates = torch.zeros(n)
+        self._rollbacks = Rollbacks(n, config.max_rollbacks)
         self._masks: Masks = tuple(torch.ones(n, size) for size in student.group_sizes)
         self._threshold = torch.ones(n)
         self._samples = torch.zeros(n, len(train), dtype=torch.int64)  # [N, L], padded
@@ -95,6 +97,7 @@ class Population:
             self._num_samples[row] = len(task.samples)
             self._teacher[row] = task.teacher
             self._batches[row] = task_generator(task.seed, "batches")
+        self._rollbacks.reset(where)
 
     def copy_rows(self, sources: Tensor) -> None:
         """Student i goes on as a copy of student `sources[i]` ([N] int64): parameters, optimizer state, selection.
@@ -105,6 +108,7 @@ class Population:
             for name, tensor in store.items():
                 store[name] = tensor[sources]
         self._num_updates = self._num_updates[sources]
+        self._rollbacks.copy_rows(sources)
         self._masks = tuple(mask[sources] for mask in self._masks)
         self._threshold = self._threshold[sources]
 
@@ -118,8 +122,14 @@ class Population:
         self._threshold = threshold
 
     def train_window(self, controls: Controls) -> Telemetry:
-        """`steps_per_window` Adam steps for all students, each under its own controls."""
+        """`steps_per_window` Adam steps for all students, each under its own controls.
+
+        A student whose numbers are not finite goes back to where the window began (`rlkd.students.rollback`).
+        """
         self.set_controls(controls)
+        stores = (self._parameters, self._first, self._second)
+        before = [{k: tensor.clone() for k, tensor in store.items()} for store in stores]
+        num_updates, learning_rate = self._num_updates.clone(), controls.learning_rate * self._rollbacks.step_scale
         weights = family_weights(controls.weights, self._available)  # [N, 4]
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         drawn = [
@@ -131,12 +141,18 @@ class Population:
         for step in range(num_steps):
             batch = self._batch(positions[step])
             gradients, (_, losses) = self._step(self._parameters, *batch, self._masks, weights, controls.temperature)
-            self._update(gradients, controls.learning_rate)
+            self._update(gradients, learning_rate)
             total += losses
         probe = [part[:, :PROBE_SIZE] for part in batch]
         norms, cosine = self._family_gradients(self._parameters, *probe, self._masks, controls.temperature)
-        finite = divergence_free(total, *self._parameters.values())
-        return Telemetry(total / num_steps, norms, cosine, ~finite)
+        # moments keep every gradient that was not finite, so one look at the end of the window sees all of its steps
+        broken = self._rollbacks.judge(divergence_free(total, norms, *(t for s in stores for t in s.values())))
+        if broken.any():
+            for store, kept in zip(stores, before, strict=True):
+                for name, tensor in store.items():
+                    tensor[broken] = kept[name][broken]
+            self._num_updates[broken] = num_updates[broken]
+        return Telemetry(total / num_steps, norms, cosine, self._rollbacks.diverged, self._rollbacks.count)
 
     def evaluate(self, split: Split) -> Metrics:
         """Metrics on one split under the current masks and exit thresholds."""

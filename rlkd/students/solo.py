@@ -25,6 +25,7 @@ from rlkd.students.interface import (
     family_weights,
 )
 from rlkd.students.population import WithAdapter
+from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.tasks import DataSet, Split, Task, task_generator
 from rlkd.teachers import Signals
 
@@ -43,6 +44,7 @@ class SoloStudent:
         self._input_scale = data.inputs[data.splits["train"]].flatten(1).abs().mean(0)  # [D]
         self._masks = student.full_masks()
         self._threshold = torch.ones(1)
+        self._rollbacks = Rollbacks(1, config.max_rollbacks)
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Fresh parameters, optimizer and batches for the one task."""
@@ -50,6 +52,7 @@ class SoloStudent:
         initialise(self._module, task_generator(self._task.seed, "parameters"))
         self._optimizer = torch.optim.Adam(self._module.parameters())
         self._batches = task_generator(self._task.seed, "batches")
+        self._rollbacks.reset(torch.arange(1))
 
     def set_controls(self, controls: Controls) -> None:
         """As `Population.set_controls`."""
@@ -63,9 +66,10 @@ class SoloStudent:
     def train_window(self, controls: Controls) -> Telemetry:
         """As `Population.train_window`, step by step."""
         self.set_controls(controls)
+        before = Snapshot(self._module, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0]  # [4]
         for group in self._optimizer.param_groups:
-            group["lr"] = controls.learning_rate.item()
+            group["lr"] = (controls.learning_rate * self._rollbacks.step_scale).item()
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
         total = torch.zeros(len(FAMILIES))
@@ -77,9 +81,11 @@ class SoloStudent:
             total += losses.detach()
         norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], controls.temperature[0])
         parameters = [p.detach()[None] for p in self._module.parameters()]
-        return Telemetry(
-            (total / num_steps)[None], norms[None], cosine[None], ~divergence_free(total[None], *parameters)
-        )
+        finite = divergence_free(total[None], norms[None], *parameters, *moments(self._optimizer))
+        if self._rollbacks.judge(finite).any():
+            before.put_back(self._module, self._optimizer)
+        rollbacks = self._rollbacks
+        return Telemetry((total / num_steps)[None], norms[None], cosine[None], rollbacks.diverged, rollbacks.count)
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:

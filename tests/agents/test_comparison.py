@@ -9,7 +9,8 @@ from rlkd.agents.controllers import Results
 
 def results(score: list[float]) -> Results:
     s = np.array(score)
-    return Results(s, s / 2, s * 0 + 0.3, s * 0 + 0.2, s * 0 + 0.1, np.zeros(len(s), dtype=bool))
+    never, times = np.zeros(len(s), dtype=bool), np.arange(len(s))
+    return Results(s, s / 2, s * 0 + 0.3, s * 0 + 0.2, s * 0 + 0.1, never, times)
 
 
 def test_interquartile_mean_and_mean_by_hand() -> None:

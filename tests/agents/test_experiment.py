@@ -148,4 +148,7 @@ def test_a_diverged_replay_scores_worst_and_stops(small: ExperimentConfig) -> No
     done = distil(build_world(hot), hold_start, 0, lambda row, observation: rows.append(row))
     assert done.diverged
     assert done.figures["score"] == 0.0
-    assert [row["score"] for row in rows] == [0.0]
+    assert done.figures["num_rollbacks"] == 2
+    assert [row["num_rollbacks"] for row in rows] == [1.0, 2.0, 2.0]
+    assert [row["num_diverged"] for row in rows] == [0.0, 0.0, 1.0]
+    assert [row["score"] == 0.0 for row in rows] == [False, False, True]

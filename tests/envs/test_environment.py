@@ -162,10 +162,16 @@ def test_observations_stay_in_bounds(world: World) -> None:
 def test_a_diverged_student_ends_with_the_worst_score(config: EnvConfig) -> None:
     hot = build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e30, 1e30))))
     env = gymnasium.make(ENV_ID, world=hot)
-    first, _ = env.reset(seed=0)
+    observation, _ = env.reset(seed=0)
+    for num_rollbacks in (1, 2):
+        observation, _, terminated, _, info = env.step(dict_action(np.zeros(9, dtype=np.float32)))
+        assert (terminated, info["diverged"], info["num_rollbacks"]) == (False, 0.0, num_rollbacks)
+        assert np.isfinite(observation).all()
+    last = observation[SCORE]
     observation, reward, terminated, truncated, info = env.step(dict_action(np.zeros(9, dtype=np.float32)))
     assert (terminated, truncated, info["diverged"], info["score"]) == (True, False, 1.0, 0.0)
-    assert reward == pytest.approx(0.0 - first[SCORE], abs=1e-6)
+    assert info["num_rollbacks"] == 2.0
+    assert reward == pytest.approx(0.0 - last, abs=1e-6)
     assert np.isfinite(observation).all()
 
 

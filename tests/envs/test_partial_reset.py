@@ -19,6 +19,7 @@ from rlkd.envs import (
     build_world,
 )
 from rlkd.envs.action import dict_action
+from rlkd.students import TrainConfig
 
 SCORE = OBSERVATIONS.index("score")
 RATE = CONTROLS.index("learning_rate")
@@ -59,7 +60,8 @@ def test_vector_environment_agrees_with_single_ones_closely(double_world: World)
 @pytest.fixture(scope="module")
 def hot_world(config: EnvConfig) -> World:
     """Learning rates up to one that breaks a student at once, so that a test can choose who diverges."""
-    return build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e-3, 1e30))))
+    train = TrainConfig(max_rollbacks=0)
+    return build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e-3, 1e30)), train=train))
 
 
 def held(unit_keep: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from rlkd.models import StudentConfig, build_student
 from rlkd.students import Controls, Metrics, Population, SoloStudent, TrainConfig
 from rlkd.tasks import draw_task
 
-TRAIN = TrainConfig(steps_per_window=15, batch_size=24)
+TRAIN = TrainConfig(steps_per_window=15, batch_size=24, max_rollbacks=0)
 
 
 def controls_of(rows: list[int]) -> Controls:

@@ -1,9 +1,10 @@
 """A tiny transformer as a student: gradients, accumulation, determinism, and that it learns."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny_models
@@ -210,9 +211,48 @@ def test_bfloat16_stays_close_and_parameters_stay_float32() -> None:
     assert all(p.dtype == torch.float32 for p in half.student.parameters())
 
 
-def test_a_diverged_student_is_told() -> None:
-    student = student_of(config=replace(TRAIN, learning_rate=1e30, clip_norm=1e30))
-    assert bool(student.train_window(controls()).diverged)
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_student_that_diverges_goes_back_and_goes_on_with_smaller_steps(optimizer: Literal["adamw", "lion"]) -> None:
+    config = replace(TRAIN, optimizer=optimizer, learning_rate=1e-4)
+    student, reference = student_of("resnet", config), student_of("resnet", config)  # has buffers, too
+    for s in (student, reference):
+        s.train_window(controls())
+    before = {name: value.clone() for name, value in student.student.state_dict().items()}
+    moments = copy.deepcopy(student._optimizer.state_dict()["state"])
+    told = student.train_window(controls(learning_rate=1e38))
+    assert (told.num_rollbacks.tolist(), told.diverged.tolist()) == ([1], [False])
+    for name, value in student.student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for key, row in student._optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[key][name]) for name, value in row.items())
+    # by hand: the reference spends the batches and the steps of the schedule, then takes a tenth
+    torch.randint(len(reference._task.samples), (3, 12), generator=reference._batches)
+    reference._step += 3
+    student.train_window(controls())
+    reference.train_window(controls(learning_rate=float(torch.tensor(3e-3) * torch.tensor(0.1))))
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+
+
+def test_a_student_that_diverges_too_often_is_told() -> None:
+    student = student_of()
+    told = [student.train_window(controls(learning_rate=1e38)) for _ in range(3)]
+    assert [t.num_rollbacks.item() for t in told] == [1, 2, 2]
+    assert [t.diverged.item() for t in told] == [False, False, True]
+    student.reset([task(texts())])
+    assert not bool(student.train_window(controls()).diverged)
+
+
+def test_a_gradient_whose_norm_overflows_counts() -> None:
+    """Clipping would make zeros of it: the student would stand still and say nothing."""
+    student = student_of()
+    parameter = next(iter(student.student.model.parameters()))
+    spoils = iter([1e30])  # in the first of the window's steps alone
+    parameter.register_hook(lambda gradient: gradient + next(spoils, 0.0))
+    told = student.train_window(controls())
+    assert torch.isfinite(told.gradient_norms).all()
+    assert torch.isfinite(told.losses).all()
+    assert told.num_rollbacks.tolist() == [1]
 
 
 def test_lion_by_hand() -> None:
@@ -251,6 +291,7 @@ WRONG: dict[str, Callable[[], ModuleTrainConfig]] = {
     "warmup": lambda: replace(TRAIN, warmup=1.0),
     "device": lambda: replace(TRAIN, device="gpu"),
     "steps_per_window": lambda: replace(TRAIN, steps_per_window=0),
+    "max_rollbacks": lambda: replace(TRAIN, max_rollbacks=-1),
 }
 
 
