@@ -7,7 +7,7 @@ students themselves.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkd.agents.journal import Arrays, Journal, digest, recall
 from rlkd.envs.action import CONTROLS, EXIT_DEAD_ZONE
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
@@ -51,6 +52,8 @@ def run(
     num_parallel: int = 128,
     on_window: Callable[[int], object] | None = None,
     tune_exit: bool = False,
+    journal: Journal | None = None,
+    label: str = "batch",
 ) -> Results:
     """Train one student a task under `controller` and evaluate each once, at the end.
 
@@ -63,7 +66,36 @@ def run(
         num_parallel: students in lock-step.
         on_window: called with the number of students after every window, for progress.
         tune_exit: choose each student's exit threshold on validation once it is trained.
+        journal: answers in place of the trainings, `controller` uncalled, if they were done before the run was stopped.
+        label: tells what is trained, the controller above all.
     """
+    inputs = {
+        "tasks": asdict(tasks),
+        "seeds": list(seeds),
+        "split": final_split,
+        "tune_exit": tune_exit,
+        "world": [list(world.group_sizes), world.config.num_windows, digest(world.plan)],
+    }
+    shapes = {f.name: ("bool" if f.name == "diverged" else "float64", (len(seeds),)) for f in fields(Results)}
+
+    def train() -> Arrays:
+        results = _train(world, controller, seeds, tasks, final_split, num_parallel, on_window, tune_exit)
+        return {name: getattr(results, name) for name in shapes}
+
+    return Results(**recall(journal, label, inputs, shapes, train))
+
+
+def _train(
+    world: World,
+    controller: Controller,
+    seeds: Sequence[int],
+    tasks: TaskDistribution,
+    final_split: str,
+    num_parallel: int,
+    on_window: Callable[[int], object] | None,
+    tune_exit: bool,
+) -> Results:
+    """What `run` does where no journal has the answer."""
     parts = []
     for begin in range(0, len(seeds), num_parallel):
         chunk = list(seeds[begin : begin + num_parallel])

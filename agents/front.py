@@ -4,7 +4,7 @@ The policy trains one student a preference; the search spends all its trials on 
 nothing dominates on validation. Both fronts are then read on test data and compared by the area they dominate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,17 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
         results = []
         for weight in accuracy_weights:
             tasks = request.tasks.with_preference(Preference(weight))
-            results.append(run(request.world, controller, request.seeds, tasks, on_window=request.on_window))
+            results.append(
+                run(
+                    request.world,
+                    controller,
+                    request.seeds,
+                    tasks,
+                    on_window=request.on_window,
+                    journal=request.journal,
+                    label=f"{name}'s front at {weight}",
+                )
+            )
         accuracy = np.stack([r.accuracy for r in results], axis=1)  # [M, P]
         cost = np.stack([cost_of(r.latency_ratio, r.energy_ratio) for r in results], axis=1)
         fronts[name] = list(zip(accuracy, cost, strict=True))
@@ -55,9 +65,11 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
         ]
     middle = request.tasks.with_preference(Preference(0.6))
     first = request.static.best(torch.tensor([Preference(0.6).weights()]))[0]
-    trials = search_fronts(request.world, request.seeds, middle, num_trials, first, request.seed, request.on_window)
+    trials = search_fronts(
+        request.world, request.seeds, middle, num_trials, first, request.seed, request.on_window, request.journal
+    )
     rival = f"search_{num_trials}"
-    fronts[rival] = _on_test(trials, request, request.on_window)
+    fronts[rival] = _on_test(trials, request)
     generator = np.random.default_rng(request.seed)
     areas = {name: np.array([hypervolume(a, c) for a, c in points]) for name, points in fronts.items()}
     spent = {"policy": len(accuracy_weights), "static": len(accuracy_weights), rival: num_trials}
@@ -86,12 +98,15 @@ def undominated(accuracy: NDArray[np.float64], cost: NDArray[np.float64]) -> NDA
     return ~dominated
 
 
-def _on_test(trials: Trials, request: Request, on_window: Callable[[int], object]) -> Points:
+def _on_test(trials: Trials, request: Request) -> Points:
     """Test points of every task's undominated trials."""
     cost = cost_of(trials.latency_ratio, trials.energy_ratio)
     rows, columns = np.nonzero(np.stack([undominated(a, c) for a, c in zip(trials.accuracy, cost, strict=True)]))
     seeds = [trials.seeds[i] for i in rows]
     tasks = request.tasks.with_preference(Preference(0.6))  # changes J alone, which is not read here
-    results: Results = run_plans(request.world, seeds, trials.plans[rows, columns], tasks, "test", on_window)
+    plans = trials.plans[rows, columns]
+    results: Results = run_plans(
+        request.world, seeds, plans, tasks, "test", request.on_window, journal=request.journal, label="searched fronts"
+    )
     test_cost = cost_of(results.latency_ratio, results.energy_ratio)
     return [(results.accuracy[rows == i], test_cost[rows == i]) for i in range(len(trials.seeds))]

@@ -47,6 +47,8 @@ def run_methods(
                 asked.tasks,
                 on_window=asked.on_window,
                 tune_exit=tune_exit,
+                journal=asked.journal,
+                label=name,
             )
             for name, controller in build_methods(names, asked).items()
         }

@@ -1,13 +1,14 @@
 """The controllers that `rlkd compare --methods` knows, each built for one preference of a world."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from rlkd.agents.adaptive import adversarial_temperature, hypergradient
 from rlkd.agents.controllers import Controller, hold_start, run
+from rlkd.agents.journal import Arrays, Journal, recall
 from rlkd.agents.pbt import PBTConfig, find_schedule
 from rlkd.agents.plans import Shape, as_point, follow
 from rlkd.agents.policy import Policy
@@ -74,6 +75,7 @@ class Request:
     seed: int
     on_window: Callable[[int], object]
     tuned: Mapping[str, Shortlist] = field(default_factory=dict)  # `tune`'s
+    journal: Journal | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random source of its own for each method."""
@@ -113,6 +115,7 @@ def tune(names: Iterable[str], request: Request) -> dict[str, Shortlist]:
             request.on_window,
             shapes[name],
             as_point(request.static.points, shapes[name]),
+            request.journal,
         )
         for name in names
         if name in shapes
@@ -160,7 +163,8 @@ def _build(name: str, request: Request) -> Controller:
     if name == "pbt":
         first = request.static.best(_preference(request))[0]
         generator = request.generator(name)
-        return follow(find_schedule(world, PBTConfig(), request.tasks, first, generator, request.on_window))
+        on_window, journal = request.on_window, request.journal
+        return follow(find_schedule(world, PBTConfig(), request.tasks, first, generator, on_window, journal))
     simple: dict[str, Callable[[], Controller]] = {
         "static": lambda: static,
         "plan": lambda: hold_start,
@@ -189,6 +193,7 @@ def _searched(names: Iterable[str], request: Request) -> dict[tuple[Sampler, Sha
             first,
             request.seed,
             request.on_window,
+            request.journal,
         )
         for (sampler, shape), budget in budgets.items()
     }
@@ -206,18 +211,24 @@ def mean_offsets(request: Request) -> Tensor:
     Under the preference of the comparison, so that the blind rival knows as much of the budget as the policy.
     """
     assert request.policy is not None
-    offsets: list[Tensor] = []
     controller = request.policy.controller()
-
-    def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        position = controller(observation, episodes, window)
-        offsets.append((position - episodes.start).mean(0))
-        return position
-
     generator = request.generator("open_loop")
     seeds = torch.randint(2**59, (NUM_ABLATION_TASKS,), generator=generator).tolist()
-    run(request.world, recorded, seeds, request.tasks, final_split="validation", on_window=request.on_window)
-    return torch.stack(offsets)
+
+    def record() -> Arrays:
+        offsets: list[Tensor] = []
+
+        def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+            position = controller(observation, episodes, window)
+            offsets.append((position - episodes.start).mean(0))
+            return position
+
+        run(request.world, recorded, seeds, request.tasks, final_split="validation", on_window=request.on_window)
+        return {"offsets": torch.stack(offsets).numpy()}
+
+    inputs = {"seeds": seeds, "tasks": asdict(request.tasks)}
+    shapes = {"offsets": ("float32", (request.world.config.num_windows, NUM_CONTROLS))}
+    return torch.from_numpy(recall(request.journal, "mean offsets", inputs, shapes, record)["offsets"])
 
 
 def _blind(offsets: Tensor) -> Controller:

@@ -6,13 +6,14 @@ line of settings that led to the winner. Unlike the paper one schedule must serv
 winners of several groups are tried on further tasks and the best on average is taken.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from rlkd.agents.controllers import run
+from rlkd.agents.journal import Arrays, Journal, digest, recall
 from rlkd.agents.plans import follow
 from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
@@ -57,6 +58,7 @@ def find_schedule(
     first: Tensor,
     generator: torch.Generator,
     on_window: Callable[[int], object] | None = None,
+    journal: Journal | None = None,
 ) -> Tensor:
     """[W, 9], positions of the best schedule in every window, chosen on validation.
 
@@ -67,13 +69,23 @@ def find_schedule(
         first: [9], setting around which the populations begin; the first member of each holds exactly it.
         generator: of tasks and settings.
         on_window: called with the number of students after every window.
+        journal: as of `rlkd.agents.controllers.run`.
     """
     config.check()
-    lines = _winners(world, config, tasks, first, generator, on_window)  # [G, W, 9]
+    lines = _winners(world, config, tasks, first, generator, on_window, journal)  # [G, W, 9]
     seeds = torch.randint(2**59, (config.num_trials,), generator=generator).tolist()
     means = []
     for line in lines:
-        results = run(world, follow(line), seeds, tasks, final_split="validation", on_window=on_window)
+        results = run(
+            world,
+            follow(line),
+            seeds,
+            tasks,
+            final_split="validation",
+            on_window=on_window,
+            journal=journal,
+            label=f"schedule {digest(line)}",
+        )
         means.append(results.score.mean())
     return lines[int(torch.tensor(means).argmax())]
 
@@ -85,16 +97,38 @@ def _winners(
     first: Tensor,
     generator: torch.Generator,
     on_window: Callable[[int], object] | None,
+    journal: Journal | None = None,
 ) -> Tensor:
     """[G, W, 9], the line of settings behind the best student of every group."""
+    num_windows, num_students = world.config.num_windows, config.num_groups * config.group_size
+    # all of it before the training, so that the generator does not know whether that was done or is remembered
+    seeds = torch.randint(2**59, (config.num_groups,), generator=generator).tolist()
+    noise = torch.stack([torch.randn(num_students, NUM_CONTROLS, generator=generator) for _ in range(num_windows)])
+    inputs = {"pbt": asdict(config), "tasks": asdict(tasks), "seeds": seeds, "settings": digest(first, noise)}
+    shapes = {"lines": ("float32", (config.num_groups, num_windows, NUM_CONTROLS))}
+
+    def train() -> Arrays:
+        return {"lines": _train_groups(world, config, tasks, first, seeds, noise, on_window).numpy()}
+
+    return torch.from_numpy(recall(journal, "population-based training", inputs, shapes, train)["lines"])
+
+
+def _train_groups(
+    world: World,
+    config: PBTConfig,
+    tasks: TaskDistribution,
+    first: Tensor,
+    seeds: Sequence[int],
+    noise: Tensor,
+    on_window: Callable[[int], object] | None,
+) -> Tensor:
+    """[G, W, 9], as `_winners`; `seeds` are the groups' tasks, `noise` [W, N, 9] is standard normal."""
     groups, size = config.num_groups, config.group_size
     num_students, num_replaced = groups * size, max(1, round(config.replaced * size))
-    seeds = torch.randint(2**59, (groups,), generator=generator).repeat_interleave(size).tolist()
     episodes = Episodes(world, num_students, tasks)
-    episodes.reset(seeds)
-    noise = torch.randn(num_students, NUM_CONTROLS, generator=generator)
-    noise[::size] = 0.0
-    position = (first + config.spread * noise).clamp(0.0, 1.0)  # [N, 9]
+    episodes.reset([seed for seed in seeds for _ in range(size)])
+    is_first = torch.arange(num_students) % size == 0
+    position = (first + config.spread * noise[0].masked_fill(is_first[:, None], 0.0)).clamp(0.0, 1.0)  # [N, 9]
     history = torch.empty(num_students, 0, NUM_CONTROLS)
     for window in range(world.config.num_windows):
         outcome = episodes.step(position)
@@ -112,6 +146,6 @@ def _winners(
         history = history[sources]
         changed = torch.zeros(num_students, dtype=torch.bool)
         changed[worst.flatten()] = True
-        noise = 0.5 * config.spread * torch.randn(num_students, NUM_CONTROLS, generator=generator)
-        position = torch.where(changed[:, None], (position[sources] + noise).clamp(0.0, 1.0), position)
+        moved = position[sources] + 0.5 * config.spread * noise[window + 1]
+        position = torch.where(changed[:, None], moved.clamp(0.0, 1.0), position)
     raise AssertionError("an episode has at least one window")

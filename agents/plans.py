@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller, Results, join, run
+from rlkd.agents.journal import Journal, digest
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
@@ -88,12 +89,28 @@ def run_plans(
     split: str,
     on_window: Callable[[int], object] | None = None,
     num_parallel: int = 128,
+    journal: Journal | None = None,
+    label: str = "plans",
 ) -> Results:
-    """Train task `seeds[i]` under `plans[i]` ([M, W, 9]) and evaluate it on `split`; seeds may repeat."""
+    """Train task `seeds[i]` under `plans[i]` ([M, W, 9]) and evaluate it on `split`; seeds may repeat.
+
+    `journal` and `label` as of `run`.
+    """
     parts = []
     for begin in range(0, len(seeds), num_parallel):
         some, chunk = plans[begin : begin + num_parallel], list(seeds[begin : begin + num_parallel])
-        parts.append(run(world, _follow_rows(some), chunk, tasks, final_split=split, on_window=on_window))
+        parts.append(
+            run(
+                world,
+                _follow_rows(some),
+                chunk,
+                tasks,
+                final_split=split,
+                on_window=on_window,
+                journal=journal,
+                label=f"{label} {digest(some)}",
+            )
+        )
     return join(parts)
 
 

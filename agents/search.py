@@ -17,6 +17,7 @@ from optuna.trial import create_trial
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
+from rlkd.agents.journal import Journal
 from rlkd.agents.plans import Shape, as_point, num_axes, run_plans, to_plan
 from rlkd.envs.action import CONTROLS, published_setting
 from rlkd.envs.episodes import Episodes
@@ -86,6 +87,7 @@ def search_plans(
     on_window: OnWindow = None,
     shape: Shape = "static",
     known: Tensor | None = None,
+    journal: Journal | None = None,
 ) -> Shortlist:
     """A shortlist of plans of one shape and what each reaches on validation.
 
@@ -96,6 +98,7 @@ def search_plans(
         on_window: called with the number of students after every window.
         shape: of the plans.
         known: [K, A], plans tried before all others; by default the published setting, without and with its exit.
+        journal: as of `rlkd.agents.controllers.run`.
     """
     config.check()
     if known is None:
@@ -111,12 +114,12 @@ def search_plans(
     while len(points) < config.num_settings:
         left = config.num_settings - len(points)
         asked = known if len(points) == 0 else _propose(studies[:left], points.shape[1])
-        reached = _terms(worlds, asked, shape, seeds, on_window)
+        reached = _terms(worlds, asked, shape, seeds, on_window, journal)
         _tell(studies, asked, reached)
         points, terms = torch.cat([points, asked]), torch.cat([terms, reached])
     chosen = _finalists(terms, config.num_finalists)  # [F]
     more = torch.randint(2**60, (config.tasks_per_finalist,), generator=generator).tolist()
-    second = _terms(worlds, points[chosen], shape, more, on_window)  # [F, 3]
+    second = _terms(worlds, points[chosen], shape, more, on_window, journal)  # [F, 3]
     a, b = config.tasks_per_setting, config.tasks_per_finalist
     return Shortlist(points[chosen], (terms[chosen] * a + second * b) / (a + b), shape)
 
@@ -155,13 +158,29 @@ def _finalists(terms: Tensor, num_finalists: int) -> Tensor:
     return torch.tensor(order[:num_finalists])
 
 
-def _terms(worlds: Sequence[World], points: Tensor, shape: Shape, seeds: Sequence[int], on_window: OnWindow) -> Tensor:
+def _terms(
+    worlds: Sequence[World],
+    points: Tensor,
+    shape: Shape,
+    seeds: Sequence[int],
+    on_window: OnWindow,
+    journal: Journal | None,
+) -> Tensor:
     """[M, 3] mean terms of every plan over the same tasks, which the worlds share out among them."""
     parts = []
     for k, world in enumerate(worlds):
         some = list(seeds[k :: len(worlds)])
         plans = to_plan(points, shape, world.config.num_windows).repeat_interleave(len(some), dim=0)
-        results = run_plans(world, some * len(points), plans, world.config.task, "validation", on_window)
+        results = run_plans(
+            world,
+            some * len(points),
+            plans,
+            world.config.task,
+            "validation",
+            on_window,
+            journal=journal,
+            label=f"search for {shape} plans",
+        )
         columns = (results.accuracy, 1 - results.latency_ratio, 1 - results.energy_ratio)
         parts.append(np.stack(columns, axis=-1).reshape(len(points), len(some), 3))
     return torch.from_numpy(np.concatenate(parts, axis=1).mean(1)).float()

@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller, Results
+from rlkd.agents.journal import Journal
 from rlkd.agents.plans import Shape, as_point, follow_each, num_axes, run_plans, to_plan
 from rlkd.envs.world import World
 from rlkd.tasks import TaskDistribution
@@ -55,6 +56,7 @@ def search_tasks(
     first: Tensor,
     seed: int,
     on_window: OnWindow = None,
+    journal: Journal | None = None,
 ) -> Trials:
     """Search each task for itself.
 
@@ -68,11 +70,24 @@ def search_tasks(
         first: [9], the first trial of every task: the best setting known before the search.
         seed: of the samplers.
         on_window: called with the number of students after every window.
+        journal: as of `rlkd.agents.controllers.run`.
     """
     studies = [
         optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed + i)) for i in range(len(seeds))
     ]
-    return _search(world, seeds, tasks, studies, shape, num_trials, first, on_window, lambda r: r.score[:, None])
+    return _search(
+        world,
+        seeds,
+        tasks,
+        studies,
+        shape,
+        num_trials,
+        first,
+        on_window,
+        lambda r: r.score[:, None],
+        journal,
+        f"{sampler} search over {shape} plans",
+    )
 
 
 def search_fronts(
@@ -83,6 +98,7 @@ def search_fronts(
     first: Tensor,
     seed: int,
     on_window: OnWindow = None,
+    journal: Journal | None = None,
 ) -> Trials:
     """Search each task's static settings for the front of accuracy against cost (multi-objective TPE).
 
@@ -105,6 +121,8 @@ def search_fronts(
         first,
         on_window,
         lambda r: np.stack([r.accuracy, cost_of(r.latency_ratio, r.energy_ratio)], axis=-1),
+        journal,
+        "search for fronts",
     )
 
 
@@ -129,6 +147,8 @@ def _search(
     first: Tensor,
     on_window: OnWindow,
     values_of: Callable[[Results], NDArray[np.float64]],
+    journal: Journal | None,
+    label: str,
 ) -> Trials:
     """Ask every study, train all tasks, tell every study, `num_trials` times."""
     names = [f"u{i}" for i in range(num_axes(shape))]
@@ -140,7 +160,7 @@ def _search(
         asked = [study.ask(axes) for study in studies]
         points = torch.tensor([[trial.params[name] for name in names] for trial in asked])  # [M, 9 or 18]
         plan = to_plan(points, shape, world.config.num_windows)  # [M, W, 9]
-        results = run_plans(world, seeds, plan, tasks, "validation", on_window)
+        results = run_plans(world, seeds, plan, tasks, "validation", on_window, journal=journal, label=label)
         for study, trial, values in zip(studies, asked, values_of(results), strict=True):
             study.tell(trial, [float(v) for v in values])
         plans.append(plan)

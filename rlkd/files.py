@@ -8,9 +8,9 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,14 @@ from rlkd.errors import UserError
 MAX_JSON_BYTES = 2**20  # cards, cost profiles, results and the headers of safetensors: ours have a few KiB
 MAX_TENSOR_BYTES = 64 * 2**20
 MAX_DEPTH = 32
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 Schema = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -50,6 +57,13 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises:
         UserError: missing, unreadable, too large, or a folder, pipe or device.
     """
+    with opened(path, limit) as (file, size):
+        return file.read(size)
+
+
+@contextlib.contextmanager
+def opened(path: Path, limit: int) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file of at most `limit` bytes, open for reading, and its size; errors as of `read_bytes`."""
     try:
         # without O_NONBLOCK, opening a named pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -64,7 +78,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if status.st_size > limit:
             raise UserError(f"{path}: {status.st_size} bytes; allowed: at most {limit}")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size)
+            yield file, status.st_size
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from error
     finally:
@@ -181,8 +195,8 @@ def tensor_shapes(blob: bytes, name: str) -> dict[str, tuple[Any, tuple[int, ...
     return shapes
 
 
-def load_tensors(blob: bytes, schema: Schema, name: str) -> dict[str, Tensor]:
-    """The tensors of safetensors content: those of `schema` and no others, every value finite.
+def load_tensors(blob: bytes, schema: Schema, name: str, finite: bool = True) -> dict[str, Tensor]:
+    """The tensors of safetensors content: those of `schema` and no others, every value finite unless told otherwise.
 
     Raises:
         UserError: a name, type or shape differs, which is seen before a tensor is made, or a value is not finite.
@@ -200,7 +214,7 @@ def load_tensors(blob: bytes, schema: Schema, name: str) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{name}: not a safetensors file, or a damaged one ({error!s:.100})") from error
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{name}: {key} holds a non-finite value")
     return tensors
 
