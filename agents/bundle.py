@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rlkd.agents.policy import TENSORS, Policy
+from rlkd.agents.policy import TENSORS, Policy, actor_shapes
 from rlkd.agents.search import Shortlist
 from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
@@ -165,12 +165,7 @@ def _schema(blob: bytes, hidden: int, name: str) -> Schema:
         if not 1 <= counts[key] <= MAX_ROWS:
             raise UserError(f"{name}: {key} has {counts[key]} rows; expected 1 to {MAX_ROWS}")
     shapes: dict[str, tuple[int, ...]] = {
-        "hidden.0.weight": (hidden, num_seen),
-        "hidden.0.bias": (hidden,),
-        "hidden.1.weight": (hidden, hidden),
-        "hidden.1.bias": (hidden,),
-        "action.weight": (num_set, hidden),
-        "action.bias": (num_set,),
+        **actor_shapes(hidden),
         "observation.mean": (num_seen,),
         "observation.deviation": (num_seen,),
         "plan": (counts["plan"], num_set),

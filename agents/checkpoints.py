@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlkd.errors import UserError
-from rlkd.files import MAX_JSON_BYTES, Schema, inside, load_tensors, opened, parse_json, tensor_shapes, write_whole
+from rlkd.files import MAX_JSON_BYTES, Schema, inside, load_tensors, opened, parse_json, write_whole
 
 MAX_CHECKPOINT_BYTES = 2**40  # to be read through for its checksum; what may be loaded follows from the schema
 _NAME = re.compile(r"state-(\d{6})\.ckpt")
@@ -34,20 +34,18 @@ class Checkpoint:
     note: dict[str, Any]
     begin: int  # of the safetensors in the file
 
-    def tensors(self, schema: Schema, optional: Schema | None = None) -> dict[str, Tensor]:
-        """The tensors of `schema`, and those of `optional` that it has; values need not be finite.
+    def tensors(self, schema: Schema) -> dict[str, Tensor]:
+        """The tensors of `schema`, which must be all that it has; values need not be finite.
 
         Raises:
             UserError: a name, type or shape differs, or the file is longer than they are, which is seen before memory
                 is taken for them.
         """
-        known = {**schema, **(optional or {})}
-        longest = sum(math.prod(shape) * dtype.itemsize for dtype, shape in known.values()) + MAX_JSON_BYTES + 8
+        longest = sum(math.prod(shape) * dtype.itemsize for dtype, shape in schema.values()) + MAX_JSON_BYTES + 8
         with opened(self.path, self.begin + longest) as (file, size):
             file.seek(self.begin)
             blob = file.read(size - self.begin)
-        extra = {name: known[name] for name in tensor_shapes(blob, str(self.path)) if name in known}
-        return load_tensors(blob, {**schema, **extra}, str(self.path), finite=False)
+        return load_tensors(blob, schema, str(self.path), finite=False)
 
 
 class Checkpoints:

@@ -1,7 +1,6 @@
 """`rlkd train` from one end to the other: search static settings, learn a policy, compare, write the run folder."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import save_bundle
 from rlkd.agents.comparison import compare
 from rlkd.agents.held_out import METHOD_STREAM, SEARCH_STREAM, TRAIN_STREAM, held_out_seeds, run_methods, stream_seed
+from rlkd.agents.journal import Journal
 from rlkd.agents.methods import Request
 from rlkd.agents.plans import first_guesses, to_plan
 from rlkd.agents.policy import Policy
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.replay import Distilled, distil, write_student
 from rlkd.agents.report import read_run, write_report
-from rlkd.agents.runs import JsonLines, Progress, describe_run, plain, write_json
+from rlkd.agents.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.agents.runs import JsonLines, Progress, plain, write_json
 from rlkd.agents.search import Shortlist, search_plans
 from rlkd.configs.schema import ExperimentConfig, ReplayConfig
 from rlkd.cost import save_profile
@@ -31,42 +32,50 @@ NUM_GUESSED = 5  # static settings that the search for a plan begins with
 COMPARED = ("policy", "static", "plan", "published", "annealed")
 
 
-def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress: Progress) -> dict[str, Any]:
+def train_experiment(
+    config: ExperimentConfig, folder: Path, seed: int, progress: Progress, journal: Journal | None = None
+) -> dict[str, Any]:
     """Run the experiment and fill `folder`; returns the content of `result.json`.
 
     The policy is on disk as soon as it is learned; a KeyboardInterrupt during PPO saves it as far as it got,
-    before it goes on to the caller.
+    before it goes on to the caller. With the `journal` of a run of the same config and seed that was stopped it goes
+    on from what that had finished, and ends as if it had not been stopped.
     """
     config.check()
-    began = time.perf_counter()
-    versions = describe_run(folder, config, seed)
-    worlds = [build_world(part, say=progress.say) for part in config.worlds()]
-    for index, world in enumerate(worlds):
-        save_profile(world.profile, folder / f"cost_profile{f'_{index}' if index else ''}.json")
-    timing = JsonLines(folder / "timing.jsonl")
+    journal = journal or Journal(folder, False, config.keep_checkpoints, progress.say)
+    versions = describe(journal, folder, config, seed, progress.say)
+    names = [f"{PROFILE}{f'_{index}' if index else ''}" for index in range(1 + len(config.also))]
+    parts = [with_own_profile(part, folder, name) for part, name in zip(config.worlds(), names, strict=True)]
+    worlds = [build_world(part, say=progress.say) for part in parts]
+    for world, name in zip(worlds, names, strict=True):
+        save_profile(world.profile, folder / f"{name}.json")
+    found = {f"{name} {i}": tensor for i, world in enumerate(worlds) for name, tensor in world.tensors().items()}
+    remember(journal, "train", found, costs=[plain(world.profile) for world in worlds])
+    timing = JsonLines(folder / "timing.jsonl", journal)
 
     progress.phase("static search", config.search.num_trainings, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-    static = search_plans(worlds, config.search, generator, progress.advance)
+    static = search_plans(worlds, config.search, generator, progress.advance, journal=journal)
     progress.phase("search for the plan that actions change", config.search.num_trainings, config.num_windows)
     known = first_guesses(static.points[:NUM_GUESSED])
-    plans = search_plans(worlds, config.search, generator, progress.advance, "two_phase", known)
-    timing.write({"part": "search", "wall_s": time.perf_counter() - began})
+    plans = search_plans(worlds, config.search, generator, progress.advance, "two_phase", known, journal)
+    timing.write({"part": "search", "wall_s": journal.elapsed_s()})
     middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]
     plan = to_plan(plans.best(middle)[0], "two_phase", config.num_windows)  # [W, 9]
     worlds = [dataclasses.replace(world, plan=plan) for world in worlds]
     world = worlds[0]
 
     logger = tb.new_logger(folder / "tensorboard")
-    tb.write_config(logger, config)
+    if not journal.replaying:
+        tb.write_config(logger, config)
     provenance = {"seed": seed, "config": plain(config), "versions": versions, "task": plain(config.task)}
-    policy = learn(worlds, static, config, seed, folder, provenance, logger, timing, progress)
-    tables = compare_on_held_out_tasks(world, static, policy, config, seed, progress)
-    wall_s = time.perf_counter() - began
+    policy = learn(worlds, static, config, seed, folder, provenance, logger, timing, journal, progress)
+    tables = compare_on_held_out_tasks(world, static, policy, config, seed, progress, journal)
+    wall_s = journal.elapsed_s()
     result = result_of(config, tables, wall_s)
 
     progress.phase("one clean student under the policy", 1, config.num_windows)
-    student = replay_once(config, policy, seed, progress)
+    student = replay_once(config, policy, seed, folder, progress)
     scores = {f"{weight}: {name}": row for weight, t in tables.items() for name, row in t["paired"].items()}
     digest = save_bundle(policy, folder / "policy", {**provenance, "scores": scores})
     write_student(folder / "student", student, Preference(config.comparison.accuracy_weights[0]), digest)
@@ -79,18 +88,27 @@ def train_experiment(config: ExperimentConfig, folder: Path, seed: int, progress
     logger.close()
     write_report([read_run(folder)], folder)
     timing.write({"part": "total", "wall_s": wall_s})
+    journal.finish()
     return result
 
 
 def compare_on_held_out_tasks(
-    world: World, static: Shortlist, policy: Policy, config: ExperimentConfig, seed: int, progress: Progress
+    world: World,
+    static: Shortlist,
+    policy: Policy,
+    config: ExperimentConfig,
+    seed: int,
+    progress: Progress,
+    journal: Journal | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`methods` and `paired` for each accuracy weight, on test data."""
     weights, num_tasks = config.comparison.accuracy_weights, config.comparison.num_tasks
     progress.phase("comparison on held-out tasks", len(COMPARED) * len(weights) * num_tasks, config.num_windows)
     seeds = tuple(held_out_seeds(seed, num_tasks))
     method_seed = stream_seed(seed, METHOD_STREAM)
-    request = Request(world, config.task, seeds, static, policy, config.search, method_seed, progress.advance)
+    request = Request(
+        world, config.task, seeds, static, policy, config.search, method_seed, progress.advance, journal=journal
+    )
     tables = run_methods(COMPARED, request, weights)
     return {str(w): compare(table, dict.fromkeys(COMPARED, 1.0), seed) for w, table in tables.items()}
 
@@ -119,7 +137,7 @@ def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_
     }
 
 
-def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: Progress) -> Distilled:
+def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
     """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
     replay = ReplayConfig(
         task=dataclasses.replace(ReplayConfig().task, dataset=config.task.dataset),
@@ -129,7 +147,7 @@ def replay_once(config: ExperimentConfig, policy: Policy, seed: int, progress: P
         cost=config.cost,
         preference=Preference(config.comparison.accuracy_weights[0]),
     )
-    world = build_world(replay.env(policy.controls), policy.plan, progress.say)
+    world = build_world(with_own_profile(replay.env(policy.controls), folder), policy.plan, progress.say)
     return distil(world, policy.controller(), seed, lambda row, observation: progress.advance(1))
 
 
@@ -142,15 +160,15 @@ def learn(
     provenance: dict[str, Any],
     logger: Logger,
     timing: JsonLines,
+    journal: Journal,
     progress: Progress,
 ) -> Policy:
     """PPO with its figures in files and TensorBoard; saves the policy at its end, or as it is on Ctrl-C."""
-    metrics = JsonLines(folder / "metrics.jsonl")
-    began = time.perf_counter()
+    metrics = JsonLines(folder / "metrics.jsonl", journal)
     updates_a_training = config.num_windows * config.train.steps_per_window
 
     def on_rollout(rollout: Rollout, log: Logger) -> None:
-        wall_s = time.perf_counter() - began
+        wall_s = journal.elapsed_s() - journal.last_entry_s
         updates_per_s = rollout.num_trainings * updates_a_training / wall_s
         metrics.write({"iteration": rollout.iteration, "num_trainings": rollout.num_trainings, **rollout.figures})
         timing.write({"part": "ppo", "iteration": rollout.iteration, "wall_s": wall_s, "updates_per_s": updates_per_s})
@@ -172,6 +190,7 @@ def learn(
             on_rollout,
             logger,
             now.append,
+            journal,
         )
     except KeyboardInterrupt:
         if now:

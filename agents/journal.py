@@ -61,21 +61,23 @@ class Journal:
         self._known: list[int] = []  # where each whole entry begins in the file
         self._chain, self._end, self._next = "", 0, 0  # checksum and end of the last whole entry; the next to answer
         self._pending: Checkpoint | None = None
-        self.finished = False
+        self.resumes, self.finished = resume, False
+        self.last_entry_s = 0.0  # `elapsed_s` when the last entry was made: when what is done now began
         if resume:
             self._open()
 
     def _open(self) -> None:
         """Read how far the run got, and cut the logs back to there."""
         last = self._read_entries()
+        self.last_entry_s = _elapsed_s(last, self._path)
         saved = self._checkpoints.newest(self._say)
         position = saved.note.get("position") if saved else None
         if saved and position == len(self._known):
             self._pending, last = saved, saved.note
         elif saved and isinstance(position, int) and position > len(self._known):
             self._say(f"{saved.path}: belongs to entries of the journal that are lost; computing anew")
+        self._began -= _elapsed_s(last, self._path)
         try:
-            self._began -= number(last.get("elapsed_s", 0.0), "elapsed_s", 0.0)
             lengths = {str(k): whole(v, "a log's length", 0, MAX_LOG_BYTES) for k, v in last.get("logs", {}).items()}
         except (ValueError, AttributeError) as error:
             raise UserError(f"{self._path}: not a journal, or a damaged one ({reason(error):.80})") from error
@@ -106,7 +108,12 @@ class Journal:
     @property
     def replaying(self) -> bool:
         """Whether the run only repeats what was done before it was stopped; its logs have it already."""
-        return self._next < len(self._known) or self._pending is not None
+        return self.has_answer or self._pending is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the next batch was trained before the run was stopped."""
+        return self._next < len(self._known)
 
     def elapsed_s(self) -> float:
         """Seconds that the run has taken, over all its parts, without what was lost."""
@@ -125,7 +132,7 @@ class Journal:
             UserError: the next entry is of something else, or damaged; the disk is full.
         """
         key = hashlib.sha256(json.dumps([label, inputs], sort_keys=True).encode()).hexdigest()
-        if self._next < len(self._known):
+        if self.has_answer:
             return self._answer(label, key, shapes)
         arrays = compute()
         for name, (dtype, shape) in shapes.items():
@@ -153,7 +160,7 @@ class Journal:
         return arrays
 
     def _append(self, label: str, key: str, arrays: Arrays) -> None:
-        entry = {
+        entry: dict[str, Any] = {
             "label": label,
             "key": key,
             "arrays": {name: _encode(array) for name, array in arrays.items()},
@@ -173,6 +180,7 @@ class Journal:
             raise write_error(self._path, error) from error
         self._known.append(self._end)
         self._chain, self._end, self._next = self._sum(body), self._end + len(line), self._next + 1
+        self.last_entry_s = entry["elapsed_s"]
 
     def finish(self) -> None:
         """The run is done; there is nothing to resume any more."""
@@ -193,7 +201,7 @@ class Journal:
 
     def take_state(self) -> Checkpoint | None:
         """The state with which to go on, or None if the training begins anew; logs are written from now on."""
-        if self._next < len(self._known):
+        if self.has_answer:
             raise AssertionError("a state comes after all entries of the journal")
         saved, self._pending = self._pending, None
         if saved is None:
@@ -233,6 +241,13 @@ def recall(
 ) -> Arrays:
     """`Journal.arrays`, or `compute()` where no journal is kept."""
     return compute() if journal is None else journal.arrays(label, inputs, shapes, compute)
+
+
+def _elapsed_s(entry: Mapping[str, Any], path: Path) -> float:
+    try:
+        return number(entry.get("elapsed_s", 0.0), "elapsed_s", 0.0)
+    except ValueError as error:
+        raise UserError(f"{path}: not a journal, or a damaged one ({error!s:.80})") from error
 
 
 def _encode(array: NDArray[Any]) -> dict[str, Any]:

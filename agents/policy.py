@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rlkd.agents.controllers import Controller
 from rlkd.agents.search import Shortlist
-from rlkd.envs.action import ControlConfig, change
+from rlkd.envs.action import CONTROLS, ControlConfig, change
+from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.sb3 import CLIP
 
 TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias", "action.weight", "action.bias")
@@ -62,3 +63,10 @@ def policy_from_sb3(
         for part in ("weight", "bias")
     }
     return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), plan, static, controls)
+
+
+def actor_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a policy's `weights` with `hidden` units a layer."""
+    num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
+    rows = (hidden, num_seen), (hidden,), (hidden, hidden), (hidden,), (num_set, hidden), (num_set,)
+    return dict(zip(TENSORS, rows, strict=True))

@@ -6,7 +6,7 @@ numpy's global generators for its exploration noise and minibatch order; the stu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from rlkd.agents.controllers import hold_start
-from rlkd.agents.policy import Policy, policy_from_sb3
+from rlkd.agents.journal import Arrays, Journal, digest, recall
+from rlkd.agents.policy import Policy, actor_shapes, policy_from_sb3
+from rlkd.agents.ppo_state import capture, restore
 from rlkd.agents.search import Shortlist
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.sb3 import SB3VecEnv
 from rlkd.envs.vector import DistillationVectorEnv
 from rlkd.envs.world import World
@@ -102,9 +105,9 @@ def observation_figures(
     return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
 
 
-def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> PPO:
+def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> "_ResumablePPO":
     """SB3's PPO with a zero-initialised head."""
-    agent = PPO(
+    agent = _ResumablePPO(
         "MlpPolicy",
         env,
         learning_rate=lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
@@ -125,6 +128,17 @@ def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) ->
     return agent
 
 
+class _ResumablePPO(PPO):
+    """PPO that calls `after_update` after each update."""
+
+    after_update: Callable[[], object] = staticmethod(lambda: None)
+
+    def train(self) -> None:
+        """One update."""
+        super().train()
+        self.after_update()
+
+
 class _Watch(BaseCallback):
     """Sets the exploration, collects what rollouts report, and hands a summary on after each."""
 
@@ -135,7 +149,7 @@ class _Watch(BaseCallback):
         self._config, self._on_window, self._on_rollout = config, on_window, on_rollout
         self._ended: list[dict[str, float]] = []
         self._sums: dict[str, list[float]] = {}
-        self._iteration = 0
+        self.iteration = 0
 
     def _on_step(self) -> bool:
         infos = self.locals["infos"]
@@ -146,7 +160,7 @@ class _Watch(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        done = min(1.0, self._iteration / max(1, self._config.num_iterations - 1))
+        done = min(1.0, self.iteration / max(1, self._config.num_iterations - 1))
         c = self._config
         log_std = c.initial_log_std + (c.final_log_std - c.initial_log_std) * done
         self.model.policy.log_std.data.fill_(log_std)  # type: ignore[operator]
@@ -156,13 +170,13 @@ class _Watch(BaseCallback):
         return {f"action/{name}": float(position[:, i].mean()) for i, name in enumerate(CONTROLS)}
 
     def _on_rollout_end(self) -> None:
-        self._iteration += 1
+        self.iteration += 1
         figures = {k: float(np.mean([e[k] for e in self._ended])) for k in (self._ended[0] if self._ended else ())}
         for name, key in (("num_diverged", "diverged"), ("num_rollbacks", "num_rollbacks")):
             figures[name] = float(sum(e[key] for e in self._ended))
         controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
-        num_trainings = self._iteration * self.training_env.num_envs
-        self._on_rollout(Rollout(self._iteration, num_trainings, {**figures, **controls}), self.logger)
+        num_trainings = self.iteration * self.training_env.num_envs
+        self._on_rollout(Rollout(self.iteration, num_trainings, {**figures, **controls}), self.logger)
         self._ended, self._sums = [], {}
 
 
@@ -175,6 +189,7 @@ def train(
     on_rollout: Callable[[Rollout, Logger], object],
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
+    journal: Journal | None = None,
 ) -> Policy:
     """Learn a policy; the plan of the worlds is what its actions change.
 
@@ -187,6 +202,7 @@ def train(
         on_rollout: called with each iteration's summary, before the update.
         logger: SB3's, for TensorBoard.
         on_agent: given a function that returns the policy as it is now, so that an interrupted run can be saved.
+        journal: keeps the state after every update, and goes on from the last one.
     """
     config.check()
     if config.num_students % (len(worlds) * config.group_size):
@@ -194,19 +210,71 @@ def train(
             f"train: {len(worlds)} worlds and groups of {config.group_size} cannot share {config.num_students}"
         )
     world = worlds[0]
-    mean, deviation = observation_figures(worlds, config.num_students, seed, on_window)
-    populations = [DistillationVectorEnv(config.num_students // len(worlds), world=w) for w in worlds]
-    env = SB3VecEnv(populations, mean, deviation, seed, config.group_size)
-    agent = new_agent(env, config, world.config.num_windows, seed)
-    if logger is not None:
-        agent.set_logger(logger)
+    mean, deviation = _figures(worlds, config, seed, on_window, journal)
 
-    def now() -> Policy:
-        state: dict[str, Any] = agent.policy.state_dict()
-        return policy_from_sb3(state, mean, deviation, world.plan, static, world.config.controls)
+    def learn() -> Arrays:
+        populations = [DistillationVectorEnv(config.num_students // len(worlds), world=w) for w in worlds]
+        env = SB3VecEnv(populations, mean, deviation, seed, config.group_size)
+        agent = new_agent(env, config, world.config.num_windows, seed)
+        if logger is not None:
+            agent.set_logger(logger)
 
-    if on_agent:
-        on_agent(now)
-    total = config.num_iterations * config.num_students * world.config.num_windows
-    agent.learn(total, callback=_Watch(config, on_window, on_rollout), log_interval=1)
-    return now()
+        def now() -> Policy:
+            state: dict[str, Any] = agent.policy.state_dict()
+            return policy_from_sb3(state, mean, deviation, world.plan, static, world.config.controls)
+
+        if on_agent:
+            on_agent(now)
+        _learn(agent, env, config, world.config.num_windows, _Watch(config, on_window, on_rollout), journal)
+        return {name: tensor.numpy() for name, tensor in now().weights.items()}
+
+    inputs = {
+        "ppo": asdict(config),
+        "seed": seed,
+        "worlds": [[list(w.group_sizes), asdict(w.config.task), digest(w.plan)] for w in worlds],
+        "static": digest(static.points, static.terms),
+    }
+    shapes = {name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()}
+    weights = {name: torch.from_numpy(a) for name, a in recall(journal, "PPO", inputs, shapes, learn).items()}
+    seen = torch.from_numpy(mean), torch.from_numpy(deviation)
+    return Policy(weights, *seen, world.plan, static, world.config.controls)
+
+
+def _figures(
+    worlds: Sequence[World],
+    config: PPOConfig,
+    seed: int,
+    on_window: Callable[[int], object],
+    journal: Journal | None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`observation_figures`, kept in the journal."""
+
+    def compute() -> Arrays:
+        mean, deviation = observation_figures(worlds, config.num_students, seed, on_window)
+        return {"mean": mean, "deviation": deviation}
+
+    shapes = dict.fromkeys(("mean", "deviation"), ("float32", (len(OBSERVATIONS),)))
+    inputs = {"seed": seed, "num_students": config.num_students, "plans": [digest(w.plan) for w in worlds]}
+    known = recall(journal, "observations", inputs, shapes, compute)
+    return known["mean"], known["deviation"]
+
+
+def _learn(
+    agent: "_ResumablePPO",
+    env: SB3VecEnv,
+    config: PPOConfig,
+    num_windows: int,
+    watch: "_Watch",
+    journal: Journal | None,
+) -> None:
+    """SB3's learning from the beginning, or from the journal's last state, to its end; saves the state as it goes."""
+    total = config.num_iterations * config.num_students * num_windows
+    saved = journal.take_state() if journal else None
+    if saved:
+        agent._setup_learn(total)  # the first observation and the counters, which `restore` then replaces
+        watch.iteration = restore(agent, env, saved)
+    if journal:
+        kept = journal  # for the type checker: it stays what it is
+        agent.after_update = lambda: kept.save_state(watch.iteration, *capture(agent, env, watch.iteration))
+    if agent.num_timesteps < total:
+        agent.learn(total - agent.num_timesteps, callback=watch, log_interval=1, reset_num_timesteps=saved is None)

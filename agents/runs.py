@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import rlkd
+from rlkd.agents.journal import Journal
 from rlkd.agents.lock import hold
 from rlkd.errors import UserError
 from rlkd.files import write_error, write_whole
@@ -55,12 +56,16 @@ class Silent:
 
 
 @contextmanager
-def run_folder(out: Path | None, verb: str) -> Iterator[Path]:
-    """Make the run folder, `out` or `runs/<verb>-<time>`, and hold it alone until the run ends.
+def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Iterator[Path]:
+    """Make the run folder, `out` or `runs/<verb>-<time>`, or take `resume`, and hold it alone until the run ends.
 
     Raises:
         UserError: it holds a run already, or another run works in it, or it cannot be written.
     """
+    if resume is not None:
+        with hold(resume, resume=True):
+            yield resume
+        return
     folder = out or _free(Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,11 +83,24 @@ def _free(folder: Path) -> Path:
     return next((path for path in (folder, *names) if not path.exists()), folder)
 
 
-def describe_run(folder: Path, config: Any, seed: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Write `config.yaml`, `command.txt` and `versions.json`, with those of `extra` packages; returns the versions."""
-    resolved = {"seed": seed, **plain(config)}
-    write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
+def describe_run(
+    folder: Path,
+    config: Any,
+    seed: int,
+    extra: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Write `config.yaml`, `command.txt` and `versions.json`, with those of `extra` packages; returns the versions.
+
+    Args:
+        folder: of the run.
+        config: with `seed` and `options` (other options of the verb) it tells all that the run needs to be resumed.
+        seed: of the run.
+        extra: packages that the run uses besides.
+        options: as above.
+        write: else the versions are only told.
+    """
     names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn", *extra)
     versions: dict[str, Any] = {
         "rlkd": rlkd.__version__,
@@ -90,7 +108,11 @@ def describe_run(folder: Path, config: Any, seed: int, extra: tuple[str, ...] = 
         **{n: version(n) for n in names},
     }
     versions["git_commit"] = git_commit()
-    write_json(folder / "versions.json", versions)
+    if write:
+        resolved = {"seed": seed, **(options or {}), **plain(config)}
+        write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
+        write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        write_json(folder / "versions.json", versions)
     return versions
 
 
@@ -125,13 +147,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class JsonLines:
-    """Appends one JSON object a line; the file is closed after each, so whatever was written stays written."""
+    """Appends one JSON object a line; the file is closed after each, so whatever was written stays written.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: of the file.
+        journal: while it says that the run only repeats itself, rows are in the file already.
+    """
+
+    def __init__(self, path: Path, journal: Journal | None = None) -> None:
+        self._path, self._journal = path, journal
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append `row`."""
+        if self._journal and self._journal.replaying:
+            return
         line = json.dumps(row, allow_nan=False) + "\n"
         try:
             with self._path.open("a", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.search import SearchConfig
 from rlkd.cost import CostConfig
 from rlkd.envs.action import ControlConfig
-from rlkd.envs.world import EnvConfig
+from rlkd.envs.world import EnvConfig, check_keep
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
@@ -53,10 +53,13 @@ class ExperimentConfig(EnvConfig):
     search: SearchConfig = field(default_factory=SearchConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    keep_checkpoints: int = 2
+    """States of PPO that stay on the disk; with --resume it goes on from the last one that is whole."""
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
         super().check()
+        check_keep(self.keep_checkpoints)
         for part in (self.search, self.ppo, self.comparison):
             part.check()
         if self.ppo.num_students * self.num_windows < 2:
@@ -96,6 +99,8 @@ class ReplayConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     preference: Preference = field(default_factory=Preference)
+    keep_checkpoints: int = 2
+    """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
 
     def env(self, controls: ControlConfig) -> EnvConfig:
         """The environment's part, the preference put into its tasks."""
@@ -105,6 +110,7 @@ class ReplayConfig:
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
         self.env(ControlConfig()).check()
+        check_keep(self.keep_checkpoints)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The single and the vector environment and every rival controller go through here
 same students on the same batches and are scored alike. Setting a control is by position (`rlkd.envs.action`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,11 @@ from rlkd.envs.action import CONTROLS, NUM_CONTROLS, decode
 from rlkd.envs.observation import TaskFacts, observe
 from rlkd.envs.reward import DIVERGED_SCORE, score
 from rlkd.envs.world import EpisodeWorld
+from rlkd.errors import UserError
 from rlkd.students import Metrics, Population, Students, Telemetry
 from rlkd.tasks import Split, Task, TaskDistribution, draw_task
+
+LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,34 @@ class Episodes:
             raise ValueError("copy_rows: got one student; allowed: a population of at least two")
         self.students.copy_rows(sources)
         self.position, self._score = self.position[sources], self._score[sources]
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Copies of all that `load_training_state` needs to go on from here."""
+        own = {"position": self.position, "window": self._window, "score": self._score}
+        state = {name: tensor.clone() for name, tensor in own.items()}
+        state["tasks"] = torch.tensor([task.seed for task in self.tasks])  # [N] int64
+        return {**state, **{f"students.{name}": t for name, t in self.students.training_state().items()}}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state` of as many students in the same world.
+
+        Raises:
+            UserError: a task's seed or a random source is none.
+        """
+        num_teachers, seeds = len(self.world.signals.accuracy), state["tasks"].tolist()
+        if not all(0 <= seed < LARGEST_SEED for seed in seeds):
+            raise UserError(f"training state: a task's seed is {min(seeds)} or {max(seeds)}; allowed: 0 to below 2**61")
+        self.tasks = [draw_task(seed, self._distribution, self.world.data, num_teachers) for seed in seeds]
+        self.students.reset(self.tasks)
+        begin = "students."
+        try:
+            mine = {name.removeprefix(begin): t for name, t in state.items() if name.startswith(begin)}
+            self.students.load_training_state(mine)
+        except RuntimeError as error:
+            raise UserError(f"training state: a random source cannot be restored ({error!s:.80})") from error
+        self.position, self._window = state["position"].clone(), state["window"].clone()
+        self._score = state["score"].clone()
+        self._facts = self._task_facts()
 
     def set_exit(self, exit_position: Tensor) -> None:
         """Move the exit control to `exit_position` [N] without training; nothing else changes."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlkd.cost import Cost
 from rlkd.cost.modules import ModuleProfile, count_work, load_speed, profile_module
 from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.envs.world import check_keep
 from rlkd.errors import UserError
 from rlkd.models.hooks import link_places, link_table
 from rlkd.models.instrumented import Instrumented
@@ -69,6 +70,8 @@ class ModuleConfig:
     train: ModuleTrainConfig = field(default_factory=ModuleTrainConfig)
     cost: ModuleCostConfig = field(default_factory=ModuleCostConfig)
     preference: Preference = field(default_factory=Preference)
+    keep_checkpoints: int = 2
+    """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
     allow_pickle: bool = False
     """Read weight files that are pickles, too; they can run code."""
 
@@ -76,6 +79,7 @@ class ModuleConfig:
         """Raises UserError for the first impossible value."""
         if self.num_windows < 1:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
+        check_keep(self.keep_checkpoints)
         for part in (self.cut, self.columns, self.attach, self.train, self.cost):
             part.check()
         self.preference.weights()
@@ -117,6 +121,11 @@ class ModuleWorld:
     def capacity(self) -> float:
         """The dense student's MACs over the teacher's."""
         return self.profile.work.dense_macs / self.teacher_macs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a training learns from, which its config only names: data, teacher's signals, first weights."""
+        told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
+        return {**self.data.inputs, "labels": self.data.labels, **told, **self.initial}
 
     def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
         """Cost under `metrics`; exit_threshold is [1]."""

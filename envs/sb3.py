@@ -1,13 +1,15 @@
 """Presents the lock-step vector environment to stable-baselines3, with observations standardised by fixed figures."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.observation import OBSERVATIONS
@@ -109,6 +111,20 @@ class SB3VecEnv(VecEnv):
         others = (groups.sum(1, keepdims=True) - groups) / (self._group_size - 1)
         relative: NDArray[np.float64] = (groups - others).ravel()
         return relative
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Copies of all that `load_training_state` needs to go on from here; between two steps."""
+        state = {"returns": torch.from_numpy(self._returns.copy()), "lengths": torch.from_numpy(self._lengths.copy())}
+        for k, env in enumerate(self.envs):
+            state |= {f"population{k}.{name}": tensor for name, tensor in env.training_state().items()}
+        return state
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state` of the same populations; errors as of `Episodes.load_training_state`."""
+        self._returns[:], self._lengths[:] = state["returns"].numpy(), state["lengths"].numpy()
+        for k, env in enumerate(self.envs):
+            begin = f"population{k}."
+            env.load_training_state({n.removeprefix(begin): t for n, t in state.items() if n.startswith(begin)})
 
     def close(self) -> None:
         """Nothing to release."""

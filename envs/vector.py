@@ -1,6 +1,6 @@
 """The lock-step population behind Gymnasium's vector interface, and behind stable-baselines3's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -9,6 +9,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlkd.envs.action import action_space, change, flat_action
 from rlkd.envs.episodes import Episodes
@@ -103,5 +104,40 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         truncated = np.zeros(self.num_envs, dtype=bool)
         return observation, outcome.reward.numpy().astype(np.float64), ended, truncated, info
 
+    def training_state(self) -> dict[str, Tensor]:
+        """Copies of all that `load_training_state` needs to go on from here."""
+        streams = torch.from_numpy(np.stack([_stream_state(g) for g in self._generators]))  # [N, 6] int64
+        return {"streams": streams, **{f"episodes.{k}": v for k, v in self.episodes.training_state().items()}}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state` of as many students in the same world.
+
+        Raises:
+            UserError: as of `Episodes.load_training_state`.
+        """
+        self._generators = [_stream(row) for row in state["streams"].numpy()]
+        begin = "episodes."
+        self.episodes.load_training_state({k.removeprefix(begin): v for k, v in state.items() if k.startswith(begin)})
+
     def _draw(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         return [int(self._generators[i].integers(MAX_SEED)) for i in rows]
+
+
+def _stream_state(generator: np.random.Generator) -> NDArray[np.int64]:
+    """[6]: state and increment (128 bits each, in halves), and the half of a draw that is left over."""
+    known = generator.bit_generator.state
+    wide = b"".join(known["state"][name].to_bytes(16, "little") for name in ("state", "inc"))
+    return np.append(np.frombuffer(wide, np.int64), [known["has_uint32"], known["uinteger"]]).astype(np.int64)
+
+
+def _stream(row: NDArray[np.int64]) -> np.random.Generator:
+    """The generator of a `_stream_state` [6]."""
+    state, increment = (int.from_bytes(row[i : i + 2].tobytes(), "little") for i in (0, 2))
+    bits = np.random.PCG64()
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": state, "inc": increment},
+        "has_uint32": int(row[4]) & 1,
+        "uinteger": int(row[5]) & 0xFFFFFFFF,
+    }
+    return np.random.Generator(bits)

@@ -17,6 +17,12 @@ from rlkd.tasks import DataSet, Labelled, TaskDistribution, load_dataset
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 
 
+def check_keep(keep_checkpoints: int) -> None:
+    """Raises UserError for no checkpoint at all."""
+    if keep_checkpoints < 1:
+        raise UserError(f"keep_checkpoints: got {keep_checkpoints}; allowed: at least 1")
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     """All that defines the environment."""
@@ -117,6 +123,11 @@ class World:
     def capacity(self) -> float:
         """The dense student's MACs over the teacher's."""
         return float(dense_workload(self.template, self.profile.batch_size).macs) / self.teacher_macs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a training learns from, which its config only names: data and teachers' signals."""
+        told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
+        return {"inputs": self.data.inputs, "labels": self.data.labels, **told}
 
     def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
         """Cost of N students under `metrics`; exit_threshold is [N]."""

@@ -1,6 +1,6 @@
 """What both kinds of student share: controls in, telemetry and metrics out. One student is N = 1."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -103,6 +103,16 @@ class Students(Protocol):
 
     def masks(self) -> Masks:
         """Current masks, each [N, G]."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Copies of all that training has made since `reset`, optimizer and random sources included."""
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state` of the same tasks, which `reset` was just given.
+
+        Raises:
+            RuntimeError: a random source that is none.
+        """
 
 
 def divergence_free(*tensors: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Implements `Students` for N = 1 beside `SoloStudent`: what differs is what real 
 and decay inside the policy's learning rate, accumulation, clipping, bfloat16, a device, and inputs by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,7 @@ from rlkd.students.interface import (
     divergence_free,
     family_weights,
 )
-from rlkd.students.optimizers import new_optimizer, schedule
+from rlkd.students.optimizers import load_optimizer_state, new_optimizer, optimizer_state, schedule
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.tasks import Split, Task, task_generator
 from rlkd.tasks.examples import Examples, to_device
@@ -247,6 +247,23 @@ class ModuleStudent:
         count = max(1, round(self._keep * self.plan.num_positions))
         tokens = (torch.arange(self.plan.num_positions) < count).float()
         return tuple(mask[None] for mask in (tokens, *(self._unit_masks or (torch.ones(1),))))
+
+    def training_state(self) -> dict[str, Tensor]:
+        """As `Students.training_state`, on the CPU."""
+        state = {f"module.{name}": value.detach().cpu().clone() for name, value in self.student.state_dict().items()}
+        state |= {f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self._unit_masks)}
+        state |= {"threshold": self._threshold.clone(), "token_scores": self._token_scores.clone()}
+        state |= {"keep": torch.tensor(self._keep, dtype=torch.float64), "step": torch.tensor(self._step)}
+        return {**state, "batches": self._batches.get_state(), **optimizer_state(self._optimizer)}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `Students.load_training_state`."""
+        self.student.load_state_dict({name: state[f"module.{name}"] for name in self.student.state_dict()})
+        self._unit_masks = tuple(state[f"mask.{i}"].clone().to(mask) for i, mask in enumerate(self._unit_masks))
+        self._threshold, self._token_scores = state["threshold"].clone(), state["token_scores"].clone()
+        self._keep, self._step = float(state["keep"]), int(state["step"])
+        self._batches.set_state(state["batches"].clone())
+        load_optimizer_state(self._optimizer, state)
 
     def _scores(self) -> Masks:
         groups = group_importance(self.student.model, self.plan.groups)

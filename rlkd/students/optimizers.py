@@ -1,7 +1,7 @@
 """AdamW or Lion for a real student, and the course of its learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -65,3 +65,34 @@ def schedule(step: int, total: int, warmup: float, floor: float) -> float:
         return (step + 1) / rising
     done = (step - rising) / max(1, total - rising)
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of what Adam, AdamW or Lion keep of every parameter, "optimizer.<its number>.<name>", on the CPU.
+
+    What a parameter without a gradient does not have yet is given as the zeros with which it would begin.
+    """
+    moments = ("momentum",) if isinstance(optimizer, Lion) else ("exp_avg", "exp_avg_sq")
+    state: dict[str, Tensor] = {}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        kept = optimizer.state.get(parameter, {})
+        for name in moments:
+            state[f"optimizer.{i}.{name}"] = kept.get(name, torch.zeros_like(parameter)).detach().cpu().clone()
+        if not isinstance(optimizer, Lion):
+            state[f"optimizer.{i}.step"] = kept.get("step", torch.tensor(0.0)).cpu().clone()
+    return state
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Go on from an `optimizer_state` of the same parameters; other keys of `state` are left alone."""
+    names = ("momentum",) if isinstance(optimizer, Lion) else ("step", "exp_avg", "exp_avg_sq")
+    whole = optimizer.state_dict()
+    whole["state"] = {
+        i: {name: state[f"optimizer.{i}.{name}"].clone() for name in names} for i in range(len(_parameters(optimizer)))
+    }
+    optimizer.load_state_dict(whole)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order in which torch numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -5,7 +5,7 @@ Ba 2015; `torch.optim` has no learning rate a row). Nothing mixes rows, so a stu
 stands beside it. `SoloStudent` is the plain counterpart, and a test holds the two together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,6 +169,25 @@ class Population:
     def masks(self) -> Masks:
         """Current masks, one [N, G] a group."""
         return self._masks
+
+    def training_state(self) -> dict[str, Tensor]:
+        """As `Students.training_state`; every tensor [N, ...]."""
+        stores = {"parameters": self._parameters, "first": self._first, "second": self._second}
+        state = {f"{store}.{name}": t for store, tensors in stores.items() for name, t in tensors.items()}
+        state |= {f"mask.{i}": mask for i, mask in enumerate(self._masks)}
+        state |= {"num_updates": self._num_updates, "threshold": self._threshold}
+        batches = torch.stack([g.get_state() for g in self._batches])  # [N, R] uint8
+        return {**{name: tensor.clone() for name, tensor in state.items()}, "batches": batches}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `Students.load_training_state`."""
+        for store, tensors in {"parameters": self._parameters, "first": self._first, "second": self._second}.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[f"{store}.{name}"])
+        self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
+        self._num_updates, self._threshold = state["num_updates"].clone(), state["threshold"].clone()
+        for generator, source in zip(self._batches, state["batches"], strict=True):
+            generator.set_state(source.clone())
 
     def _scores(self) -> Masks:
         named = {k.removeprefix("student."): p for k, p in self._parameters.items()}

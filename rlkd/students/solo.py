@@ -4,7 +4,7 @@ The plain counterpart of `Population`: same interface with N = 1, same batches f
 float tolerance, the same parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rlkd.students.interface import (
     divergence_free,
     family_weights,
 )
+from rlkd.students.optimizers import load_optimizer_state, optimizer_state
 from rlkd.students.population import WithAdapter
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.tasks import DataSet, Split, Task, task_generator
@@ -108,6 +109,23 @@ class SoloStudent:
     def masks(self) -> Masks:
         """Current masks, one [1, G] a group."""
         return tuple(mask[None] for mask in self._masks)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """As `Students.training_state`."""
+        state = {f"parameters.{name}": p.detach().clone() for name, p in self._module.named_parameters()}
+        state |= {f"mask.{i}": mask.clone() for i, mask in enumerate(self._masks)}
+        state |= {"threshold": self._threshold.clone(), "batches": self._batches.get_state()}
+        return {**state, **optimizer_state(self._optimizer)}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `Students.load_training_state`."""
+        with torch.no_grad():
+            for name, parameter in self._module.named_parameters():
+                parameter.copy_(state[f"parameters.{name}"])
+        self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
+        self._threshold = state["threshold"].clone()
+        self._batches.set_state(state["batches"].clone())
+        load_optimizer_state(self._optimizer, state)
 
     def _scores(self) -> Masks:
         named = {k: p.detach() for k, p in self.student.named_parameters()}
