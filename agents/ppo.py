@@ -278,3 +278,4 @@ def _learn(
         agent.after_update = lambda: kept.save_state(watch.iteration, *capture(agent, env, watch.iteration))
     if agent.num_timesteps < total:
         agent.learn(total - agent.num_timesteps, callback=watch, log_interval=1, reset_num_timesteps=saved is None)
+    agent.logger.dump(total + config.num_students * num_windows)  # the last update's, where the next rollout's would be
