@@ -60,7 +60,7 @@ class Journal:
         self._began = time.perf_counter()
         self._known: list[int] = []  # where each whole entry begins in the file
         self._chain, self._end, self._next = "", 0, 0  # checksum and end of the last whole entry; the next to answer
-        self._pending: Checkpoint | None = None
+        self.pending: Checkpoint | None = None  # the state to go on with, until it is taken
         self.resumes, self.finished = resume, False
         self.last_entry_s = 0.0  # `elapsed_s` when the last entry was made: when what is done now began
         if resume:
@@ -73,7 +73,7 @@ class Journal:
         saved = self._checkpoints.newest(self._say)
         position = saved.note.get("position") if saved else None
         if saved and position == len(self._known):
-            self._pending, last = saved, saved.note
+            self.pending, last = saved, saved.note
         elif saved and isinstance(position, int) and position > len(self._known):
             self._say(f"{saved.path}: belongs to entries of the journal that are lost; computing anew")
         self._began -= _elapsed_s(last, self._path)
@@ -108,7 +108,7 @@ class Journal:
     @property
     def replaying(self) -> bool:
         """Whether the run only repeats what was done before it was stopped; its logs have it already."""
-        return self.has_answer or self._pending is not None
+        return self.has_answer or self.pending is not None
 
     @property
     def has_answer(self) -> bool:
@@ -203,7 +203,7 @@ class Journal:
         """The state with which to go on, or None if the training begins anew; logs are written from now on."""
         if self.has_answer:
             raise AssertionError("a state comes after all entries of the journal")
-        saved, self._pending = self._pending, None
+        saved, self.pending = self.pending, None
         if saved is None:
             self._checkpoints.clear()  # of a part of the run that is computed anew
         return saved

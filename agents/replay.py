@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from rlkd.agents.controllers import Controller
+from rlkd.agents.journal import Journal
 from rlkd.compression import CompactStudent, compact, save_student
 from rlkd.cost import median_latency_s
 from rlkd.envs.action import CONTROLS, decode
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.reward import DIVERGED_SCORE
 from rlkd.envs.world import EpisodeWorld, World
+from rlkd.errors import UserError
+from rlkd.files import number, reason
 from rlkd.objectives import FAMILIES
 from rlkd.students import Controls, SoloStudent
 from rlkd.tasks import Preference
@@ -36,38 +39,86 @@ def run_windows(
     controller: Controller,
     seed: int,
     on_window: Callable[[dict[str, float], torch.Tensor], object],
-) -> tuple[Episodes, Outcome]:
-    """Train one student to the end, or until it diverges; returns what its last window brought, too.
+    journal: Journal | None = None,
+) -> tuple[Episodes, dict[str, float]]:
+    """Train one student to the end, or until it diverges; returns the row of its last window, too.
 
     Args:
         world: of chains or of a real model.
-        controller: sets the controls before every window.
+        controller: sets the controls before every window, from what it is given alone.
         seed: task, parameters and batches.
-        on_window: as in `distil`.
+        on_window: as in `distil`; called for windows of before a stop, too, while `journal.replaying`.
+        journal: keeps the student's state after every window; the training goes on from the last one.
     """
     episodes = Episodes(world, 1)
     observation = episodes.reset([seed])
-    for window in range(world.config.num_windows):
+    rows: list[dict[str, float]] = []
+    seen = torch.full((world.config.num_windows, observation.shape[1]), torch.nan)  # [W, O], of the windows done
+    if journal:
+        rows = _go_on(episodes, seen, journal, on_window)
+        observation = seen[None, len(rows) - 1] if rows else observation
+    for window in range(len(rows), world.config.num_windows):
+        if rows and rows[-1]["num_diverged"]:
+            break
         position = controller(observation, episodes, window)
         outcome = episodes.step(position)
-        controls = decode(position, world.config.controls, world.data.num_classes)
-        row = {
-            "window": window + 1,
-            **_named(controls),
-            **{f"position_{name}": float(position[0, i]) for i, name in enumerate(CONTROLS)},
-            "score": float(outcome.score[0]),
-            "accuracy": float(outcome.metrics.accuracy[0]),
-            "macs_ratio": float(outcome.cost.macs_ratio[0]),
-            "latency_ratio": float(outcome.cost.latency_ratio[0]),
-            "energy_ratio": float(outcome.cost.energy_ratio[0]),
-            "num_diverged": float(outcome.diverged[0]),
-            "num_rollbacks": float(outcome.telemetry.num_rollbacks[0]),
-        }
-        on_window(row, outcome.observation)
+        rows.append(_row(window, position, outcome, world))
+        on_window(rows[-1], outcome.observation)
         observation = outcome.observation
-        if outcome.diverged[0]:
-            break
-    return episodes, outcome
+        seen[window] = observation[0]
+        if journal:
+            journal.save_state(window + 1, {**episodes.training_state(), "seen": seen}, {"rows": rows})
+    return episodes, rows[-1]
+
+
+def _row(window: int, position: torch.Tensor, outcome: Outcome, world: EpisodeWorld) -> dict[str, float]:
+    """Controls and validation figures of one window."""
+    controls = decode(position, world.config.controls, world.data.num_classes)
+    return {
+        "window": window + 1,
+        **_named(controls),
+        **{f"position_{name}": float(position[0, i]) for i, name in enumerate(CONTROLS)},
+        "score": float(outcome.score[0]),
+        "accuracy": float(outcome.metrics.accuracy[0]),
+        "macs_ratio": float(outcome.cost.macs_ratio[0]),
+        "latency_ratio": float(outcome.cost.latency_ratio[0]),
+        "energy_ratio": float(outcome.cost.energy_ratio[0]),
+        "num_diverged": float(outcome.diverged[0]),
+        "num_rollbacks": float(outcome.telemetry.num_rollbacks[0]),
+    }
+
+
+def _go_on(
+    episodes: Episodes,
+    seen: torch.Tensor,
+    journal: Journal,
+    on_window: Callable[[dict[str, float], torch.Tensor], object],
+) -> list[dict[str, float]]:
+    """Put reset `episodes` and `seen` where the journal's last state has them; returns the windows' rows.
+
+    Raises:
+        UserError: a state that is not of this training.
+    """
+    saved = journal.pending
+    if saved is None:
+        journal.take_state()
+        return []
+    state = {**episodes.training_state(), "seen": seen}
+    tensors = saved.tensors({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()})
+    try:
+        rows = [{str(k): number(v, str(k)) for k, v in row.items()} for row in saved.note["state"]["rows"]]
+        if not 1 <= len(rows) <= len(seen) or not {"num_diverged", "num_rollbacks"} <= set(rows[-1]):
+            raise ValueError(f"{len(rows)} windows")
+        episodes.load_training_state(tensors)
+        seen.copy_(tensors["seen"])
+        for i, row in enumerate(rows):
+            on_window(row, seen[None, i])
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{saved.path}: not the state of this training, or a damaged one ({reason(error):.100})"
+        ) from error
+    journal.take_state()
+    return rows
 
 
 def distil(
@@ -75,6 +126,7 @@ def distil(
     controller: Controller,
     seed: int,
     on_window: Callable[[dict[str, float], torch.Tensor], object],
+    journal: Journal | None = None,
 ) -> Distilled:
     """Train the task of `seed` under `controller`, evaluate it once on test data, compact it, time it.
 
@@ -83,9 +135,10 @@ def distil(
         controller: sets the controls before every window.
         seed: task, parameters and batches.
         on_window: given each window's row (controls and validation figures) and its observation [1, O].
+        journal: as of `run_windows`.
     """
-    episodes, last = run_windows(world, controller, seed, on_window)
-    diverged = bool(last.diverged[0])
+    episodes, last = run_windows(world, controller, seed, on_window, journal)
+    diverged = bool(last["num_diverged"])
     students = episodes.students
     assert isinstance(students, SoloStudent)
     threshold = float(decode(episodes.position, world.config.controls, world.data.num_classes).exit_threshold[0])
@@ -110,7 +163,7 @@ def distil(
         "energy_ratio": float(cost.energy_ratio[0]),
         "energy_j": float(cost.energy_j[0]),
         "energy_kind": world.profile.energy["kind"],
-        "num_rollbacks": int(last.telemetry.num_rollbacks[0]),
+        "num_rollbacks": int(last["num_rollbacks"]),
     }
     batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(small, dense, world.data.inputs[test], b) for b in batches}

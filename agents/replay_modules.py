@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
+from rlkd.agents.journal import Journal
 from rlkd.agents.replay import run_windows
 from rlkd.compression.modules import ShippedStudent, ship
 from rlkd.cost.modules import measure
@@ -35,6 +36,7 @@ def distil_module(
     controller: Controller,
     seed: int,
     on_window: Callable[[dict[str, float], Tensor], object] = lambda row, observation: None,
+    journal: Journal | None = None,
 ) -> DistilledModule:
     """Train under `controller`, evaluate once on test data, ship the student and time it beside the dense one.
 
@@ -43,9 +45,10 @@ def distil_module(
         controller: sets the controls before every window.
         seed: fresh exits and adapters, batches and dropout.
         on_window: given each window's row (controls and validation figures) and its observation [1, O].
+        journal: as of `run_windows`.
     """
-    episodes, last = run_windows(world, controller, seed, on_window)
-    diverged = bool(last.diverged[0])
+    episodes, last = run_windows(world, controller, seed, on_window, journal)
+    diverged = bool(last["num_diverged"])
     students = episodes.students
     assert isinstance(students, ModuleStudent)
     controls = decode(episodes.position, world.config.controls, world.data.num_classes)
@@ -72,7 +75,7 @@ def distil_module(
         "energy_ratio": float(cost.energy_ratio[0]),
         "energy_j": float(cost.energy_j[0]),
         "energy_kind": world.profile.energy["kind"],
-        "num_rollbacks": int(last.telemetry.num_rollbacks[0]),
+        "num_rollbacks": int(last["num_rollbacks"]),
     }
     batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, world.data, test, b) for b in batches}

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from rlkd.agents.journal import Journal, digest
 from rlkd.agents.runs import describe_run
-from rlkd.envs.world import EnvConfig
 from rlkd.files import inside, read_json
 
 PROFILE = "cost_profile"
-Env = TypeVar("Env", bound=EnvConfig)
+Config = TypeVar("Config")
 
 
 def describe(
@@ -37,13 +36,15 @@ def describe(
     return began
 
 
-def with_own_profile(config: Env, folder: Path, name: str = PROFILE) -> Env:
-    """The config with the cost profile that the run has written already, if it has, in the place of any other."""
+def with_own_profile(config: Config, folder: Path, name: str = PROFILE) -> Config:
+    """The config (a dataclass with a section `cost`) with the cost profile that the run has written, if it has."""
     path = folder / f"{name}.json"
     if not path.exists():
         return config
-    cost = dataclasses.replace(config.cost, profile=str(inside(folder, path.name)))
-    return dataclasses.replace(config, cost=cost)
+    known: Any = config
+    cost = dataclasses.replace(known.cost, profile=str(inside(folder, path.name)))
+    changed: Config = dataclasses.replace(known, cost=cost)
+    return changed
 
 
 def remember(journal: Journal, verb: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:

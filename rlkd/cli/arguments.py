@@ -141,9 +141,11 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
 
 
 def add_run_options(parser: ArgumentParser) -> None:
-    """--out and --seed."""
+    """--out, --seed and --resume."""
     parser.add_argument("--out", type=Path | None, default=None, help="run folder; by default runs/VERB-TIME")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    text = "folder of a run that was stopped or killed: go on with it, by its own config"
+    parser.add_argument("--resume", type=Path | None, default=None, help=text)
 
 
 def check_seed(seed: int) -> None:

@@ -20,7 +20,7 @@ VERBS = {
     "bench": "student updates per second: lock-step population against its rivals",
     "list": "tasks, models, terms, controllers, configs",
 }
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def usage() -> str:
@@ -33,7 +33,8 @@ def usage() -> str:
         "  rlkd train --out runs/first\n"
         "  rlkd replay --policy runs/first/policy --preference.accuracy 0.9\n"
         "  rlkd analyze runs/first\n\n"
-        "exit codes: 0 done, 1 failed, 2 a mistake in the command or its files, 130 interrupted"
+        "exit codes: 0 done, 1 failed, 2 a mistake in the command or its files, 130 interrupted, "
+        "143 terminated"
     )
 
 
@@ -62,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"rlkd: {one_line(str(error))}", file=sys.stderr)
         return USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("rlkd: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED if type(error) is KeyboardInterrupt else TERMINATED
     except BrokenPipeError:
         return FAILED
     except (MemoryError, RuntimeError) as error:

@@ -1,38 +1,52 @@
 """`rlkd replay`: on a student that is a chain, or, with `--data`, on a real model (`rlkd.cli.replay_models`)."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import Bundle, load_bundle
+from rlkd.agents.journal import Journal
 from rlkd.agents.replay import distil, write_student
 from rlkd.agents.report import read_run, write_report
-from rlkd.agents.runs import JsonLines, describe_run, plain, run_folder, use_one_thread, write_json
-from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
+from rlkd.agents.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.agents.runs import JsonLines, plain, use_one_thread, write_json
+from rlkd.cli.arguments import add_run_options, new_parser
+from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.cli.progress import Bar
+from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
 from rlkd.configs import ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.world import build_world
 from rlkd.errors import UserError
+from rlkd.files import read_bytes
 
 FAR = 5.0  # training deviations; a bundle's own tasks stay below this nearly always
 
 
 def run(argv: list[str]) -> int:
     """Distil one student, write it, and print its figures."""
-    if any(given.split("=")[0] == "--data" for given in argv):
+    if any(given.split("=")[0] == "--data" for given in argv) or _is_of_real_model(resumed(argv)):
         from rlkd.cli import replay_models
 
         return replay_models.run(argv)
     for name in ("--teacher", "--student"):
         if any(given.split("=")[0] == name for given in argv):
             raise UserError(f"{name}: names a real model, which needs --data FILE_OR_FOLDER, too")
+    config, options = parse_run(_parser, argv, ReplayConfig)
+    bundle = load_bundle(options.policy)
+    config.check()
+    use_one_thread()
+    with resumable_folder(options, "replay", options.out) as folder:
+        return _replay(config, bundle, options, folder)
+
+
+def _parser() -> ArgumentParser:
     parser = new_parser(
         "replay",
         "Distil a new student under a frozen policy, in one training run. With --data, a real model: "
@@ -42,42 +56,49 @@ def run(argv: list[str]) -> int:
             "--policy runs/first/policy --preference.accuracy 0.9 --student.widths [96,64,32] --student.exits [1,2]",
             "--policy runs/first/policy --config conv",
             "--policy runs/first/policy --teacher models/bert --data reviews.csv --cut.layers 2",
+            "--resume runs/mine",
         ],
     )
     parser.add_argument("--policy", type=Path, required=True, help="folder of a policy bundle")
     add_run_options(parser)
-    config, options = parse(parser, argv, ReplayConfig)
-    assert config is not None
-    check_seed(options.seed)
-    bundle = load_bundle(options.policy)
-    config.check()
-    use_one_thread()
-    with run_folder(options.out, "replay") as folder:
-        return _replay(config, bundle, options.seed, folder)
+    return parser
 
 
-def _replay(config: ReplayConfig, bundle: Bundle, seed: int, folder: Path) -> int:
+def _is_of_real_model(folder: Path | None) -> bool:
+    """Whether the run in the folder began with `--data`."""
+    if folder is None or not (folder / "config.yaml").is_file():
+        return False
+    tree = plain_yaml(read_bytes(folder / "config.yaml", MAX_CONFIG_BYTES).decode(errors="replace"), "--resume")
+    return isinstance(tree, dict) and "data" in tree
+
+
+def _replay(config: ReplayConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
     """Distil into `folder`; returns the exit code."""
-    began = time.perf_counter()
-    describe_run(folder, config, seed)
     with Bar(config.train.steps_per_window) as bar:
-        world = build_world(config.env(bundle.policy.controls), bundle.policy.plan, bar.say)
-        save_profile(world.profile, folder / "cost_profile.json")
+        journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
+        if is_finished(folder, journal.finished):
+            return 0
+        describe(journal, folder, config, options.seed, bar.say, options={"policy": str(options.policy)})
+        env = with_own_profile(config.env(bundle.policy.controls), folder)
+        world = build_world(env, bundle.policy.plan, bar.say)
+        save_profile(world.profile, folder / f"{PROFILE}.json")
+        remember(journal, "replay", world.tensors(), costs=plain(world.profile), policy=bundle.digest)
         bar.phase("distilling", 1, config.num_windows)
-        watch = Watch(folder, bundle, bar)
-        done = distil(world, bundle.policy.controller(), seed, watch.window)
+        watch = Watch(folder, bundle, bar, journal)
+        done = distil(world, bundle.policy.controller(), options.seed, watch.window, journal)
         watch.close(config)
     write_student(folder / "student", done, config.preference, bundle.digest)
-    return finish(folder, config, plain(config.task), watch, done.figures, done.measured, done.diverged, began)
+    return finish(folder, config, plain(config.task), watch, done.figures, done.measured, done.diverged)
 
 
 class Watch:
     """What is written of every window while a student trains."""
 
-    def __init__(self, folder: Path, bundle: Bundle, bar: Bar) -> None:
+    def __init__(self, folder: Path, bundle: Bundle, bar: Bar, journal: Journal) -> None:
         self.positions: list[list[float]] = []
         self.far: dict[int, float] = {}
-        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self.journal = journal
+        self._metrics = JsonLines(folder / "metrics.jsonl", journal)
         self._logger = tb.new_logger(folder / "tensorboard")
         self._bundle, self._bar = bundle, bar
 
@@ -88,7 +109,8 @@ class Watch:
         distance = float(self._bundle.policy.spread_of(observation)[0])
         if distance > FAR:
             self.far[int(row["window"])] = distance
-        tb.record_window(self._logger, row)
+        if not self.journal.replaying:
+            tb.record_window(self._logger, row)
         self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
         self._bar.advance(1)
 
@@ -107,10 +129,9 @@ def finish(
     figures: dict[str, Any],
     measured: dict[str, Any],
     diverged: bool,
-    began: float,
 ) -> int:
     """Write result.json and report.html, print the figures, and give the exit code."""
-    wall_s = time.perf_counter() - began
+    wall_s = watch.journal.elapsed_s()
     updates = config.num_windows * config.train.steps_per_window
     write_json(
         folder / "result.json",
@@ -129,6 +150,7 @@ def finish(
         },
     )
     write_report([read_run(folder)], folder)
+    watch.journal.finish()
     _report(Console(), folder, figures, measured, watch.far)
     if diverged:
         print(f"rlkd: the student diverged in window {len(watch.positions)}; do not ship it", file=sys.stderr)

@@ -1,29 +1,27 @@
 """`rlkd train`."""
 
+from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from rlkd.agents.experiment import train_experiment
-from rlkd.agents.runs import run_folder, use_one_thread
-from rlkd.cli.arguments import add_run_options, check_seed, new_parser, parse
+from rlkd.agents.journal import Journal
+from rlkd.agents.runs import use_one_thread
+from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.progress import Bar, comparison_table
+from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
 
 
 def run(argv: list[str]) -> int:
     """Train a policy and print how it compares."""
-    parser = new_parser(
-        "train",
-        "Learn a policy with PPO over a population of students; end with a table on held-out tasks, test data.",
-        ["--out runs/first", "--config smoke", "--ppo.num_iterations 40 --task.label_noise.high 0.5 --seed 1"],
-    )
-    add_run_options(parser)
-    config, options = parse(parser, argv, ExperimentConfig)
-    assert config is not None
-    check_seed(options.seed)
+    config, options = parse_run(_parser, argv, ExperimentConfig)
     config.check()
     use_one_thread()
-    with run_folder(options.out, "train") as folder, Bar(config.train.steps_per_window) as bar:
-        result = train_experiment(config, folder, options.seed, bar)
+    with resumable_folder(options, "train", options.out) as folder, Bar(config.train.steps_per_window) as bar:
+        journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
+        if is_finished(folder, journal.finished):
+            return 0
+        result = train_experiment(config, folder, options.seed, bar, journal)
     console = Console(width=None if Console().is_terminal else 150)
     for weight, entry in result["preferences"].items():
         console.print(comparison_table(f"accuracy weight {weight}: {result['num_tasks']} held-out tasks, test", entry))
@@ -44,3 +42,18 @@ def run(argv: list[str]) -> int:
     console.print(f"report: {folder / 'report.html'}   curves: tensorboard --logdir {folder}", highlight=False)
     console.print(f"policy: {folder / 'policy'}   next: rlkd replay --policy {folder / 'policy'}", highlight=False)
     return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = new_parser(
+        "train",
+        "Learn a policy with PPO over a population of students; end with a table on held-out tasks, test data.",
+        [
+            "--out runs/first",
+            "--config smoke",
+            "--ppo.num_iterations 40 --task.label_noise.high 0.5 --seed 1",
+            "--resume runs/first",
+        ],
+    )
+    add_run_options(parser)
+    return parser

@@ -1,0 +1,131 @@
+"""`--resume RUN`, shared by train, replay and compare: the run's own config, and what a stop says."""
+
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+from rlkd.agents.runs import plain, run_folder
+from rlkd.cli.arguments import check_seed, parse
+from rlkd.errors import UserError
+
+Config = TypeVar("Config")
+ELSEWHERE = ("policy", "config", "resume", "out")  # options that say where something is, not what the run does
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def resumed(argv: Sequence[str]) -> Path | None:
+    """The folder that `--resume` names, or None."""
+    for given, following in zip(argv, [*argv[1:], ""], strict=True):
+        if given == "--resume" or given.startswith("--resume="):
+            name = following if given == "--resume" else given.partition("=")[2]
+            if not name or name.startswith("-"):
+                raise UserError("--resume: got nothing; allowed: the folder of a run that was stopped")
+            return Path(name)
+    return None
+
+
+def parse_run(
+    new: Callable[[], ArgumentParser], argv: Sequence[str], config_class: type[Config]
+) -> tuple[Config, Namespace]:
+    """The config and the other options of a verb that runs; with `--resume` those with which the run began.
+
+    Args:
+        new: makes the verb's parser.
+        argv: options.
+        config_class: as of `parse`.
+
+    Raises:
+        UserError: as of `parse`; a folder that holds no run; an option that contradicts what the run began with.
+    """
+    folder = resumed(argv)
+    if folder is None:
+        config, options = parse(new(), argv, config_class)
+    else:
+        file = folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"--resume: {folder} holds no config.yaml, so no run that was stopped; start it anew")
+        own = ["--config", str(file)]
+        began = parse(new(), own, config_class)
+        config, options = parse(new(), [*own, *argv], config_class)
+        if options.out is not None:
+            raise UserError(f"--out: got {options.out} with --resume {folder}; a run goes on in its own folder")
+        _refuse_changes(folder, _flat(*began), _flat(config, options))
+    assert config is not None
+    check_seed(options.seed)
+    return config, options
+
+
+def _flat(config: Any, options: Namespace) -> dict[str, Any]:
+    """Every value of config and options by its dotted name."""
+    tree = {**{k: v for k, v in vars(options).items() if isinstance(v, int | float | str)}, **plain(config)}
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}{key}.", inner)
+        else:
+            flat[prefix[:-1]] = value
+
+    walk("", {k: v for k, v in tree.items() if k not in ELSEWHERE})
+    return flat
+
+
+def _refuse_changes(folder: Path, began: dict[str, Any], given: dict[str, Any]) -> None:
+    for name in given:
+        if began.get(name) != given[name]:
+            raise UserError(
+                f"--{name}: got {given[name]!r:.60} with --resume, but {folder} began with {began.get(name)!r:.60}; "
+                "leave it out, or start a new run"
+            )
+
+
+@contextmanager
+def resumable_folder(options: Namespace, verb: str, out: Path | None = None) -> Iterator[Path]:
+    """`run_folder`; a run in it that is stopped or cannot write says how to go on, and SIGTERM stops as Ctrl-C does.
+
+    What is finished is on the disk at any moment, so that there is nothing to do at a stop.
+    """
+    with run_folder(out, verb, options.resume) as folder, _sigterm_raises():
+        try:
+            yield folder
+        except (KeyboardInterrupt, UserError, OSError) as error:
+            is_stop = isinstance(error, KeyboardInterrupt | OSError) or isinstance(error.__cause__, OSError)
+            if is_stop and (folder / "config.yaml").is_file():
+                again = shlex.join(["rlkd", verb, "--resume", str(folder)])
+                print(f"rlkd: what was finished is saved; go on with: {again}", file=sys.stderr)
+            raise
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no other may set it
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_finished(folder: Path, finished: bool) -> bool:
+    """`finished`, said to the user."""
+    if finished:
+        print(f"rlkd: {folder} had come to its end; figures: {folder / 'result.json'}", file=sys.stderr)
+    return finished

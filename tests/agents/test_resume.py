@@ -1,0 +1,130 @@
+"""A run that was stopped anywhere and goes on ends with the bytes of one that was not stopped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlkd.agents.experiment import train_experiment
+from rlkd.agents.journal import Journal
+from rlkd.agents.ppo import PPOConfig
+from rlkd.agents.runs import Silent
+from rlkd.agents.search import SearchConfig
+from rlkd.configs import ComparisonConfig, ExperimentConfig
+from rlkd.cost import CostConfig
+from rlkd.students import TrainConfig
+from rlkd.teachers import TeacherConfig
+
+EXACT = (
+    *("metrics.jsonl", "policy/policy.safetensors", "policy/bundle.json", "student/student.safetensors"),
+    *("student/student.json", "config.yaml", "cost_profile.json"),
+)
+
+
+class Stop(KeyboardInterrupt):
+    """What a signal does, at a place that a test chooses."""
+
+
+class StopsAt(Silent):
+    """Stops the run at the n-th window of the phase that is called so."""
+
+    def __init__(self, phase: str, window: int) -> None:
+        self.where, self.left, self.lines = phase, window, [""]
+        self.now = ""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        self.now = name
+
+    def advance(self, num_students: int) -> None:
+        if self.now == self.where:
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def small(profile_file: Path) -> ExperimentConfig:
+    return ExperimentConfig(
+        num_windows=2,
+        teacher=TeacherConfig(num_samples=(40, 897), num_steps=60),
+        train=TrainConfig(2, 8),
+        cost=CostConfig(profile=str(profile_file)),
+        search=SearchConfig(6, 2, 2, 2),
+        ppo=PPOConfig(num_students=4, num_iterations=4, batch_size=4, num_epochs=1, hidden=8),
+        comparison=ComparisonConfig(2, (0.6,)),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(small: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_experiment(small, folder, 3, Silent())
+    return folder
+
+
+def go_on(config: ExperimentConfig, folder: Path, progress: Silent) -> None:
+    train_experiment(config, folder, 3, progress, Journal(folder, True, config.keep_checkpoints, progress.say))
+
+
+def stop(config: ExperimentConfig, folder: Path, phase: str, window: int) -> None:
+    begin: Callable[..., Any] = go_on if (folder / "config.yaml").exists() else begin_anew
+    with pytest.raises(Stop):
+        begin(config, folder, StopsAt(phase, window))
+
+
+def begin_anew(config: ExperimentConfig, folder: Path, progress: Silent) -> None:
+    train_experiment(config, folder, 3, progress)
+
+
+def without_clocks(tree: Any) -> Any:
+    """A result less what a clock read."""
+    clocks = ("wall_s", "updates_per_s", "measured")
+    if isinstance(tree, dict):
+        return {k: without_clocks(v) for k, v in tree.items() if k not in clocks}
+    return tree
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = sorted(tag for tag in events.Tags()["scalars"] if not tag.endswith(("fps", "per_s")))
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    for name in EXACT:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (without_clocks(json.loads((f / "result.json").read_text())) for f in (folder, whole))
+    assert ours == theirs
+    assert str(scalars(folder)) == str(scalars(whole))  # as text: one of them is no number
+    rows = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    parts = [(row["part"], row.get("iteration")) for row in rows]
+    assert parts == [("search", None), *(("ppo", i) for i in (1, 2, 3, 4)), ("total", None)]
+
+
+PLACES = [
+    ("static search", 3),
+    ("search for the plan that actions change", 3),
+    ("PPO", 1),  # among the observations that standardise
+    ("PPO", 4),  # in the first rollout
+    ("PPO", 3),  # in the second one, after an update
+    ("PPO", 4),
+    ("PPO", 2),
+    ("comparison on held-out tasks", 1),
+    ("comparison on held-out tasks", 6),
+    ("one clean student under the policy", 2),
+]
+
+
+def test_stopped_everywhere_it_ends_as_if_it_never_was(small: ExperimentConfig, whole: Path, tmp_path: Path) -> None:
+    for phase, window in PLACES:
+        stop(small, tmp_path, phase, window)
+    go_on(small, tmp_path, Silent())
+    assert_same_end(tmp_path, whole)
