@@ -84,7 +84,7 @@ class ExperimentConfig(EnvConfig):
 
 
 def _clean_task() -> TaskDistribution:
-    return TaskDistribution(label_noise=Range(0.0, 0.0), num_labels=Range(897, 897))
+    return TaskDistribution(label_noise=Range(0.0, 0.0), num_labels=Range(897.0, 897.0))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def check_sections(tree: Mapping[str, Any], config_class: type[Any], prefix: str
     for name, hint in get_type_hints(config_class).items():
         if name in tree and name in sections:
             check_section(prefix + name, tree[name], sections[name])
-        elif name in tree and tree[name] == "":
+        elif name in tree and tree[name] == "" and hint is not str:  # the parser tells '' from nothing
             _refuse_nothing(prefix + name, hint)
 
 

@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
 
 def resumed(argv: Sequence[str]) -> Path | None:
     """The folder that `--resume` names, or None."""
-    for given, following in zip(argv, [*argv[1:], ""], strict=True):
+    for given, following in zip(argv, [*argv[1:], ""], strict=False):
         if given == "--resume" or given.startswith("--resume="):
             name = following if given == "--resume" else given.partition("=")[2]
             if not name or name.startswith("-"):

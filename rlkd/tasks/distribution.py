@@ -74,7 +74,7 @@ class TaskDistribution:
     """Name of the data set (`rlkd list`)."""
     label_noise: Range = field(default_factory=lambda: Range(0.0, 0.8))
     """Share of training labels replaced by a uniformly drawn wrong class."""
-    num_labels: Range = field(default_factory=lambda: Range(60, 897))
+    num_labels: Range = field(default_factory=lambda: Range(60.0, 897.0))
     """How many training samples the student gets at all, before class_imbalance; the others do not exist for it."""
     accuracy_weight: Range = field(default_factory=lambda: Range(0.3, 0.95))
     """Weight of accuracy in the student's preference."""

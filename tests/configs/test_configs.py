@@ -1,8 +1,13 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from rlkd.agents.ppo import PPOConfig
-from rlkd.cli.arguments import config_names, new_parser, parse
+from rlkd.agents.runs import describe_run, plain
+from rlkd.cli.arguments import add_run_options, config_names, new_parser, parse
 from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
+from rlkd.envs.modules import ModuleConfig
 from rlkd.errors import UserError
 
 KINDS = {"conv": ReplayConfig, "wide": ReplayConfig, "default": ExperimentConfig, "smoke": ExperimentConfig}
@@ -31,6 +36,20 @@ def test_comparisons_parse_and_are_possible(name: str) -> None:
 def test_the_default_config_is_the_default() -> None:
     config, _ = parse(new_parser("train", "", [""]), ["--config", "default"], ExperimentConfig)
     assert config == ExperimentConfig()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ExperimentConfig(), CompareConfig(policy="some"), ReplayConfig(), ModuleConfig("models/bert", "reviews.csv")],
+    ids=lambda config: type(config).__name__,
+)
+def test_what_a_run_writes_of_its_config_reads_back_to_the_letter(config: Any, tmp_path: Path) -> None:
+    describe_run(tmp_path, config, 5)
+    parser = new_parser("x", "", [""])
+    add_run_options(parser)
+    read, options = parse(parser, ["--config", str(tmp_path / "config.yaml")], type(config))
+    assert repr(plain(read)) == repr(plain(config))  # as text: 60 and 60.0 are two keys of a journal
+    assert options.seed == 5
 
 
 def test_a_rollout_of_one_sample_is_refused() -> None:
