@@ -76,7 +76,8 @@ def run(
         "tune_exit": tune_exit,
         "world": [list(world.group_sizes), world.config.num_windows, digest(world.plan)],
     }
-    shapes = {f.name: ("bool" if f.name == "diverged" else "float64", (len(seeds),)) for f in fields(Results)}
+    kinds = {"diverged": "bool", "num_rollbacks": "int64"}
+    shapes = {f.name: (kinds.get(f.name, "float64"), (len(seeds),)) for f in fields(Results)}
 
     def train() -> Arrays:
         results = _train(world, controller, seeds, tasks, final_split, num_parallel, on_window, tune_exit)

@@ -29,6 +29,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 

@@ -254,7 +254,8 @@ class ModuleStudent:
         state |= {f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self._unit_masks)}
         state |= {"threshold": self._threshold.clone(), "token_scores": self._token_scores.clone()}
         state |= {"keep": torch.tensor(self._keep, dtype=torch.float64), "step": torch.tensor(self._step)}
-        return {**state, "batches": self._batches.get_state(), **optimizer_state(self._optimizer)}
+        state["batches"] = self._batches.get_state()
+        return {**state, **optimizer_state(self._optimizer), **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """As `Students.load_training_state`."""
@@ -263,6 +264,7 @@ class ModuleStudent:
         self._threshold, self._token_scores = state["threshold"].clone(), state["token_scores"].clone()
         self._keep, self._step = float(state["keep"]), int(state["step"])
         self._batches.set_state(state["batches"].clone())
+        self._rollbacks.load_training_state(state)
         load_optimizer_state(self._optimizer, state)
 
     def _scores(self) -> Masks:

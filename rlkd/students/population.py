@@ -177,7 +177,8 @@ class Population:
         state |= {f"mask.{i}": mask for i, mask in enumerate(self._masks)}
         state |= {"num_updates": self._num_updates, "threshold": self._threshold}
         batches = torch.stack([g.get_state() for g in self._batches])  # [N, R] uint8
-        return {**{name: tensor.clone() for name, tensor in state.items()}, "batches": batches}
+        copies = {name: tensor.clone() for name, tensor in state.items()}
+        return {**copies, "batches": batches, **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """As `Students.load_training_state`."""
@@ -186,6 +187,7 @@ class Population:
                 tensor.copy_(state[f"{store}.{name}"])
         self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
         self._num_updates, self._threshold = state["num_updates"].clone(), state["threshold"].clone()
+        self._rollbacks.load_training_state(state)
         for generator, source in zip(self._batches, state["batches"], strict=True):
             generator.set_state(source.clone())
 

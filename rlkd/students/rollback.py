@@ -5,7 +5,7 @@ window is not finite, the copy comes back and all later steps are STEP_SHRINK as
 drew are spent. After `max_rollbacks` of these the student has diverged for good. Nothing here mixes students.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ class Rollbacks:
         """Student i goes on as a copy of student `sources[i]` ([N] int64)."""
         self.count, self.step_scale = self.count[sources], self.step_scale[sources]
         self.diverged = self.diverged[sources]
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Copies of all of it, each [N]."""
+        state = {"count": self.count, "step_scale": self.step_scale, "diverged": self.diverged}
+        return {f"rollbacks.{name}": tensor.clone() for name, tensor in state.items()}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state`; other keys of `state` are left alone."""
+        self.count, self.step_scale = state["rollbacks.count"].clone(), state["rollbacks.step_scale"].clone()
+        self.diverged = state["rollbacks.diverged"].clone()
 
     def judge(self, finite: Tensor) -> Tensor:
         """Count one window in which all numbers of student i were finite or not; returns whose state must go back.

@@ -115,7 +115,7 @@ class SoloStudent:
         state = {f"parameters.{name}": p.detach().clone() for name, p in self._module.named_parameters()}
         state |= {f"mask.{i}": mask.clone() for i, mask in enumerate(self._masks)}
         state |= {"threshold": self._threshold.clone(), "batches": self._batches.get_state()}
-        return {**state, **optimizer_state(self._optimizer)}
+        return {**state, **optimizer_state(self._optimizer), **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """As `Students.load_training_state`."""
@@ -125,6 +125,7 @@ class SoloStudent:
         self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
         self._threshold = state["threshold"].clone()
         self._batches.set_state(state["batches"].clone())
+        self._rollbacks.load_training_state(state)
         load_optimizer_state(self._optimizer, state)
 
     def _scores(self) -> Masks:
