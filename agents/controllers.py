@@ -74,7 +74,7 @@ def run(
         "seeds": list(seeds),
         "split": final_split,
         "tune_exit": tune_exit,
-        "world": [list(world.group_sizes), world.config.num_windows, digest(world.plan)],
+        "world": [list(world.group_sizes), world.config.num_windows, digest(*world.plan.tensors().values())],
     }
     kinds = {"diverged": "bool", "num_rollbacks": "int64"}
     shapes = {f.name: (kinds.get(f.name, "float64"), (len(seeds),)) for f in fields(Results)}

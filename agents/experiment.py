@@ -5,17 +5,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
 
 from rlkd.agents import tensorboard as tb
 from rlkd.agents.bundle import save_bundle
-from rlkd.agents.comparison import compare
-from rlkd.agents.held_out import METHOD_STREAM, SEARCH_STREAM, TRAIN_STREAM, held_out_seeds, run_methods, stream_seed
+from rlkd.agents.comparison import compare, interval
+from rlkd.agents.controllers import hold_start, run
+from rlkd.agents.held_out import (
+    GATE_STREAM,
+    METHOD_STREAM,
+    PLAN_STREAM,
+    SEARCH_STREAM,
+    TRAIN_STREAM,
+    held_out_seeds,
+    run_methods,
+    stream_seed,
+)
 from rlkd.agents.journal import Journal
 from rlkd.agents.methods import Request
-from rlkd.agents.plans import first_guesses, to_plan
-from rlkd.agents.policy import Policy
+from rlkd.agents.planning import Round, learn_plan
+from rlkd.agents.policy import Policy, unchanged
 from rlkd.agents.ppo import Rollout, train
 from rlkd.agents.replay import Distilled, distil, write_student
 from rlkd.agents.report import read_run, write_report
@@ -24,11 +35,12 @@ from rlkd.agents.runs import JsonLines, Progress, plain, write_json
 from rlkd.agents.search import Shortlist, search_plans
 from rlkd.configs.schema import ExperimentConfig, ReplayConfig
 from rlkd.cost import save_profile
+from rlkd.envs.plan import ControlPlan
 from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
-NUM_GUESSED = 5  # static settings that the search for a plan begins with
+NUM_GATE = 256  # fresh tasks on which the changes that PPO learned must pay
 COMPARED = ("policy", "static", "plan", "published", "annealed")
 
 
@@ -55,24 +67,22 @@ def train_experiment(
 
     progress.phase("static search", config.search.num_trainings, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-    static = search_plans(worlds, config.search, generator, progress.advance, journal=journal)
-    progress.phase("search for the plan that actions change", config.search.num_trainings, config.num_windows)
-    known = first_guesses(static.points[:NUM_GUESSED])
-    plans = search_plans(worlds, config.search, generator, progress.advance, "two_phase", known, journal)
+    static = search_plans(worlds[:1], config.search, generator, progress.advance, journal=journal)
     timing.write({"part": "search", "wall_s": journal.elapsed_s()})
-    middle = torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])  # [1, 3]
-    plan = to_plan(plans.best(middle)[0], "two_phase", config.num_windows)  # [W, 9]
-    worlds = [dataclasses.replace(world, plan=plan) for world in worlds]
-    world = worlds[0]
 
     logger = tb.new_logger(folder / "tensorboard")
     if not journal.replaying:
         tb.write_config(logger, config)
     provenance = {"seed": seed, "config": plain(config), "versions": versions, "task": plain(config.task)}
+    plan = plan_ahead(worlds, static, config, seed, folder, logger, timing, journal, progress)
+    worlds = [dataclasses.replace(world, plan=plan) for world in worlds]
+    world = worlds[0]
     policy = learn(worlds, static, config, seed, folder, provenance, logger, timing, journal, progress)
+    policy, gain = keep_what_gains(world, policy, config, seed, progress, journal)
+    save_bundle(policy, folder / "policy", provenance)
     tables = compare_on_held_out_tasks(world, static, policy, config, seed, progress, journal)
     wall_s = journal.elapsed_s()
-    result = result_of(config, tables, wall_s)
+    result = result_of(config, tables, gain, wall_s)
 
     progress.phase("one clean student under the policy", 1, config.num_windows)
     student = replay_once(config, policy, seed, folder, progress)
@@ -113,12 +123,77 @@ def compare_on_held_out_tasks(
     return {str(w): compare(table, dict.fromkeys(COMPARED, 1.0), seed) for w, table in tables.items()}
 
 
-def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_s: float) -> dict[str, Any]:
+def plan_ahead(
+    worlds: Sequence[World],
+    static: Shortlist,
+    config: ExperimentConfig,
+    seed: int,
+    folder: Path,
+    logger: Logger,
+    timing: JsonLines,
+    journal: Journal,
+    progress: Progress,
+) -> ControlPlan:
+    """Learn the plan that actions change, beginning with the best static setting; figures go where PPO's go."""
+    lines = JsonLines(folder / "planning.jsonl", journal)
+
+    def on_round(done: Round) -> None:
+        lines.write({"round": done.number, "num_trainings": done.num_trainings, **done.figures})
+        if not journal.replaying:
+            tb.record_round(logger, done)
+        progress.figures(score=done.figures["score"], accuracy=done.figures["accuracy"])
+
+    progress.phase("learning a plan", config.planning.num_trainings, config.num_windows)
+    start = static.best(_first_preference(config))[0]  # [9]
+    generator = torch.Generator().manual_seed(stream_seed(seed, PLAN_STREAM))
+    plan = learn_plan(worlds, config.planning, start, generator, progress.advance, on_round, journal)
+    timing.write({"part": "planning", "wall_s": journal.elapsed_s()})
+    return plan
+
+
+def keep_what_gains(
+    world: World, policy: Policy, config: ExperimentConfig, seed: int, progress: Progress, journal: Journal | None
+) -> tuple[Policy, dict[str, Any]]:
+    """The policy if its changes to the plan pay on fresh tasks, else the plan alone; and what was measured.
+
+    The tasks are neither those of learning nor those of the comparison, and are scored on validation data. The
+    changes stay if the interval of their gain lies above 0.
+    """
+    progress.phase("what PPO's changes bring", 2 * NUM_GATE, config.num_windows)
+    generator = torch.Generator().manual_seed(stream_seed(seed, GATE_STREAM))
+    seeds = torch.randint(2**59, (NUM_GATE,), generator=generator).tolist()
+    scores = [
+        run(
+            world,
+            controller,
+            seeds,
+            config.task,
+            final_split="validation",
+            on_window=progress.advance,
+            journal=journal,
+            label=f"gate: {name}",
+        ).score
+        for name, controller in (("plan", hold_start), ("policy", policy.controller()))
+    ]
+    gain: dict[str, Any] = interval(scores[1] - scores[0], "difference", np.random.default_rng(seed))
+    kept = gain["ci95"][0] > 0
+    return (policy if kept else unchanged(policy)), {**gain, "num_tasks": NUM_GATE, "kept": kept}
+
+
+def _first_preference(config: ExperimentConfig) -> torch.Tensor:
+    """[1, 3]"""
+    return torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])
+
+
+def result_of(
+    config: ExperimentConfig, tables: dict[str, dict[str, Any]], ppo_gain: dict[str, Any], wall_s: float
+) -> dict[str, Any]:
     """`result.json` less the student; its main figures are those of the first accuracy weight."""
     agent_trainings = (config.ppo.num_iterations + 1) * config.ppo.num_students
     first = config.comparison.accuracy_weights[0]
     compared = sum(len(table["methods"]) for table in tables.values()) * config.comparison.num_tasks
-    num_trainings = agent_trainings + 2 * config.search.num_trainings + compared
+    found = config.search.num_trainings + config.planning.num_trainings
+    num_trainings = agent_trainings + found + 2 * NUM_GATE + compared
     return {
         "schema": 1,
         "task": plain(config.task),
@@ -128,9 +203,12 @@ def result_of(config: ExperimentConfig, tables: dict[str, dict[str, Any]], wall_
         "preference": list(Preference(first).weights()),
         **tables[str(first)],
         "preferences": tables,
+        "ppo_gain": ppo_gain,
         "cost": {
             "agent_trainings": agent_trainings,
-            "search_trainings": 2 * config.search.num_trainings,
+            "search_trainings": config.search.num_trainings,
+            "planning_trainings": config.planning.num_trainings,
+            "gate_trainings": 2 * NUM_GATE,
             "wall_s": wall_s,
             "updates_per_s": num_trainings * config.num_windows * config.train.steps_per_window / wall_s,
         },

@@ -9,7 +9,7 @@ from rlkd.agents.controllers import Results, run
 from rlkd.agents.methods import Request, build_methods, tune
 from rlkd.tasks import Preference
 
-SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM = 1, 2, 3, 4
+SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM, PLAN_STREAM, GATE_STREAM = 1, 2, 3, 4, 5, 6
 
 
 def stream_seed(seed: int, stream: int) -> int:

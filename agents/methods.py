@@ -1,7 +1,7 @@
 """The controllers that `rlkd compare --methods` knows, each built for one preference of a world."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,12 +33,21 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "weights": tuple(name for name in CONTROLS if name.startswith("weight_")),
     **{name: (name,) for name in CONTROLS if not name.startswith("weight_")},
 }
-NEED_POLICY = ("policy", "plan", "open_loop", "mean_action", "random_policy", *(f"without_{name}" for name in SWITCHES))
+NEED_POLICY = (
+    "policy",
+    "plan",
+    "plan_at_start",
+    "open_loop",
+    "mean_action",
+    "random_policy",
+    *(f"without_{name}" for name in SWITCHES),
+)
 
 METHODS = {
     "policy": "closed loop: the learned policy (needs --policy)",
     "static": "best static setting of the search, or of the policy's own, for the preference",
-    "plan": "the searched two-phase plan that the policy's actions change, unchanged (needs --policy)",
+    "plan": "the learned plan that the policy's actions change, unchanged (needs --policy)",
+    "plan_at_start": "the learned plan as it is at the beginning, from the task alone, never revised (needs --policy)",
     "published": "CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05, T = 4, the whole student",
     "annealed": "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
     "alpha_weighted": "labels and softened answers half and half at T = 5; the rest as static",
@@ -55,10 +64,10 @@ METHODS = {
     **{f"random_{b}": f"best of {b} random static settings on validation, for every single task" for b in BUDGETS},
     **{f"tpe_{b}": f"best of {b} TPE trials over static settings, for every single task" for b in BUDGETS},
     **{f"tpe_linear_{b}": f"best of {b} TPE trials over linear schedules, for every single task" for b in BUDGETS},
-    "open_loop": "the policy's mean schedule over training tasks, blind to the student (needs --policy)",
+    "open_loop": "the policy's mean schedule over training tasks, blind to task and student (needs --policy)",
     "mean_action": "the policy's mean setting over training tasks, held constant (needs --policy)",
     "random_policy": "uniformly random changes in every window (needs --policy)",
-    **{f"without_{name}": f"the policy with its changes of {name} switched off (needs --policy)" for name in SWITCHES},
+    **{f"without_{name}": f"the policy with {name} as static (needs --policy)" for name in SWITCHES},
 }
 
 
@@ -134,14 +143,14 @@ def build_methods(names: Iterable[str], request: Request) -> dict[str, Controlle
             raise UserError(f"--methods: {name} needs a policy; give its folder with --policy")
     trials = _searched(names, request)
     blind = {"open_loop", "mean_action"} & set(names)
-    offsets = mean_offsets(request) if blind else torch.zeros(1, NUM_CONTROLS)
+    mean = mean_positions(request) if blind else torch.zeros(1, NUM_CONTROLS)  # [W, 9]
     built = {}
     for name in names:
         if name in SEARCHES:
             sampler, shape, budget = SEARCHES[name]
             built[name] = trials[sampler, shape].best(budget)
         elif name in ("open_loop", "mean_action"):
-            built[name] = _blind(offsets if name == "open_loop" else offsets.mean(0, keepdim=True))
+            built[name] = follow(mean if name == "open_loop" else mean.mean(0, keepdim=True))
         else:
             built[name] = _build(name, request)
     return built
@@ -154,10 +163,12 @@ def _build(name: str, request: Request) -> Controller:
     if request.policy is not None:
         if name == "policy":
             return request.policy.controller()
+        if name == "plan_at_start":
+            return _never_revised(request.policy)
         if name == "random_policy":
             return _random(request.generator(name), request.policy)
         if name.startswith("without_"):
-            return _without(SWITCHES[name.removeprefix("without_")], request.policy)
+            return _without(SWITCHES[name.removeprefix("without_")], request.policy.controller(), static)
     if name in request.tuned:
         return request.tuned[name].controller()
     if name == "pbt":
@@ -205,35 +216,45 @@ def _preference(request: Request) -> Tensor:
     return torch.tensor([[accuracy, (1 - accuracy) * share, (1 - accuracy) * (1 - share)]])
 
 
-def mean_offsets(request: Request) -> Tensor:
-    """[W, 9], the policy's mean distance from the start setting in every window over fresh training tasks.
+def mean_positions(request: Request) -> Tensor:
+    """[W, 9], where the policy's controls stand on average in every window over fresh training tasks.
 
     Under the preference of the comparison, so that the blind rival knows as much of the budget as the policy.
     """
     assert request.policy is not None
-    controller = request.policy.controller()
+    controller, num_windows = request.policy.controller(), request.world.config.num_windows
     generator = request.generator("open_loop")
     seeds = torch.randint(2**59, (NUM_ABLATION_TASKS,), generator=generator).tolist()
 
-    def record() -> Arrays:
-        offsets: list[Tensor] = []
+    def compute() -> Arrays:
+        positions: list[Tensor] = []
 
         def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-            position = controller(observation, episodes, window)
-            offsets.append((position - episodes.start).mean(0))
-            return position
+            positions.append(controller(observation, episodes, window))
+            return positions[-1]
 
         run(request.world, recorded, seeds, request.tasks, final_split="validation", on_window=request.on_window)
-        return {"offsets": torch.stack(offsets).numpy()}
+        return {"positions": torch.stack(positions).mean(1).numpy()}
 
-    inputs = {"seeds": seeds, "tasks": asdict(request.tasks)}
-    shapes = {"offsets": ("float32", (request.world.config.num_windows, NUM_CONTROLS))}
-    return torch.from_numpy(recall(request.journal, "mean offsets", inputs, shapes, record)["offsets"])
+    shapes = {"positions": ("float32", (num_windows, NUM_CONTROLS))}
+    known = recall(request.journal, "mean positions", {"seeds": seeds, "tasks": asdict(request.tasks)}, shapes, compute)
+    return torch.from_numpy(known["positions"])
 
 
-def _blind(offsets: Tensor) -> Controller:
-    """Fixed distances [W, 9] or [1, 9] from each student's start setting."""
-    return lambda observation, episodes, window: (episodes.start + offsets[min(window, len(offsets) - 1)]).clamp(0, 1)
+def _never_revised(policy: Policy) -> Controller:
+    """The plan that the first network decides at the beginning of an episode, kept to its end; for one run."""
+    held = torch.empty(0)
+
+    def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        nonlocal held
+        num_windows = episodes.world.config.num_windows
+        first = replace(policy.plan, networks=policy.plan.networks[:1])
+        now = torch.full((len(observation),), float(window))
+        if window == 0:
+            held = first.revise(first.begin(len(observation)), observation, now, num_windows)
+        return first.now(held, now, num_windows)
+
+    return controller
 
 
 def _random(generator: torch.Generator, policy: Policy) -> Controller:
@@ -244,6 +265,8 @@ def _random(generator: torch.Generator, policy: Policy) -> Controller:
     return controller
 
 
-def _without(switched_off: tuple[str, ...], policy: Policy) -> Controller:
-    mask = torch.tensor([name not in switched_off for name in CONTROLS]).float()  # [9]
-    return lambda observation, episodes, window: change(episodes.start, policy.act(observation) * mask, policy.controls)
+def _without(switched_off: tuple[str, ...], policy: Controller, static: Controller) -> Controller:
+    mask = torch.tensor([name not in switched_off for name in CONTROLS])  # [9]
+    return lambda observation, episodes, window: torch.where(
+        mask, policy(observation, episodes, window), static(observation, episodes, window)
+    )

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from rlkd.agents.controllers import Controller, Results, join, run
 from rlkd.agents.journal import Journal, digest
-from rlkd.envs.action import CONTROLS, NUM_CONTROLS
+from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
 from rlkd.tasks import TaskDistribution
 
-Shape = Literal["static", "linear", "cosine", "two_phase"]
-_AXES: dict[Shape, int] = {"static": 9, "linear": 18, "cosine": 18, "two_phase": 19}
+Shape = Literal["static", "linear", "cosine"]
+_AXES: dict[Shape, int] = {"static": 9, "linear": 18, "cosine": 18}
 
 
 def num_axes(shape: Shape) -> int:
@@ -26,42 +26,20 @@ def as_point(setting: Tensor, shape: Shape) -> Tensor:
     """[K, num_axes], the plans of this shape that hold each `setting` [K, 9]."""
     if shape == "static":
         return setting
-    both = torch.cat([setting, setting], dim=-1)  # [K, 18]
-    return torch.cat([both, torch.zeros(len(setting), 1)], dim=-1) if shape == "two_phase" else both
-
-
-def first_guesses(setting: Tensor) -> Tensor:
-    """[4K, 19], two-phase plans to begin a search with: each `setting` [K, 9] varied in what proposals rarely jump.
-
-    All samples leave at the first exit, or none leaves early; and the setting holds from the beginning, or all
-    inputs and units are kept for the first third.
-    """
-    exit_index, keeps = CONTROLS.index("exit_threshold"), [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]
-    guesses = []
-    for exit_position in (0.0, 1.0):
-        second = setting.clone()
-        second[:, exit_index] = exit_position
-        first = second.clone()
-        first[:, keeps] = 1.0
-        guesses += [torch.cat([first, second, torch.full((len(setting), 1), share)], dim=-1) for share in (0.35, 0.0)]
-    return torch.cat(guesses)
+    return torch.cat([setting, setting], dim=-1)
 
 
 def to_plan(point: Tensor, shape: Shape, num_windows: int) -> Tensor:
     """Positions [*N, W, 9] of `point` [*N, num_axes].
 
     A static plan holds its setting. A linear one goes from a first setting to a last one in a line, a cosine one
-    along half a cosine (slow, fast, slow). A two-phase one holds a first setting for a share of the windows (its last
-    number, 0 to 1) and a second one from then on.
+    along half a cosine (slow, fast, slow).
     """
     if shape == "static":
         return point[..., None, :].expand(*point.shape[:-1], num_windows, NUM_CONTROLS)
-    start, end = point[..., None, :NUM_CONTROLS], point[..., None, NUM_CONTROLS : 2 * NUM_CONTROLS]  # each [*N, 1, 9]
-    if shape == "two_phase":
-        share = (torch.arange(num_windows) >= (point[..., -1:] * num_windows).round()).float()[..., None]  # [*N, W, 1]
-    else:
-        done = torch.linspace(0, 1, num_windows)[:, None]  # [W, 1]
-        share = done if shape == "linear" else 0.5 * (1.0 - torch.cos(torch.pi * done))
+    start, end = point[..., None, :NUM_CONTROLS], point[..., None, NUM_CONTROLS:]  # each [*N, 1, 9]
+    done = torch.linspace(0, 1, num_windows)[:, None]  # [W, 1]
+    share = done if shape == "linear" else 0.5 * (1.0 - torch.cos(torch.pi * done))
     return start + (end - start) * share
 
 

@@ -1,6 +1,6 @@
 """The learned policy as a plain function of named tensors: what a bundle holds and a replay runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from rlkd.agents.controllers import Controller
 from rlkd.agents.search import Shortlist
 from rlkd.envs.action import CONTROLS, ControlConfig, change
 from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.plan import ControlPlan
 from rlkd.envs.sb3 import CLIP
 
 TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias", "action.weight", "action.bias")
@@ -22,7 +23,7 @@ class Policy:
     weights: dict[str, Tensor]  # by TENSORS; hidden.0.weight is [H, O], action.weight [9, H]
     mean: Tensor  # [O], of the observations, fixed before training
     deviation: Tensor  # [O]
-    plan: Tensor  # [P, 9], positions that its actions change, in P equal parts of an episode
+    plan: ControlPlan  # what its actions change
     static: Shortlist  # its rivals, from the same search
     controls: ControlConfig
 
@@ -47,7 +48,7 @@ def policy_from_sb3(
     state: dict[str, Tensor],
     mean: np.ndarray,
     deviation: np.ndarray,
-    plan: Tensor,
+    plan: ControlPlan,
     static: Shortlist,
     controls: ControlConfig,
 ) -> Policy:
@@ -63,6 +64,12 @@ def policy_from_sb3(
         for part in ("weight", "bias")
     }
     return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), plan, static, controls)
+
+
+def unchanged(policy: Policy) -> Policy:
+    """The policy with the last layer of its actor at zero: its plan, without changes."""
+    last = {name: torch.zeros_like(policy.weights[name]) for name in ("action.weight", "action.bias")}
+    return replace(policy, weights={**policy.weights, **last})
 
 
 def actor_shapes(hidden: int) -> dict[str, tuple[int, ...]]:

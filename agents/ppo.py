@@ -38,7 +38,7 @@ class PPOConfig:
     """Students in lock-step."""
     group_size: int = 1
     """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
-    num_iterations: int = 108
+    num_iterations: int = 24
     """Rollouts of one episode a student, each followed by an update of the policy."""
     learning_rate: float = 1e-3
     """Adam's step size for policy and value function; falls linearly to a tenth."""
@@ -231,7 +231,7 @@ def train(
     inputs = {
         "ppo": asdict(config),
         "seed": seed,
-        "worlds": [[list(w.group_sizes), asdict(w.config.task), digest(w.plan)] for w in worlds],
+        "worlds": [[list(w.group_sizes), asdict(w.config.task), digest(*w.plan.tensors().values())] for w in worlds],
         "static": digest(static.points, static.terms),
     }
     shapes = {name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()}
@@ -254,7 +254,11 @@ def _figures(
         return {"mean": mean, "deviation": deviation}
 
     shapes = dict.fromkeys(("mean", "deviation"), ("float32", (len(OBSERVATIONS),)))
-    inputs = {"seed": seed, "num_students": config.num_students, "plans": [digest(w.plan) for w in worlds]}
+    inputs = {
+        "seed": seed,
+        "num_students": config.num_students,
+        "plans": [digest(*w.plan.tensors().values()) for w in worlds],
+    }
     known = recall(journal, "observations", inputs, shapes, compute)
     return known["mean"], known["deviation"]
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFor
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller, run
+from rlkd.agents.planning import Round
 from rlkd.agents.ppo import Rollout
 from rlkd.agents.runs import plain
 from rlkd.envs.action import CONTROLS
@@ -37,6 +38,12 @@ def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> No
             logger.record("reward/return", value)
     logger.record("student/num_trainings", rollout.num_trainings)
     logger.record("student/updates_per_s", updates_per_s)
+
+
+def record_round(logger: Logger, done: Round) -> None:
+    """Figures of one round of planning under `planning/`, against the trainings so far."""
+    for name, value in done.figures.items():
+        _writer(logger).add_scalar(f"planning/{name}", value, done.num_trainings)
 
 
 def write_config(logger: Logger, config: Any) -> None:

@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, field, fields, replace
 
 from rlkd.agents.methods import METHODS, NEED_POLICY
+from rlkd.agents.planning import PlanningConfig
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.search import SearchConfig
 from rlkd.cost import CostConfig
@@ -49,8 +50,10 @@ class ExperimentConfig(EnvConfig):
     """`rlkd train`: learn a policy over a population and compare it on held-out tasks."""
 
     also: tuple[WorldConfig, ...] = ()
-    """Data sets and students that the policy is trained on besides task.dataset and student; all share evenly."""
+    """Data sets and students that the policy is trained on besides task.dataset and student. PPO's students
+    are shared evenly, and planning's as planning.main_share says."""
     search: SearchConfig = field(default_factory=SearchConfig)
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     keep_checkpoints: int = 2
@@ -60,7 +63,7 @@ class ExperimentConfig(EnvConfig):
         """Raises UserError for the first impossible value."""
         super().check()
         check_keep(self.keep_checkpoints)
-        for part in (self.search, self.ppo, self.comparison):
+        for part in (self.search, self.planning, self.ppo, self.comparison):
             part.check()
         if self.ppo.num_students * self.num_windows < 2:
             raise UserError("ppo.num_students: got 1 with num_windows 1; allowed: at least 2 of either, to learn from")

@@ -46,6 +46,7 @@ class Episodes:
         self.tasks: list[Task] = []
         self.position = torch.zeros(num_students, NUM_CONTROLS)
         self._distribution = tasks or world.config.task
+        self._held = world.plan.begin(num_students)  # [N, K, 9], every student's plan as far as it is decided
         self._window = torch.zeros(num_students)
         self._score = torch.zeros(num_students)
         self._capacity = world.capacity
@@ -64,20 +65,25 @@ class Episodes:
         tasks = dict(zip(where.tolist(), fresh, strict=True))
         self.tasks = [tasks.get(i) or self.tasks[i] for i in range(self.num_students)]
         self._window[where] = 0.0
+        self._held[where] = self.world.plan.begin(len(where))
         self.position[where] = self.start[where]
         self._facts = self._task_facts()
         self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
         metrics, cost, now = self.evaluate("validation")
         self._score = self._score.clone()
         self._score[where] = now[where]  # the others keep theirs: their next reward begins where their last one ended
-        return self._observe(metrics, cost, torch.zeros(self.num_students), None)
+        observation = self._observe(metrics, cost, torch.zeros(self.num_students), None)
+        # not those of the others, who may stand at a phase that was decided on what they really looked like then
+        self._held[where] = self._revised(observation)[where]
+        return observation
 
     @property
     def start(self) -> Tensor:
         """[N, 9], what the world's plan has for each student's next window; what its action changes."""
-        plan = self.world.plan
-        part = (self._window * len(plan) / self.world.config.num_windows).long()
-        return plan[part.clamp_max(len(plan) - 1)]
+        return self.world.plan.now(self._held, self._window, self.world.config.num_windows)
+
+    def _revised(self, observation: Tensor) -> Tensor:
+        return self.world.plan.revise(self._held, observation, self._window, self.world.config.num_windows)
 
     def step(self, position: Tensor) -> Outcome:
         """Train one window with the controls at `position` [N, 9]; the reward is what that window changed."""
@@ -91,6 +97,7 @@ class Episodes:
         self._score = now
         done = (self._window >= self.world.config.num_windows) | telemetry.diverged
         observation = self._observe(metrics, cost, reward, telemetry)
+        self._held = self._revised(observation)
         return Outcome(observation, reward, done, telemetry.diverged, now, metrics, cost, telemetry)
 
     def copy_rows(self, sources: Tensor) -> None:
@@ -108,7 +115,7 @@ class Episodes:
 
     def training_state(self) -> dict[str, Tensor]:
         """Copies of all that `load_training_state` needs to go on from here."""
-        own = {"position": self.position, "window": self._window, "score": self._score}
+        own = {"position": self.position, "held": self._held, "window": self._window, "score": self._score}
         state = {name: tensor.clone() for name, tensor in own.items()}
         state["tasks"] = torch.tensor([task.seed for task in self.tasks])  # [N] int64
         return {**state, **{f"students.{name}": t for name, t in self.students.training_state().items()}}
@@ -131,7 +138,7 @@ class Episodes:
         except RuntimeError as error:
             raise UserError(f"training state: a random source cannot be restored ({error!s:.80})") from error
         self.position, self._window = state["position"].clone(), state["window"].clone()
-        self._score = state["score"].clone()
+        self._held, self._score = state["held"].clone(), state["score"].clone()
         self._facts = self._task_facts()
 
     def set_exit(self, exit_position: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlkd.cost import Cost
 from rlkd.cost.modules import ModuleProfile, count_work, load_speed, profile_module
 from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.envs.plan import ControlPlan, fixed_plan
 from rlkd.envs.world import check_keep
 from rlkd.errors import UserError
 from rlkd.models.hooks import link_places, link_table
@@ -104,7 +105,7 @@ class ModuleWorld:
     data: Examples
     signals: Signals
     profile: ModuleProfile
-    plan: Tensor  # [P, 9], positions in P equal parts of an episode; what actions change
+    plan: ControlPlan  # what actions change
     teacher_macs: float
     student: Instrumented  # holds the weights that training starts from
     initial: dict[str, Tensor]  # a copy of the model's weights before any training
@@ -153,7 +154,7 @@ class _Side:
 def build_module_world(
     config: ModuleConfig,
     controls: ControlConfig,
-    plan: Tensor | None = None,
+    plan: ControlPlan | None = None,
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> ModuleWorld:
@@ -162,7 +163,7 @@ def build_module_world(
     Args:
         config: checked here.
         controls: ranges of the controls.
-        plan: [P, 9], positions that actions change; by default the published setting.
+        plan: what actions change; by default the published setting, held.
         seed: of a fresh student's weights.
         say: told in one line when something takes a while.
 
@@ -200,7 +201,7 @@ def build_module_world(
         student.data,
         signals,
         profile,
-        published_setting(controls)[None] if plan is None else plan,
+        fixed_plan(published_setting(controls)[None]) if plan is None else plan,
         teacher_macs,
         Instrumented(student.model, student.plan, links),
         {name: value.clone() for name, value in student.model.state_dict().items()},

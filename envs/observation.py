@@ -1,6 +1,6 @@
 """What the agent sees of a student: named, bounded, independent of its architecture and of the losses' scale.
 
-Version 1 of the schema. Names, order and bounds go into the policy bundle, and loading compares them.
+Version 2 of the schema. Names, order and bounds go into the policy bundle, and loading compares them.
 """
 
 import math
@@ -16,7 +16,7 @@ from rlkd.envs.action import CONTROLS
 from rlkd.objectives import FAMILIES
 from rlkd.students import Metrics, Telemetry
 
-VERSION = 1
+VERSION = 2
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "progress": (0.0, 1.0),  # share of the windows done
@@ -49,6 +49,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "capacity_ratio": (-1.0, 1.0),  # log10 of dense student's to teacher's MACs, divided by 4
     "label_fraction": (0.0, 1.0),  # of the train split that the student is given
     "labels_per_class": (0.0, 1.0),  # log10, divided by 4
+    "num_classes": (0.0, 1.0),  # log10, divided by 5
+    "mean_width": (0.0, 1.0),  # units of a block that can be left out; log10, divided by 4
+    "num_blocks": (0.0, 1.0),  # divided by 32
     "preference_accuracy": (0.0, 1.0),
     "preference_latency": (0.0, 1.0),
     "preference_energy": (0.0, 1.0),
@@ -107,7 +110,8 @@ def observe(
         capacity: dense student's MACs over the teacher's.
     """
     chance = math.log(num_classes)
-    num_students = len(progress)
+    num_students, num_blocks = len(progress), len(group_sizes) - 1
+    width = sum(group_sizes[1:]) / max(1, num_blocks)
     if telemetry is None:
         losses = torch.tensor([chance, chance, 1.0, 1.0]).repeat(num_students, 1)
         shares = torch.full((num_students, len(FAMILIES)), 1.0 / len(FAMILIES))
@@ -146,6 +150,9 @@ def observe(
         "capacity_ratio": torch.full((num_students,), math.log10(capacity) / 4),
         "label_fraction": facts.num_labels / num_train,
         "labels_per_class": (facts.num_labels / num_classes).clamp_min(1.0).log10() / 4,
+        "num_classes": torch.full((num_students,), math.log10(num_classes) / 5),
+        "mean_width": torch.full((num_students,), math.log10(max(1.0, width)) / 4),
+        "num_blocks": torch.full((num_students,), num_blocks / 32),
         "preference_accuracy": facts.preference[:, 0],
         "preference_latency": facts.preference[:, 1],
         "preference_energy": facts.preference[:, 2],

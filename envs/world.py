@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
 from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.envs.plan import ControlPlan, fixed_plan
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.students import Metrics, Population, SoloStudent, Students, TrainConfig
@@ -80,8 +81,8 @@ class EpisodeWorld(Protocol):
         """Of all teachers."""
 
     @property
-    def plan(self) -> Tensor:
-        """[P, 9], positions in P equal parts of an episode; what actions change."""
+    def plan(self) -> ControlPlan:
+        """What actions change."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -106,7 +107,7 @@ class World:
     data: DataSet
     signals: Signals
     profile: CostProfile
-    plan: Tensor  # [P, 9], positions in P equal parts of an episode; what actions change
+    plan: ControlPlan  # what actions change
     teacher_macs: float
     template: ChainStudent  # its structure is every student's; its parameters are nobody's
 
@@ -143,7 +144,7 @@ class World:
 
 def build_world(
     config: EnvConfig,
-    plan: Tensor | None = None,
+    plan: ControlPlan | None = None,
     say: Callable[[str], object] = print,
     student: ChainStudent | None = None,
 ) -> World:
@@ -151,7 +152,7 @@ def build_world(
 
     Args:
         config: checked here.
-        plan: [P, 9], positions that actions change, in P equal parts of an episode; by default the published setting.
+        plan: what actions change; by default the published setting, held.
         say: told in one line when something takes a while.
         student: a structure of your own; by default the one that config.student describes.
     """
@@ -168,6 +169,6 @@ def build_world(
         )
     profile = load_or_calibrate(config.cost, student, say)
     if plan is None:
-        plan = published_setting(config.controls)[None]
+        plan = fixed_plan(published_setting(config.controls)[None])
     weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
     return World(config, data, signals, profile, plan, float(weights), student)

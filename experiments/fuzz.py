@@ -63,7 +63,7 @@ def fuzz_bundle(r: random.Random, s: Samples) -> Callable[[], None]:
     def use() -> None:
         policy = load_bundle(s.place("policy")).policy
         assert torch.isfinite(policy.act(torch.rand(2, len(OBSERVATIONS)))).all()
-        for positions in (policy.plan, policy.static.points):
+        for positions in (policy.plan.settings, policy.static.points):
             assert ((positions >= 0) & (positions <= 1)).all()
 
     return use

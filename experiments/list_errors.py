@@ -73,7 +73,7 @@ def tensor(name: str, change: Callable[[Any], Any]) -> Setup:
     def alter(folder: Path) -> None:
         path = folder / "policy/policy.safetensors"
         tensors = load(path.read_bytes())
-        changed = change(tensors[name]) if name in tensors else change(tensors["plan"])
+        changed = change(tensors[name]) if name in tensors else change(tensors["plan.settings"])
         tensors.pop(name, None)
         path.write_bytes(save(tensors if changed is None else {**tensors, name: changed}))
         sign_policy(folder)
@@ -262,11 +262,11 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a pickle or zip by another name", REPLAY, policy_bytes(b"PK\x03\x04" + bytes(200))),
         Case("a header of another form", REPLAY, policy_bytes(headed(b'{"start": {"dtype": "F32", "shape": 3}}'))),
         Case("a tensor missing", REPLAY, tensor("hidden.1.bias", lambda t: None)),
-        Case("a tensor of another shape", REPLAY, tensor("plan", lambda t: t[:, :4].contiguous())),
+        Case("a tensor of another shape", REPLAY, tensor("plan.settings", lambda t: t[:, :4].contiguous())),
         Case("a tensor too many", REPLAY, tensor("more", lambda t: t.clone())),
         Case("no static setting", REPLAY, tensor("static.terms", lambda t: t[:0])),
-        Case("a value that is no number", REPLAY, tensor("plan", lambda t: t * float("nan"))),
-        Case("a position out of range", REPLAY, tensor("plan", lambda t: t + 1)),
+        Case("a value that is no number", REPLAY, tensor("plan.settings", lambda t: t * float("nan"))),
+        Case("a position out of range", REPLAY, tensor("plan.settings", lambda t: t + 1)),
         Case("a deviation of 0", REPLAY, tensor("observation.deviation", lambda t: t * 0)),
         Case("a weight beyond any", REPLAY, tensor("action.weight", lambda t: t + 1e9)),
     ],

@@ -49,7 +49,8 @@ def double_world(world: World) -> Iterator[World]:
     signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
     data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
     template = copy.deepcopy(world.template).double()
-    double = dataclasses.replace(world, data=data, signals=signals, template=template, plan=world.plan.double())
+    doubled = dataclasses.replace(world.plan, settings=world.plan.settings.double())
+    double = dataclasses.replace(world, data=data, signals=signals, template=template, plan=doubled)
     torch.set_default_dtype(torch.float64)
     yield double
     torch.set_default_dtype(torch.float32)

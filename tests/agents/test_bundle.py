@@ -109,7 +109,7 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     refused(r"action\.weight is torch\.float64", **{"action.weight": tensors["action.weight"].double()})
     refused("action.weight holds a value beyond", **{"action.weight": tensors["action.weight"] * 1e9})
     refused("deviation must be above 0", **{"observation.deviation": -tensors["observation.deviation"]})
-    refused("plan holds a position outside", plan=tensors["plan"] + 1)
+    refused("plan.settings holds a position outside", **{"plan.settings": tensors["plan.settings"] + 1})
     refused("'more' does not belong in it", more=torch.zeros(1))
     refused("static.terms has 0 rows", **{"static.terms": torch.zeros(0, 3)})
     rewrite(folder, {k: v for k, v in tensors.items() if k != "hidden.1.bias"})

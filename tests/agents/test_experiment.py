@@ -113,7 +113,7 @@ def restless_policy(world: World) -> Policy:
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
     shapes = [(6, num_seen), (6,), (6, 6), (6,), (num_set, 6), (num_set,)]
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = Shortlist(world.plan, torch.zeros(1, 3))
+    static = Shortlist(world.plan.settings, torch.zeros(1, 3))
     return Policy(weights, torch.zeros(num_seen), torch.ones(num_seen), world.plan, static, world.config.controls)
 
 

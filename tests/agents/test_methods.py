@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from planned import network_plan
 
 from rlkd.agents.controllers import hold_start, run
 from rlkd.agents.held_out import held_out_seeds, run_methods, stream_seed
@@ -14,7 +15,7 @@ from rlkd.agents.methods import (
     Request,
     _preference,
     build_methods,
-    mean_offsets,
+    mean_positions,
     num_trainings,
     total_trainings,
 )
@@ -24,6 +25,7 @@ from rlkd.agents.search import SearchConfig, Shortlist
 from rlkd.agents.task_search import search_tasks
 from rlkd.envs import CONTROLS, OBSERVATIONS, World
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.plan import fixed_plan
 from rlkd.errors import UserError
 from rlkd.students import TrainConfig
 from rlkd.tasks import Preference
@@ -43,7 +45,7 @@ def asked(world: World) -> Request:
     weights = {name: torch.randn(shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.tensor([[0.7] * 9, [0.4] * 9]), torch.tensor([[0.9, 0.1, 0.1], [0.6, 0.8, 0.8]]))
     spread = torch.ones(len(OBSERVATIONS))
-    plan = torch.full((1, 9), 0.5)
+    plan = fixed_plan(torch.full((1, 9), 0.5))
     policy = Policy(weights, 0 * spread, spread, plan, static, config.controls)
     quick = dataclasses.replace(world, config=config, plan=plan, data=dataclasses.replace(world.data, splits=splits))
     tasks = config.task.with_preference(Preference(0.6))
@@ -107,34 +109,47 @@ def test_a_policy_is_asked_for_by_name(asked: Request) -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_without_a_control_it_stays_at_the_start_and_the_others_are_the_policys(asked: Request, name: str) -> None:
-    built = build_methods(["policy", f"without_{name}"], asked)
+def test_without_a_control_it_is_as_static_and_the_others_are_the_policys(asked: Request, name: str) -> None:
+    built = build_methods(["policy", f"without_{name}", "static"], asked)
     observation, episodes = begun(asked)
-    full, rest = (controller(observation, episodes, 0) for controller in built.values())
+    full, rest, static = (controller(observation, episodes, 0) for controller in built.values())
     off = [CONTROLS.index(control) for control in SWITCHES[name]]
     on = [i for i in range(9) if i not in off]
-    assert torch.equal(rest[:, off], episodes.start[:, off])
+    assert torch.equal(rest[:, off], static[:, off])
     assert torch.equal(rest[:, on], full[:, on])
     assert not torch.equal(full[:, off], rest[:, off])
 
 
 def test_blind_methods_replay_the_policys_mean_schedule(asked: Request) -> None:
     built = build_methods(["open_loop", "mean_action"], asked)
-    offsets = mean_offsets(asked)  # [2, 9]
-    assert not torch.allclose(offsets[0], offsets[1], atol=1e-3)
+    positions = mean_positions(asked)  # [2, 9]
+    assert not torch.allclose(positions[0], positions[1], atol=1e-3)
     thrifty = dataclasses.replace(asked, tasks=asked.tasks.with_preference(Preference(0.3)))
-    assert not torch.allclose(offsets, mean_offsets(thrifty), atol=1e-2)  # of that preference's policy
+    assert not torch.allclose(positions, mean_positions(thrifty), atol=1e-2)  # of that preference's policy
     observation, episodes = begun(asked)
     for window in range(2):
         for seen in (observation, 0 * observation):
             position = built["open_loop"](seen, episodes, window)
-            torch.testing.assert_close(position, (0.5 + offsets[window]).expand(2, 9))
+            torch.testing.assert_close(position, positions[window].expand(2, 9))
             held = built["mean_action"](seen, episodes, window)
-            torch.testing.assert_close(held, (0.5 + offsets.mean(0)).expand(2, 9))
+            torch.testing.assert_close(held, positions.mean(0).expand(2, 9))
     # in the first window a policy sees what a reset shows: its mean over as many tasks of the same preference
     many, fresh = begun(asked, 100)
-    mean = (build_methods(["policy"], asked)["policy"](many, fresh, 0) - 0.5).mean(0)
-    torch.testing.assert_close(mean, offsets[0], atol=0.05, rtol=0)
+    mean = build_methods(["policy"], asked)["policy"](many, fresh, 0).mean(0)
+    torch.testing.assert_close(mean, positions[0], atol=0.05, rtol=0)
+
+
+def test_a_plan_at_the_start_is_never_revised(asked: Request) -> None:
+    policy = dataclasses.replace(asked.policy, plan=network_plan((0.0, 0.5), 2))
+    planned = dataclasses.replace(asked, policy=policy, world=dataclasses.replace(asked.world, plan=policy.plan))
+    built = build_methods(["plan", "plan_at_start"], planned)
+    observation, episodes = begun(planned)
+    first = {name: controller(observation, episodes, 0) for name, controller in built.items()}
+    assert torch.equal(first["plan"], first["plan_at_start"])
+    outcome = episodes.step(first["plan"])
+    decided = policy.plan.networks[0].decide(observation)  # [2, 2, 9]
+    assert torch.equal(built["plan_at_start"](outcome.observation, episodes, 1), decided[:, 1])
+    assert not torch.equal(built["plan"](outcome.observation, episodes, 1), decided[:, 1])
 
 
 def test_a_random_policy_moves_within_a_step_of_the_start(asked: Request) -> None:
@@ -187,8 +202,8 @@ def test_held_out_tasks_repeat_and_are_apart_from_training(asked: Request) -> No
     assert len(set(seeds) | set(held_out_seeds(4, 50))) == 100
     assert min(seeds) >= 2**60
     assert max(seeds) * 3 + 2 < 2**63  # a task's generators take three seeds each
-    streams = [stream_seed(seed, stream) for seed in range(5) for stream in range(1, 5)]
-    assert len(set(streams)) == 20
+    streams = [stream_seed(seed, stream) for seed in range(5) for stream in range(1, 7)]
+    assert len(set(streams)) == 30
 
 
 def test_tuned_exits_are_never_worse_on_validation_and_reach_the_table(asked: Request) -> None:

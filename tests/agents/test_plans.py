@@ -1,10 +1,8 @@
-import pytest
 import torch
 
 from rlkd.agents.controllers import run
-from rlkd.agents.plans import first_guesses, follow, follow_each, run_plans, to_plan
+from rlkd.agents.plans import follow, follow_each, run_plans
 from rlkd.envs import World
-from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
 
 SEEDS = [2**60 + i for i in range(5)]
@@ -14,17 +12,6 @@ NOTHING = torch.zeros(1)
 def plans(count: int) -> torch.Tensor:
     """[count, 4, 9], all different."""
     return torch.rand(count, 4, 9, generator=torch.Generator().manual_seed(1))
-
-
-def test_first_guesses_vary_the_exit_and_the_first_third() -> None:
-    setting = torch.full((2, 9), 0.4)
-    guesses = to_plan(first_guesses(setting), "two_phase", 12)  # [8, 12, 9]
-    keep, leave = CONTROLS.index("unit_keep"), CONTROLS.index("exit_threshold")
-    assert guesses[:, :4, keep].mean(1).tolist() == pytest.approx([1.0, 1.0, 0.4, 0.4] * 2)
-    assert guesses[:, 4:, keep].mean(1).tolist() == pytest.approx([0.4] * 8)
-    assert guesses[:, :, leave].mean(1).tolist() == pytest.approx([0.0] * 4 + [1.0] * 4)
-    others = [i for i, name in enumerate(CONTROLS) if name not in ("unit_keep", "feature_keep", "exit_threshold")]
-    assert torch.equal(guesses[:, :, others], torch.full((8, 12, 6), 0.4))
 
 
 def test_a_plan_is_followed_by_all_and_its_end_holds(world: World) -> None:

@@ -61,7 +61,7 @@ def test_actions_move_from_the_start_and_do_not_add_up(world: World) -> None:
     action = dict_action(np.full(len(CONTROLS), -0.5, dtype=np.float32))
     first, second = (env.step(action)[0][-len(CONTROLS) :] for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    expected = (world.plan[0] - 0.5 * world.config.controls.step).clamp(0, 1)
+    expected = (world.plan.settings[0] - 0.5 * world.config.controls.step).clamp(0, 1)
     np.testing.assert_allclose(first, expected.numpy(), atol=1e-6)
 
 

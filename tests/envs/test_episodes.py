@@ -14,7 +14,7 @@ EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_ke
 
 def settings(world: World, *changes: dict[int, float]) -> Tensor:
     """The start setting of each student with some positions changed."""
-    position = world.plan[0].expand(len(changes), -1).clone()
+    position = world.plan.settings[0].expand(len(changes), -1).clone()
     for row, changed in enumerate(changes):
         for column, value in changed.items():
             position[row, column] = value

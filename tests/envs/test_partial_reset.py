@@ -34,7 +34,8 @@ def double_world(world: World) -> Iterator[World]:
     torch.set_default_dtype(torch.float64)
     try:
         template = copy.deepcopy(world.template).double()
-        yield dataclasses.replace(world, data=data, signals=signals, plan=world.plan.double(), template=template)
+        plan = dataclasses.replace(world.plan, settings=world.plan.settings.double())
+        yield dataclasses.replace(world, data=data, signals=signals, plan=plan, template=template)
     finally:
         torch.set_default_dtype(torch.float32)
 
