@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, field, fields, replace
 
 from rlkd.agents.methods import METHODS, NEED_POLICY
+from rlkd.agents.online import OnlineAgentConfig
 from rlkd.agents.planning import PlanningConfig
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.search import SearchConfig
@@ -114,6 +115,24 @@ class ReplayConfig:
         """Raises UserError for the first impossible value."""
         self.env(ControlConfig()).check()
         check_keep(self.keep_checkpoints)
+
+
+@dataclass(frozen=True)
+class OnlineConfig(ReplayConfig):
+    """`rlkd train --mode online`: one long training, from which the agent learns while it goes on."""
+
+    num_windows: int = 96
+    """Decisions; each trains the student for train.steps_per_window steps."""
+    agent: OnlineAgentConfig = field(default_factory=OnlineAgentConfig)
+    checkpoint_every: int = 12
+    """Windows between two students that are kept on disk."""
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        super().check()
+        self.agent.check(self.num_windows)
+        if self.checkpoint_every < 1:
+            raise UserError(f"checkpoint_every: got {self.checkpoint_every}; allowed: at least 1")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ class SoloStudent:
         """As `Students.training_state`."""
         state = {f"parameters.{name}": p.detach().clone() for name, p in self._module.named_parameters()}
         state |= {f"mask.{i}": mask.clone() for i, mask in enumerate(self._masks)}
-        state |= {"threshold": self._threshold.clone(), "batches": self._batches.get_state()}
+        state |= {"threshold": self._threshold.clone(), "num_updates": self._num_updates.clone()}
+        state["batches"] = self._batches.get_state()
         return {**state, **optimizer_state(self._optimizer), **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -142,7 +143,7 @@ class SoloStudent:
             for name, parameter in self._module.named_parameters():
                 parameter.copy_(state[f"parameters.{name}"])
         self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
-        self._threshold = state["threshold"].clone()
+        self._threshold, self._num_updates = state["threshold"].clone(), state["num_updates"].clone()
         self._batches.set_state(state["batches"].clone())
         self._rollbacks.load_training_state(state)
         load_optimizer_state(self._optimizer, state)
