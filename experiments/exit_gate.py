@@ -34,7 +34,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "results"
 NUM_TASKS, ACCURACY_WEIGHTS = 64, (0.6, 0.9)
 STUDENTS = {
     "48-48, one exit": StudentConfig(),
-    "256-256-256, two exits": StudentConfig(widths=(256,) * 3, exits=(1, 2)),
+    "128-128-128, two exits": StudentConfig(widths=(128,) * 3, exits=(1, 2)),
 }
 GATES = {
     "gate": GateConfig(enabled=True),

@@ -128,11 +128,18 @@ def test_the_curriculum_is_whole_before_the_last_stage_and_the_bases_after(world
 def test_the_third_stage_weighs_families_by_what_they_do_for_validation(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pay = torch.tensor([[0.8, 0.4, -0.3, 0.4], [-0.1, -0.2, -0.3, -0.1], [math.nan, 0.5, 0.0, 0.0]])
-    monkeypatch.setattr("rlkd.agents.schedules.look", lambda *_: Sensitivity(torch.zeros(3), pay))
-    weights = controls_of("curriculum", begun(world, 3), 2).weights
+    pay = torch.tensor(
+        [[0.8, 0.4, -0.3, 0.4], [-0.1, -0.2, -0.3, -0.1], [math.nan, 0.5, 0.0, 0.0], [0.1, -0.9, 0.0, 0.0]]
+    )
+    monkeypatch.setattr("rlkd.agents.schedules.look", lambda *_: Sensitivity(torch.zeros(4), pay))
+    weights = controls_of("curriculum", begun(world, 4), 2).weights
     # 0.5 * 0.8 : 0.3 * 0.4 : 0 : 0.05 * 0.4 = 0.4 : 0.12 : 0 : 0.02; nothing helps: published; a diverged student's NaN
-    wanted = [[0.4 / 0.54, 0.12 / 0.54, 0.0, 0.02 / 0.54], [0.5, 0.3, 0.15, 0.05], [0.0, 1.0, 0.0, 0.0]]
+    wanted = [
+        [0.4 / 0.54, 0.12 / 0.54, 0.0, 0.02 / 0.54],
+        [0.5, 0.3, 0.15, 0.05],
+        [0.0, 1.0, 0.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0],
+    ]
     for row, want in zip(weights.tolist(), wanted, strict=True):
         assert row == pytest.approx(want, abs=2e-3)
 

@@ -25,14 +25,14 @@ def quick(profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_product_is_the_best_validated_student(quick: list[str], tmp_path: Path, capsys: Capture) -> None:
-    assert main([*quick, "--out", "one"]) == 0
+    assert main([*quick, "--seed", "4", "--out", "one"]) == 0
     folder = tmp_path / "one"
     rows = [yaml.safe_load(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["window"] for row in rows] == list(range(1, 9))
     result = yaml.safe_load((folder / "result.json").read_text())
     figures = result["methods"]["policy"]
     best = max(rows, key=lambda row: float(row["score"]))
-    assert figures["best_window"] == best["window"]
+    assert figures["best_window"] == best["window"] < 8
     assert figures["agent_updates"] == 2
     data = load_dataset("digits")
     test = data.splits["test"]

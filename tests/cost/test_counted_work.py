@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rlkd.compression import compact, exits_at, keep_top
 from rlkd.cost import calibrate, load_profile, workload
+from rlkd.cost.profile import describe
+from rlkd.cost.timing import _grid
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, ExitGate, GateConfig, Masks, StudentConfig, build_student, initialise
 
@@ -81,12 +83,21 @@ def test_calibration_of_a_student_without_early_exits_knows_no_decision() -> Non
     assert {row["exit_rate"] for row in profile.provenance["grid"]} == {0.0}
 
 
-def test_calibration_of_a_gated_student_times_its_gates() -> None:
-    gated = StudentConfig(widths=(8, 6), gate=GateConfig(enabled=True))
-    profile = calibrate(build_student(gated, (8, 8), 10), batch_size=16)
-    assert profile.provenance["student"]["exit_rule"] == "gate"
-    rates = {row["exit_rate"] for row in profile.provenance["grid"]}
-    assert {0.25, 0.5, 0.75} <= rates  # as many leave as the grid asks for only where gates stand for its thresholds
+@torch.no_grad()
+def test_calibration_times_gated_students_at_the_rates_that_it_says() -> None:
+    student = build_student(StudentConfig(widths=(8, 6), gate=GateConfig(enabled=True)), (8, 8), 10)
+    initialise(student, torch.Generator().manual_seed(0))
+    inputs = torch.rand(64, 8, 8, generator=torch.Generator().manual_seed(1))
+    deciding = 0
+    for setting, masks, threshold, rates in _grid(student, inputs):
+        if 0 < setting["exit_rate"] < 1:
+            left = float(
+                (compact(student, masks, threshold).gates[0](student(inputs, masks).logits[0]) >= 0).float().mean()
+            )
+            assert left == pytest.approx(float(rates[0]), abs=1 / 64)
+            deciding += 1
+    assert deciding > 8
+    assert describe(student)["exit_rule"] == "gate"
 
 
 @pytest.mark.parametrize("name", ["call_s", "layer_s", "mac_s", "decided_s", "gathered_s"])

@@ -196,23 +196,6 @@ def test_gates_learn_what_leaving_is_worth(world: World) -> None:
     assert cheap_late < 0.1
 
 
-def test_a_reset_student_is_rewarded_by_its_new_preference(world: World) -> None:
-    tasks = [
-        dataclasses.replace(draw_task(seed, world.config.task, world.data, 3), preference=preference)
-        for seed, preference in ((0, (0.9, 0.1, 0.0)), (1, (0.2, 0.0, 0.8)))
-    ]
-    gated = build_student(GATED, world.data.input_shape, 10)
-    both, late = (Population(gated, world.data, world.signals, 2, TRAIN, exit_cost) for _ in range(2))
-    both.reset(tasks)
-    late.reset([dataclasses.replace(task, preference=(1.0, 0.0, 0.0)) for task in tasks])
-    late.reset(tasks[1:], torch.tensor([1]))
-    for students in (both, late):
-        students.train_window(controls_of([0, 1]))
-    first, second = both.state_dict(), late.state_dict()
-    assert_rows_equal(first, second, [1], [1])
-    assert not torch.equal(first["gates.0.weight"][0], second["gates.0.weight"][0])
-
-
 def test_a_gated_student_must_know_what_leaving_costs(world: World) -> None:
     gated = build_student(GATED, world.data.input_shape, 10)
     with pytest.raises(ValueError, match="exit_cost: got None"):
