@@ -9,7 +9,7 @@ import yaml
 from rlkd.cli.main import main
 from rlkd.cli.train import take_mode
 from rlkd.compression import load_student
-from rlkd.tasks import load_dataset
+from rlkd.tasks import Split, load_dataset
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,16 +35,18 @@ def test_the_product_is_the_best_validated_student(quick: list[str], tmp_path: P
     assert figures["best_window"] == best["window"] < 8
     assert figures["agent_updates"] == 2
     data = load_dataset("digits")
-    test = data.splits["test"]
-    with torch.no_grad():
-        right = load_student(folder / "student")(data.inputs[test]).argmax(-1) == data.labels[test]
-    assert float(right.float().mean()) == pytest.approx(figures["accuracy"], abs=1e-6)
+
+    def accuracy(student: str, split: Split) -> float:
+        index = data.splits[split]
+        with torch.no_grad():
+            right = load_student(folder / student)(data.inputs[index]).argmax(-1) == data.labels[index]
+        return float(right.float().mean())
+
+    assert accuracy("student", "test") == pytest.approx(figures["accuracy"], abs=1e-6)
+    assert accuracy("student", "validation") == pytest.approx(best["accuracy"], abs=1e-6)
+    assert best["accuracy"] != rows[-1]["accuracy"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["window-0003", "window-0006"]
-    kept = load_student(folder / "checkpoints" / "window-0006")
-    validation = data.splits["validation"]
-    with torch.no_grad():
-        right = kept(data.inputs[validation]).argmax(-1) == data.labels[validation]
-    assert float(right.float().mean()) == pytest.approx(rows[5]["accuracy"], abs=1e-6)
+    assert accuracy("checkpoints/window-0006", "validation") == pytest.approx(rows[5]["accuracy"], abs=1e-6)
     assert "test: J" in capsys.readouterr().out
 
 
