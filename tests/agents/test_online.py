@@ -108,7 +108,8 @@ def test_the_best_validated_student_comes_back_and_ships(long: World) -> None:
 
 def test_a_diverged_run_ends_there_and_keeps_the_best_student(long: World) -> None:
     controls = dataclasses.replace(long.config.controls, learning_rate=(5e-4, 1e30))
-    wild = dataclasses.replace(long, config=dataclasses.replace(long.config, controls=controls))
+    train = dataclasses.replace(long.config.train, max_rollbacks=0)
+    wild = dataclasses.replace(long, config=dataclasses.replace(long.config, controls=controls, train=train))
     plan = torch.full((12, 9), 0.5)
     plan[:, RATE] = 0.02
     plan[5:, RATE] = 1.0

@@ -42,7 +42,7 @@ def test_gates_change_no_other_initial_weight() -> None:
     }
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, tensors[name]), name
-    assert float(tensors["gates.1.bias"]) == pytest.approx(-SLOPE * math.log(START))
+    assert tensors["gates.1.bias"].item() == pytest.approx(-SLOPE * math.log(START))
     outputs = gated(torch.rand(5, 8, 8), gated.full_masks())
     assert [tuple(z.shape) for z in outputs.gates] == [(5,), (5,)]
     assert plain(torch.rand(5, 8, 8), plain.full_masks()).gates == ()
