@@ -29,8 +29,6 @@ from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS
 from rlkd.envs.world import World
 from rlkd.errors import UserError
-from rlkd.models import Masks
-from rlkd.students import SoloStudent
 
 OnWindow = Callable[[dict[str, float], Tensor, Episodes], object]
 
@@ -85,7 +83,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
         self.observation_space = spaces.Box(-1.0, 1.0, (len(OBSERVATIONS),), np.float32)
         self.episodes = Episodes(world, 1)
-        self.diverged, self.num_rollbacks = False, 0
+        self.diverged = False
         self._world, self._base, self._on_window = world, base, on_window
         self._observation = self.episodes.reset([seed])
         self._window, self._best_score, self.best_window = 0, -np.inf, 0
@@ -101,11 +99,11 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         position = change(held, torch.from_numpy(np.asarray(action, dtype=np.float32))[None], controls)
         outcome = self.episodes.step(position)
         self._observation, self._window = outcome.observation, self._window + 1
-        self.diverged, self.num_rollbacks = bool(outcome.diverged[0]), int(outcome.telemetry.num_rollbacks[0])
-        row = window_row(self._world, position, outcome, self._window)
+        self.diverged = bool(outcome.diverged[0])
+        row = self.last = window_row(self._window - 1, position, outcome, self._world)
         if not self.diverged and row["score"] > self._best_score:
             self._best_score, self.best_window = row["score"], self._window
-            self._best = self._student_now()
+            self._best = self.episodes.training_state()
         self._on_window(row, outcome.observation, self.episodes)
         return self._seen(), float(outcome.reward[0]), False, False, {}
 
@@ -117,18 +115,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         """
         if self.best_window == 0:
             raise UserError("online: the student diverged in its first window; lower its learning rate")
-        parameters, masks, position, threshold = self._best
-        self._solo().put_back(parameters, masks, threshold)
-        self.episodes.position = position
-
-    def _student_now(self) -> tuple[dict[str, Tensor], Masks, Tensor, Tensor]:
-        student = self._solo()
-        copied = {name: value.clone() for name, value in student.student.state_dict().items()}
-        return copied, tuple(m[0] for m in student.masks()), self.episodes.position.clone(), student.threshold
-
-    def _solo(self) -> SoloStudent:
-        assert isinstance(self.episodes.students, SoloStudent)
-        return self.episodes.students
+        self.episodes.load_training_state(self._best)
 
     def _seen(self) -> NDArray[np.float32]:
         """The observation scaled from its bounds to [-1, 1]: there are no earlier runs to standardise by."""

@@ -118,21 +118,32 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True)
-class OnlineConfig(ReplayConfig):
+class OnlineConfig:
     """`rlkd train --mode online`: one long training, from which the agent learns while it goes on."""
 
     num_windows: int = 96
     """Decisions; each trains the student for train.steps_per_window steps."""
+    task: TaskDistribution = field(default_factory=_clean_task)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(897,)))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    preference: Preference = field(default_factory=Preference)
     agent: OnlineAgentConfig = field(default_factory=OnlineAgentConfig)
-    checkpoint_every: int = 12
-    """Windows between two students that are kept on disk."""
+    keep_every: int = 12
+    """Windows between two students that are kept on the disk."""
+
+    def env(self, controls: ControlConfig) -> EnvConfig:
+        """The environment's part, the preference put into its tasks."""
+        task = self.task.with_preference(self.preference)
+        return EnvConfig(self.num_windows, task, self.student, self.teacher, self.train, controls, self.cost)
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
-        super().check()
+        self.env(ControlConfig()).check()
         self.agent.check(self.num_windows)
-        if self.checkpoint_every < 1:
-            raise UserError(f"checkpoint_every: got {self.checkpoint_every}; allowed: at least 1")
+        if self.keep_every < 1:
+            raise UserError(f"keep_every: got {self.keep_every}; allowed: at least 1")
 
 
 @dataclass(frozen=True)

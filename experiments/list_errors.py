@@ -222,7 +222,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("an agent of nothing", "train --mode online --agent.hidden 0"),
         Case("an agent that stands still", "train --mode online --agent.learning_rate 0"),
         Case("an agent's discount above 1", "train --mode online --agent.gamma 2"),
-        Case("no window between two checkpoints", "train --mode online --checkpoint_every 0"),
+        Case("no window between two kept students", "train --mode online --keep_every 0"),
         Case("no candidate", "train --search.num_settings 0"),
         Case("no student", "train --ppo.num_students 0"),
         Case("a discount above 1", "train --ppo.gamma 1.5"),

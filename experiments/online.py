@@ -52,7 +52,7 @@ def one(world: World, base: Controller, seed: int, agent: OnlineAgentConfig | No
         "energy_ratio": float(cost.energy_ratio[0]),
         "macs_ratio": float(cost.macs_ratio[0]),
         "diverged": run.diverged,
-        "num_rollbacks": run.num_rollbacks,
+        "num_rollbacks": run.last["num_rollbacks"],
         "best_window": run.best_window,
     }
 

@@ -102,7 +102,7 @@ def test_the_best_validated_student_comes_back_and_ships(long: World) -> None:
     assert float(score[0]) == pytest.approx(best["score"], abs=1e-6)
     assert float(metrics.accuracy[0]) == pytest.approx(best["accuracy"], abs=1e-6)
     assert float(cost.macs_ratio[0]) == pytest.approx(best["macs_ratio"], abs=1e-6)
-    done = ship(long, run.episodes, False, run.num_rollbacks)
+    done = ship(long, run.episodes, run.last)
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
 
 
@@ -141,5 +141,5 @@ def test_a_diverged_run_ends_there_and_keeps_the_best_student(long: World) -> No
 def test_an_impossible_agent_is_refused(agent: OnlineAgentConfig, words: str) -> None:
     with pytest.raises(UserError, match=words):
         OnlineConfig(agent=agent).check()
-    with pytest.raises(UserError, match="checkpoint_every: got 0"):
-        OnlineConfig(checkpoint_every=0).check()
+    with pytest.raises(UserError, match="keep_every: got 0"):
+        OnlineConfig(keep_every=0).check()

@@ -20,7 +20,7 @@ def quick(profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return [
         *("train", "--mode", "online", "--cost.profile", str(profile_file), "--teacher.num_steps", "60"),
         *("--num_windows", "8", "--train.steps_per_window", "3", "--agent.windows_per_update", "4"),
-        *("--checkpoint_every", "3", "--student.widths", "[16, 16]"),
+        *("--keep_every", "3", "--student.widths", "[16, 16]"),
     ]
 
 
@@ -45,8 +45,8 @@ def test_the_product_is_the_best_validated_student(quick: list[str], tmp_path: P
     assert accuracy("student", "test") == pytest.approx(figures["accuracy"], abs=1e-6)
     assert accuracy("student", "validation") == pytest.approx(best["accuracy"], abs=1e-6)
     assert best["accuracy"] != rows[-1]["accuracy"]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["window-0003", "window-0006"]
-    assert accuracy("checkpoints/window-0006", "validation") == pytest.approx(rows[5]["accuracy"], abs=1e-6)
+    assert sorted(p.name for p in (folder / "students").iterdir()) == ["window-0003", "window-0006"]
+    assert accuracy("students/window-0006", "validation") == pytest.approx(rows[5]["accuracy"], abs=1e-6)
     assert "test: J" in capsys.readouterr().out
 
 

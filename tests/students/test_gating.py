@@ -1,12 +1,15 @@
 """What a gated student's loss is made of, by hand."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlkd.models import GateConfig, Outputs
+from rlkd.envs import CONTROLS, World
+from rlkd.envs.episodes import Episodes
+from rlkd.models import GateConfig, Outputs, StudentConfig, build_student
 from rlkd.students.gating import GateTraining, Stakes
 
 
@@ -37,3 +40,23 @@ def test_the_loss_is_alpha_distillation_less_beta_expected_reward() -> None:
     loss = training.loss(torch.tensor(4.0), Outputs((early, late), (), (gate,)), torch.tensor([0]), stakes)
     # 0.5 * 4 - 0.2 * (0.75 * 0.5 + 0.25 * -0.2)
     assert float(loss) == pytest.approx(2.0 - 0.2 * 0.325)
+
+
+@pytest.mark.parametrize("num_students", [1, 2])
+def test_a_resumed_gated_student_goes_on_with_its_own_beta(world: World, num_students: int) -> None:
+    gate = GateConfig(enabled=True, beta_step=0.1, steps_per_rise=15)  # beta is 0.1, 0.2, 0.3 in the first windows
+    config = dataclasses.replace(world.config, student=StudentConfig(widths=(8, 8), gate=gate))
+    gated = dataclasses.replace(world, config=config, template=build_student(config.student, (8, 8), 10))
+    first, second = Episodes(gated, num_students), Episodes(gated, num_students)
+    seeds = [2**60 + i for i in range(num_students)]
+    first.reset(seeds)
+    position = first.start.clone()
+    position[:, CONTROLS.index("learning_rate")] = 0.9
+    first.step(position)
+    second.reset([seed + 7 for seed in seeds])
+    second.load_training_state(first.training_state())
+    for episodes in (first, second):
+        episodes.step(position)
+    mine, other = first.students.state_dict(), second.students.state_dict()
+    for name, value in mine.items():
+        assert torch.equal(value, other[name]), name
