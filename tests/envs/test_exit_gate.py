@@ -35,7 +35,7 @@ def test_leaving_costs_what_a_batch_that_all_leaves_there_costs(gated: World) ->
 
 
 def test_the_student_that_ships_answers_as_its_gates_decided(gated: World) -> None:
-    plan = gated.plan[0].clone()
+    plan = gated.plan.settings[0].clone()
     plan[EXIT], plan[RATE] = 0.5, 0.8
     done = distil(gated, follow(plan[None]), 3, lambda row, observation: None)
     assert done.student.architecture()["gated"] is True
@@ -46,7 +46,7 @@ def test_the_student_that_ships_answers_as_its_gates_decided(gated: World) -> No
 
 
 def test_gates_train_in_lock_step_under_any_controller(gated: World) -> None:
-    plan = gated.plan[0].clone()
+    plan = gated.plan.settings[0].clone()
     plan[EXIT], plan[RATE] = 0.5, 0.8
     tasks = gated.config.task.with_preference(Preference(0.3))
     together = run(gated, follow(plan[None]), [2**60, 2**60 + 1], tasks, final_split="validation")
