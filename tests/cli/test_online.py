@@ -25,9 +25,12 @@ def quick(profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_product_is_the_best_validated_student(quick: list[str], tmp_path: Path, capsys: Capture) -> None:
-    assert main([*quick, "--seed", "4", "--out", "one"]) == 0
-    folder = tmp_path / "one"
-    rows = [yaml.safe_load(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for seed in range(6):  # until the best window is not the last one, which would ship anyhow
+        folder = tmp_path / f"seed-{seed}"
+        assert main([*quick, "--seed", str(seed), "--out", str(folder)]) == 0
+        rows = [yaml.safe_load(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if max(rows[:-1], key=lambda row: float(row["score"]))["score"] > rows[-1]["score"]:
+            break
     assert [row["window"] for row in rows] == list(range(1, 9))
     result = yaml.safe_load((folder / "result.json").read_text())
     figures = result["methods"]["policy"]
