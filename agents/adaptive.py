@@ -37,7 +37,7 @@ def adversarial_temperature(base: Controller, seed: int) -> Controller:
         config = episodes.world.config.controls
         temperature = decode(episodes.position, config, episodes.world.data.num_classes).temperature  # [N]
         share = 0.5 * (1.0 - math.cos(math.pi * window / max(1, episodes.world.config.num_windows - 1)))
-        slope = _look(episodes, generator).log_temperature.nan_to_num()  # where a gradient overflows it stays
+        slope = look(episodes, generator).log_temperature.nan_to_num()  # where a gradient overflows it stays
         return with_values(position, {"temperature": temperature * (TEMPERATURE_RATE * share * slope).exp()}, config)
 
     return controller
@@ -57,7 +57,7 @@ def hypergradient(base: Controller, seed: int) -> Controller:
         if window == 0:
             return position
         columns = [CONTROLS.index(f"weight_{family}") for family in FAMILIES]
-        moved = WEIGHT_RATE / (2 * WEIGHT_LOGIT) * _look(episodes, generator).alignment.nan_to_num()  # [N, 4]
+        moved = WEIGHT_RATE / (2 * WEIGHT_LOGIT) * look(episodes, generator).alignment.nan_to_num()  # [N, 4]
         weights = episodes.position[:, columns] + moved
         # only differences of logits count: keep the largest at the top of its range so that none is clipped away
         used = available_families(_chain_world(episodes).template.is_conv, episodes.world.signals.are_conv)
@@ -67,7 +67,8 @@ def hypergradient(base: Controller, seed: int) -> Controller:
     return controller
 
 
-def _look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
+def look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
+    """How the losses answer to the controls now, on samples that `generator` draws."""
     world = _chain_world(episodes)
     controls = decode(episodes.position, world.config.controls, world.data.num_classes)
     structure = world.new_structure()

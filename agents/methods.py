@@ -55,7 +55,7 @@ METHODS = {
     "temperature_stages": "T = 4, 3, 2, 1; the rest as static",
     "fewer_features": "kept inputs 80 % to 30 %; the rest as static",
     "alpha_by_confidence": "weight of the labels by the teacher's confidence; the rest as static",
-    "curriculum": "labels; answers; all families; then pruning and exits as static",
+    "curriculum": "labels; answers; all families by what each does for validation; then pruning and exits as static",
     "linear": "every control from a first to a last value in a line, tuned over training tasks by TPE",
     "cosine": "every control from a first to a last value along half a cosine, tuned over training tasks by TPE",
     "ctkd": "temperature climbs the response loss (curriculum temperature); the rest as static",

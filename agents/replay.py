@@ -62,7 +62,7 @@ def run_windows(
             break
         position = controller(observation, episodes, window)
         outcome = episodes.step(position)
-        rows.append(_row(window, position, outcome, world))
+        rows.append(window_row(window, position, outcome, world))
         on_window(rows[-1], outcome.observation)
         observation = outcome.observation
         seen[window] = observation[0]
@@ -71,8 +71,8 @@ def run_windows(
     return episodes, rows[-1]
 
 
-def _row(window: int, position: torch.Tensor, outcome: Outcome, world: EpisodeWorld) -> dict[str, float]:
-    """Controls and validation figures of one window."""
+def window_row(window: int, position: torch.Tensor, outcome: Outcome, world: EpisodeWorld) -> dict[str, float]:
+    """Controls at `position` [1, 9] and validation figures of one student's window, counted from 0."""
     controls = decode(position, world.config.controls, world.data.num_classes)
     return {
         "window": window + 1,
@@ -137,12 +137,15 @@ def distil(
         on_window: given each window's row (controls and validation figures) and its observation [1, O].
         journal: as of `run_windows`.
     """
-    episodes, last = run_windows(world, controller, seed, on_window, journal)
+    return ship(world, *run_windows(world, controller, seed, on_window, journal))
+
+
+def ship(world: World, episodes: Episodes, last: dict[str, float]) -> Distilled:
+    """Evaluate the one student of `episodes` on test data, compact it, time it; `last` is its last window's row."""
     diverged = bool(last["num_diverged"])
     students = episodes.students
     assert isinstance(students, SoloStudent)
-    threshold = float(decode(episodes.position, world.config.controls, world.data.num_classes).exit_threshold[0])
-    small = compact(students.student, tuple(mask[0] for mask in students.masks()), threshold)
+    small = compact_now(episodes)
     dense = compact(students.student, students.student.full_masks(), 1.0)
     metrics, cost, score = episodes.evaluate("test")
     test = world.data.splits["test"]
@@ -170,6 +173,15 @@ def distil(
     measured["profile_batch"] = world.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return Distilled(small, figures, measured, diverged)
+
+
+def compact_now(episodes: Episodes) -> CompactStudent:
+    """The one student of `episodes` of a chain as it would ship now."""
+    students = episodes.students
+    assert isinstance(students, SoloStudent)
+    controls = decode(episodes.position, episodes.world.config.controls, episodes.world.data.num_classes)
+    masks = tuple(mask[0] for mask in students.masks())
+    return compact(students.student, masks, float(controls.exit_threshold[0]))
 
 
 def student_card(figures: dict[str, Any], preference: Preference, policy_sha256: str) -> dict[str, Any]:

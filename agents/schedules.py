@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlkd.agents.adaptive import look
 from rlkd.agents.controllers import Controller
 from rlkd.envs.action import ControlConfig, encode, published_setting, with_values
 from rlkd.envs.episodes import Episodes
 from rlkd.objectives import FAMILIES
 
 Values = dict[str, float | Tensor]
+PUBLISHED = (0.5, 0.3, 0.15, 0.05)  # in the order of FAMILIES
 
 
 class Moment(NamedTuple):
@@ -100,15 +102,31 @@ def alpha_by_confidence(moment: Moment) -> Values:
 
 
 def curriculum(moment: Moment) -> Values:
-    """Five stages, as far as their parts exist: four equal ones, because nothing here is quantised in training.
+    """Five stages, as far as their parts exist, in four equal parts of the training.
 
-    Labels alone; answers 0.8 and labels 0.2; all families, each weighted by what the published mixture gives it;
-    (quantisation: left out); latency: the base's pruning and exits. Before the last stage the student is whole.
+    1. Labels alone. 2. Answers 0.8 and labels 0.2. 3. Reward-weighted: all families, each with its published weight
+    times what one step on it alone would do for the validation loss, the smooth part of the reward while the student is
+    whole (`reward_weights`). 4. Quantisation: left out, nothing is quantised in training, and students of this size
+    get slower in int8. 5. Latency: the published weights under the base's pruning and exits. Before it the student is
+    whole.
     """
     stage = min(3, math.floor(4 * moment.done))
-    weights = [(1.0, 0.0, 0.0, 0.0), (0.2, 0.8, 0.0, 0.0), (0.5, 0.3, 0.15, 0.05), (0.5, 0.3, 0.15, 0.05)][stage]
     whole: Values = {"feature_keep": 1.0, "unit_keep": 1.0, "exit_threshold": 1.0}
+    held = {0: (1.0, 0.0, 0.0, 0.0), 1: (0.2, 0.8, 0.0, 0.0), 3: PUBLISHED}
+    weights: tuple[float | Tensor, ...] = reward_weights(moment) if stage == 2 else held[stage]
     return {**_weights(*weights), "temperature": 4.0, **(whole if stage < 3 else {})}
+
+
+def reward_weights(moment: Moment) -> tuple[Tensor, ...]:
+    """[N] for each family: its published weight times the cosine of its gradient with the validation gradient.
+
+    A family that would raise the validation loss gets nothing; where all would, the published weights stay.
+    """
+    generator = torch.Generator().manual_seed(moment.window)
+    pay = look(moment.episodes, generator).alignment.nan_to_num().clamp_min(0.0)  # [N, 4]
+    weighted = torch.tensor(PUBLISHED) * pay
+    useful = weighted.sum(-1, keepdim=True) > 0
+    return tuple(torch.where(useful, weighted, torch.tensor(PUBLISHED)).unbind(-1))
 
 
 SCHEDULES: dict[str, Callable[[Moment], Values]] = {

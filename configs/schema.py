@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, field, fields, replace
 
 from rlkd.agents.methods import METHODS, NEED_POLICY
+from rlkd.agents.online import OnlineAgentConfig
 from rlkd.agents.planning import PlanningConfig
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.search import SearchConfig
@@ -114,6 +115,35 @@ class ReplayConfig:
         """Raises UserError for the first impossible value."""
         self.env(ControlConfig()).check()
         check_keep(self.keep_checkpoints)
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """`rlkd train --mode online`: one long training, from which the agent learns while it goes on."""
+
+    num_windows: int = 96
+    """Decisions; each trains the student for train.steps_per_window steps."""
+    task: TaskDistribution = field(default_factory=_clean_task)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(897,)))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    preference: Preference = field(default_factory=Preference)
+    agent: OnlineAgentConfig = field(default_factory=OnlineAgentConfig)
+    keep_every: int = 12
+    """Windows between two students that are kept on the disk."""
+
+    def env(self, controls: ControlConfig) -> EnvConfig:
+        """The environment's part, the preference put into its tasks."""
+        task = self.task.with_preference(self.preference)
+        return EnvConfig(self.num_windows, task, self.student, self.teacher, self.train, controls, self.cost)
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        self.env(ControlConfig()).check()
+        self.agent.check(self.num_windows)
+        if self.keep_every < 1:
+            raise UserError(f"keep_every: got {self.keep_every}; allowed: at least 1")
 
 
 @dataclass(frozen=True)

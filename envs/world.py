@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
@@ -134,12 +135,23 @@ class World:
         """Cost of N students under `metrics`; exit_threshold is [N]."""
         return self.profile.cost(self.template, metrics.kept, metrics.exit_rates, exit_threshold)
 
+    def exit_cost(self, kept: Tensor) -> Tensor:
+        """[N, E, 2], latency and energy ratio of N students that keep `kept` [N, G], were all to leave at one exit.
+
+        Decisions on the way count. Real batches run a block as soon as one sample needs it; that fixed part is shared.
+        """
+        num_exits = len(self.template.exits)
+        deciding = torch.full((len(kept),), 0.5 + 0.5 / self.data.num_classes)  # at neither end
+        rates = torch.eye(num_exits)[:, None].expand(num_exits, len(kept), num_exits)
+        costs = [self.profile.cost(self.template, kept, rate, deciding) for rate in rates]
+        return torch.stack([torch.stack([c.latency_ratio, c.energy_ratio], dim=-1) for c in costs], dim=1)
+
     def students(self, num_students: int) -> Students:
         """A lock-step population, or one plain student."""
         structure, c = self.new_structure(), self.config
         if num_students == 1:
-            return SoloStudent(structure, self.data, self.signals, c.train)
-        return Population(structure, self.data, self.signals, num_students, c.train)
+            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost)
+        return Population(structure, self.data, self.signals, num_students, c.train, self.exit_cost)
 
 
 def build_world(

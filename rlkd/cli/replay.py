@@ -94,31 +94,31 @@ def _replay(config: ReplayConfig, bundle: Bundle, options: Namespace, folder: Pa
 class Watch:
     """What is written of every window while a student trains."""
 
-    def __init__(self, folder: Path, bundle: Bundle, bar: Bar, journal: Journal) -> None:
+    def __init__(self, folder: Path, bundle: Bundle | None, bar: Bar, journal: Journal) -> None:
         self.positions: list[list[float]] = []
         self.far: dict[int, float] = {}
         self.journal = journal
         self._metrics = JsonLines(folder / "metrics.jsonl", journal)
-        self._logger = tb.new_logger(folder / "tensorboard")
+        self.logger = tb.new_logger(folder / "tensorboard")
         self._bundle, self._bar = bundle, bar
 
     def window(self, row: dict[str, float], observation: torch.Tensor) -> None:
         """Write one window's row, and remember how far its observation [1, O] is from the policy's training."""
         self._metrics.write(row)
         self.positions.append([row[f"position_{name}"] for name in CONTROLS])
-        distance = float(self._bundle.policy.spread_of(observation)[0])
+        distance = float(self._bundle.policy.spread_of(observation)[0]) if self._bundle else 0.0
         if distance > FAR:
             self.far[int(row["window"])] = distance
         if not self.journal.replaying:
-            tb.record_window(self._logger, row)
+            tb.record_window(self.logger, row)
         self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
         self._bar.advance(1)
 
     def close(self, config: Any) -> None:
         """End the event file."""
-        tb.write_config(self._logger, config)
-        tb.write_position_figure(self._logger, torch.tensor(self.positions)[:, None])
-        self._logger.close()
+        tb.write_config(self.logger, config)
+        tb.write_position_figure(self.logger, torch.tensor(self.positions)[:, None])
+        self.logger.close()
 
 
 def finish(

@@ -6,14 +6,22 @@ from rich.console import Console
 from rlkd.agents.experiment import train_experiment
 from rlkd.agents.journal import Journal
 from rlkd.agents.runs import use_one_thread
-from rlkd.cli.arguments import add_run_options, new_parser
+from rlkd.cli.arguments import add_run_options, closest, new_parser
 from rlkd.cli.progress import Bar, comparison_table
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
+from rlkd.errors import UserError
+
+MODES = ("across", "online")  # over many students, or within the run of one
 
 
 def run(argv: list[str]) -> int:
-    """Train a policy and print how it compares."""
+    """Train a policy and print how it compares; with `--mode online`, learn within one run."""
+    mode, argv = take_mode(argv)
+    if mode == "online":
+        from rlkd.cli import online
+
+        return online.run(argv)
     config, options = parse_run(_parser, argv, ExperimentConfig)
     config.check()
     use_one_thread()
@@ -47,13 +55,33 @@ def run(argv: list[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = new_parser(
         "train",
-        "Learn a policy with PPO over a population of students; end with a table on held-out tasks, test data.",
+        "Learn a policy with PPO over a population of students; end with a table on held-out tasks, test data. With "
+        "--mode online, one student alone, while it trains: `rlkd train --mode online --help` tells its options.",
         [
             "--out runs/first",
             "--config smoke",
+            "--mode online --preference.accuracy 0.9",
             "--ppo.num_iterations 40 --task.label_noise.high 0.5 --seed 1",
             "--resume runs/first",
         ],
     )
     add_run_options(parser)
     return parser
+
+
+def take_mode(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of `--mode`, by default `across`, and the other options.
+
+    Raises:
+        UserError: another mode, or none behind the option.
+    """
+    mode, rest = "across", list(argv)
+    for index, given in enumerate(argv):
+        name, equals, value = given.partition("=")
+        if name == "--mode":
+            mode = value if equals else "".join(argv[index + 1 : index + 2])
+            del rest[index : index + (1 if equals else 2)]
+            break
+    if mode not in MODES:
+        raise UserError(f"--mode: got {mode!r}; allowed: {', '.join(MODES)}{closest(mode, MODES)}")
+    return mode, rest

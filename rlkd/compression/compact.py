@@ -3,6 +3,7 @@
 Unlike `torch.nn.utils.prune`, which only masks, this makes the tensors smaller, so that the latency falls.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
 from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, number, read_bytes, read_json, reason, whole, write_whole
-from rlkd.models import ChainStudent, Layer, Masks, layers_of, num_positions
+from rlkd.models import ChainStudent, ExitGate, Layer, Masks, layers_of, num_positions
 from rlkd.objectives.hard_label import log_probabilities
 
 FORMAT = 2
@@ -33,6 +34,7 @@ class CompactStudent(nn.Module):
         input_shape: shape that one (full) sample is reshaped to.
         kept_inputs: indices of the flat inputs that are read, or None for all.
         threshold: confidence at which a sample leaves at an early exit.
+        gates: one an early exit in use, which then decide instead of the threshold, or none.
     """
 
     kept_inputs: Tensor | None
@@ -45,10 +47,12 @@ class CompactStudent(nn.Module):
         input_shape: Sequence[int],
         kept_inputs: Tensor | None,
         threshold: float,
+        gates: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
+        self.gates = nn.ModuleList(gates)
         self.exits = tuple(exits)
         self.input_shape = tuple(input_shape)
         self.register_buffer("kept_inputs", kept_inputs)
@@ -73,14 +77,19 @@ class CompactStudent(nn.Module):
             else:
                 answers[waiting] = logits
             if block != self.exits[-1]:
-                confidence = log_probabilities(logits).amax(0)  # [R]
-                stay = torch.nonzero(confidence < self._log_threshold)[:, 0]  # [R']
+                stay = torch.nonzero(self._stays(logits, self.exits.index(block)))[:, 0]  # [R']
                 if len(stay) == 0:
                     return answers
                 x = x[stay]
                 waiting = stay if waiting is None else waiting[stay]
         assert answers is not None  # the last block always has an exit
         return answers
+
+    def _stays(self, logits: Tensor, exit_index: int) -> Tensor:
+        """[R] bool, which samples go on behind this early exit."""
+        if self.gates:
+            return torch.as_tensor(self.gates[exit_index](logits) < 0)
+        return log_probabilities(logits).amax(0) < self._log_threshold
 
     def architecture(self) -> dict[str, Any]:
         """All that `load_student` needs besides the tensors."""
@@ -92,6 +101,7 @@ class CompactStudent(nn.Module):
             "exits": list(self.exits),
             "num_classes": layers_of(self.heads)[-1].weight.shape[0],
             "threshold": self.threshold,
+            **({"gated": True} if self.gates else {}),
         }
 
 
@@ -106,12 +116,12 @@ def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStu
         masks: one [G] a group.
         threshold: 1/C or less ends the student at its first exit, 1 or more drops its early exits.
     """
-    exits, heads = list(student.exits), layers_of(student.heads)
+    exits, heads, gates = list(student.exits), layers_of(student.heads), [copy.deepcopy(g) for g in student.gates]
     always, never = exit_ends(torch.tensor(threshold), student.num_classes)
     if never:
-        exits, heads = exits[-1:], heads[-1:]
+        exits, heads, gates = exits[-1:], heads[-1:], []
     elif always:
-        exits, heads = exits[:1], heads[:1]
+        exits, heads, gates = exits[:1], heads[:1], []
     kept = [torch.nonzero(mask)[:, 0] for mask in masks]
     layers: list[nn.Module] = []
     for block, layer in enumerate(layers_of(student.layers)[: exits[-1]]):
@@ -121,7 +131,9 @@ def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStu
         _layer_of(_columns(student, h, block, kept[block]), _bias(h)) for h, block in zip(heads, exits, strict=True)
     ]
     all_inputs = student.is_conv or len(kept[0]) == len(masks[0])
-    return CompactStudent(layers, small_heads, exits, student.input_shape, None if all_inputs else kept[0], threshold)
+    kept_inputs = None if all_inputs else kept[0]
+    small = CompactStudent(layers, small_heads, exits, student.input_shape, kept_inputs, threshold, gates)
+    return small.requires_grad_(False)
 
 
 def _columns(student: ChainStudent, head: Layer, block: int, kept: Tensor) -> Tensor:
@@ -215,6 +227,8 @@ def _check_architecture(a: dict[str, Any]) -> None:
         whole(a["num_kept_inputs"], "num_kept_inputs", 1, num_inputs)
     whole(a["num_classes"], "num_classes", 1, MAX_SIZE)
     number(a["threshold"], "threshold", 0.0, 1.0)
+    if a.get("gated", True) is not True:  # absent where the threshold decides
+        raise ValueError(f"gated is {a['gated']!r:.20}; allowed: true, or no such key")
 
 
 def _empty(a: dict[str, Any]) -> CompactStudent:
@@ -229,4 +243,5 @@ def _empty(a: dict[str, Any]) -> CompactStudent:
     seen = [widths[b - 1] * num_positions(dims == 4, shape, b) for b in a["exits"]]
     heads = [_layer_of(torch.empty(a["num_classes"], size), torch.empty(a["num_classes"])) for size in seen]
     index = None if kept is None else torch.empty(kept, dtype=torch.int64)
-    return CompactStudent(layers, heads, a["exits"], shape, index, a["threshold"])
+    gates = [ExitGate(a["num_classes"]) for _ in a["exits"][:-1] if "gated" in a]
+    return CompactStudent(layers, heads, a["exits"], shape, index, a["threshold"], gates)

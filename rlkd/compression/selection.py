@@ -87,6 +87,12 @@ def exits_at(confidence: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
     return ((confidence >= threshold[..., None]) | always[..., None]) & ~never[..., None]
 
 
+def gated_exits(gate_logits: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
+    """As `exits_at`, decided by a gate's logits [*N, B] wherever the threshold is at neither of its ends."""
+    always, never = exit_ends(threshold, num_classes)
+    return ((gate_logits >= 0) | always[..., None]) & ~never[..., None]
+
+
 def select(student: ChainStudent, scores: Masks, feature_keep: Tensor, unit_keep: Tensor) -> Masks:
     """Masks of all groups: `feature_keep` of the inputs, `unit_keep` of every block's units."""
     return (keep_top(scores[0], feature_keep), *(keep_top(s, unit_keep) for s in scores[1:]))

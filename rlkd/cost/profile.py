@@ -174,5 +174,10 @@ def load_or_calibrate(config: CostConfig, student: ChainStudent, say: Any = prin
 
 def describe(student: ChainStudent) -> dict[str, Sequence[int] | str]:
     """The structure that a profile was measured on."""
-    kind = "conv" if student.is_conv else "mlp"
-    return {"kind": kind, "input_shape": student.input_shape, "widths": student.group_sizes[1:], "exits": student.exits}
+    return {
+        "kind": "conv" if student.is_conv else "mlp",
+        "input_shape": student.input_shape,
+        "widths": student.group_sizes[1:],
+        "exits": student.exits,
+        **({"exit_rule": "gate"} if student.gates else {}),
+    }

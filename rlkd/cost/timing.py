@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from rlkd.compression import CompactStudent, compact
 from rlkd.compression.selection import exit_ends
 from rlkd.cost.profile import ENERGY_MODEL, CostProfile, describe, machine
 from rlkd.cost.workload import REGRESSORS, workload
-from rlkd.models import ChainStudent, initialise
+from rlkd.models import ChainStudent, ExitGate, initialise
 
 FEATURE_KEEPS = (1.0, 0.5, 0.2)
 UNIT_KEEPS = (1.0, 0.5, 0.25, 0.1)
@@ -139,6 +139,8 @@ def _grid(
             yield {**setting, "exit_rate": 1.0}, masks, 0.0, always
             for rate in EXIT_RATES:
                 threshold, rates = _threshold_for(student, masks, inputs, rate)
+                for gate in cast("list[ExitGate]", list(student.gates)):
+                    gate.stand_for(threshold)
                 if any(exit_ends(torch.tensor(threshold), student.num_classes)):
                     continue  # so narrow that it answers all samples alike: nothing is decided
                 yield {**setting, "exit_rate": rate}, masks, threshold, rates

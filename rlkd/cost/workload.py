@@ -85,6 +85,11 @@ def workload(
             decides = present * (~always).double()  # [N]
             decisions += decides * runs
             decided += decides * reach
+            if student.gates:  # one more linear layer, from C + 1 values to one
+                macs += decides * reach * (student.num_classes + 1)
+                activations += decides * reach
+                weights += decides * runs * (student.num_classes + 2)
+                layers += decides * runs
             reach = (reach - exit_rates[:, exit_index].double()).clamp_min(0.0)
     gathers = (~is_full).double()
     num_inputs = kept[:, 0] * (torch.Size(student.input_shape).numel() if student.is_conv else 1)

@@ -11,9 +11,12 @@ from rlkd.models.chain import (
     layers_of,
     num_positions,
 )
+from rlkd.models.gate import ExitGate, GateConfig
 
 __all__ = [
     "ChainStudent",
+    "ExitGate",
+    "GateConfig",
     "Layer",
     "Masks",
     "Outputs",

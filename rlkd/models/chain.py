@@ -8,7 +8,7 @@ that every student of a population keeps the same tensor shapes whatever it has 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, NamedTuple, cast
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlkd.errors import UserError
+from rlkd.models.gate import START, ExitGate, GateConfig
 
 MAX_BLOCKS, MAX_WIDTH = 32, 4096  # two such neighbours hold 64 MiB of weights
 
@@ -29,6 +30,7 @@ class Outputs(NamedTuple):
 
     logits: tuple[Tensor, ...]  # one [B, C] an exit, the last being the full student
     features: tuple[Tensor, ...]  # one [B, U] or [B, U, H, W] a block, after activation and mask
+    gates: tuple[Tensor, ...] = ()  # one [B] an early exit, logits of leaving there; none without gates
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class StudentConfig:
     """Units (or channels) of each block, first to last."""
     exits: tuple[int, ...] = (1,)
     """After which blocks (counted from 1) an early exit stands; the last block always ends in the final head."""
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def check(self) -> None:
         """Raises UserError for widths or exits that make no student."""
@@ -57,6 +60,9 @@ class StudentConfig:
                 f"student.exits: got {list(self.exits)}; allowed: rising block numbers from 1 to "
                 f"{len(self.widths) - 1} (the last block has the final head)"
             )
+        self.gate.check()
+        if self.gate.enabled and not self.exits:
+            raise UserError("student.gate.enabled: got true for a student without an early exit; allowed: false")
 
 
 class ChainStudent(nn.Module):
@@ -68,6 +74,7 @@ class ChainStudent(nn.Module):
             flattened channels and positions.
         exits: the block (from 1) behind which each head stands; the last equals len(layers).
         input_shape: [D] or [channels, height, width] that one sample is reshaped to.
+        gate: how the gates of the early exits are trained, where it is enabled; by default there are none.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class ChainStudent(nn.Module):
         heads: Sequence[nn.Linear],
         exits: Sequence[int],
         input_shape: Sequence[int],
+        gate: GateConfig | None = None,
     ) -> None:
         super().__init__()
         for layer in layers:
@@ -90,6 +98,8 @@ class ChainStudent(nn.Module):
         self.exits = tuple(exits)
         self.input_shape = tuple(input_shape)
         self.is_conv = isinstance(layers[0], nn.Conv2d)
+        self.gate = gate or GateConfig()
+        self.gates = nn.ModuleList(ExitGate(self.num_classes) for _ in self.exits[:-1] if self.gate.enabled)
         # Pixels of a convolution's input share their weights: leaving some out saves nothing, so they are no group.
         num_inputs = 1 if self.is_conv else math.prod(self.input_shape)
         self.group_sizes = (num_inputs, *(layer.weight.shape[0] for layer in layers))
@@ -114,7 +124,8 @@ class ChainStudent(nn.Module):
             features.append(x)
             if block in self.exits:
                 logits.append(self.heads[self.exits.index(block)](x.flatten(1)))  # [B, C]
-        return Outputs(tuple(logits), tuple(features))
+        gates = tuple(gate(z) for gate, z in zip(self.gates, logits, strict=False))
+        return Outputs(tuple(logits), tuple(features), gates)
 
 
 def num_positions(is_conv: bool, input_shape: Sequence[int], block: int) -> int:
@@ -161,13 +172,22 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
         )
         for block in exits
     ]
-    return ChainStudent(layers, heads, exits, shape).to_empty(device="cpu")
+    return ChainStudent(layers, heads, exits, shape, config.gate).to_empty(device="cpu")
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill every parameter from `generator`: He-uniform weights (He et al. 2015), zero biases."""
+    """Fill every parameter from `generator`: He-uniform weights (He et al. 2015), zero biases.
+
+    Gates begin as a threshold and draw nothing, so that a student has the same weights with and without them.
+    """
+    gates = [part for part in module.modules() if isinstance(part, ExitGate)]
+    for gate in gates:
+        gate.stand_for(START)
+    of_gates = {id(parameter) for gate in gates for parameter in gate.parameters()}
     for parameter in module.parameters():
+        if id(parameter) in of_gates:
+            continue
         if parameter.ndim == 1:
             parameter.zero_()
         else:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlkd.compression.selection import exit_ends, exits_at, spread
+from rlkd.compression.selection import exit_ends, exits_at, gated_exits, spread
 from rlkd.models import Masks
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.interface import Metrics
@@ -18,6 +18,7 @@ def summarise(
     masks: Masks,
     scores: Masks,
     patience: int = 0,
+    gates: tuple[Tensor, ...] = (),
 ) -> Metrics:
     """Metrics of N students.
 
@@ -30,6 +31,7 @@ def summarise(
         scores: importance, one [N, G] a group.
         patience: a sample also leaves where this many exits in a row agree (PABEE, Zhou et al. 2020), unless the
             threshold is at an end, which lets all or none leave; 0 switches the rule off.
+        gates: one [N, B] an early exit, logits of leaving, which then decide instead of confidence and threshold.
     """
     num_classes = logits[0].shape[-1]
     log_q = torch.stack([log_probabilities(z) for z in logits], dim=1)  # [N, E, C, B]
@@ -42,7 +44,10 @@ def summarise(
     undecided = ~torch.stack(exit_ends(exit_threshold, num_classes)).any(0)[:, None]  # [N, 1]
     leaves = []
     for e in range(len(logits) - 1):
-        leave = exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
+        if gates:
+            leave = gated_exits(gates[e], exit_threshold, num_classes)
+        else:
+            leave = exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
         if 0 < patience <= e + 1:
             recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
             leave = leave | ((recent == recent[:, :1]).all(1) & undecided)

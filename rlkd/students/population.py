@@ -17,6 +17,7 @@ from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.objectives import FAMILIES, family_losses
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
+from rlkd.students.gating import ExitCost, Stakes, gate_training
 from rlkd.students.interface import (
     PROBE_SIZE,
     Controls,
@@ -51,12 +52,19 @@ class WithAdapter(nn.Module):
 
 
 class Population:
-    """Implements `Students` for N copies of one `ChainStudent`."""
+    """Implements `Students` for N copies of one `ChainStudent`; `exit_cost` is needed where it has exit gates."""
 
     def __init__(
-        self, student: ChainStudent, data: DataSet, signals: Signals, num_students: int, config: TrainConfig
+        self,
+        student: ChainStudent,
+        data: DataSet,
+        signals: Signals,
+        num_students: int,
+        config: TrainConfig,
+        exit_cost: ExitCost | None = None,
     ) -> None:
         config.check()
+        self._gate = gate_training(student, exit_cost, num_students)
         self.num_students = num_students
         self._student, self._data, self._signals, self._config = student, data, signals, config
         self._module = WithAdapter(student, signals.features.shape[-1])
@@ -85,6 +93,8 @@ class Population:
         where = torch.arange(self.num_students) if rows is None else rows
         if len(tasks) != len(where):
             raise ValueError(f"reset: got {len(tasks)} tasks for {len(where)} students; give one each")
+        if self._gate:
+            self._gate.reset(where, [task.preference for task in tasks])
         for row, task in zip(where.tolist(), tasks, strict=True):
             initialise(self._module, task_generator(task.seed, "parameters"))
             for name, parameter in self._module.named_parameters():
@@ -138,9 +148,12 @@ class Population:
         ]
         positions = torch.stack(drawn, dim=1)  # [K, N, B]
         total = torch.zeros(self.num_students, len(FAMILIES))
+        stakes = self._gate.stakes(self._masks, self._num_updates) if self._gate else ()
         for step in range(num_steps):
             batch = self._batch(positions[step])
-            gradients, (_, losses) = self._step(self._parameters, *batch, self._masks, weights, controls.temperature)
+            gradients, (_, losses) = self._step(
+                self._parameters, *batch, self._masks, weights, controls.temperature, stakes
+            )
             self._update(gradients, learning_rate)
             total += losses
         probe = [part[:, :PROBE_SIZE] for part in batch]
@@ -160,7 +173,8 @@ class Population:
         with torch.no_grad():
             outputs = self._forward(self._parameters, self._masks, self._data.inputs[index])
         log_p = log_probabilities(self._signals.logits[:, index])[self._teacher]  # [N, C, B]
-        return summarise(outputs.logits, self._data.labels[index], log_p, self._threshold, self._masks, self._scores())
+        labels, scores = self._data.labels[index], self._scores()
+        return summarise(outputs.logits, labels, log_p, self._threshold, self._masks, scores, gates=outputs.gates)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the parameters, adapter included, each [N, ...]."""
@@ -223,21 +237,22 @@ class Population:
         teacher_map: Tensor,
         masks: Masks,
         temperature: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Outputs]:
         outputs, adapted = functional_call(self._module, parameters, (inputs, masks))
-        return family_losses(
-            outputs, adapted, labels, teacher_logits, teacher_features, teacher_map, temperature
-        )  # [4]
+        losses = family_losses(outputs, adapted, labels, teacher_logits, teacher_features, teacher_map, temperature)
+        return losses, outputs  # [4]
 
     def _loss(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
-        """The weighted sum, which is differentiated, and the losses; `rest` as of `_losses`, weights before last."""
-        arguments = (*rest[:-2], rest[-1])
-        losses = self._losses(parameters, *arguments)
-        return (losses * rest[-2]).sum(), losses
+        """What is differentiated, and the losses; `rest` as of `_losses`, with weights before its last, then stakes."""
+        weights, temperature, stakes = rest[-3:]
+        arguments = (*rest[:-3], temperature)
+        losses, outputs = self._losses(parameters, *arguments)
+        loss = (losses * weights).sum()
+        return (self._gate.loss(loss, outputs, rest[1], Stakes(*stakes)) if self._gate else loss), losses
 
     def _gradients_of_one(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """Norm of each family's gradient on the student's parameters, and the cosine of the first two."""
-        _, pullback = vjp(lambda p: self._losses(p, *rest), parameters)  # type: ignore[misc]
+        _, pullback = vjp(lambda p: self._losses(p, *rest)[0], parameters)  # type: ignore[misc]
         (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES)))
         parts = [g.flatten(1) for name, g in gradients.items() if name.startswith("student.")]  # each [4, P_k]
         norms = torch.stack([g.square().sum(1) for g in parts]).sum(0).sqrt()  # [4]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from rlkd.compression.selection import importance, select
-from rlkd.models import ChainStudent, Masks, initialise
+from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.objectives import FAMILIES, family_losses
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
+from rlkd.students.gating import ExitCost, Stakes, gate_training
 from rlkd.students.interface import (
     PROBE_SIZE,
     Controls,
@@ -32,12 +33,20 @@ from rlkd.teachers import Signals
 
 
 class SoloStudent:
-    """Implements `Students` for one student."""
+    """Implements `Students` for one student; `exit_cost` is needed where it has exit gates."""
 
     num_students = 1
 
-    def __init__(self, student: ChainStudent, data: DataSet, signals: Signals, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        student: ChainStudent,
+        data: DataSet,
+        signals: Signals,
+        config: TrainConfig,
+        exit_cost: ExitCost | None = None,
+    ) -> None:
         config.check()
+        self._gate = gate_training(student, exit_cost, 1)
         self.student = student
         self._data, self._signals, self._config = data, signals, config
         self._module = WithAdapter(student, signals.features.shape[-1])
@@ -54,6 +63,9 @@ class SoloStudent:
         self._optimizer = torch.optim.Adam(self._module.parameters())
         self._batches = task_generator(self._task.seed, "batches")
         self._rollbacks.reset(torch.arange(1))
+        self._num_updates = torch.zeros(1)
+        if self._gate:
+            self._gate.reset(torch.zeros(1, dtype=torch.int64), [self._task.preference])
 
     def set_controls(self, controls: Controls) -> None:
         """As `Population.set_controls`."""
@@ -74,10 +86,14 @@ class SoloStudent:
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
         total = torch.zeros(len(FAMILIES))
+        stakes = [part[0] for part in self._gate.stakes(self.masks(), self._num_updates)] if self._gate else []
         for step in range(num_steps):
-            losses = self._losses(positions[step], controls.temperature[0])
+            losses, outputs = self._losses(positions[step], controls.temperature[0])
+            loss = (losses * weights).sum()
+            if self._gate:
+                loss = self._gate.loss(loss, outputs, self._task.labels[positions[step]], Stakes(*stakes))
             self._optimizer.zero_grad()
-            (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             total += losses.detach()
         norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], controls.temperature[0])
@@ -85,6 +101,8 @@ class SoloStudent:
         finite = divergence_free(total[None], norms[None], *parameters, *moments(self._optimizer))
         if self._rollbacks.judge(finite).any():
             before.put_back(self._module, self._optimizer)
+        else:
+            self._num_updates += num_steps
         rollbacks = self._rollbacks
         return Telemetry((total / num_steps)[None], norms[None], cosine[None], rollbacks.diverged, rollbacks.count)
 
@@ -100,6 +118,7 @@ class SoloStudent:
             self._threshold,
             self.masks(),
             tuple(s[None] for s in self._scores()),
+            gates=tuple(z[None] for z in outputs.gates),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -114,7 +133,8 @@ class SoloStudent:
         """As `Students.training_state`."""
         state = {f"parameters.{name}": p.detach().clone() for name, p in self._module.named_parameters()}
         state |= {f"mask.{i}": mask.clone() for i, mask in enumerate(self._masks)}
-        state |= {"threshold": self._threshold.clone(), "batches": self._batches.get_state()}
+        state |= {"threshold": self._threshold.clone(), "num_updates": self._num_updates.clone()}
+        state["batches"] = self._batches.get_state()
         return {**state, **optimizer_state(self._optimizer), **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -123,7 +143,7 @@ class SoloStudent:
             for name, parameter in self._module.named_parameters():
                 parameter.copy_(state[f"parameters.{name}"])
         self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
-        self._threshold = state["threshold"].clone()
+        self._threshold, self._num_updates = state["threshold"].clone(), state["num_updates"].clone()
         self._batches.set_state(state["batches"].clone())
         self._rollbacks.load_training_state(state)
         load_optimizer_state(self._optimizer, state)
@@ -132,11 +152,11 @@ class SoloStudent:
         named = {k: p.detach() for k, p in self.student.named_parameters()}
         return importance(self.student, named, self._input_scale)
 
-    def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
+    def _losses(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Outputs]:
         samples = self._task.samples[positions]  # [B]
         teacher = self._task.teacher
         outputs, adapted = self._module(self._data.inputs[samples], self._masks)
-        return family_losses(
+        losses = family_losses(
             outputs,
             adapted,
             self._task.labels[positions],
@@ -144,11 +164,12 @@ class SoloStudent:
             self._signals.features[teacher, samples],
             self._signals.maps[teacher, samples],
             temperature,
-        )  # [4]
+        )
+        return losses, outputs  # [4]
 
     def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """As in `Population`: norms [4] of each family's gradient on the student, cosine of the first two."""
-        losses = self._losses(positions, temperature)
+        losses, _ = self._losses(positions, temperature)
         parameters = list(self.student.parameters())
         rows = []
         for loss in losses:

@@ -1,14 +1,17 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlkd.agents.adaptive import look
 from rlkd.agents.schedules import SCHEDULES, Values, annealed, published, upon
 from rlkd.envs import ControlConfig, World
 from rlkd.envs.action import CONTROLS, SCALARS, decode, published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.students import Controls
+from rlkd.students.sensitivity import Sensitivity
 from rlkd.tasks import Range, Task
 
 BASE = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.35, 0.2]])
@@ -109,16 +112,51 @@ def test_labels_weigh_by_the_teachers_mean_confidence(world: World) -> None:
 def test_the_curriculum_is_whole_before_the_last_stage_and_the_bases_after(world: World) -> None:
     episodes = begun(world)
     published_weights = [0.5, 0.3, 0.15, 0.05]
-    stages = [[1.0, 0.0, 0.0, 0.0], [0.2, 0.8, 0.0, 0.0], published_weights, published_weights]
+    stages = [[1.0, 0.0, 0.0, 0.0], [0.2, 0.8, 0.0, 0.0], None, published_weights]
     own = decode(BASE, world.config.controls, 10)
     for window, weights in enumerate(stages):
         controls = controls_of("curriculum", episodes, window)
-        assert controls.weights[0].tolist() == pytest.approx(weights, abs=2e-3)
+        if weights:
+            assert controls.weights[0].tolist() == pytest.approx(weights, abs=2e-3)
         assert float(controls.temperature[0]) == pytest.approx(4.0, rel=1e-5)
         for name in ("feature_keep", "unit_keep", "exit_threshold"):
             wanted = 1.0 if window < 3 else float(getattr(own, name))
             assert float(getattr(controls, name)[0]) == pytest.approx(wanted, rel=1e-5), (window, name)
         assert float(controls.learning_rate[0]) == pytest.approx(float(own.learning_rate), rel=1e-5)
+
+
+def test_the_third_stage_weighs_families_by_what_they_do_for_validation(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pay = torch.tensor(
+        [[0.8, 0.4, -0.3, 0.4], [-0.1, -0.2, -0.3, -0.1], [math.nan, 0.5, 0.0, 0.0], [0.1, -0.9, 0.0, 0.0]]
+    )
+    monkeypatch.setattr("rlkd.agents.schedules.look", lambda *_: Sensitivity(torch.zeros(4), pay))
+    weights = controls_of("curriculum", begun(world, 4), 2).weights
+    # 0.5 * 0.8 : 0.3 * 0.4 : 0 : 0.05 * 0.4 = 0.4 : 0.12 : 0 : 0.02; nothing helps: published; a diverged student's NaN
+    wanted = [
+        [0.4 / 0.54, 0.12 / 0.54, 0.0, 0.02 / 0.54],
+        [0.5, 0.3, 0.15, 0.05],
+        [0.0, 1.0, 0.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0],
+    ]
+    for row, want in zip(weights.tolist(), wanted, strict=True):
+        assert row == pytest.approx(want, abs=2e-3)
+
+
+def test_the_third_stage_looks_at_the_students_themselves(world: World) -> None:
+    episodes = begun(world, 3)
+    for window in range(2):
+        episodes.step(upon(base, SCHEDULES["curriculum"])(NOTHING, episodes, window))
+    weights = controls_of("curriculum", episodes, 2).weights
+    pay = look(episodes, torch.Generator().manual_seed(2)).alignment  # [3, 4]
+    assert pay[:, :2].min() > 0
+    for i, j in ((0, 1), (0, 3)):
+        if pay[:, j].min() > 0:
+            ratio = (weights[:, i] / weights[:, j]).tolist()
+            share = [0.5, 0.3, 0.15, 0.05]
+            assert ratio == pytest.approx((share[i] * pay[:, i] / (share[j] * pay[:, j])).tolist(), rel=1e-3)
+    assert torch.equal(weights, controls_of("curriculum", episodes, 2).weights)
 
 
 def test_the_published_setting_never_changes(world: World) -> None:

@@ -20,6 +20,7 @@ NOT_SHOWN = {
     "agents/lock.py: another run takes the lock between a look and a grab": "UserError(_taken(folder))",
     "agents/report.py: TensorBoard's reader fails in a way of its own": "cannot read the event file",
     "agents/methods.py: rlkd compare says it first": "needs a policy",
+    "agents/online.py: only a policy whose rates no training has gets there": "diverged in its first window",
     "agents/pbt.py: set from Python alone": "pbt: got group_size",
     "rlkd/tasks/files.py: files of other people's packages; tests/tasks/test_files.py makes them": "",
     "envs/modules.py: real models need the extra hf; the tests beside it make them": "",

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from rlkd.compression import compact, exits_at, keep_top, load_student, save_student
 from rlkd.compression.compact import _digest
+from rlkd.compression.selection import gated_exits
 from rlkd.errors import UserError
-from rlkd.models import ChainStudent, Masks, StudentConfig, build_student, initialise
+from rlkd.models import ChainStudent, GateConfig, Masks, StudentConfig, build_student, initialise
 
 STUDENTS = {
     "mlp": StudentConfig(widths=(12, 9, 7), exits=(1, 2)),
     "conv": StudentConfig("conv", (4, 6), (1,)),
     "no_exit": StudentConfig(widths=(12, 9), exits=()),
+    "gated": StudentConfig(widths=(12, 9, 7), exits=(1, 2), gate=GateConfig(enabled=True)),
 }
 
 
@@ -24,6 +26,9 @@ def made(name: str) -> tuple[ChainStudent, Masks, Tensor]:
     initialise(student, generator)
     for layer in (*student.layers, *student.heads):
         torch.nn.init.uniform_(layer.bias, -0.5, 0.5, generator=generator)  # type: ignore[arg-type]
+    for gate in student.gates:
+        torch.nn.init.uniform_(gate.weight, -5, 5, generator=generator)  # type: ignore[arg-type]
+        torch.nn.init.zeros_(gate.bias)  # type: ignore[arg-type]
     masks = tuple(
         keep_top(torch.rand(1, size, generator=generator), torch.tensor([0.5]))[0] for size in student.group_sizes
     )
@@ -32,10 +37,14 @@ def made(name: str) -> tuple[ChainStudent, Masks, Tensor]:
 
 def masked_answers(student: ChainStudent, masks: Masks, inputs: Tensor, threshold: float) -> Tensor:
     """Logits of the exit that each sample leaves at, by the masked student."""
-    logits = student(inputs, masks).logits
+    outputs = student(inputs, masks)
+    logits, at = outputs.logits, torch.tensor(threshold)
     answers, waiting = logits[-1].clone(), torch.ones(len(inputs), dtype=torch.bool)
-    for early in logits[:-1]:
-        leave = waiting & exits_at(early.softmax(-1).amax(-1), torch.tensor(threshold), student.num_classes)
+    for e, early in enumerate(logits[:-1]):
+        if outputs.gates:
+            leave = waiting & gated_exits(outputs.gates[e], at, student.num_classes)
+        else:
+            leave = waiting & exits_at(early.softmax(-1).amax(-1), at, student.num_classes)
         answers[leave] = early[leave]
         waiting &= ~leave
     return answers
@@ -146,4 +155,34 @@ def test_kept_inputs_outside_of_the_inputs_are_refused(saved: Path, index: int) 
     card["sha256"] = _digest(card["architecture"], blob)
     (saved / "student.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="kept_inputs must be rising indices below 64"):
+        load_student(saved)
+
+
+def test_a_gated_student_follows_its_gates_and_keeps_them_in_its_folder(tmp_path: Path) -> None:
+    student, masks, inputs = made("gated")
+    gate = student(inputs, masks).gates[0]
+    assert 0 < int((gate >= 0).sum()) < len(inputs)
+    small = compact(student, masks, 0.5)
+    torch.testing.assert_close(small(inputs), compact(student, masks, 0.9)(inputs))  # the threshold decides nothing
+    save_student(small, tmp_path, {})
+    again = load_student(tmp_path)
+    assert len(again.gates) == 2
+    assert torch.equal(again(inputs), small(inputs))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    for end, blocks in ((1.0, 3), (0.1, 1)):  # at its ends there is no decision to ship
+        assert (len(compact(student, masks, end).gates), len(compact(student, masks, end).layers)) == (0, blocks)
+
+
+def test_a_card_with_a_false_gate_is_refused(saved: Path) -> None:
+    card = json.loads((saved / "student.json").read_text())
+    for given in (False, 1, "yes"):
+        card["architecture"]["gated"] = given
+        card["sha256"] = _digest(card["architecture"], (saved / "student.safetensors").read_bytes())
+        (saved / "student.json").write_text(json.dumps(card))
+        with pytest.raises(UserError, match="gated is"):
+            load_student(saved)
+    card["architecture"]["gated"] = True  # a gated student without its gates
+    card["sha256"] = _digest(card["architecture"], (saved / "student.safetensors").read_bytes())
+    (saved / "student.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="gates"):
         load_student(saved)

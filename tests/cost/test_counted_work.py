@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from rlkd.compression import compact, exits_at, keep_top
 from rlkd.cost import calibrate, load_profile, workload
+from rlkd.cost.profile import describe
+from rlkd.cost.timing import _grid
 from rlkd.errors import UserError
-from rlkd.models import ChainStudent, Masks, StudentConfig, build_student, initialise
+from rlkd.models import ChainStudent, ExitGate, GateConfig, Masks, StudentConfig, build_student, initialise
 
 STUDENTS = {
     "mlp": StudentConfig(),
     "deep": StudentConfig(widths=(20, 16, 12), exits=(1, 2)),
     "conv": StudentConfig("conv", (4, 6), (1,)),
     "no_exit": StudentConfig(widths=(12, 9), exits=()),
+    "gated": StudentConfig(widths=(20, 16, 12), exits=(1, 2), gate=GateConfig(enabled=True)),
 }
 
 
@@ -62,6 +65,9 @@ def test_counted_macs_are_the_multiplications_made(name: str, exit: str, keep: f
     if exit == "mixed":
         with torch.no_grad():
             threshold = float(student(inputs, masks).logits[0].softmax(-1).amax(-1).median()) - 1e-6
+    for gate in student.gates:
+        assert isinstance(gate, ExitGate)
+        gate.stand_for(threshold)
     rates = rates_of(student, masks, inputs, threshold)
     if exit == "mixed" and student.exits[0] != len(student.layers):
         assert 0 < float(rates[0, 0]) < 1
@@ -75,6 +81,23 @@ def test_calibration_of_a_student_without_early_exits_knows_no_decision() -> Non
     assert all(math.isfinite(c) and c >= 0 for c in profile.coefficients)
     assert sum(profile.coefficients) > 0
     assert {row["exit_rate"] for row in profile.provenance["grid"]} == {0.0}
+
+
+@torch.no_grad()
+def test_calibration_times_gated_students_at_the_rates_that_it_says() -> None:
+    student = build_student(StudentConfig(widths=(8, 6), gate=GateConfig(enabled=True)), (8, 8), 10)
+    initialise(student, torch.Generator().manual_seed(0))
+    inputs = torch.rand(64, 8, 8, generator=torch.Generator().manual_seed(1))
+    deciding = 0
+    for setting, masks, threshold, rates in _grid(student, inputs):
+        if 0 < setting["exit_rate"] < 1:
+            left = float(
+                (compact(student, masks, threshold).gates[0](student(inputs, masks).logits[0]) >= 0).float().mean()
+            )
+            assert left == pytest.approx(float(rates[0]), abs=1 / 64)
+            deciding += 1
+    assert deciding > 8
+    assert describe(student)["exit_rule"] == "gate"
 
 
 @pytest.mark.parametrize("name", ["call_s", "layer_s", "mac_s", "decided_s", "gathered_s"])

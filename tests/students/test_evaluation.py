@@ -78,3 +78,18 @@ def test_patience_lets_a_sample_leave_where_exits_agree() -> None:
     assert rates(0.9, 3) == [0.0, 0.0, 1.0]
     assert rates(1.0, 2) == [0.0, 0.0, 1.0]  # none leaves early
     assert rates(0.5, 2) == [1.0, 0.0, 0.0]  # all leave at once
+
+
+def test_gates_decide_in_place_of_confidence_except_at_the_ends() -> None:
+    masks = (torch.ones(1, 3), torch.ones(1, 2))
+    exits, teacher = (logits_of(EARLY), logits_of(LATE)), log_probabilities(logits_of(TEACHER))
+    gates = (torch.tensor([[-0.1, 0.0, 0.1]]),)
+
+    def at(threshold: float) -> tuple[list[float], float]:
+        m = summarise(exits, LABELS, teacher, torch.tensor([threshold]), masks, masks, gates=gates)
+        return [round(r, 3) for r in m.exit_rates[0].tolist()], float(m.accuracy)
+
+    # the second and the third leave, though the first alone is confident: answers 1 0 1, labels 0 1 0
+    assert at(0.85) == ([0.667, 0.333], 0.0)
+    assert at(0.5)[0] == [1.0, 0.0]
+    assert at(1.0)[0] == [0.0, 1.0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkd.envs import World
-from rlkd.models import StudentConfig, build_student
+from rlkd.models import GateConfig, StudentConfig, build_student
 from rlkd.students import Controls, Metrics, Population, SoloStudent, TrainConfig
 from rlkd.tasks import draw_task
 
@@ -24,7 +24,7 @@ def controls_of(rows: list[int]) -> Controls:
 
 def population(world: World, student: StudentConfig, seeds: list[int]) -> Population:
     structure = build_student(student, world.data.input_shape, world.data.num_classes)
-    students = Population(structure, world.data, world.signals, len(seeds), TRAIN)
+    students = Population(structure, world.data, world.signals, len(seeds), TRAIN, exit_cost)
     students.reset([draw_task(seed, world.config.task, world.data, 3) for seed in seeds])
     return students
 
@@ -34,7 +34,16 @@ def assert_rows_equal(left: dict[str, Tensor], right: dict[str, Tensor], rows: l
         assert torch.equal(stacked[rows], right[name][others]), name
 
 
-@pytest.mark.parametrize("student", [StudentConfig(), StudentConfig("conv", (4, 8), (1,))], ids=["mlp", "conv"])
+GATED = StudentConfig(widths=(12, 12, 12), exits=(1, 2), gate=GateConfig(enabled=True, steps_per_rise=15))
+STUDENTS = {"mlp": StudentConfig(), "conv": StudentConfig("conv", (4, 8), (1,)), "gated": GATED}
+
+
+def exit_cost(kept: Tensor) -> Tensor:
+    """Leaving later costs more, and more units cost more."""
+    return torch.arange(1, 4)[None, :, None] * (kept.sum(-1) / 200)[:, None, None].expand(-1, 3, 2)
+
+
+@pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
 def test_population_and_solo_student_agree_after_sixty_updates(double_world: World, student: StudentConfig) -> None:
     world = double_world
     together = population(world, student, [0, 1, 2])
@@ -43,7 +52,7 @@ def test_population_and_solo_student_agree_after_sixty_updates(double_world: Wor
     metrics = together.evaluate("validation")
     for row in range(3):
         structure = build_student(student, world.data.input_shape, world.data.num_classes)
-        alone = SoloStudent(structure, world.data, world.signals, TRAIN)
+        alone = SoloStudent(structure, world.data, world.signals, TRAIN, exit_cost)
         alone.reset([draw_task(row, world.config.task, world.data, 3)])
         for _ in range(4):
             single = alone.train_window(controls_of([row]))
@@ -162,3 +171,34 @@ def test_a_student_alone_is_flagged_when_it_diverges(world: World) -> None:
     assert alone.train_window(dataclasses.replace(good, learning_rate=torch.tensor([1e30]))).diverged.tolist() == [True]
     alone.reset([task])  # a new episode starts from finite parameters again
     assert alone.train_window(good).diverged.tolist() == [False]
+
+
+def test_gates_learn_what_leaving_is_worth(world: World) -> None:
+    """Where leaving early is free and staying costs all, gates come to let more go, and the other way round."""
+    config = StudentConfig(gate=GateConfig(enabled=True, beta_start=1.0, beta_end=1.0))
+
+    def rate(costs: list[float]) -> float:
+        def cost(kept: Tensor) -> Tensor:
+            return torch.tensor(costs)[None, :, None].expand(len(kept), -1, 2)
+
+        students = Population(
+            build_student(config, world.data.input_shape, 10), world.data, world.signals, 2, TRAIN, cost
+        )
+        students.reset([draw_task(seed, world.config.task, world.data, 3) for seed in (0, 1)])
+        one = torch.ones(2)
+        weights = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).expand(2, -1)
+        for _ in range(6):
+            students.train_window(Controls(weights, one, one, one, 0.5 * one, 1e-2 * one))
+        return float(students.evaluate("validation").exit_rates[:, 0].mean())
+
+    cheap_early, cheap_late = rate([0.0, 3.0]), rate([3.0, 0.0])
+    assert cheap_early > 0.9
+    assert cheap_late < 0.1
+
+
+def test_a_gated_student_must_know_what_leaving_costs(world: World) -> None:
+    gated = build_student(GATED, world.data.input_shape, 10)
+    with pytest.raises(ValueError, match="exit_cost: got None"):
+        Population(gated, world.data, world.signals, 2, TRAIN)
+    with pytest.raises(ValueError, match="exit_cost: got None"):
+        SoloStudent(gated, world.data, world.signals, TRAIN)

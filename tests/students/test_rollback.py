@@ -228,7 +228,7 @@ def test_nothing_changes_for_students_that_do_not_diverge(world: World, student:
         for positions in torch.stack(drawn, dim=1):
             weights = family_weights(c.weights, plain._available)
             gradients, _ = plain._step(
-                plain._parameters, *plain._batch(positions), plain._masks, weights, c.temperature
+                plain._parameters, *plain._batch(positions), plain._masks, weights, c.temperature, ()
             )
             plain._update(gradients, c.learning_rate)
     assert_same(everything(guarded), everything(plain), [0, 1, 2])

@@ -1,0 +1,146 @@
+"""Write docs/results/online.md: PPO that learns within one run against its own base held, and the published setting.
+
+    python experiments/online.py [RUN/policy]
+
+Every way trains the same student of the same tasks (clean to noisy labels, poor to good teachers) for equally many
+updates from the same weights and batches, and ships its best student on validation; test data is read once for each.
+Bases are the published setting (the agent starts from nothing), the best held setting of a short search over the task
+distribution, and, where one is given, a learned policy.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlkd.agents.bundle import load_bundle
+from rlkd.agents.comparison import compare
+from rlkd.agents.controllers import Controller, Results, hold_start
+from rlkd.agents.held_out import held_out_seeds
+from rlkd.agents.online import OneRun, OnlineAgentConfig, hold_base, learn_online
+from rlkd.agents.plans import follow
+from rlkd.agents.runs import use_one_thread
+from rlkd.agents.schedules import published
+from rlkd.agents.search import SearchConfig, search_plans
+from rlkd.configs import OnlineConfig
+from rlkd.envs.world import EnvConfig, World, build_world
+from rlkd.tasks import Preference
+
+DOCS = Path(__file__).parent.parent / "docs" / "results"
+NUM_TASKS, NUM_WINDOWS, ACCURACY_WEIGHT = 16, 96, 0.6
+SEARCH = SearchConfig(num_settings=40, tasks_per_setting=16, num_finalists=4, tasks_per_finalist=64)
+
+
+def one(world: World, base: Controller, seed: int, agent: OnlineAgentConfig | None) -> dict[str, float]:
+    """Test figures of the best validated student, and of the last one; without an agent the base is held."""
+    run = OneRun(world, base, seed, lambda row, observation, episodes: None)
+    if agent is None:
+        hold_base(run, NUM_WINDOWS)
+    else:
+        learn_online(run, NUM_WINDOWS, agent, seed % 2**31, None)
+    run.bring_back_best()
+    metrics, cost, score = run.episodes.evaluate("test")
+    return {
+        "score": float(score[0]),
+        "accuracy": float(metrics.accuracy[0]),
+        "latency_ratio": float(cost.latency_ratio[0]),
+        "energy_ratio": float(cost.energy_ratio[0]),
+        "macs_ratio": float(cost.macs_ratio[0]),
+        "diverged": run.diverged,
+        "num_rollbacks": run.last["num_rollbacks"],
+        "best_window": run.best_window,
+    }
+
+
+def many(world: World, base: Controller, seeds: list[int], agent: OnlineAgentConfig | None) -> tuple[Results, float]:
+    """Results over tasks, and the mean window of the student that ships."""
+    rows = [one(world, base, seed, agent) for seed in seeds]
+    columns = {f.name: np.array([row[f.name] for row in rows]) for f in dataclasses.fields(Results)}
+    return Results(**columns), float(np.mean([row["best_window"] for row in rows]))
+
+
+def page(result: dict[str, Any], wall_s: float, policy: bool) -> str:
+    """The whole of online.md."""
+    command = "python experiments/online.py" + (" RUN/policy" if policy else "")
+    lines = [
+        "# Learning within a single run",
+        "",
+        f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}, {wall_s:.0f} s.",
+        f"{NUM_TASKS} held-out tasks of the default distribution (digits), accuracy weight {ACCURACY_WEIGHT}, one training of {NUM_WINDOWS} windows of 15 steps each.",
+        "*online* changes its base and learns by PPO every 8 windows; *held* is the same base unchanged for the same steps. Both ship their best student on",
+        "validation; figures are its test data. *untrained* explores as online does and never learns: what exploration and choosing the best window give alone.",
+        "",
+        "| method | J mean | J IQM (95 %) | accuracy | MACs | latency | window that ships |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, m in result["methods"].items():
+        low, high = m["score"]["ci95"]
+        lines.append(
+            f"| {name} | {m['score']['mean']:.3f} | {m['score']['iqm']:.3f} ({low:.3f} to {high:.3f}) | {m['accuracy']['mean']:.3f} "
+            f"| {m['macs_ratio']['mean']:.3f} | {m['latency_ratio']['mean']:.3f} | {m['best_window']:.0f} |"
+        )
+    lines += ["", "| pair | difference in J (95 %) | wins |", "|---|---|---|"]
+    for name, row in result["paired"].items():
+        low, high = row["ci95"]
+        lines.append(
+            f"| {name} | {row['difference']:+.3f} ({low:+.3f} to {high:+.3f}) | {row['probability_of_improvement']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Search, train, write."""
+    if len(sys.argv) > 2:
+        print("usage: python experiments/online.py [RUN/policy]", file=sys.stderr)
+        return 2
+    use_one_thread()
+    began = time.perf_counter()
+    bundle = load_bundle(Path(sys.argv[1])) if len(sys.argv) == 2 else None
+    controls = bundle.policy.controls if bundle else EnvConfig().controls
+    short = build_world(EnvConfig(controls=controls), bundle.policy.plan if bundle else None)
+    static = search_plans([short], SEARCH, torch.Generator().manual_seed(0))
+    preference = Preference(ACCURACY_WEIGHT)
+    setting = static.best(torch.tensor([preference.weights()]))  # [1, 9]
+    tasks = short.config.task.with_preference(preference)
+    world = dataclasses.replace(short, config=dataclasses.replace(short.config, task=tasks, num_windows=NUM_WINDOWS))
+    bases: dict[str, Controller] = {"published": published(controls), "searched": follow(setting)}
+    if bundle:
+        bases |= {"policy": bundle.policy.controller(), "plan": hold_start}
+    agents = {"online": OnlineConfig().agent, "untrained": OnlineAgentConfig(learning_rate=1e-12), "held": None}
+    seeds = held_out_seeds(0, NUM_TASKS)
+    found = {
+        f"{way} from {name}": many(world, base, seeds, agent)
+        for name, base in bases.items()
+        for way, agent in agents.items()
+    }
+    results = {name: r for name, (r, _) in found.items()}
+    spent = dict.fromkeys(results, 1.0)
+    table = compare(results, spent, 0, f"online from {next(iter(bases))}")
+    for name, (_, window) in found.items():
+        table["methods"][name]["best_window"] = window
+    table["paired"] = {
+        f"{first} - {second}": compare({first: results[first], second: results[second]}, spent, 0, first)["paired"][
+            f"{first}-{second}"
+        ]
+        for name in bases
+        for first, second in (
+            (f"online from {name}", f"held from {name}"),
+            (f"online from {name}", f"untrained from {name}"),
+            (f"online from {name}", "held from published"),
+        )
+    }
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / "online.json").write_text(json.dumps(table, indent=1) + "\n")
+    text = page(table, time.perf_counter() - began, bundle is not None)
+    (DOCS / "online.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

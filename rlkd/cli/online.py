@@ -1,0 +1,75 @@
+"""`rlkd train --mode online`: distil one student while the agent learns from its windows."""
+
+from pathlib import Path
+
+import torch
+
+from rlkd.agents.bundle import Bundle, load_bundle
+from rlkd.agents.controllers import hold_start
+from rlkd.agents.held_out import TRAIN_STREAM, stream_seed
+from rlkd.agents.journal import Journal
+from rlkd.agents.online import OneRun, learn_online
+from rlkd.agents.replay import compact_now, ship, write_student
+from rlkd.agents.runs import describe_run, plain, run_folder, use_one_thread
+from rlkd.cli.arguments import check_seed, new_parser, parse
+from rlkd.cli.progress import Bar
+from rlkd.cli.replay import Watch, finish
+from rlkd.compression import save_student
+from rlkd.configs import OnlineConfig
+from rlkd.cost import save_profile
+from rlkd.envs.action import ControlConfig
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.world import build_world
+
+
+def run(argv: list[str]) -> int:
+    """Distil one student, keep the best one on the way, and print its figures."""
+    parser = new_parser(
+        "train --mode online",
+        "Distil one student in one long training while PPO learns from its windows; the best on validation is kept.",
+        [
+            "--out runs/online",
+            "--policy runs/first/policy --num_windows 48 --preference.accuracy 0.9",
+        ],
+    )
+    parser.add_argument("--policy", type=Path | None, default=None, help="bundle whose controls the agent changes")
+    parser.add_argument("--out", type=Path | None, default=None, help="run folder; by default runs/online-TIME")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    config, options = parse(parser, argv, OnlineConfig)
+    assert config is not None
+    check_seed(options.seed)
+    bundle = load_bundle(options.policy) if options.policy else None
+    config.check()
+    use_one_thread()
+    with run_folder(options.out, "online") as folder:
+        return _online(config, bundle, options.seed, folder)
+
+
+def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path) -> int:
+    """Distil into `folder`; returns the exit code."""
+    with Bar(config.train.steps_per_window) as bar:
+        journal = Journal(folder, say=bar.say)  # of the time alone: a run of this kind does not resume
+        describe_run(folder, config, seed)
+        controls, plan = (bundle.policy.controls, bundle.policy.plan) if bundle else (ControlConfig(), None)
+        world = build_world(config.env(controls), plan, bar.say)
+        save_profile(world.profile, folder / "cost_profile.json")
+        bar.phase("distilling while the agent learns", 1, config.num_windows)
+        watch = Watch(folder, bundle, bar, journal)
+
+        def on_window(row: dict[str, float], observation: torch.Tensor, episodes: Episodes) -> None:
+            watch.window(row, observation)
+            window = int(row["window"])
+            if window % config.keep_every == 0:
+                save_student(compact_now(episodes), folder / "students" / f"window-{window:04d}", {"window": row})
+
+        base = bundle.policy.controller() if bundle else hold_start
+        one = OneRun(world, base, seed, on_window)
+        num_updates = learn_online(one, config.num_windows, config.agent, stream_seed(seed, TRAIN_STREAM), watch.logger)
+        watch.close(config)
+    one.bring_back_best()
+    done = ship(world, one.episodes, {**one.last, "num_diverged": 0.0})
+    done.figures.update(best_window=one.best_window, agent_updates=num_updates, num_windows=len(watch.positions))
+    write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")
+    if one.diverged:
+        bar.say(f"the student diverged in window {len(watch.positions)}; the one of window {one.best_window} is kept")
+    return finish(folder, config, plain(config.task), watch, done.figures, done.measured, False)
