@@ -21,7 +21,13 @@ from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 
 EXACT = (
-    *("metrics.jsonl", "planning.jsonl", "policy/policy.safetensors", "policy/bundle.json", "student/student.safetensors"),
+    *(
+        "metrics.jsonl",
+        "planning.jsonl",
+        "policy/policy.safetensors",
+        "policy/bundle.json",
+        "student/student.safetensors",
+    ),
     *("student/student.json", "config.yaml", "cost_profile.json"),
 )
 
