@@ -36,10 +36,10 @@ from rlkd.cli.main import main
 from rlkd.files import write_whole
 
 # every phase of the default job, on its data set, in seconds
-JOB = (
+JOB = [
     *("--config", "smoke", "--num_windows", "3", "--teacher.num_samples", "[40, 897]", "--teacher.num_steps", "60"),
     *("--search.tasks_per_finalist", "4", "--ppo.num_iterations", "12", "--comparison.num_tasks", "8"),
-)
+]
 EXACT = ("policy/policy.safetensors", "metrics.jsonl", "student/student.safetensors", "policy/bundle.json")
 CLOCKS = ("wall_s", "updates_per_s", "measured")
 MAX_S = 600.0  # of one process; a run takes seconds

@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlkd: {one_line(str(error))}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt as error:
-        print("rlkd: interrupted", file=sys.stderr)
-        return INTERRUPTED if type(error) is KeyboardInterrupt else TERMINATED
+        is_signal = type(error) is not KeyboardInterrupt
+        what = "terminated" if is_signal else "interrupted"
+        print(f"rlkd: {what}{f'; {one_line(str(error))}' if error.args else ''}", file=sys.stderr)
+        return TERMINATED if is_signal else INTERRUPTED
     except BrokenPipeError:
         return FAILED
     except (MemoryError, RuntimeError) as error:

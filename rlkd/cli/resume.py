@@ -100,11 +100,11 @@ def resumable_folder(options: Namespace, verb: str, out: Path | None = None) -> 
     with run_folder(out, verb, options.resume) as folder, _sigterm_raises():
         try:
             yield folder
-        except (KeyboardInterrupt, UserError, OSError) as error:
-            is_stop = isinstance(error, KeyboardInterrupt | OSError) or isinstance(error.__cause__, OSError)
-            if is_stop and (folder / "config.yaml").is_file():
-                again = shlex.join(["rlkd", verb, "--resume", str(folder)])
-                print(f"rlkd: what was finished is saved; go on with: {again}", file=sys.stderr)
+        except (KeyboardInterrupt, UserError) as error:
+            could_not_write = isinstance(error.__cause__, OSError)
+            if (could_not_write or isinstance(error, KeyboardInterrupt)) and (folder / "config.yaml").is_file():
+                again = "go on with: " + shlex.join(["rlkd", verb, "--resume", str(folder)])
+                error.args = (f"{error}; {again}" if could_not_write else again,)
             raise
 
 

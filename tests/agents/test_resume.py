@@ -10,16 +10,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlkd.agents.experiment import train_experiment
 from rlkd.agents.journal import Journal
+from rlkd.agents.planning import PlanningConfig
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.runs import Silent
 from rlkd.agents.search import SearchConfig
+from rlkd.agents.surrogate import SurrogateConfig
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 
 EXACT = (
-    *("metrics.jsonl", "policy/policy.safetensors", "policy/bundle.json", "student/student.safetensors"),
+    *(
+        "metrics.jsonl",
+        "planning.jsonl",
+        "policy/policy.safetensors",
+        "policy/bundle.json",
+        "student/student.safetensors",
+    ),
     *("student/student.json", "config.yaml", "cost_profile.json"),
 )
 
@@ -56,6 +64,7 @@ def small(profile_file: Path) -> ExperimentConfig:
         train=TrainConfig(2, 8),
         cost=CostConfig(profile=str(profile_file)),
         search=SearchConfig(6, 2, 2, 2),
+        planning=PlanningConfig(num_wide=4, num_rounds=2, tasks_per_round=4, surrogate=SurrogateConfig(num_steps=3)),
         ppo=PPOConfig(num_students=4, num_iterations=4, batch_size=4, num_epochs=1, hidden=8),
         comparison=ComparisonConfig(2, (0.6,)),
     )
@@ -106,17 +115,19 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     assert str(scalars(folder)) == str(scalars(whole))  # as text: one of them is no number
     rows = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     parts = [(row["part"], row.get("iteration")) for row in rows]
-    assert parts == [("search", None), *(("ppo", i) for i in (1, 2, 3, 4)), ("total", None)]
+    assert parts == [("search", None), ("planning", None), *(("ppo", i) for i in (1, 2, 3, 4)), ("total", None)]
 
 
 PLACES = [
     ("static search", 3),
-    ("search for the plan that actions change", 3),
+    ("learning a plan", 3),
+    ("learning a plan", 3),
     ("PPO", 1),  # among the observations that standardise
     ("PPO", 4),  # in the first rollout
     ("PPO", 3),  # in the second one, after an update
     ("PPO", 4),
     ("PPO", 2),
+    ("what PPO's changes bring", 7),
     ("comparison on held-out tasks", 1),
     ("comparison on held-out tasks", 6),
     ("one clean student under the policy", 2),

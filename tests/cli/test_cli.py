@@ -249,7 +249,8 @@ sys.exit(main(sys.argv[1:]))
     assert done.returncode == 2, done.stderr
     assert len(said) == 1, done.stderr
     assert said[0].startswith("rlkd: ")
-    assert said[0].endswith("cannot write it (File too large); choose a place that can be written")
+    what = "cannot write it (File too large); choose a place that can be written"
+    assert said[0].endswith(f"{what}; go on with: rlkd train --resume full")
     assert not list((tmp_path / "full").glob("**/*.partial"))
     assert not (tmp_path / "full" / "run.lock").exists()
 

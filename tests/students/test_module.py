@@ -354,3 +354,22 @@ def test_evaluation_gives_every_sample_its_own_label() -> None:
         assert float(metrics.exit_loss[0, -1]) == pytest.approx(float(expected), rel=1e-4)
         theirs = student._signals.logits[0, index].argmax(-1)
         assert float(metrics.agreement) == pytest.approx(float((logits.argmax(-1) == theirs).float().mean()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_real_student_goes_on_as_if_it_had_not_stopped(optimizer: Literal["adamw", "lion"]) -> None:
+    config = replace(TRAIN, optimizer=optimizer, warmup=0.3)
+    old, new = (student_of(config=config, hidden_dropout_prob=0.1) for _ in range(2))
+    old.train_window(controls(unit_keep=0.5))
+    old.train_window(controls(learning_rate=1e30))  # is rolled back
+    old.evaluate("validation")
+    new.reset([task(texts())])
+    new.load_training_state(old.training_state())
+    for _ in range(2):
+        for students in (old, new):
+            students.train_window(controls(unit_keep=0.7))
+            students.evaluate("validation")
+        ours, theirs = old.training_state(), new.training_state()
+        assert set(ours) == set(theirs)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert int(ours["rollbacks.count"]) == 1

@@ -1,0 +1,199 @@
+"""`--resume` on the command line: every verb that runs, whatever stopped it, and what contradicts the run."""
+
+import errno
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlkd.cli.main import main
+from rlkd.cli.progress import Bar
+from rlkd.errors import UserError
+from rlkd.files import write_whole
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """A folder that holds the run `whole`, which nobody stopped."""
+    place = tmp_path_factory.mktemp("runs")
+    assert main(["train", *tiny, "--ppo.num_iterations", "2", "--out", str(place / "whole")]) == 0
+    return place
+
+
+@pytest.fixture
+def here(whole: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(whole)
+    return whole
+
+
+def stop_at(patch: pytest.MonkeyPatch, window: int) -> None:
+    """Ctrl-C at the n-th window from now on."""
+    left = window
+
+    def advance(bar: Bar, num_students: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    patch.setattr(Bar, "advance", advance)
+
+
+def without_clocks(path: Path) -> Any:
+    def cut(tree: Any) -> Any:
+        clocks = ("wall_s", "updates_per_s", "measured")
+        return {k: cut(v) for k, v in tree.items() if k not in clocks} if isinstance(tree, dict) else tree
+
+    return cut(json.loads(path.read_text()))
+
+
+def assert_same(cut: Path, whole: Path, *exact: str) -> None:
+    for name in exact:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert without_clocks(cut / "result.json") == without_clocks(whole / "result.json")
+
+
+def test_a_full_disk_and_sigterm_lose_nothing_and_say_how_to_go_on(
+    here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(path: Path, content: bytes | str) -> None:
+        if "state-000002" in path.name:
+            raise UserError(f"{path}: the disk is full") from OSError(errno.ENOSPC, "No space left on device")
+        write_whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlkd.agents.checkpoints.write_whole", full)
+        assert main(["train", *tiny, "--ppo.num_iterations", "2", "--out", "cut"]) == 2
+    assert capsys.readouterr().err.endswith("the disk is full; go on with: rlkd train --resume cut\n")
+    assert not (here / "cut" / "run.lock").exists()
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "figures", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        assert main(["train", "--resume", "cut"]) == 143
+    assert capsys.readouterr().err.endswith("rlkd: terminated; go on with: rlkd train --resume cut\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert main(["train", "--resume", "cut", "--seed", "0"]) == 0
+    assert_same(here / "cut", here / "whole", "metrics.jsonl", "policy/policy.safetensors", "policy/bundle.json")
+
+    kept = (here / "cut" / "result.json").read_bytes()
+    capsys.readouterr()
+    assert main(["train", "--resume", "cut"]) == 0
+    assert capsys.readouterr().err == "rlkd: cut had come to its end; figures: cut/result.json\n"
+    assert (here / "cut" / "result.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--num_windows", "5"],
+            "--num_windows: got 5 with --resume, but whole began with 3; leave it out, or start a new run",
+        ),
+        (["--seed", "4"], "--seed: got 4 with --resume, but whole began with 0; leave it out, or start a new run"),
+        (
+            ["--config", "default"],
+            "--num_windows: got 12 with --resume, but whole began with 3; leave it out, or start a new run",
+        ),
+        (["--out", "other"], "--out: got other with --resume whole; a run goes on in its own folder"),
+    ],
+)
+def test_what_contradicts_the_run_is_refused(here: Path, capsys: Capture, options: list[str], said: str) -> None:
+    assert main(["train", "--resume", "whole", *options]) == 2
+    assert capsys.readouterr().err == f"rlkd: {said}\n"
+
+
+def test_only_a_run_can_be_resumed(here: Path, capsys: Capture) -> None:
+    for argv, said in {
+        (
+            "train",
+            "--resume",
+            "nowhere",
+        ): "--resume: nowhere holds no config.yaml, so no run that was stopped; start it anew",
+        ("train", "--resume"): "--resume: got nothing; allowed: the folder of a run that was stopped",
+        ("compare", "a.yaml", "--resume", "whole"): (
+            "--resume: got config files, too; a run goes on by its own config: give its folder alone"
+        ),
+    }.items():
+        assert main(list(argv)) == 2
+        assert capsys.readouterr().err == f"rlkd: {said}\n"
+
+
+REPLAY = ("--num_windows", "4", "--train.steps_per_window", "3", "--student.widths", "[12, 8]")
+
+
+def test_a_replay_goes_on_window_by_window(here: Path, monkeypatch: pytest.MonkeyPatch, profile_file: Path) -> None:
+    options = [*REPLAY, "--policy", "whole/policy", "--cost.profile", str(profile_file), "--seed", "2"]
+    assert main(["replay", *options, "--out", "replayed"]) == 0
+    for window, argv in (
+        (2, [*options, "--out", "stopped"]),
+        (1, ["--resume", "stopped"]),
+        (3, ["--resume", "stopped"]),
+    ):
+        with monkeypatch.context() as patch:
+            stop_at(patch, window)  # once what is remembered has been shown, too
+            assert main(["replay", *argv]) == 130
+    assert main(["replay", "--resume", "stopped"]) == 0
+    assert_same(
+        here / "stopped", here / "replayed", "metrics.jsonl", "student/student.safetensors", "student/student.json"
+    )
+    shutil.copytree(here / "whole" / "policy", here / "moved")
+    assert main(["replay", "--resume", "stopped", "--policy", "moved"]) == 0  # where the policy lies does not matter
+
+
+COMPARISON = (
+    *("--methods", "policy,static,published,open_loop,random_policy,hypergradient,linear,random_10,tpe_10"),
+    *("--search.num_settings", "3", "--search.tasks_per_setting", "2", "--search.tasks_per_finalist", "2"),
+    *("--comparison.num_tasks", "2", "--comparison.accuracy_weights", "[0.6, 0.9]", "--tune_exit", "true"),
+    *("--front_trials", "2", "--front_weights", "[0.5, 0.9]"),
+)
+
+
+def test_a_comparison_goes_on_with_its_searches(here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = [o for o in tiny if o not in ("--config", "smoke")]
+    options = [*common, *COMPARISON, "--policy", "whole/policy"]
+    assert main(["compare", *options, "--out", "compared"]) == 0
+    trained = 0
+    for window in (2, 14, 60, 110, 170):
+        with monkeypatch.context() as patch:
+            stop_at(patch, window)
+            assert main(["compare", *(["--resume", "halted"] if trained else [*options, "--out", "halted"])]) == 130
+        entries = len((here / "halted" / "checkpoints" / "journal.jsonl").read_text().splitlines())
+        assert entries > trained
+        trained = entries
+    assert main(["compare", "--resume", "halted"]) == 0
+    assert_same(here / "halted", here / "compared", "result.csv", "config.yaml")
+
+
+def test_another_policy_is_noticed(
+    here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    options = [
+        *(o for o in tiny if o not in ("--config", "smoke")),
+        "--methods",
+        "policy,static",
+        "--policy",
+        "mine/policy",
+    ]
+    shutil.copytree(here / "whole" / "policy", here / "mine" / "policy")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert main(["compare", *options, "--out", "misled"]) == 130
+    card = here / "mine" / "policy" / "bundle.json"
+    tree = json.loads(card.read_text())
+    blob = bytearray((here / "mine" / "policy" / "policy.safetensors").read_bytes())
+    blob[-1] ^= 1  # another policy, soundly written
+    (here / "mine" / "policy" / "policy.safetensors").write_bytes(blob)
+    import hashlib
+
+    tree["sha256"] = hashlib.sha256(blob).hexdigest()
+    card.write_text(json.dumps(tree))
+    capsys.readouterr()
+    assert main(["compare", "--resume", "misled"]) == 2
+    err = capsys.readouterr().err
+    assert "entry 1 is 'rlkd compare, its data and models'" in err
+    assert "config, data or rlkd itself have changed since; start anew in another folder" in err
