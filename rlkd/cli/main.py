@@ -15,6 +15,7 @@ VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
     "replay": "distil a new student under a learned policy, in one training run",
     "compare": "train the same tasks under several controllers, paired",
+    "verify": "compute a run's final table again from what it saved, and compare",
     "analyze": "figures and one HTML page from the event files of runs",
     "calibrate": "time compacted students on this machine and write a cost profile",
     "bench": "student updates per second: lock-step population against its rivals",
