@@ -6,7 +6,6 @@ samples again. What a clock measured and what only the training itself could tel
 """
 
 import csv
-import dataclasses
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.experiment import compare_on_held_out_tasks, replay_config, result_of
+from rlkd.agents.experiment import compare_on_held_out_tasks, keep_what_gains, replay_config, result_of
+from rlkd.agents.resume import with_own_profile
 from rlkd.agents.runs import Progress, plain
 from rlkd.agents.study import compare_methods
 from rlkd.compression import CompactStudent, load_student
 from rlkd.configs.schema import CompareConfig, ExperimentConfig, ReplayConfig
-from rlkd.cost import CostConfig
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.reward import DIVERGED_SCORE, score
 from rlkd.envs.world import World, build_world
@@ -58,10 +57,13 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     bundle, failed = _load_policy(folder / "policy")
     if bundle is None:
         return failed
-    config = dataclasses.replace(config, cost=_with_own_profile(config.cost, folder))
+    config = with_own_profile(config, folder)
     world = build_world(config.worlds()[0], bundle.policy.plan, progress.say)
     tables = compare_on_held_out_tasks(world, bundle.policy.static, bundle.policy, config, seed, progress)
-    computed = {**result_of(config, tables, 1.0), "policy_sha256": bundle.digest}
+    gain: Any = recorded.get("ppo_gain")
+    if isinstance(gain, Mapping) and gain.get("kept") is True:  # else the policy that was measured was not saved
+        gain = keep_what_gains(world, bundle.policy, config, seed, progress, None)[1]
+    computed = plain({**result_of(config, tables, gain, 1.0), "policy_sha256": bundle.digest})
     theirs = {name: value for name, value in recorded.items() if name != "student"}
     rows = compare_results(theirs, computed)
     student_world = build_world(replay_config(config).env(bundle.policy.controls), say=progress.say)
@@ -86,7 +88,7 @@ def verify_compare(
     recorded = read_result(folder)
     place = policy or (Path(config.policy) if config.policy else None)
     bundle = load_bundle(place) if place else None
-    config = dataclasses.replace(config, cost=_with_own_profile(config.cost, folder))
+    config = with_own_profile(config, folder)
     with tempfile.TemporaryDirectory() as again:
         computed = compare_methods(config, bundle, Path(again), seed, progress)
         table = _read_csv(Path(again))
@@ -100,7 +102,7 @@ def verify_replay(folder: Path, config: ReplayConfig, seed: int, progress: Progr
         UserError: there is no result, or the config cannot be used.
     """
     recorded = _replayed(read_result(folder))
-    config = dataclasses.replace(config, cost=_with_own_profile(config.cost, folder))
+    config = with_own_profile(config, folder)
     world = build_world(config.env(ControlConfig()), say=progress.say)
     return _student_rows(folder, world, seed, config.preference, recorded)
 
@@ -209,11 +211,6 @@ def _load_policy(folder: Path) -> tuple[Bundle | None, list[Row]]:
         return load_bundle(folder), []
     except UserError as error:
         return None, [Row("policy", (str(error),))]
-
-
-def _with_own_profile(cost: CostConfig, folder: Path) -> CostConfig:
-    """The run's own cost profile, wherever its config had it from."""
-    return dataclasses.replace(cost, profile=str(inside(folder, "cost_profile.json")))
 
 
 def _replayed(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return FAILED
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        words = ("allocate memory", "out of memory")  # of the CPU's allocator and of a GPU's
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         print(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once", file=sys.stderr)
         return USAGE

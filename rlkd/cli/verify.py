@@ -84,6 +84,8 @@ def _config(folder: Path, config_class: type[Any]) -> tuple[Any, int]:
     """The run's config and seed."""
     parser = new_parser("verify", "", [])
     parser.add_argument("--seed", type=int, default=0)
+    if not hasattr(config_class, "policy"):
+        parser.add_argument("--policy", type=Path)  # of a replay, which stands beside its config
     config, options = parse(parser, ["--config", str(folder / "config.yaml")], config_class)
     assert config is not None
     check_seed(options.seed)
