@@ -215,9 +215,9 @@ def result_of(
     }
 
 
-def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
-    """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
-    replay = ReplayConfig(
+def replay_config(config: ExperimentConfig) -> ReplayConfig:
+    """Of the one student that a `train` run ships."""
+    return ReplayConfig(
         task=dataclasses.replace(ReplayConfig().task, dataset=config.task.dataset),
         num_windows=config.num_windows,
         student=config.student,
@@ -225,7 +225,11 @@ def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Pat
         cost=config.cost,
         preference=Preference(config.comparison.accuracy_weights[0]),
     )
-    world = build_world(with_own_profile(replay.env(policy.controls), folder), policy.plan, progress.say)
+
+
+def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
+    """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
+    world = build_world(with_own_profile(replay_config(config).env(policy.controls), folder), policy.plan, progress.say)
     return distil(world, policy.controller(), seed, lambda row, observation: progress.advance(1))
 
 

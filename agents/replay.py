@@ -166,6 +166,7 @@ def ship(world: World, episodes: Episodes, last: dict[str, float]) -> Distilled:
         "energy_ratio": float(cost.energy_ratio[0]),
         "energy_j": float(cost.energy_j[0]),
         "energy_kind": world.profile.energy["kind"],
+        "num_diverged": int(diverged),
         "num_rollbacks": int(last["num_rollbacks"]),
     }
     batches = sorted({*MEASURED_BATCHES, world.profile.batch_size})

@@ -271,11 +271,12 @@ def _section(run: Run) -> str:
             parts.append(_plain_table(run.result["methods"]))
         cost = run.result["cost"]
         searched = f"{cost['search_trainings']} for the search, " if "search_trainings" in cost else ""
-        parts.append(
-            f"<p>{run.result.get('num_tasks')} tasks, {html.escape(str(run.result.get('split')))} data. "
+        line = (
+            f"{run.result.get('num_tasks')} tasks, {run.result.get('split')} data. "
             f"{cost.get('agent_trainings', 0)} student trainings for the agent, {searched}"
-            f"{cost['wall_s']:.0f} s, {cost.get('updates_per_s', 0):,.0f} student updates/s.</p>"
+            f"{cost['wall_s']:.0f} s, {cost.get('updates_per_s', 0):,.0f} student updates/s."
         )
+        parts.append(f"<p>{html.escape(line)}</p>")
     for name, text in run.texts.items():
         parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>")
     return "".join(parts)

@@ -107,7 +107,7 @@ def describe_run(
         "python": platform.python_version(),
         **{n: version(n) for n in names},
     }
-    versions["git_commit"] = git_commit()
+    versions |= git_state(Path(rlkd.__file__).resolve().parent.parent)
     if write:
         resolved = {"seed": seed, **(options or {}), **plain(config)}
         write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
@@ -116,18 +116,17 @@ def describe_run(
     return versions
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, with "+changes" if it has any; None outside of one."""
-    root = Path(rlkd.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
+def git_state(root: Path) -> dict[str, Any]:
+    """`git_commit` of the checkout at `root`, and `git_changed`: whether it has changes; None outside of one."""
+    call = ["git", "-C", str(root)]
     try:
-        call = ["git", "-C", str(root)]
-        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if dirty.strip() else "")
+        if not (root / ".git").exists():
+            raise FileNotFoundError
+        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no checkout, no commit in it yet, or no git
+        return {"git_commit": None, "git_changed": None}
+    return {"git_commit": commit.strip(), "git_changed": bool(changes.strip())}
 
 
 def plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,7 +64,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(path: Path, limit: int) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path, limit: int | None = None) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file of at most `limit` bytes, open for reading, and its size; errors as of `read_bytes`."""
     try:
         # without O_NONBLOCK, opening a named pipe would wait for its writer
@@ -76,7 +77,7 @@ def opened(path: Path, limit: int) -> Iterator[tuple[BinaryIO, int]]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a file")
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise UserError(f"{path}: {status.st_size} bytes; allowed: at most {limit}")
         with open(descriptor, "rb", closefd=False) as file:
             yield file, status.st_size
@@ -104,7 +105,9 @@ def parse_json(blob: bytes, complaint: str) -> dict[str, Any]:
     try:
         text = blob.decode("utf-8")
         _check_depth(text)
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, parse_int=_countable, object_pairs_hook=_once
+        )
     except ValueError as error:  # bad UTF-8, bad JSON, or one of the refusals below
         raise UserError(f"{complaint}, or a damaged one ({error!s:.100})") from error
     if not isinstance(value, dict):
@@ -138,6 +141,12 @@ def _finite(number: str) -> float:
     return value
 
 
+def _countable(number: str) -> int:
+    """An integer that a float can hold, too: whatever reads it may make one of it."""
+    _finite(number)
+    return int(number)
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
@@ -155,7 +164,7 @@ def number(value: Any, name: str, lowest: float = -math.inf, highest: float = ma
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
         bounds = "" if lowest == -math.inf else f" from {lowest:g} to {highest:g}"
         raise ValueError(f"{name} is {value!r:.40}; allowed: a number{bounds}")
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # an integer, too, can be too large for a float
         raise ValueError(f"{name} is {value!r:.40}; allowed: a finite number")
     return float(value)
 

@@ -1,5 +1,7 @@
 """What comes from elsewhere is refused before it takes memory or runs code; what rlkd writes is whole or not there."""
 
+import base64
+import contextlib
 import errno
 import hashlib
 import io
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from samples import some_policy
+from stable_baselines3 import PPO
 
 from rlkd.agents.bundle import load_bundle, save_bundle
 from rlkd.compression import compact, load_student, save_student
@@ -50,11 +53,32 @@ def zip_of_stable_baselines(path: Path, marker: Path) -> None:
         archive.writestr("_stable_baselines3_version", "2.7.0")
 
 
+def zip_that_stable_baselines_loads(path: Path, marker: Path) -> None:
+    """A model that stable-baselines3 really wrote, with one of its pickled fields replaced."""
+    PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(path.with_suffix(".zip"))
+    with zipfile.ZipFile(path.with_suffix(".zip")) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    path.with_suffix(".zip").unlink()
+    data = json.loads(parts["data"])
+    data["policy_class"][":serialized:"] = base64.b64encode(pickle.dumps(_Bomb(marker))).decode()
+    parts["data"] = json.dumps(data).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def load_with_stable_baselines(path: Path) -> None:
+    with path.open("rb") as file, contextlib.suppress(Exception):  # what it makes of the field then is no class
+        PPO.load(io.BytesIO(file.read()), device="cpu")
+
+
 def pickle_of_torch(path: Path, marker: Path) -> None:
     torch.save({"hidden.0.weight": _Bomb(marker)}, path)
 
 
-@pytest.mark.parametrize("craft", [plain_pickle, zip_of_stable_baselines, pickle_of_torch])
+@pytest.mark.parametrize(
+    "craft", [plain_pickle, zip_of_stable_baselines, zip_that_stable_baselines_loads, pickle_of_torch]
+)
 @pytest.mark.parametrize("kind", ["policy", "student"])
 def test_a_pickle_in_disguise_runs_no_code(tmp_path: Path, craft: Callable[[Path, Path], None], kind: str) -> None:
     marker, folder = tmp_path / "ran", tmp_path / kind
@@ -75,6 +99,8 @@ def test_a_pickle_in_disguise_runs_no_code(tmp_path: Path, craft: Callable[[Path
     assert not marker.exists()
     if craft is plain_pickle:
         pickle.loads(weights.read_bytes())
+    elif craft is zip_that_stable_baselines_loads:
+        load_with_stable_baselines(weights)
     elif craft is zip_of_stable_baselines:
         pickle.loads(zipfile.ZipFile(weights).read("policy.pth"))
     else:
@@ -146,6 +172,8 @@ def test_only_files_of_a_limited_size_are_read(tmp_path: Path) -> None:
         ('{"a": NaN}', "NaN is no JSON number"),
         ('{"a": -Infinity}', "-Infinity is no JSON number"),
         ('{"a": 1e999}', "too large a number"),
+        ('{"a": ' + "9" * 400 + "}", "too large a number"),
+        ('{"a": -1' + "0" * 309 + "}", "too large a number"),
         ('{"a": ' + "9" * 5000 + "}", "damaged"),
         ('{"a": 1, "a": 2}', "a key appears twice"),
         ('{"a": ' + "[" * 100_000, f"nested deeper than {MAX_DEPTH}"),

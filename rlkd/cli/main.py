@@ -15,6 +15,7 @@ VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
     "replay": "distil a new student under a learned policy, in one training run",
     "compare": "train the same tasks under several controllers, paired",
+    "verify": "compute a run's final table again from what it saved, and compare",
     "analyze": "figures and one HTML page from the event files of runs",
     "calibrate": "time compacted students on this machine and write a cost profile",
     "bench": "student updates per second: lock-step population against its rivals",
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return FAILED
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        words = ("allocate memory", "out of memory")  # of the CPU's allocator and of a GPU's
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         print(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once", file=sys.stderr)
         return USAGE

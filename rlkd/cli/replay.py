@@ -142,7 +142,7 @@ def finish(
             "num_tasks": 1,
             "num_seeds": 1,
             "preference": dict(zip(("accuracy", "latency", "energy"), config.preference.weights(), strict=True)),
-            "methods": {"policy": {**figures, "num_diverged": int(diverged), "trainings_per_task": 1.0}},
+            "methods": {"policy": {**figures, "trainings_per_task": 1.0}},
             "paired": {},
             "measured": measured,
             "far_from_training": watch.far,

@@ -10,26 +10,42 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rlkd.compression.selection import exit_ends, exits_at
 from rlkd.errors import UserError
+from rlkd.files import (
+    MAX_TENSOR_BYTES,
+    inside,
+    load_tensors,
+    number,
+    opened,
+    read_bytes,
+    read_json,
+    reason,
+    tensor_shapes,
+    whole,
+    write_error,
+    write_whole,
+)
 from rlkd.models.blocks import Group
 from rlkd.models.chain import Masks
 from rlkd.models.hooks import pool, resolve, tensor_at
 from rlkd.models.instrumented import Instrumented, choose_tokens
 from rlkd.models.plan import logits_of
-from rlkd.models.pretrained import HIDDEN_UNITS, Kind, load_model, new_model, quiet
+from rlkd.models.pretrained import CLASSES, HIDDEN_UNITS, Kind, load_model, new_model, quiet
 from rlkd.tasks.examples import PADDING_MASK
 
-FORMAT = 1
+FORMAT = 2
+WEIGHTS = ("exits.safetensors", "model/model.safetensors")
+MAX_BLOCKS, MAX_WIDTH = 1024, 2**20
+CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -110,8 +126,8 @@ class ShippedStudent(nn.Module):
         s = shipment
         always, never = exit_ends(torch.tensor([s.threshold]), s.num_classes)
         self._always, self._never = bool(always), bool(never)
-        for number, path in enumerate(s.blocks[1:], start=2):
-            model.get_submodule(path).register_forward_pre_hook(self._enter(number), with_kwargs=True)
+        for block, path in enumerate(s.blocks[1:], start=2):
+            model.get_submodule(path).register_forward_pre_hook(self._enter(block), with_kwargs=True)
         if s.select_after is not None and s.keep < 1.0:
             place = s.attention[s.select_after - 1]
             model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
@@ -228,17 +244,20 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
 
 def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
     """Write `model/` with its tokenizer or image processor, `exits.safetensors` and `student.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
     model: Any = student.model
     with quiet():
         model.save_pretrained(folder / "model")
         if processor is not None:
             processor.save_pretrained(folder / "model")
     tensors = {name: value.contiguous() for name, value in student.heads.state_dict().items()}
-    save_file(tensors or {"none": torch.zeros(1)}, folder / "exits.safetensors")
-    sums = {name: _sha256(folder / name) for name in ("exits.safetensors", "model/model.safetensors")}
-    text = json.dumps({"format": FORMAT, "sha256": sums, "shipment": asdict(student.shipment), **card}, indent=1)
-    (folder / "student.json").write_text(text + "\n")
+    write_whole(folder / "exits.safetensors", save(tensors))
+    sums = {name: _sha256(folder, name) for name in WEIGHTS}
+    content = {"format": FORMAT, "sha256": sums, "shipment": asdict(student.shipment), **card}
+    write_whole(folder / "student.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def load_module_student(folder: Path) -> ShippedStudent:
@@ -248,26 +267,85 @@ def load_module_student(folder: Path) -> ShippedStudent:
         UserError: a file is missing, damaged or altered.
     """
     try:
-        card = json.loads((folder / "student.json").read_text())
+        card = read_json(inside(folder, "student.json"), "a real student's card")
         if card["format"] != FORMAT:
-            raise UserError(f"{folder}/student.json: format {card['format']}; allowed: {FORMAT}")
-        for name, wanted in card["sha256"].items():
-            if _sha256(folder / name) != wanted:
+            raise UserError(f"{folder}/student.json: format {card['format']!r:.20}; allowed: {FORMAT}; distil it anew")
+        if set(card["sha256"]) != set(WEIGHTS):
+            raise ValueError(f"sha256 names {sorted(card['sha256'])!s:.60}; allowed: {list(WEIGHTS)}")
+        for name in WEIGHTS:
+            if _sha256(folder, name) != card["sha256"][name]:
                 raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["shipment"].items()}
-        shipment = Shipment(**given)
-        tensors = load_file(folder / "exits.safetensors")
+        shipment = _shipment(card["shipment"])
+        _check_model_folder(folder)
+        heads = _load_heads(folder, shipment)
         model = load_model(str(folder / "model"), shipment.kind)
         resolve(model, [*shipment.blocks, *shipment.attention])
-        sizes = [tensors[f"{i}.weight"].shape for i in range(len(shipment.exits))]
-        heads = nn.ModuleList(nn.Linear(width, num_classes) for num_classes, width in sizes)
-        heads.load_state_dict({name: value for name, value in tensors.items() if name != "none"})
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot read the student ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a student of a real model, or a damaged one ({error!r:.120})") from error
-    return ShippedStudent(model, heads, shipment).eval()
+        described: Any = model.config
+        if described.num_labels != shipment.num_classes:
+            raise ValueError(f"num_classes is {shipment.num_classes}; the model has {described.num_labels}")
+        student = ShippedStudent(model, heads, shipment)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a student of a real model, or a damaged one ({reason(error):.120})") from error
+    return student.eval()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _shipment(given: Any) -> Shipment:
+    """The card's entry as it was written; ValueError, KeyError or TypeError for values that answer nothing."""
+    values = dict(given)
+    if set(values) != {f.name for f in fields(Shipment)}:
+        raise ValueError(f"shipment has {sorted(values)!s:.60}; allowed: {[f.name for f in fields(Shipment)]!s:.200}")
+    if values["kind"] not in CLASSES:
+        raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(CLASSES)}")
+    for name in ("blocks", "attention", "exits"):
+        entries, wanted = values[name], int if name == "exits" else str
+        if not isinstance(entries, list) or len(entries) > MAX_BLOCKS or any(type(e) is not wanted for e in entries):
+            raise ValueError(f"shipment.{name} is {entries!r:.40}; allowed: a list of up to {MAX_BLOCKS}")
+        values[name] = tuple(entries)
+    num_blocks, exits = len(values["blocks"]), values["exits"]
+    if not num_blocks or list(exits) != sorted({e for e in exits if 1 <= e < num_blocks}):
+        raise ValueError(f"shipment.exits is {list(exits)!r:.40}; allowed: rising block numbers below {num_blocks}")
+    whole(values["patience"], "shipment.patience", 0, MAX_BLOCKS)
+    whole(values["num_classes"], "shipment.num_classes", 1, MAX_WIDTH)
+    number(values["threshold"], "shipment.threshold", 0.0, 1.0)
+    number(values["keep"], "shipment.keep", 0.0, 1.0)
+    if values["select_after"] is not None:
+        whole(values["select_after"], "shipment.select_after", 1, min(num_blocks, len(values["attention"])))
+    if not isinstance(values["drops_rows"], bool):
+        raise ValueError(f"shipment.drops_rows is {values['drops_rows']!r:.40}; allowed: true, false")
+    return Shipment(**values)
+
+
+def _check_model_folder(folder: Path) -> None:
+    """Raises UserError for a file of `model/` that leads out of it, is none, or is too large for what it is."""
+    inside(folder, "model")
+    for path in sorted((folder / "model").iterdir()):
+        with opened(
+            inside(folder / "model", path.name), None if path.name == "model.safetensors" else MAX_TENSOR_BYTES
+        ):
+            pass
+
+
+def _load_heads(folder: Path, shipment: Shipment) -> nn.ModuleList:
+    """One linear layer an exit, [C, width]."""
+    path = inside(folder, "exits.safetensors")
+    blob = read_bytes(path, MAX_TENSOR_BYTES)
+    found = tensor_shapes(blob, str(path))
+    schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for i in range(len(shipment.exits)):
+        shape = found.get(f"{i}.weight", (None, (0,)))[1]
+        width = whole(shape[-1] if shape else 0, f"the width of exit {i + 1}", 1, MAX_WIDTH)
+        schema |= {f"{i}.weight": (torch.float32, (shipment.num_classes, width))}
+        schema |= {f"{i}.bias": (torch.float32, (shipment.num_classes,))}
+    tensors = load_tensors(blob, schema, str(path))
+    widths = [schema[f"{i}.weight"][1][1] for i in range(len(shipment.exits))]
+    heads = nn.ModuleList(nn.Linear(width, shipment.num_classes) for width in widths)
+    heads.load_state_dict(tensors)
+    return heads
+
+
+def _sha256(folder: Path, name: str) -> str:
+    digest = hashlib.sha256()
+    with opened(inside(folder, name)) as (file, _):
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlkd.compression.selection import exit_ends
-from rlkd.cost.profile import ENERGY_MODEL, Cost, machine
+from rlkd.cost.profile import ENERGY_MODEL, MAX_FIGURE, Cost, machine
 from rlkd.cost.timing import NUM_ROUNDS, one_thread
 from rlkd.errors import UserError
+from rlkd.files import number, read_json, reason, write_whole
 from rlkd.models.plan import Plan
 
 FORMAT = 1
@@ -96,9 +97,9 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     before = [leaves[n] for n in leaves if n not in inside and order.index(n) < first]
     after = [leaves[n] for n in leaves if n not in inside and order.index(n) > first]
     blocks = []
-    for number, path in enumerate(plan.blocks):
+    for index, path in enumerate(plan.blocks):
         total = sum(counts.get(f"{type(model).__name__}.{path}", {}).values()) / 2
-        blocks.append(_block_work(path, number, plan, leaves, total))
+        blocks.append(_block_work(path, index, plan, leaves, total))
     exits = tuple(
         Work(
             plan.widths[b - 1] * plan.num_classes,
@@ -177,20 +178,20 @@ class ModuleProfile:
         share = {(g.kind, g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
         tokens_kept = float(kept[0]) / self.plan.num_positions
         parts, reach, total_runs = [self.work.before], 1.0, 0.0
-        for number, block in enumerate(self.work.blocks):
+        for position, block in enumerate(self.work.blocks):
             runs = 1.0 - (1.0 - reach) ** self.batch_size
             total_runs += runs
-            selected = self.plan.select_after is not None and number >= self.plan.select_after
+            selected = self.plan.select_after is not None and position >= self.plan.select_after
             tokens = tokens_kept if selected else 1.0
-            units, heads = share.get(("units", number), 1.0), share.get(("heads", number), 1.0)
+            units, heads = share.get(("units", position), 1.0), share.get(("heads", position), 1.0)
             macs = tokens * (
                 block.fixed.macs + units * block.units.macs + heads * (block.heads.macs + tokens * block.products_macs)
             )
             written = block.fixed.activations + units * block.units.activations + heads * block.heads.activations
             read = block.fixed.weights + units * block.units.weights + heads * block.heads.weights
             parts.append(Work(reach * macs, reach * tokens * written, runs * read))
-            if number + 1 in self.plan.exits and not never:
-                index = self.plan.exits.index(number + 1)
+            if position + 1 in self.plan.exits and not never:
+                index = self.plan.exits.index(position + 1)
                 head = self.work.exits[index]
                 parts.append(Work(reach * head.macs, reach * head.activations, runs * head.weights))
                 reach = 0.0 if always else max(0.0, reach - float(exit_rates[index]))
@@ -211,7 +212,7 @@ class ModuleProfile:
             "dense_macs": self.work.dense_macs,
             "work": asdict(self.work),
         }
-        path.write_text(json.dumps(card, indent=1) + "\n")
+        write_whole(path, json.dumps(card, indent=1) + "\n")
 
 
 def measure(call: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -262,17 +263,20 @@ def load_speed(path: Path, fresh: ModuleProfile) -> ModuleProfile:
         UserError: no such file, or of another student or batch size.
     """
     try:
-        card = json.loads(path.read_text())
+        card = read_json(path, "a cost profile of a real student")
         given = (card["format"], card["batch_size"], card["dense_macs"])
-        overhead_s, mac_s = float(card["overhead_s"]), float(card["mac_s"])
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the cost profile ({error.strerror})") from error
+        overhead_s, mac_s = (number(card[name], name, 0.0, MAX_FIGURE) for name in ("overhead_s", "mac_s"))
+        if overhead_s + mac_s <= 0:
+            raise ValueError("overhead_s and mac_s are 0")
+        provenance = {**dict(card["provenance"]), "read_from": path.name}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a cost profile of a real student ({error!r})") from error
-    wanted = (FORMAT, fresh.batch_size, fresh.work.dense_macs)
-    if given != wanted or not (overhead_s >= 0 and mac_s >= 0 and overhead_s + mac_s > 0):
         raise UserError(
-            f"{path}: got format, batch size and dense MACs {list(given)}; allowed: {list(wanted)}, this student's"
+            f"{path}: not a cost profile of a real student, or a damaged one ({reason(error):.120})"
+        ) from error
+    wanted = (FORMAT, fresh.batch_size, fresh.work.dense_macs)
+    if given != wanted:
+        raise UserError(
+            f"{path}: got format, batch size and dense MACs {list(given)!s:.80}; allowed: {list(wanted)}, this "
+            "student's"
         )
-    provenance = {**dict(card["provenance"]), "read_from": path.name}
     return ModuleProfile(fresh.plan, fresh.work, fresh.batch_size, overhead_s, mac_s, dict(ENERGY_MODEL), provenance)

@@ -156,7 +156,9 @@ def _load(source: str, loader: Any, **options: Any) -> Any:
     try:
         with quiet():
             return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, json.JSONDecodeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its parsers raise, the folder is at fault
         reason = " ".join(str(error).split())[:160]
         if is_local:
             hint = "; weights must be safetensors" if options.get("use_safetensors") else ""

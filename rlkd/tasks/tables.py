@@ -5,6 +5,8 @@ of each sample's source, so that one source never stands on both sides and no ru
 """
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkd.errors import UserError
+from rlkd.files import opened
 from rlkd.tasks.examples import Examples
 from rlkd.tasks.samples import Split
 
@@ -240,10 +243,12 @@ def _read_images(path: Path) -> Table:
 def _read_arrays(path: Path) -> Table:
     """`inputs` [S, ...] and `labels` [S], optionally `source` [S] and `split` [S]; no pickles."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with opened(path) as (raw, _), np.load(raw, allow_pickle=False) as file:
             arrays: dict[str, NDArray[Any]] = dict(file)
         inputs, labels = arrays["inputs"], arrays["labels"]
-    except (OSError, ValueError, KeyError) as error:
+        if min(inputs.ndim, labels.ndim) < 1:
+            raise ValueError("a single value")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not arrays `inputs` and `labels` ({error!s:.80})") from error
     if len(inputs) != len(labels) or not len(labels):
         raise UserError(f"{path}: got {len(inputs)} inputs for {len(labels)} labels; allowed: as many, at least one")

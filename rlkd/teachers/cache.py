@@ -1,27 +1,35 @@
 """Arrays that are expensive to compute, kept as memory-mapped files with checksums, for teachers' signals.
 
 A folder holds one .npy file an array and a card: the key that says of what the arrays were computed, and each
-file's sha256. A file that is torn or was altered is named, and all are computed anew.
+file's sha256. A file that is torn or was altered is named, and all are computed anew. Several processes may want the
+same arrays at once: each writes a folder of its own, the first to be done puts its folder in place, and what is
+returned is what was checked, since a file is mapped before it is checked.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkd.errors import UserError
+from rlkd.files import inside, opened, read_json, write_error, write_whole
 from rlkd.teachers.training import cache_dir
 
 FORMAT = 1
 Spec = tuple[tuple[int, ...], str]  # shape and numpy dtype
 Arrays = dict[str, "NDArray[np.generic]"]
 CHUNK_BYTES = 1 << 22
+NUM_TRIES = 5  # another process may take a broken folder away, and with it the whole one that took its place
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -52,23 +60,28 @@ def cached_arrays(
 
     Returns:
         Tensors over memory-mapped files, private to this process: writing to one changes no file.
+
+    Raises:
+        UserError: the cache cannot be written, or somebody breaks it as often as it is written.
     """
     text = json.dumps([FORMAT, dict(key), {k: list(v) for k, v in specs.items()}], sort_keys=True)
     folder = cache_dir() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    broken = _what_is_broken(folder, specs) if folder.exists() else ""
-    if broken:
-        say(f"{broken}; computing the cached signals in {folder} anew")
-        shutil.rmtree(folder)
-    if not folder.exists():
-        _write(folder, key, specs, fill)
-    return {k: torch.from_numpy(np.load(folder / f"{k}.npy", mmap_mode="c")) for k in specs}
+    for _ in range(NUM_TRIES):
+        if not os.path.lexists(folder):
+            _write(folder, key, specs, fill)
+        try:
+            return {k: torch.from_numpy(v) for k, v in _map(folder, specs).items()}
+        except UserError as error:
+            say(f"{error}; computing the cached signals in {folder} anew")
+            _take_away(folder)
+    raise UserError(f"{folder}: was broken {NUM_TRIES} times in a row; give RLKD_CACHE a folder of this run alone")
 
 
 def _write(folder: Path, key: Mapping[str, str], specs: Mapping[str, Spec], fill: Callable[[Arrays], object]) -> None:
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Fill a folder of our own and put it in place, unless another process was faster."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
+        partial.mkdir(parents=True)
         arrays: Arrays = {
             k: np.lib.format.open_memmap(partial / f"{k}.npy", mode="w+", dtype=dtype, shape=shape)
             for k, (shape, dtype) in specs.items()
@@ -77,31 +90,69 @@ def _write(folder: Path, key: Mapping[str, str], specs: Mapping[str, Spec], fill
         for array in arrays.values():
             assert isinstance(array, np.memmap)
             array.flush()
-        card = {"format": FORMAT, "key": dict(key), "sha256": {k: _sha256(partial / f"{k}.npy") for k in specs}}
-        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        sums = {}
+        for k in specs:
+            with opened(partial / f"{k}.npy") as (file, _):
+                sums[k] = _sha256(file)
+        card = {"format": FORMAT, "key": dict(key), "sha256": sums}
+        write_whole(partial / "card.json", json.dumps(card, indent=1) + "\n")
         partial.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # not the other process's folder
+            raise write_error(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _what_is_broken(folder: Path, specs: Mapping[str, Spec]) -> str:
-    """Names the first file that is missing or not what was written; "" if all are whole."""
+def _map(folder: Path, specs: Mapping[str, Spec]) -> Arrays:
+    """Map every file and check what was mapped; UserError that names the first one that is not what was written."""
+    card = read_json(inside(folder, "card.json"), "the card of cached signals")
+    sums = card.get("sha256")
+    if card.get("format") != FORMAT or not isinstance(sums, dict):
+        raise UserError(f"{folder / 'card.json'}: not the card of cached signals")
+    arrays: Arrays = {}
+    for name, (shape, dtype) in specs.items():
+        path = inside(folder, f"{name}.npy")
+        with opened(path) as (file, num_bytes):
+            try:
+                found, offset = _header(file), file.tell()
+            except ValueError as error:
+                raise UserError(f"{path}: not an array ({error!s:.80})") from error
+            size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            if found != (shape, False, np.dtype(dtype)) or num_bytes != size:
+                raise UserError(f"{path}: torn or altered, its type or size is not {dtype} {list(shape)}")
+            file.seek(0)
+            arrays[name] = np.memmap(file, dtype, "c", offset, shape)
+            if _sha256(file) != sums.get(name):
+                raise UserError(f"{path}: torn or altered, its checksum differs from card.json")
+    return arrays
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, "np.dtype[np.generic]"]:
+    """Shape, whether columns come first, and type, as the file says; ValueError for another kind of file."""
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of .npy")
+    return np.lib.format.read_array_header_1_0(file)
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a broken folder, link or file; whoever has mapped it keeps what was mapped."""
+    away = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.broken")
     try:
-        sums = json.loads((folder / "card.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder / 'card.json'}: cannot be read"
-    for name in specs:
-        path = folder / f"{name}.npy"
-        if not path.is_file():
-            return f"{path}: missing"
-        if _sha256(path) != sums.get(name):
-            return f"{path}: torn or altered, its checksum differs from card.json"
-    return ""
+        folder.rename(away)
+    except FileNotFoundError:
+        return  # another process did
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if away.is_dir() and not away.is_symlink():
+        shutil.rmtree(away, ignore_errors=True)
+    else:
+        away.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()

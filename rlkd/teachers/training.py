@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
+from torch import Tensor
 
 from rlkd.errors import UserError
 from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, read_bytes, write_whole
@@ -20,6 +21,7 @@ from rlkd.models import ChainStudent, StudentConfig, build_student, initialise
 from rlkd.tasks import DataSet
 
 TEACHER_SEED = 20_260_102
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,17 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
         for index, teacher in enumerate(teachers):
             _train(teacher, config, data, index)
         tensors = {f"{i}.{name}": p for i, teacher in enumerate(teachers) for name, p in teacher.state_dict().items()}
-        write_whole(path, save(tensors))
+        write_whole(path, signed(tensors))
     schema = {
         f"{i}.{name}": (p.dtype, tuple(p.shape))
         for i, teacher in enumerate(teachers)
         for name, p in teacher.state_dict().items()
     }
     try:
-        tensors = load_tensors(read_bytes(inside(path.parent, path.name), MAX_TENSOR_BYTES), schema, str(path))
+        blob = read_bytes(inside(path.parent, path.name), MAX_TENSOR_BYTES)
+        tensors = load_tensors(blob, schema, str(path))
+        if blob != signed(tensors):
+            raise UserError(f"{path}: torn or altered, its checksum is not that of its tensors")
     except UserError as error:
         raise UserError(f"cached teachers: {error}; delete the file to train them anew") from error
     for index, teacher in enumerate(teachers):
@@ -88,12 +93,17 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
     return teachers
 
 
+def signed(tensors: dict[str, Tensor]) -> bytes:
+    """safetensors content with the tensors' sha256 in its header; the same tensors always give the same bytes."""
+    return save(tensors, {"sha256": hashlib.sha256(save(tensors)).hexdigest()})
+
+
 def _cache_path(config: TeacherConfig, data: DataSet) -> Path:
     """A file name that depends on all that the teachers depend on, the samples too: files of a data set can change."""
     digest = hashlib.sha256()
     for tensor in (data.inputs, data.labels, data.splits["train"]):
         digest.update(tensor.contiguous().numpy().tobytes())
-    key = json.dumps([asdict(config), data.name, digest.hexdigest(), torch.__version__, TEACHER_SEED])
+    key = json.dumps([FORMAT, asdict(config), data.name, digest.hexdigest(), torch.__version__, TEACHER_SEED])
     name = re.sub(r"[^\w.,=-]", "-", data.name)  # colons of generated names are not allowed everywhere
     return cache_dir() / f"teachers-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 

@@ -25,8 +25,8 @@ def folder(tmp_path: Path) -> Path:
     entry = dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
     pair = {"difference": 0.0421, "ci95": [0.03, 0.05], "probability_of_improvement": 0.9}
     table = {"methods": {"policy": entry, "static": entry}, "paired": {"policy-static": pair}}
-    cost = {"agent_trainings": 24, "wall_s": 3.0, "updates_per_s": 100.0}
-    result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": 8, "split": "test"}
+    cost = {"agent_trainings": "<script>24", "wall_s": 3.0, "updates_per_s": 100.0}
+    result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": "<script>8", "split": "<script>test"}
     (run / "result.json").write_text(json.dumps(result))
     return run
 

@@ -99,6 +99,26 @@ def test_a_text_student_from_files_to_a_shipped_model(place: Path, tmp_path: Pat
     assert float((answers == data.labels[test]).float().mean()) == pytest.approx(figures["accuracy"])
 
 
+def test_a_real_student_is_verified_from_its_folder(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
+    assert replay(place, tmp_path / "a", *options) == 0
+    assert main(["verify", str(tmp_path / "a")]) == 0
+    assert "holds    student compacted_accuracy" in capsys.readouterr().out
+    path = tmp_path / "a" / "result.json"
+    result = json.loads(path.read_text())
+    result["methods"]["policy"]["compacted_accuracy"] += 0.05
+    result["methods"]["policy"]["score"] += 0.05
+    path.write_text(json.dumps(result))
+    assert main(["verify", str(tmp_path / "a")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line[:1] in "hd"] == [
+        "differs  student compacted_accuracy",
+        "differs  student score",
+    ]
+
+
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--seed", "5"]
     assert replay(place, tmp_path / "a", *options) == 0

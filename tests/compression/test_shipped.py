@@ -1,13 +1,19 @@
 """A shipped student answers as the trained one did, is smaller, and survives its folder."""
 
 import copy
+import hashlib
+import io
+import json
+import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
 
-from rlkd.compression.modules import ShippedStudent, load_module_student, save_module_student, ship
+from rlkd.compression.modules import WEIGHTS, ShippedStudent, load_module_student, save_module_student, ship
 from rlkd.errors import UserError
 from rlkd.models.hooks import link_places
 from rlkd.models.instrumented import Instrumented
@@ -134,3 +140,86 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, name: str, damage: str) ->
     with pytest.raises(UserError) as error:
         load_module_student(folder)
     assert "\n" not in str(error.value)
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, (f"open({str(self.marker)!r}, 'w').close()",))
+
+
+def signed(folder: Path, **changes: Any) -> None:
+    """Make the card's checksums right, then change entries of it."""
+    card = json.loads((folder / "student.json").read_text())
+    card["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in WEIGHTS}
+    (folder / "student.json").write_text(json.dumps(card | changes))
+
+
+@pytest.mark.parametrize("name", ["exits.safetensors", "model/model.safetensors"])
+@pytest.mark.parametrize("with_torch", [False, True])
+def test_a_pickle_by_another_name_runs_no_code(tmp_path: Path, name: str, with_torch: bool) -> None:
+    folder, marker = saved(tmp_path), tmp_path / "ran"
+    if with_torch:
+        torch.save({"0.weight": Bomb(marker)}, folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Bomb(marker)))
+    signed(folder)
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+    assert not marker.exists()
+    if with_torch:
+        torch.load(io.BytesIO((folder / name).read_bytes()), weights_only=False)
+    else:
+        pickle.loads((folder / name).read_bytes())
+    assert marker.exists()  # the bomb was live
+
+
+@pytest.mark.parametrize("name", ["student.json", "exits.safetensors", "model", "model/model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path)
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")  # sound, but elsewhere
+    with pytest.raises(UserError, match="leads out of"):
+        load_module_student(folder)
+
+
+def test_a_name_in_the_card_that_climbs_out_is_not_followed(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    for name in ("../pipe", str(tmp_path / "pipe")):
+        signed(folder, sha256={"exits.safetensors": "0", name: "0"})
+        with pytest.raises(UserError, match="sha256 names"):
+            load_module_student(folder)
+    signed(folder, sha256={})  # no checksum is no way around the check
+    with pytest.raises(UserError, match="sha256 names"):
+        load_module_student(folder)
+
+
+WRONG: dict[str, Any] = {
+    "kind": "causal",
+    "blocks": [],
+    "attention": "all",
+    "exits": [3, 1],
+    "patience": -1,
+    "threshold": 10**400,
+    "select_after": 99,
+    "keep": None,
+    "num_classes": 2**40,
+    "drops_rows": 1,
+    "more": 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_impossible_card_is_one_line(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path)
+    load_module_student(folder)
+    card = json.loads((folder / "student.json").read_text())
+    signed(folder, shipment={**card["shipment"], name: WRONG[name]})
+    with pytest.raises(UserError, match=r"not a (real student's card|student of a real model), or a damaged one"):
+        load_module_student(folder)

@@ -1,5 +1,6 @@
 """MACs of tiny transformers against formulas, and costs against students that are physically smaller."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,11 @@ def test_a_measured_profile_is_read_back_for_the_same_student_alone(tmp_path: Pa
     assert (again.overhead_s, again.mac_s) == (measured.overhead_s, measured.mac_s)
     with pytest.raises(UserError, match="this student's"):
         load_speed(tmp_path / "p.json", profile())
-    (tmp_path / "q.json").write_text("[]")
-    with pytest.raises(UserError, match="not a cost profile"):
-        load_speed(tmp_path / "q.json", measured)
+    card = json.loads((tmp_path / "p.json").read_text())
+    huge, negative = {**card, "mac_s": 10**400}, {**card, "overhead_s": -1.0}
+    for text in ("[]", "{}", "\udcff", json.dumps(huge), json.dumps(negative), json.dumps({**card, "provenance": 3})):
+        (tmp_path / "q.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(UserError, match="not a cost profile"):
+            load_speed(tmp_path / "q.json", measured)
     with pytest.raises(UserError, match="cannot read"):
         load_speed(tmp_path / "gone.json", measured)

@@ -139,6 +139,11 @@ def test_arrays(tmp_path: Path) -> None:
     examples = make_examples(read_table(tmp_path / "a.npz", COLUMNS), None, None, 3, COLUMNS)
     np.testing.assert_array_equal(examples.inputs["pixel_values"].numpy(), inputs)
     assert examples.labels.tolist() == [i % 3 for i in range(40)]
+    whole = (tmp_path / "a.npz").read_bytes()
+    for damaged in (b"", whole[:-40], b"PK\x03\x04" + bytes(60), whole[:300] + bytes(8) + whole[308:]):
+        (tmp_path / "c.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="not arrays `inputs` and `labels`"):
+            read_table(tmp_path / "c.npz", COLUMNS)
     np.savez(tmp_path / "b.npz", inputs=np.array([{"a": 1}], dtype=object), labels=np.zeros(1))
     with pytest.raises(UserError, match="not arrays"):
         read_table(tmp_path / "b.npz", COLUMNS)

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_two_processes_that_train_the_same_teachers_leave_one_sound_cache(cache:
     assert len(list(cache.iterdir())) == 1  # no litter
 
 
-@pytest.mark.parametrize("damage", ["cut", "nan", "shape", "missing", "more", "link"])
+@pytest.mark.parametrize("damage", ["cut", "nan", "shape", "missing", "more", "link", "altered", "unsigned"])
 def test_a_damaged_cache_says_what_to_do(cache: Path, damage: str) -> None:
     data = load_dataset("digits")
     load_teachers(CONFIG, data)
@@ -63,9 +64,12 @@ def test_a_damaged_cache_says_what_to_do(cache: Path, damage: str) -> None:
             "nan": {**tensors, name: tensors[name] * float("nan")},
             "shape": {**tensors, name: tensors[name][:3]},
             "missing": {k: v for k, v in tensors.items() if k != name},
+            "altered": {**tensors, name: tensors[name] + 1e-3},
+            "unsigned": tensors,
             "more": {**tensors, "2.layers.0.weight": torch.zeros(2)},
         }[damage]
-        path.write_bytes(save(changed))
+        old = {"sha256": hashlib.sha256(save(tensors)).hexdigest()}
+        path.write_bytes(save(changed) if damage == "unsigned" else save(changed, old))
     with pytest.raises(UserError, match=r"^cached teachers: .*; delete the file to train them anew$"):
         load_teachers(CONFIG, data)
 
