@@ -119,6 +119,12 @@ class ModuleWorld:
         return self.student.plan.group_sizes
 
     @property
+    def class_names(self) -> list[str]:
+        """The classes as the student's configuration calls them, in their order."""
+        names: Any = self.student.model.config.id2label  # type: ignore[union-attr]
+        return [str(names[i]) for i in range(self.data.num_classes)]
+
+    @property
     def capacity(self) -> float:
         """The dense student's MACs over the teacher's."""
         return self.profile.work.dense_macs / self.teacher_macs

@@ -19,7 +19,7 @@ from rlkd.models.chain import Masks, initialise
 from rlkd.models.instrumented import Instrumented, ModuleOutputs
 from rlkd.objectives import FAMILIES, losses_of
 from rlkd.objectives.hard_label import log_probabilities
-from rlkd.students.evaluation import summarise
+from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
 from rlkd.students.interface import (
     PROBE_SIZE,
     Controls,
@@ -62,6 +62,8 @@ class ModuleTrainConfig(TrainConfig):
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     evaluation_batch_size: int = 64
+    validation_size: int = 512
+    """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
 
     def check(self) -> None:
         """Raises UserError for an impossible value."""
@@ -75,6 +77,8 @@ class ModuleTrainConfig(TrainConfig):
                 f"train: got learning_rate {self.learning_rate:g}, clip_norm {self.clip_norm:g}, weight_decay "
                 f"{self.weight_decay:g}; allowed: above 0, above 0, at least 0"
             )
+        if self.validation_size < 0:
+            raise UserError(f"train.validation_size: got {self.validation_size}; allowed: at least 1, or 0 for all")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.evaluation_batch_size >= 1):
             raise UserError(
                 f"train: got warmup {self.warmup:g}, floor {self.floor:g}, evaluation_batch_size "
@@ -215,21 +219,15 @@ class ModuleStudent:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
-        """Metrics on one split under the current masks, tokens and exit threshold."""
-        self.student.eval()
+        """Metrics under the current masks, tokens and exit threshold; on validation, of `validation_size` samples."""
         index = self._data.splits[split]
-        order = self._data.by_length(index)
-        parts, token_scores = [], torch.zeros(self.plan.num_positions)
-        for rows in torch.split(order, self._config.evaluation_batch_size):
-            outputs = self._forward(index[rows])
-            parts.append([z.float().cpu() for z in outputs.logits])
-            if outputs.token_scores is not None:
-                token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        if split == "validation" and 0 < self._config.validation_size < len(index):
+            index = index[torch.arange(self._config.validation_size) * len(index) // self._config.validation_size]
+        logits, token_scores = self._answers(index)
         if self.plan.select_after is not None:
             self._token_scores = token_scores
-        back = order.argsort()
         return summarise(
-            tuple(torch.cat(columns)[back][None] for columns in zip(*parts, strict=True)),
+            tuple(z[None] for z in logits),
             self._data.labels[index],
             log_probabilities(self._signals.logits[self._task.teacher, index])[None],
             self._threshold,
@@ -237,6 +235,26 @@ class ModuleStudent:
             tuple(score[None] for score in self._scores()),
             self.plan.patience,
         )
+
+    @torch.no_grad()
+    def exits_by_class(self, split: Split) -> ExitsByClass:
+        """Where the samples of each class leave on one split, and how many are right, under the current controls."""
+        index = self._data.splits[split]
+        logits, _ = self._answers(index)
+        return exits_by_class(logits, self._data.labels[index], self._threshold, self.plan.patience)
+
+    def _answers(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Logits [B, C] of every exit for the samples at `index` [B], and their mean sorted token scores [P]."""
+        self.student.eval()
+        order = self._data.by_length(index)
+        parts, token_scores = [], torch.zeros(self.plan.num_positions)
+        for rows in torch.split(order, self._config.evaluation_batch_size):
+            outputs = self._forward(index[rows])
+            parts.append([z.float().cpu() for z in outputs.logits])
+            if outputs.token_scores is not None:
+                token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        back = order.argsort()
+        return tuple(torch.cat(columns)[back] for columns in zip(*parts, strict=True)), token_scores
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the parameters, exits and adapters included, each [1, ...]."""
