@@ -57,9 +57,9 @@ def student_of(
     teacher_family: str | None = None,
     **changes: Any,
 ) -> ModuleStudent:
-    data = images() if family in ("vit", "resnet") else texts()
+    data = images() if family in tiny_models.IMAGE_FAMILIES else texts()
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if family in ("bert", "vit") else {}
-    layers = 2 if family == "resnet" else 3
+    layers = 2 if family in tiny_models.CONV_FAMILIES else 3
     student = tiny_models.tiny(family, layers=layers, **(dropout | changes))
     teacher = tiny_models.tiny(teacher_family or family, seed=1, layers=layers)
     inputs = data.batch(data.splits["train"][:2])
@@ -94,7 +94,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "convnext", "mobilenet"])
 def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) -> None:
     student = student_of(family, attach=AttachConfig(hints="all"))
     telemetry = student.train_window(controls(feature_keep=0.5, unit_keep=0.5, exit_threshold=0.7))
@@ -108,7 +108,7 @@ def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) ->
     assert float(metrics.exit_rates.sum()) == pytest.approx(1.0)
     assert metrics.kept.shape == (1, len(student.plan.group_sizes))
     assert metrics.spread.shape == (1, 2)
-    if family != "resnet":
+    if family not in tiny_models.CONV_FAMILIES:
         assert metrics.kept[0, 1:3].tolist() == [32.0, 2.0]
         assert metrics.kept[0, 0] == round(0.5 * student.plan.num_positions)
         assert 0 < float(metrics.spread[0, 0]) < 1
