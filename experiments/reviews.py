@@ -35,6 +35,7 @@ from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LEAST_RATING = 0.5  # snippets that people were undecided about are left out
 MAX_LENGTH = 64
+BATCH = 16
 COLUMNS = ColumnConfig(max_length=MAX_LENGTH)
 
 
@@ -137,14 +138,14 @@ def main() -> int:
         data=str(table),
         cut=StudentCut(layers=options.layers),
         columns=COLUMNS,
-        train=ModuleTrainConfig(steps_per_window=options.steps_per_window, learning_rate=2e-4),
+        train=ModuleTrainConfig(steps_per_window=options.steps_per_window, batch_size=BATCH, learning_rate=2e-4),
         cost=ModuleCostConfig(batch_size=32),
     )
     rows = real_study.rows_of(config, options)
     if options.docs is not None:
         about = (
             f"Student: {options.layers} of the teacher's 6 layers (test accuracy {teacher['accuracy']:.3f}), "
-            f"{12 * options.steps_per_window} steps of 32 snippets."
+            f"{12 * options.steps_per_window} steps of {BATCH} snippets."
         )
         real_study.write_tables("MiniLM on movie-review snippets", about, rows, teacher, options.docs)
     return 0

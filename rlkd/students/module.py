@@ -14,11 +14,13 @@ from torch import Tensor
 
 from rlkd.compression.selection import keep_top
 from rlkd.errors import UserError
+from rlkd.memory import enough_memory
 from rlkd.models.blocks import group_importance
 from rlkd.models.chain import Masks, initialise
 from rlkd.models.instrumented import Instrumented, ModuleOutputs
 from rlkd.objectives import FAMILIES, losses_of
 from rlkd.objectives.hard_label import log_probabilities
+from rlkd.students import processes
 from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
 from rlkd.students.interface import (
     PROBE_SIZE,
@@ -35,6 +37,8 @@ from rlkd.tasks import Split, Task, task_generator
 from rlkd.tasks.examples import Examples, to_device
 from rlkd.teachers import Signals
 
+TRAIN_LESS = "raise --train.micro_batches, or lower --train.batch_size or --columns.max_length"
+EVALUATE_LESS = "lower --train.evaluation_batch_size"
 REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny students: `learning_rate` stands for it
 
 
@@ -60,7 +64,7 @@ class ModuleTrainConfig(TrainConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products (autocast); parameters and losses stay float32."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
     evaluation_batch_size: int = 64
     validation_size: int = 512
     """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
@@ -92,7 +96,7 @@ class ModuleTrainConfig(TrainConfig):
             UserError: it is not there, or lacks bfloat16.
         """
         try:
-            device = torch.device(self.device)
+            device = processes.placed() if self.device == "auto" else torch.device(self.device)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"train.device: got {self.device!r}, which torch cannot use here; try cpu") from error
@@ -118,6 +122,11 @@ class ModuleStudent:
         self, student: Instrumented, data: Examples, signals: Signals, config: ModuleTrainConfig, num_windows: int
     ) -> None:
         config.check()
+        if config.batch_size < config.micro_batches * processes.num_processes():
+            raise UserError(
+                f"train.batch_size: got {config.batch_size}; allowed: at least {config.micro_batches} micro-batches a "
+                f"process for {processes.num_processes()} processes"
+            )
         self._device = config.torch_device()
         self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
         self.student = student.to(self._device)
@@ -167,6 +176,7 @@ class ModuleStudent:
 
         If they are undone, the course of the learning rate goes on all the same: it counts steps taken.
         """
+        controls = processes.agree(controls, self._device)
         self.set_controls(controls)
         before = Snapshot(self.student, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
@@ -177,12 +187,13 @@ class ModuleStudent:
         total, worst_norm = torch.zeros(len(FAMILIES)), torch.zeros((), device=self._device)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._task.seed % 2**48 + self._step)  # of dropout
+            torch.manual_seed(self._task.seed % 2**48 + self._step + (processes.index() << 50))  # of dropout
             self.student.train()
-            for step in range(num_steps):
-                losses, norm = self._train_step(positions[step], weights, temperature, scale)
-                total += losses
-                worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
+            with enough_memory(f"batches of {size} in {self._config.micro_batches} parts", TRAIN_LESS):
+                for step in range(num_steps):
+                    losses, norm = self._train_step(positions[step], weights, temperature, scale)
+                    total += losses
+                    worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
         self.student.eval()
         norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
         parameters = (p.detach()[None] for p in self.student.parameters())
@@ -207,11 +218,12 @@ class ModuleStudent:
             group["lr"] = config.learning_rate * factor
         self._optimizer.zero_grad()
         total = torch.zeros(len(FAMILIES), device=self._device)
-        for part in positions.tensor_split(config.micro_batches):
+        for part in processes.share(positions).tensor_split(config.micro_batches):
             share = len(part) / len(positions)  # every term is a mean over samples
             losses = self._losses(part, temperature)
             (share * (losses * weights).sum()).backward()  # type: ignore[no-untyped-call]
             total += share * losses.detach()
+        processes.add_up([total, *(parameter.grad for parameter in self.student.parameters())])
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         self._optimizer.step()
         self._step += 1
@@ -248,11 +260,12 @@ class ModuleStudent:
         self.student.eval()
         order = self._data.by_length(index)
         parts, token_scores = [], torch.zeros(self.plan.num_positions)
-        for rows in torch.split(order, self._config.evaluation_batch_size):
-            outputs = self._forward(index[rows])
-            parts.append([z.float().cpu() for z in outputs.logits])
-            if outputs.token_scores is not None:
-                token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        with enough_memory(f"evaluating {self._config.evaluation_batch_size} samples at once", EVALUATE_LESS):
+            for rows in torch.split(order, self._config.evaluation_batch_size):
+                outputs = self._forward(index[rows])
+                parts.append([z.float().cpu() for z in outputs.logits])
+                if outputs.token_scores is not None:
+                    token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
         back = order.argsort()
         return tuple(torch.cat(columns)[back] for columns in zip(*parts, strict=True)), token_scores
 
