@@ -94,7 +94,11 @@ def main() -> int:
         data=str(options.data),
         cut=StudentCut(layers=options.layers),
         train=ModuleTrainConfig(
-            steps_per_window=options.steps_per_window, batch_size=BATCH, learning_rate=RATE, evaluation_batch_size=256
+            steps_per_window=options.steps_per_window,
+            validation_size=512,
+            batch_size=BATCH,
+            learning_rate=RATE,
+            evaluation_batch_size=256,
         ),
         cost=ModuleCostConfig(batch_size=32),
     )

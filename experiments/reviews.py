@@ -138,7 +138,9 @@ def main() -> int:
         data=str(table),
         cut=StudentCut(layers=options.layers),
         columns=COLUMNS,
-        train=ModuleTrainConfig(steps_per_window=options.steps_per_window, batch_size=BATCH, learning_rate=2e-4),
+        train=ModuleTrainConfig(
+            steps_per_window=options.steps_per_window, validation_size=512, batch_size=BATCH, learning_rate=2e-4
+        ),
         cost=ModuleCostConfig(batch_size=32),
     )
     rows = real_study.rows_of(config, options)

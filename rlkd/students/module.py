@@ -46,6 +46,8 @@ REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny stude
 class ModuleTrainConfig(TrainConfig):
     """How a real student is trained between two decisions."""
 
+    steps_per_window: int = 100
+    """Optimizer steps of one window, which is one environment step; what a window costs besides is then below 5 %."""
     batch_size: int = 32
     """Samples of one optimizer step, drawn with replacement from the training samples."""
     micro_batches: int = 1
@@ -66,7 +68,7 @@ class ModuleTrainConfig(TrainConfig):
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
     evaluation_batch_size: int = 64
-    validation_size: int = 512
+    validation_size: int = 128
     """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
 
     def check(self) -> None:
