@@ -97,9 +97,9 @@ def under_agent(world: ModuleWorld, policy: Controller) -> tuple[float, dict[str
         return position.clone()
 
     began = time.perf_counter()
-    episodes, outcome = run_windows(world, controller, 0, lambda row, observation: None)
+    episodes, last = run_windows(world, controller, 0, lambda row, observation: None)
     seconds = time.perf_counter() - began
-    assert not outcome.diverged[0]
+    assert not last["num_diverged"]
     return seconds, {name: value[0] for name, value in episodes.students.state_dict().items()}
 
 

@@ -30,6 +30,7 @@ NOT_SHOWN = {
     "rlkd/models/pretrained.py: real models need the extra hf; the tests beside it make them": "",
     "rlkd/students/module.py: real models need the extra hf; the tests beside it make them": "",
     "rlkd/memory.py: a machine without memory; tests/test_memory.py": "",
+    "rlkd/cli/replay_models.py: several processes, which torchrun starts": "--resume: got several processes",
     "rlkd/students/processes.py: real models need the extra hf; the tests beside it make them": "",
     "rlkd/tasks/idx.py: real models need the extra hf; the tests beside it make them": "",
     "rlkd/tasks/tables.py: real models need the extra hf; the tests beside it make them": "",
