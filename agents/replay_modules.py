@@ -1,6 +1,6 @@
 """Replay on a real model: the same loop as on chains, then one evaluation on test data and a shipped student."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ from rlkd.cost.modules import measure
 from rlkd.envs.action import decode
 from rlkd.envs.modules import ModuleWorld
 from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.students.evaluation import ExitsByClass
 from rlkd.students.module import ModuleStudent
 from rlkd.tasks.examples import Examples
 
-MEASURED_BATCHES = (1, 16)
+MEASURED_BATCHES = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def distil_module(
         "teacher_agreement": float(metrics.agreement[0]),
         "teacher_accuracy": float((world.signals.logits[0, test].argmax(-1) == labels).float().mean()),
         "exit_rates": [float(r) for r in metrics.exit_rates[0]],
+        "exits_by_class": _by_class(students.exits_by_class("test"), world.class_names),
         "macs": float(cost.macs[0]),
         "macs_ratio": float(cost.macs_ratio[0]),
         "macs_of_dense_student": world.profile.work.dense_macs,
@@ -83,6 +85,12 @@ def distil_module(
     measured["profile_batch"] = world.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return DistilledModule(shipped, figures, measured, diverged)
+
+
+def _by_class(exits: ExitsByClass, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Exit statistics by the classes' names, for `result.json`."""
+    rows = zip(names, exits.num_samples.tolist(), exits.exit_rates.tolist(), exits.accuracy.tolist(), strict=True)
+    return {name: {"num_samples": n, "exit_rates": rates, "accuracy": acc} for name, n, rates, acc in rows}
 
 
 @torch.inference_mode()

@@ -31,6 +31,7 @@ from rlkd.models.pretrained import (
 )
 from rlkd.students import Metrics, Students
 from rlkd.students.module import ModuleStudent, ModuleTrainConfig
+from rlkd.students.processes import first_alone
 from rlkd.tasks import Preference, Range, TaskDistribution
 from rlkd.tasks.examples import PADDING_MASK, Examples
 from rlkd.tasks.tables import ColumnConfig, Table, make_examples, read_table
@@ -63,6 +64,9 @@ class ModuleConfig:
     """A CSV, TSV, JSON lines, Parquet or .npz file, or a folder of such files named by split, or of images."""
     student: str = ""
     """Folder or hub id of a model, or a JSON configuration (fresh weights); by default it is cut from the teacher."""
+    teacher_device_map: str | None = None
+    """Spread a teacher that fits on no single device: auto or balanced (accelerate), or a JSON file of module paths and
+    devices, among them cpu and disk. Its signals are computed once, before any training."""
     num_windows: int = 12
     """Decisions; each trains the student for train.steps_per_window steps."""
     cut: StudentCut = field(default_factory=StudentCut)
@@ -117,6 +121,12 @@ class ModuleWorld:
     def group_sizes(self) -> tuple[int, ...]:
         """Token positions, then the units of every group."""
         return self.student.plan.group_sizes
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes as the student's configuration calls them, in their order."""
+        names: Any = self.student.model.config.id2label  # type: ignore[union-attr]
+        return [str(names[i]) for i in range(self.data.num_classes)]
 
     @property
     def capacity(self) -> float:
@@ -183,9 +193,13 @@ def build_module_world(
         student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
     )
     places = [link.teacher for link in links]
-    teacher.model.to(device)
-    signals = module_signals(teacher.model, teacher.plan, places, teacher.data, config.train.evaluation_batch_size, say)
-    teacher.model.cpu()
+    if config.teacher_device_map is None:
+        teacher.model.to(device)
+    with first_alone():
+        size = config.train.evaluation_batch_size
+        signals = module_signals(teacher.model, teacher.plan, places, teacher.data, size, say)
+    if config.teacher_device_map is None:
+        teacher.model.cpu()
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
@@ -212,7 +226,7 @@ def build_module_world(
 
 
 def _teacher(config: ModuleConfig, kind: Kind) -> _Side:
-    model = load_model(config.teacher, kind, config.allow_pickle)
+    model = load_model(config.teacher, kind, config.allow_pickle, device_map=config.teacher_device_map)
     table = read_table(Path(config.data), config.columns)
     if table.kind != ("text" if kind == "sequence_classification" else "image") and table.kind != "array":
         raise UserError(f"{config.data}: got {table.kind}s for {config.teacher}, which is for {kind.replace('_', ' ')}")

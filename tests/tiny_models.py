@@ -14,6 +14,10 @@ def need_transformers() -> Any:
     return pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
 
 
+IMAGE_FAMILIES = ("vit", "resnet", "resnet_basic", "convnext", "mobilenet")
+CONV_FAMILIES = IMAGE_FAMILIES[1:]
+
+
 def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **changes: Any) -> nn.Module:
     t = need_transformers()
     torch.manual_seed(seed)
@@ -48,6 +52,25 @@ def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **ch
         "resnet": lambda: t.ResNetForImageClassification(
             t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=num_classes)
         ),
+        "resnet_basic": lambda: t.ResNetForImageClassification(
+            t.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic", num_labels=num_classes
+            )
+        ),
+        "convnext": lambda: t.ConvNextForImageClassification(
+            t.ConvNextConfig(
+                patch_size=2,
+                hidden_sizes=[8, 16],
+                depths=[1, 2],
+                num_stages=2,
+                layer_scale_init_value=1.0,
+                num_labels=num_classes,
+                image_size=16,
+            )
+        ),
+        "mobilenet": lambda: t.MobileNetV2ForImageClassification(
+            t.MobileNetV2Config(depth_multiplier=0.1, num_labels=num_classes, image_size=32)
+        ),
     }
     model: nn.Module = makers[family]()
     return model.eval()
@@ -55,7 +78,7 @@ def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **ch
 
 def batch(family: str, size: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    if family in ("vit", "resnet"):
+    if family in IMAGE_FAMILIES:
         return {"pixel_values": torch.rand(size, 3, 16, 16, generator=generator)}
     ids = torch.randint(5, 40, (size, length), generator=generator)
     mask = (torch.arange(length) < length - torch.arange(size)[:, None] % 3).long()  # rows of 7, 6, 5, 7 tokens

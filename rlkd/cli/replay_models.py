@@ -1,5 +1,9 @@
 """`rlkd replay --data ...`: distil a real model under a policy that was learned on tiny students."""
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,15 +20,23 @@ from rlkd.cli.replay import Watch, finish
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.compression.modules import save_module_student
 from rlkd.envs.modules import ModuleConfig, build_module_world
+from rlkd.errors import UserError
 from rlkd.files import write_whole
+from rlkd.students import processes
 
 
 def run(argv: list[str]) -> int:
     """Distil one real model, write it, and print its figures."""
     config, options = parse_run(_parser, argv, ModuleConfig)
     bundle = load_bundle(options.policy)
+    processes.join(config.train.device)
     config.check()
     use_one_thread()
+    if processes.num_processes() > 1 and options.resume is not None:
+        raise UserError("--resume: got several processes; allowed: one, which goes on where they stopped")
+    if processes.index():  # the first process alone writes and speaks
+        with tempfile.TemporaryDirectory() as scratch, _silent():
+            return _replay(config, bundle, options, Path(scratch))
     with resumable_folder(options, "replay", options.out) as folder:
         return _replay(config, bundle, options, folder)
 
@@ -43,6 +55,13 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--policy", type=Path, required=True, help="folder of a policy bundle")
     add_run_options(parser)
     return parser
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is printed inside the block; what it raises is."""
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
 
 
 def _replay(config: ModuleConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:

@@ -2,7 +2,8 @@
 
 The folder holds `model/`, which transformers loads as it is, `exits.safetensors` and `student.json`. Hidden units are
 cut where every block keeps equally many and the configuration has a size for them; transformers has none for heads
-that differ in number from hidden size / head size, so masked heads stay, as zeros, and save nothing.
+that differ in number from hidden size / head size, nor for a convolution's inner channels, so masked ones stay, as
+zeros, and save nothing.
 """
 
 import copy
@@ -87,7 +88,8 @@ def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Mask
                 if name in state:
                     state[name] = state[name][kept]
         else:
-            state[reader] = state[reader] * mask.repeat_interleave(group.width)
+            wide = mask.repeat_interleave(group.width)
+            state[reader] = state[reader] * (wide[:, None, None] if state[reader].ndim == 4 else wide)
     if cuts_units:
         setattr(described, names[0], counts.pop())
     small = new_model(described, kind, seed=0)

@@ -23,6 +23,7 @@ from rlkd.cost.profile import ENERGY_MODEL, MAX_FIGURE, Cost, machine
 from rlkd.cost.timing import NUM_ROUNDS, one_thread
 from rlkd.errors import UserError
 from rlkd.files import number, read_json, reason, write_whole
+from rlkd.models.blocks import Group
 from rlkd.models.plan import Plan
 
 FORMAT = 1
@@ -42,7 +43,7 @@ class BlockWork:
     """Work of one block for one sample, apart by what it shrinks with."""
 
     fixed: Work
-    units: Work  # shrinks with the kept hidden units
+    units: Work  # shrinks with the kept hidden units or inner channels
     heads: Work  # with the kept heads
     products_macs: float  # attention's two products: with the kept heads and the square of the kept tokens
 
@@ -119,15 +120,20 @@ def _leaf_work(module: nn.Module, output: Tensor) -> Work:
 
 def _block_work(path: str, number: int, plan: Plan, leaves: Mapping[str, Work], total_macs: float) -> BlockWork:
     inside = {name: work for name, work in leaves.items() if name == path or name.startswith(f"{path}.")}
-    shares = {}
+    shares: dict[str, list[str]] = {"units": [], "heads": []}
     for group in plan.groups:
         if group.block == number:
-            shares[group.kind] = [n for n in inside if n in group.writers or n == group.reader]
+            shares[_shrinks_as(group)] += [n for n in inside if n in group.writers or n == group.reader]
     grouped = {name for names in shares.values() for name in names}
     fixed = [work for name, work in inside.items() if name not in grouped]
     products = max(0.0, total_macs - sum(work.macs for work in inside.values()))
-    units, heads = (_sum([inside[n] for n in shares.get(kind, [])]) for kind in ("units", "heads"))
+    units, heads = (_sum([inside[n] for n in shares[kind]]) for kind in ("units", "heads"))
     return BlockWork(_sum(fixed), units, heads, products)
+
+
+def _shrinks_as(group: Group) -> str:
+    """Inner channels count as hidden units do; all layers of a block keep the same share of them."""
+    return "heads" if group.kind == "heads" else "units"
 
 
 def _sum(parts: Sequence[Work]) -> Work:
@@ -175,7 +181,7 @@ class ModuleProfile:
     def _work(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[Work, float]:
         """Work of a sample on average (weights: of a batch), and how many blocks a batch runs through on average."""
         always, never = (bool(end) for end in exit_ends(threshold, self.plan.num_classes))
-        share = {(g.kind, g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
+        share = {(_shrinks_as(g), g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
         tokens_kept = float(kept[0]) / self.plan.num_positions
         parts, reach, total_runs = [self.work.before], 1.0, 0.0
         for position, block in enumerate(self.work.blocks):

@@ -1,7 +1,8 @@
-"""The parts of a transformer that can be switched off: blocks, attention heads, hidden units of feed-forward layers.
+"""The parts of a real model that can be switched off: blocks, attention heads, hidden units, inner channels.
 
-A unit is removed by putting zeros before the linear layer that reads it, which equals cutting it out. Where the
-parts lie is written down a family of models in `LAYOUTS`; a model of none of them keeps all its units.
+A unit is removed by putting zeros before the layer that reads it, which equals cutting it out. Where the parts lie
+is written down: a family of transformers in `LAYOUTS`, the inner layers of convolutional blocks in `CHANNELS`. A model
+of none of them keeps all its units.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,13 +60,31 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Group:
-    """Units of one kind in one block."""
+class ChannelLayout:
+    """Paths inside one convolutional layer whose inner channels nothing else reads."""
 
-    kind: str  # "units" or "heads"
+    writers: tuple[
+        str, ...
+    ]  # what makes the channels, one after the other; normalisation and activation keep them apart
+    reader: str
+
+
+CHANNELS = {
+    "resnet bottleneck": ChannelLayout(("layer.1.convolution",), "layer.2.convolution"),
+    "resnet basic": ChannelLayout(("layer.0.convolution",), "layer.1.convolution"),
+    "convnext": ChannelLayout(("pwconv1",), "pwconv2"),
+    "mobilenet v2": ChannelLayout(("expand_1x1.convolution", "conv_3x3.convolution"), "reduce_1x1.convolution"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind in one block, or in one layer of a convolutional block."""
+
+    kind: str  # "units", "heads" or "channels"
     block: int  # from 0
-    reader: str  # path of the linear layer that reads them
-    writers: tuple[str, ...]  # paths of the linear layers whose rows are cut with them
+    reader: str  # path of the layer that reads them
+    writers: tuple[str, ...]  # paths of the layers whose rows are cut with them
     size: int
     width: int  # channels a unit: 1, or a head's dimension
 
@@ -94,13 +113,13 @@ def layout_of(model: nn.Module, blocks: Sequence[str]) -> Layout | None:
 
 
 def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) -> list[Group]:
-    """Hidden units, then heads, of every block; empty without a layout.
+    """Hidden units, then heads, of every block; without a layout, inner channels, where there are any.
 
     The number of heads comes from `model.config.num_attention_heads`. Keys and values that several heads share
     (grouped-query attention) stay: they are no writers.
     """
     if layout is None:
-        return []
+        return _channel_groups(model, blocks)
     groups = []
     for index, block in enumerate(blocks):
         down, out = linear(model, f"{block}.{layout.down}"), linear(model, f"{block}.{layout.out}")
@@ -114,6 +133,24 @@ def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) 
         )
         width = out.in_features // num_heads
         groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
+    return groups
+
+
+def _channel_groups(model: nn.Module, blocks: Sequence[str]) -> list[Group]:
+    """Inner channels of every layer of a convolutional block that one of `CHANNELS` describes."""
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    groups = []
+    for index, block in enumerate(blocks):
+        inside = (name for name, _ in model.get_submodule(block).named_modules(prefix=block))
+        for path in inside:
+            for layout in CHANNELS.values():
+                reader, writers = f"{path}.{layout.reader}", tuple(f"{path}.{name}" for name in layout.writers)
+                if reader not in weights or not all(name in weights for name in writers):
+                    continue
+                size = weights[reader].shape[1]
+                if all(len(weights[name]) == size for name in writers):
+                    groups.append(Group("channels", index, reader, writers, size, 1))
+                    break  # a bottleneck's first pair of convolutions looks like a basic layer's
     return groups
 
 
@@ -135,11 +172,17 @@ def group_importance(model: nn.Module, groups: Sequence[Group]) -> Masks:
     """
     scores = []
     for group in groups:
-        written = [linear(model, path).weight.abs().mean(1) for path in group.writers]  # each [size * width]
-        read = linear(model, group.reader).weight.abs().mean(0)  # [size * width]
+        written = [_magnitude(model, path).mean(1) for path in group.writers]  # each [size * width]
+        read = _magnitude(model, group.reader).mean(0)  # [size * width]
         total = torch.stack(written).mean(0) + read
         scores.append(total.reshape(group.size, group.width).mean(1).float().cpu())
     return tuple(scores)
+
+
+def _magnitude(model: nn.Module, path: str) -> Tensor:
+    """[out, in], absolute weights of the layer at `path`, means over a convolution's kernel."""
+    weight = torch.as_tensor(model.get_submodule(path).weight).abs()
+    return weight.flatten(2).mean(-1) if weight.ndim > 2 else weight
 
 
 def mask_groups(
@@ -154,10 +197,17 @@ def mask_groups(
     """
     handles = []
     for index, group in enumerate(groups):
+        reader = model.get_submodule(group.reader)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], index: int = index, width: int = group.width) -> tuple[Any, ...]:
+        def hook(
+            _: nn.Module,
+            args: tuple[Any, ...],
+            index: int = index,
+            width: int = group.width,
+            is_conv: bool = isinstance(reader, nn.Conv2d),
+        ) -> tuple[Any, ...]:
             mask = masks()[index].repeat_interleave(width).to(args[0])  # [size * width]
-            return (args[0] * mask, *args[1:])
+            return (args[0] * (mask[:, None, None] if is_conv else mask), *args[1:])
 
-        handles.append(model.get_submodule(group.reader).register_forward_pre_hook(hook))
+        handles.append(reader.register_forward_pre_hook(hook))
     return handles

@@ -103,11 +103,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
             else "not available: the model gives no attention weights"
         ),
         "feature_keep": f"not available: {why_not}" if why_not else f"tokens after block {config.select_after}",
-        "unit_keep": (
-            f"{sum(g.size for g in groups)} hidden units and heads in {len(groups)} groups"
-            if groups
-            else "not available: no known layout of feed-forward layers and heads"
-        ),
+        "unit_keep": _units_in_words(groups),
         "exit_threshold": f"exits after blocks {list(exits)}" if exits else "not available: no early exit",
     }
     return Plan(
@@ -123,6 +119,16 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         config.patience,
         controls,
     )
+
+
+def _units_in_words(groups: tuple[Group, ...]) -> str:
+    """What unit_keep masks, and what of it stays in the shipped model."""
+    if not groups:
+        return "not available: no known layout of feed-forward layers and heads, or of inner channels"
+    count = f"in {len(groups)} groups; masked"
+    if groups[0].kind == "channels":
+        return f"{sum(g.size for g in groups)} inner channels {count} ones stay in the shipped model, as zeros"
+    return f"{sum(g.size for g in groups)} hidden units and heads {count} heads stay in the shipped model, as zeros"
 
 
 def control_table(plan: Plan) -> str:

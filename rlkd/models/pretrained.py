@@ -5,6 +5,7 @@ other weight files are pickles. Attention is the eager implementation, which alo
 """
 
 import copy
+import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from rlkd.errors import UserError
+from rlkd.files import read_json
 from rlkd.models.blocks import block_paths
 
 Kind = Literal["sequence_classification", "image_classification", "causal_lm"]
@@ -25,6 +27,7 @@ CLASSES: dict[str, tuple[str, str]] = {  # kind: the end of an architecture's na
     "causal_lm": ("ForCausalLM", "AutoModelForCausalLM"),
 }
 HIDDEN_UNITS = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")  # what configs call them
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 OPTIONS: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": "eager"}
 
 
@@ -99,7 +102,12 @@ def kind_of(config: Any, source: str) -> Kind:
 
 
 def load_model(
-    source: str, kind: Kind, allow_pickle: bool = False, num_classes: int | None = None, seed: int = 0
+    source: str,
+    kind: Kind,
+    allow_pickle: bool = False,
+    num_classes: int | None = None,
+    seed: int = 0,
+    device_map: str | None = None,
 ) -> nn.Module:
     """A pretrained model in float32 and evaluation mode.
 
@@ -109,6 +117,7 @@ def load_model(
         allow_pickle: read weight files that are pickles, too; they can run code.
         num_classes: replace a head of another size by a fresh one; by default the folder's own head is required.
         seed: of a fresh head.
+        device_map: of accelerate, for a model that fits on no single device: see `read_device_map`.
 
     Raises:
         UserError: no such model, no network, weights that are no safetensors, or a head that is missing.
@@ -116,6 +125,8 @@ def load_model(
     options: dict[str, Any] = {**OPTIONS, "dtype": torch.float32, "use_safetensors": None if allow_pickle else True}
     if num_classes is not None:
         options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+    if device_map is not None:
+        options |= read_device_map(device_map)
     loader = getattr(transformers(), CLASSES[kind][1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,6 +138,31 @@ def load_model(
             f"trained for {kind.replace('_', ' ')}"
         )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def read_device_map(text: str) -> dict[str, Any]:
+    """What `from_pretrained` takes for it: a word of accelerate's, or a JSON file of module paths and devices.
+
+    Parts on `disk` are read from the model's own safetensors when they are needed.
+
+    Raises:
+        UserError: neither.
+    """
+    if text in DEVICE_MAPS:
+        return {"device_map": text}
+    if Path(text).suffix != ".json":
+        raise UserError(f"teacher_device_map: got {text!r}; allowed: {', '.join(DEVICE_MAPS)}, or a .json file")
+    return {"device_map": read_json(Path(text), "a map from module paths to devices")}
+
+
+def state_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """`model.state_dict()`, with the parts that a device map has put on a disk."""
+    own = model.state_dict()
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return own
+    modeling: Any = importlib.import_module("accelerate.utils.modeling")
+    state: Mapping[str, torch.Tensor] = modeling.get_state_dict_offloaded_model(model)
+    return {name: state[name] for name in own}
 
 
 def new_model(config: Any, kind: Kind, seed: int) -> nn.Module:
@@ -197,7 +233,7 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
     config = _smaller_config(teacher.config, chosen, len(blocks), cut.width)
     student = new_model(config, kind, seed=0)
     prefix = blocks[0].rpartition(".")[0]
-    source = teacher.state_dict()
+    source = state_of(teacher)
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             theirs = source[_teacher_name(name, prefix, chosen)]

@@ -1,12 +1,79 @@
 """Metrics from the logits of every exit: shared by the lock-step population and the solo student."""
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.compression.selection import exit_ends, exits_at, gated_exits, spread
 from rlkd.models import Masks
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.interface import Metrics
+
+
+@dataclass(frozen=True)
+class ExitsByClass:
+    """Exit statistics of one student, class by class, in the order of the classes."""
+
+    num_samples: Tensor  # [C] int64
+    exit_rates: Tensor  # [C, E], share of the class's samples that left at each exit
+    accuracy: Tensor  # [C], each sample answered by the exit it left at
+
+
+def exits_taken(
+    confidence: Tensor,
+    answer: Tensor,
+    threshold: Tensor,
+    num_classes: int,
+    patience: int = 0,
+    gates: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Which exit answers each sample: [N, E, B] bool with one True a sample.
+
+    Args:
+        confidence: [N, E, B], largest probability at every exit.
+        answer: [N, E, B].
+        threshold: [N].
+        num_classes: C.
+        patience: as in `summarise`.
+        gates: as in `summarise`.
+    """
+    waiting = torch.ones_like(answer[:, 0], dtype=torch.bool)  # [N, B]
+    undecided = ~torch.stack(exit_ends(threshold, num_classes)).any(0)[:, None]  # [N, 1]
+    leaves = []
+    for e in range(answer.shape[1] - 1):
+        if gates:
+            now = gated_exits(gates[e], threshold, num_classes)
+        else:
+            now = exits_at(confidence[:, e], threshold, num_classes)
+        if 0 < patience <= e + 1:
+            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
+            now = now | ((recent == recent[:, :1]).all(1) & undecided)
+        leaves.append(waiting & now)
+        waiting = waiting & ~now
+    return torch.stack([*leaves, waiting], dim=1)
+
+
+@torch.no_grad()
+def exits_by_class(logits: tuple[Tensor, ...], labels: Tensor, threshold: Tensor, patience: int = 0) -> ExitsByClass:
+    """Exit statistics of one student.
+
+    Args:
+        logits: one [B, C] an exit.
+        labels: [B].
+        threshold: [1].
+        patience: as in `summarise`.
+    """
+    probabilities = torch.stack(logits).softmax(-1)  # [E, B, C]
+    confidence, answer = probabilities.max(-1)  # [E, B]
+    num_classes = probabilities.shape[-1]
+    left_at = exits_taken(confidence[None], answer[None], threshold, num_classes, patience)[0]  # [E, B]
+    right = (left_at & (answer == labels)).any(0).double()  # [B]
+    member = F.one_hot(labels, num_classes).double()  # [B, C]
+    count = member.sum(0)  # [C]
+    rates = member.T @ left_at.T.double() / count.clamp_min(1.0)[:, None]  # [C, E]
+    return ExitsByClass(count.long(), rates, member.T @ right / count.clamp_min(1.0))
 
 
 @torch.no_grad()
@@ -40,21 +107,7 @@ def summarise(
     picked = labels.expand(*log_q.shape[:2], 1, -1)  # [N, E, 1, B]
     losses = -log_q.gather(-2, picked)[..., 0, :].mean(-1)  # [N, E]
 
-    waiting = torch.ones_like(correct[:, 0])  # [N, B]
-    undecided = ~torch.stack(exit_ends(exit_threshold, num_classes)).any(0)[:, None]  # [N, 1]
-    leaves = []
-    for e in range(len(logits) - 1):
-        if gates:
-            leave = gated_exits(gates[e], exit_threshold, num_classes)
-        else:
-            leave = exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
-        if 0 < patience <= e + 1:
-            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
-            leave = leave | ((recent == recent[:, :1]).all(1) & undecided)
-        leave = waiting & leave
-        leaves.append(leave)
-        waiting = waiting & ~leave
-    left_at = torch.stack([*leaves, waiting], dim=1)  # [N, E, B], one True a sample
+    left_at = exits_taken(confidence.exp(), answer, exit_threshold, num_classes, patience, gates)  # [N, E, B]
 
     teacher_answer = teacher_log_p.max(-2).indices[:, None]  # [N, 1, B]; argmax takes six times as long
     gap = teacher_log_p - log_q[:, -1]  # [N, C, B]

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from rlkd.compression.selection import keep_top
 from rlkd.errors import UserError
+from rlkd.memory import enough_memory
 from rlkd.models.blocks import group_importance
 from rlkd.models.chain import Masks, initialise
 from rlkd.models.instrumented import Instrumented, ModuleOutputs
 from rlkd.objectives import FAMILIES, losses_of
 from rlkd.objectives.hard_label import log_probabilities
-from rlkd.students.evaluation import summarise
+from rlkd.students import processes
+from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
 from rlkd.students.interface import (
     PROBE_SIZE,
     Controls,
@@ -35,6 +37,8 @@ from rlkd.tasks import Split, Task, task_generator
 from rlkd.tasks.examples import Examples, to_device
 from rlkd.teachers import Signals
 
+TRAIN_LESS = "raise --train.micro_batches, or lower --train.batch_size or --columns.max_length"
+EVALUATE_LESS = "lower --train.evaluation_batch_size"
 REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny students: `learning_rate` stands for it
 
 
@@ -42,6 +46,8 @@ REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny stude
 class ModuleTrainConfig(TrainConfig):
     """How a real student is trained between two decisions."""
 
+    steps_per_window: int = 100
+    """Optimizer steps of one window, which is one environment step; what a window costs besides is then below 5 %."""
     batch_size: int = 32
     """Samples of one optimizer step, drawn with replacement from the training samples."""
     micro_batches: int = 1
@@ -60,8 +66,10 @@ class ModuleTrainConfig(TrainConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products (autocast); parameters and losses stay float32."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
     evaluation_batch_size: int = 64
+    validation_size: int = 128
+    """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
 
     def check(self) -> None:
         """Raises UserError for an impossible value."""
@@ -75,6 +83,8 @@ class ModuleTrainConfig(TrainConfig):
                 f"train: got learning_rate {self.learning_rate:g}, clip_norm {self.clip_norm:g}, weight_decay "
                 f"{self.weight_decay:g}; allowed: above 0, above 0, at least 0"
             )
+        if self.validation_size < 0:
+            raise UserError(f"train.validation_size: got {self.validation_size}; allowed: at least 1, or 0 for all")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.evaluation_batch_size >= 1):
             raise UserError(
                 f"train: got warmup {self.warmup:g}, floor {self.floor:g}, evaluation_batch_size "
@@ -88,7 +98,7 @@ class ModuleTrainConfig(TrainConfig):
             UserError: it is not there, or lacks bfloat16.
         """
         try:
-            device = torch.device(self.device)
+            device = processes.placed() if self.device == "auto" else torch.device(self.device)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"train.device: got {self.device!r}, which torch cannot use here; try cpu") from error
@@ -114,6 +124,11 @@ class ModuleStudent:
         self, student: Instrumented, data: Examples, signals: Signals, config: ModuleTrainConfig, num_windows: int
     ) -> None:
         config.check()
+        if config.batch_size < config.micro_batches * processes.num_processes():
+            raise UserError(
+                f"train.batch_size: got {config.batch_size}; allowed: at least {config.micro_batches} micro-batches a "
+                f"process for {processes.num_processes()} processes"
+            )
         self._device = config.torch_device()
         self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
         self.student = student.to(self._device)
@@ -163,6 +178,7 @@ class ModuleStudent:
 
         If they are undone, the course of the learning rate goes on all the same: it counts steps taken.
         """
+        controls = processes.agree(controls, self._device)
         self.set_controls(controls)
         before = Snapshot(self.student, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
@@ -173,12 +189,13 @@ class ModuleStudent:
         total, worst_norm = torch.zeros(len(FAMILIES)), torch.zeros((), device=self._device)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._task.seed % 2**48 + self._step)  # of dropout
+            torch.manual_seed(self._task.seed % 2**48 + self._step + (processes.index() << 50))  # of dropout
             self.student.train()
-            for step in range(num_steps):
-                losses, norm = self._train_step(positions[step], weights, temperature, scale)
-                total += losses
-                worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
+            with enough_memory(f"batches of {size} in {self._config.micro_batches} parts", TRAIN_LESS):
+                for step in range(num_steps):
+                    losses, norm = self._train_step(positions[step], weights, temperature, scale)
+                    total += losses
+                    worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
         self.student.eval()
         norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
         parameters = (p.detach()[None] for p in self.student.parameters())
@@ -203,11 +220,12 @@ class ModuleStudent:
             group["lr"] = config.learning_rate * factor
         self._optimizer.zero_grad()
         total = torch.zeros(len(FAMILIES), device=self._device)
-        for part in positions.tensor_split(config.micro_batches):
+        for part in processes.share(positions).tensor_split(config.micro_batches):
             share = len(part) / len(positions)  # every term is a mean over samples
             losses = self._losses(part, temperature)
             (share * (losses * weights).sum()).backward()  # type: ignore[no-untyped-call]
             total += share * losses.detach()
+        processes.add_up([total, *(parameter.grad for parameter in self.student.parameters())])
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         self._optimizer.step()
         self._step += 1
@@ -215,21 +233,15 @@ class ModuleStudent:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
-        """Metrics on one split under the current masks, tokens and exit threshold."""
-        self.student.eval()
+        """Metrics under the current masks, tokens and exit threshold; on validation, of `validation_size` samples."""
         index = self._data.splits[split]
-        order = self._data.by_length(index)
-        parts, token_scores = [], torch.zeros(self.plan.num_positions)
-        for rows in torch.split(order, self._config.evaluation_batch_size):
-            outputs = self._forward(index[rows])
-            parts.append([z.float().cpu() for z in outputs.logits])
-            if outputs.token_scores is not None:
-                token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        if split == "validation" and 0 < self._config.validation_size < len(index):
+            index = index[torch.arange(self._config.validation_size) * len(index) // self._config.validation_size]
+        logits, token_scores = self._answers(index)
         if self.plan.select_after is not None:
             self._token_scores = token_scores
-        back = order.argsort()
         return summarise(
-            tuple(torch.cat(columns)[back][None] for columns in zip(*parts, strict=True)),
+            tuple(z[None] for z in logits),
             self._data.labels[index],
             log_probabilities(self._signals.logits[self._task.teacher, index])[None],
             self._threshold,
@@ -237,6 +249,27 @@ class ModuleStudent:
             tuple(score[None] for score in self._scores()),
             self.plan.patience,
         )
+
+    @torch.no_grad()
+    def exits_by_class(self, split: Split) -> ExitsByClass:
+        """Where the samples of each class leave on one split, and how many are right, under the current controls."""
+        index = self._data.splits[split]
+        logits, _ = self._answers(index)
+        return exits_by_class(logits, self._data.labels[index], self._threshold, self.plan.patience)
+
+    def _answers(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Logits [B, C] of every exit for the samples at `index` [B], and their mean sorted token scores [P]."""
+        self.student.eval()
+        order = self._data.by_length(index)
+        parts, token_scores = [], torch.zeros(self.plan.num_positions)
+        with enough_memory(f"evaluating {self._config.evaluation_batch_size} samples at once", EVALUATE_LESS):
+            for rows in torch.split(order, self._config.evaluation_batch_size):
+                outputs = self._forward(index[rows])
+                parts.append([z.float().cpu() for z in outputs.logits])
+                if outputs.token_scores is not None:
+                    token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        back = order.argsort()
+        return tuple(torch.cat(columns)[back] for columns in zip(*parts, strict=True)), token_scores
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the parameters, exits and adapters included, each [1, ...]."""

@@ -48,17 +48,18 @@ def find_file(name: str, subfolder: str, default: Path, package: str) -> Path:
 
 
 def read_idx(path: Path, num_dimensions: int) -> NDArray[np.uint8]:
-    """A gzipped IDX file of unsigned bytes (format: LeCun, Cortes & Burges, the MNIST database).
+    """An IDX file of unsigned bytes, gzipped where its name ends in .gz (format: LeCun, Cortes & Burges, MNIST).
 
     Args:
         path: the file.
         num_dimensions: 1 for labels, 3 for images.
 
     Raises:
-        UserError: not a gzip file, another type or number of dimensions, or not as many bytes as the header says.
+        UserError: cannot be unpacked, another type or number of dimensions, or not as many bytes as the header says.
     """
     try:
-        raw = gzip.decompress(path.read_bytes())
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch the file again") from error
     start = 4 + 4 * num_dimensions

@@ -1,4 +1,4 @@
-"""A user's own data for real models: CSV, JSON lines, Parquet or arrays, or a folder of images, read by `datasets`.
+"""A user's own data for real models: CSV, JSON lines, Parquet, arrays, IDX files, or a folder of images.
 
 Splits are the ones given (files or folders called train, validation, test, or a column), else cut once by a hash
 of each sample's source, so that one source never stands on both sides and no run's seed moves a sample.
@@ -20,6 +20,7 @@ from torch import Tensor
 from rlkd.errors import UserError
 from rlkd.files import opened
 from rlkd.tasks.examples import Examples
+from rlkd.tasks.idx import is_idx_folder, read_idx_folder
 from rlkd.tasks.samples import Split
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -71,7 +72,7 @@ def split_of(source: str) -> Split:
 
 
 def read_table(path: Path, columns: ColumnConfig) -> Table:
-    """Read a file, a folder of files called after their splits, or a folder of images in a folder a class.
+    """Read a file, a folder of files called after their splits, of IDX files, or of images in a folder a class.
 
     Raises:
         UserError: no such path, an unknown format, a missing column, or the missing extra.
@@ -79,10 +80,12 @@ def read_table(path: Path, columns: ColumnConfig) -> Table:
     columns.check()
     if not path.exists():
         raise UserError(
-            f"{path}: no such data; give a {', '.join(READERS)} or .npz file, or a folder of files or images"
+            f"{path}: no such data; give a {', '.join(READERS)} or .npz file, or a folder of files, images or IDX files"
         )
     if path.suffix == ".npz":
         return _read_arrays(path)
+    if is_idx_folder(path):
+        return Table(path.name, "array", *read_idx_folder(path))
     files = _table_files(path)
     if files:
         return _read_columns(path, files, columns)

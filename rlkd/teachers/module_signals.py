@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlkd.memory import enough_memory
 from rlkd.models.hooks import capture, pool
 from rlkd.models.instrumented import NUM_PIXELS, received
 from rlkd.models.plan import Plan, logits_of
+from rlkd.models.pretrained import state_of
 from rlkd.objectives import attention_map
 from rlkd.objectives.tokens import TopK, top_k
 from rlkd.tasks.examples import PADDING_MASK, Examples, to_device
@@ -45,7 +47,9 @@ def module_signals(
 
     def fill(arrays: Arrays) -> None:
         say(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
-        _fill(arrays, teacher, plan, places, data, batch_size)
+        remedy = "lower --train.evaluation_batch_size, or spread the teacher with --teacher_device_map auto"
+        with enough_memory(f"the teacher's answers to {batch_size} samples at once", remedy):
+            _fill(arrays, teacher, plan, places, data, batch_size)
 
     tensors = cached_arrays("signals", key, specs, fill, say)
     logits = tensors["logits"]  # [S, C]
@@ -61,17 +65,23 @@ def _key(teacher: nn.Module, data: Examples) -> dict[str, str]:
     """What signals depend on; preprocessing is in the inputs."""
     splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
     return {
-        "teacher": digest_tensors(teacher.state_dict().items()),
+        "teacher": digest_tensors(state_of(teacher).items()),
         "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
         "torch": torch.__version__,
     }
+
+
+def _device_of(teacher: nn.Module) -> torch.device:
+    """Where its inputs go: the device of its first part that is not on a disk."""
+    held = (p.device for p in teacher.parameters() if not p.is_meta)
+    return next(held, torch.device("cpu"))
 
 
 @torch.no_grad()
 def _fill(
     arrays: Arrays, teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int
 ) -> None:
-    device = next(teacher.parameters()).device
+    device = _device_of(teacher)
     attention = plan.attention[-1:] if "maps" in arrays else ()
     last = plan.blocks[-1:] if plan.is_conv else ()
     with capture(teacher.eval(), [*places, *attention, *last]) as seen:

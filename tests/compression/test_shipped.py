@@ -20,12 +20,15 @@ from rlkd.models.instrumented import Instrumented
 from rlkd.models.plan import AttachConfig, make_plan
 from rlkd.models.pretrained import Kind
 
-KINDS: dict[str, Kind] = {"vit": "image_classification", "resnet": "image_classification"}
+KINDS: dict[str, Kind] = dict.fromkeys(tiny_models.IMAGE_FAMILIES, "image_classification")
 THRESHOLDS = {"never": 1.0, "always": 0.5, "some": 0.0}
 
 
 def trained(family: str, attach: AttachConfig) -> Instrumented:
-    model, inputs = tiny_models.tiny(family, layers=2 if family == "resnet" else 3), tiny_models.batch(family, size=12)
+    model, inputs = (
+        tiny_models.tiny(family, layers=2 if family in tiny_models.CONV_FAMILIES else 3),
+        tiny_models.batch(family, size=12),
+    )
     plan = make_plan(model, inputs, attach, None)
     student = Instrumented(model, plan, link_places(model, model, plan.blocks[-1:], plan.blocks, inputs, inputs)).eval()
     torch.manual_seed(0)
@@ -59,11 +62,11 @@ def expected(
     return torch.stack(rows), left
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "llama_classifier"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "convnext", "llama_classifier"])
 @pytest.mark.parametrize("when", THRESHOLDS)
 @pytest.mark.parametrize("patience", [0, 2])
 def test_a_shipped_student_answers_as_the_trained_one(family: str, when: str, patience: int) -> None:
-    exits = (1,) if family == "resnet" else (1, 2)
+    exits = (1,) if family in tiny_models.CONV_FAMILIES else (1, 2)
     student = trained(family, AttachConfig(exits=exits, patience=patience))
     inputs = tiny_models.batch(family, size=12)
     masks = tuple((torch.arange(g.size) % 2).float() for g in student.plan.groups)

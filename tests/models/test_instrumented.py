@@ -42,9 +42,25 @@ def test_a_decoder_s_tokens_stay_because_its_head_reads_the_last() -> None:
 def test_what_a_convolution_lacks_is_said() -> None:
     plan = attached("resnet").plan
     assert plan.is_conv
-    assert plan.group_sizes == (1, 1)
+    assert plan.group_sizes == (1, 2, 4)  # a bottleneck's width is a quarter of its output
     table = control_table(plan).splitlines()
-    assert [line.split()[0] for line in table if "not available" in line] == ["feature_keep", "unit_keep"]
+    assert [line.split()[0] for line in table if "not available" in line] == ["feature_keep"]
+    assert "stay in the shipped model, as zeros" in control_table(plan)
+    without = make_plan(Plain(), {"pixel_values": torch.rand(2, 3, 16, 16)}, AttachConfig(blocks="body.*"), None)
+    assert "not available" in without.controls["unit_keep"]
+    assert without.group_sizes == (1, 1)
+
+
+class Plain(nn.Module):
+    """Convolutions in a row: every channel is read by the next block, so none is inner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.body(pixel_values).mean((-2, -1))))
 
 
 def test_attention_without_weights_switches_selection_off() -> None:

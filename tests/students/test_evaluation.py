@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students import Metrics
-from rlkd.students.evaluation import summarise
+from rlkd.students.evaluation import exits_by_class, summarise
 
 
 def logits_of(probabilities: list[float]) -> Tensor:
@@ -93,3 +93,24 @@ def test_gates_decide_in_place_of_confidence_except_at_the_ends() -> None:
     assert at(0.85) == ([0.667, 0.333], 0.0)
     assert at(0.5)[0] == [1.0, 0.0]
     assert at(1.0)[0] == [0.0, 1.0]
+
+
+def test_exit_statistics_class_by_class() -> None:
+    # at 0.7 samples 0 and 2 (both of class 0) leave early, with answers 0 and 1; sample 1 goes on and answers 1
+    exits = (logits_of(EARLY)[0], logits_of(LATE)[0])
+    by_class = exits_by_class(exits, LABELS, torch.tensor([0.7]))
+    assert by_class.num_samples.tolist() == [2, 1]
+    assert by_class.exit_rates.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert by_class.accuracy.tolist() == [0.5, 1.0]
+    never = exits_by_class(exits, LABELS, torch.tensor([1.0]))
+    assert never.exit_rates.tolist() == [[0.0, 1.0]] * 2
+    assert never.accuracy.tolist() == [0.5, 1.0]  # answers 1 1 0
+    absent = exits_by_class(exits, torch.tensor([0, 0, 0]), torch.tensor([0.5]))
+    assert absent.num_samples.tolist() == [3, 0]
+    assert absent.exit_rates[1].tolist() == [0.0, 0.0]
+
+
+def test_patience_counts_in_the_statistics_of_classes() -> None:
+    exits = tuple(logits_of(p)[0] for p in ([0.6, 0.4, 0.6], [0.6, 0.6, 0.4], [0.4, 0.6, 0.4]))
+    rates = exits_by_class(exits, torch.tensor([0, 1, 1]), torch.tensor([0.9]), patience=2).exit_rates
+    assert rates.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # the first sample alone: answers 0 and 0

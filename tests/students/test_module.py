@@ -57,9 +57,9 @@ def student_of(
     teacher_family: str | None = None,
     **changes: Any,
 ) -> ModuleStudent:
-    data = images() if family in ("vit", "resnet") else texts()
+    data = images() if family in tiny_models.IMAGE_FAMILIES else texts()
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if family in ("bert", "vit") else {}
-    layers = 2 if family == "resnet" else 3
+    layers = 2 if family in tiny_models.CONV_FAMILIES else 3
     student = tiny_models.tiny(family, layers=layers, **(dropout | changes))
     teacher = tiny_models.tiny(teacher_family or family, seed=1, layers=layers)
     inputs = data.batch(data.splits["train"][:2])
@@ -94,7 +94,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "convnext", "mobilenet"])
 def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) -> None:
     student = student_of(family, attach=AttachConfig(hints="all"))
     telemetry = student.train_window(controls(feature_keep=0.5, unit_keep=0.5, exit_threshold=0.7))
@@ -108,7 +108,7 @@ def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) ->
     assert float(metrics.exit_rates.sum()) == pytest.approx(1.0)
     assert metrics.kept.shape == (1, len(student.plan.group_sizes))
     assert metrics.spread.shape == (1, 2)
-    if family != "resnet":
+    if family not in tiny_models.CONV_FAMILIES:
         assert metrics.kept[0, 1:3].tolist() == [32.0, 2.0]
         assert metrics.kept[0, 0] == round(0.5 * student.plan.num_positions)
         assert 0 < float(metrics.spread[0, 0]) < 1
@@ -373,3 +373,52 @@ def test_a_real_student_goes_on_as_if_it_had_not_stopped(optimizer: Literal["ada
         assert set(ours) == set(theirs)
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert int(ours["rollbacks.count"]) == 1
+
+
+def test_the_teacher_is_no_part_of_what_is_saved() -> None:
+    student = student_of("vit", teacher_family="resnet")
+    own = {name for name, _ in student.student.model.named_parameters()}
+    attached = {f"heads.0.{part}" for part in ("weight", "bias")} | {
+        f"adapters.0.{part}" for part in ("weight", "bias")
+    }
+    assert set(student.state_dict()) == own | attached
+    assert not any("resnet" in name for name, _ in student.student.named_modules())
+
+
+def test_a_window_ends_with_an_evaluation_on_a_spread_of_validation() -> None:
+    few, whole = student_of(config=replace(TRAIN, validation_size=4)), student_of()
+    seen: list[Tensor] = []
+    answers = few._answers
+    few._answers = lambda index: (seen.append(index), answers(index))[1]  # type: ignore[method-assign, func-returns-value]
+    for student in (few, whole):
+        student.set_controls(controls())
+    accuracy = float(few.evaluate("validation").accuracy)
+    assert seen[0].tolist() == [64, 68, 72, 76]  # of 64 to 79
+    right = torch.stack([z.argmax(-1) for z in answers(seen[0])[0]])[-1] == texts().labels[seen[0]]
+    assert accuracy == pytest.approx(float(right.float().mean()))
+    few.evaluate("test")
+    assert len(seen[1]) == 16  # results come from all test samples
+    assert torch.equal(whole.evaluate("validation").exit_loss, student_of().evaluate("validation").exit_loss)
+    with pytest.raises(UserError, match=r"train\.validation_size: got -1"):
+        replace(TRAIN, validation_size=-1).check()
+
+
+def test_exits_of_each_class_sum_to_those_of_all() -> None:
+    student = student_of()
+    student.set_controls(controls(exit_threshold=0.52))
+    metrics, by_class = student.evaluate("test"), student.exits_by_class("test")
+    shares = by_class.num_samples / by_class.num_samples.sum()
+    torch.testing.assert_close((shares[:, None] * by_class.exit_rates).sum(0).float(), metrics.exit_rates[0])
+    assert float((shares * by_class.accuracy).sum()) == pytest.approx(float(metrics.accuracy))
+
+
+def test_auto_places_on_what_there_is() -> None:
+    pytest.importorskip("accelerate", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert replace(TRAIN, device="auto").torch_device().type == expected
+
+
+def test_a_batch_smaller_than_its_parts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkd.students.processes.num_processes", lambda: 5)
+    with pytest.raises(UserError, match=r"train\.batch_size: got 12; allowed: at least 3 micro-batches .* 5 processes"):
+        student_of(config=replace(TRAIN, micro_batches=3))

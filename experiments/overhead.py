@@ -1,0 +1,247 @@
+"""What the environment costs: a solo run under the agent against a bare PyTorch loop with the same updates.
+
+    python experiments/overhead.py --policy runs/first/policy --docs docs/results/overhead
+
+Both train the same small vision transformer on digits from the same weights, on the same batches, with the same
+teacher's logits, features and attention maps, terms, weights, optimizer and course of the learning rate; that they end at
+the same parameters is checked. The bare loop is written by hand below: no hooks, no telemetry, no evaluation. The run is
+what `rlkd replay` does between loading and the test: masks and exits, the probe of gradients, a snapshot and an evaluation
+on validation each window, observation, cost, reward, and the policy's answer, which is then left aside for a fixed
+setting with nothing pruned, because a pruned student would train faster than the bare loop.
+
+A pair is one of each, in turn; figures are medians over pairs of the ratio. "With the same evaluations" adds what the
+bare loop needs for the same number of evaluations on the same samples.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from rlkd.agents.bundle import load_bundle
+from rlkd.agents.controllers import Controller
+from rlkd.agents.replay import run_windows
+from rlkd.agents.runs import git_commit, use_one_thread, write_json
+from rlkd.envs.action import decode, published_setting
+from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, ModuleWorld, build_module_world
+from rlkd.errors import UserError
+from rlkd.files import write_whole
+from rlkd.models.chain import initialise
+from rlkd.models.pretrained import StudentCut, new_model, quiet, transformers
+from rlkd.objectives import losses_of
+from rlkd.students.module import REFERENCE_RATE, ModuleTrainConfig
+from rlkd.students.optimizers import new_optimizer, schedule
+from rlkd.tasks import draw_task, task_generator
+
+# steps of a window, validation samples; the first is the bar's
+SETTINGS = ((100, 128), (100, 512), (15, 512), (15, 128))
+NUM_WINDOWS = 12
+
+
+def make_files(folder: Path) -> tuple[Path, Path]:
+    """Digits as arrays, and a vision transformer with random weights as the teacher: what it knows costs no time."""
+    bunch = load_digits()
+    data = folder / "digits.npz"
+    np.savez(data, inputs=(bunch.images[:, None] / 16.0).astype(np.float32), labels=bunch.target)
+    config = transformers().ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=10,
+        architectures=["ViTForImageClassification"],
+    )
+    with quiet():
+        model: Any = new_model(config, "image_classification", seed=0)
+        model.save_pretrained(folder / "teacher")
+    return folder / "teacher", data
+
+
+def make_world(folder: Path, steps_per_window: int, validation_size: int, controls: Any) -> ModuleWorld:
+    """The world of the student, two of the teacher's four layers."""
+    teacher, data = make_files(folder)
+    config = ModuleConfig(
+        teacher=str(teacher),
+        data=str(data),
+        num_windows=NUM_WINDOWS,
+        cut=StudentCut(layers=2),
+        train=ModuleTrainConfig(
+            steps_per_window=steps_per_window, learning_rate=3e-4, validation_size=validation_size, max_rollbacks=0
+        ),
+        cost=ModuleCostConfig(batch_size=8),
+    )
+    return build_module_world(config, controls, say=lambda _: None)
+
+
+def under_agent(world: ModuleWorld, policy: Controller) -> tuple[float, dict[str, Tensor]]:
+    """Seconds of a run and its final parameters."""
+    position = published_setting(world.config.controls)[None]
+
+    def controller(observation: Tensor, episodes: Any, window: int) -> Tensor:
+        policy(observation, episodes, window)
+        return position.clone()
+
+    began = time.perf_counter()
+    episodes, last = run_windows(world, controller, 0, lambda row, observation: None)
+    seconds = time.perf_counter() - began
+    assert not last["num_diverged"]
+    return seconds, {name: value[0] for name, value in episodes.students.state_dict().items()}
+
+
+def bare(world: ModuleWorld) -> tuple[float, float, dict[str, Tensor]]:
+    """Seconds of the loop, of as many evaluations as a run has, and the final parameters."""
+    config, data, signals, plan = world.config.train, world.data, world.signals, world.student.plan
+    controls = decode(published_setting(world.config.controls)[None], world.config.controls, data.num_classes)
+    described: Any = world.student.model.config
+    model: Any = new_model(described, "image_classification", seed=0)  # the world's own has hooks on it
+    model.load_state_dict(world.initial)
+    task = draw_task(0, world.config.task, data, 1)
+    heads = nn.ModuleList(nn.Linear(plan.widths[block - 1], plan.num_classes) for block in plan.exits)
+    initialise(heads, task_generator(task.seed, "parameters"))
+    batches = task_generator(task.seed, "batches")
+    logits, features, maps = signals.logits[0], signals.features[0], signals.maps[0]
+    weights, temperature = controls.weights[0], controls.temperature[0]
+    both = nn.ModuleDict({"model": model, "heads": heads})
+    rate = config.learning_rate * float(controls.learning_rate[0]) / REFERENCE_RATE
+    total = NUM_WINDOWS * config.steps_per_window
+    began = time.perf_counter()
+    optimizer = new_optimizer(both, "adamw", config.learning_rate, config.weight_decay)
+    both.train()
+    for window in range(NUM_WINDOWS):
+        positions = torch.randint(len(task.samples), (config.steps_per_window, config.batch_size), generator=batches)
+        for step in range(config.steps_per_window):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(
+                    window * config.steps_per_window + step, total, config.warmup, config.floor
+                )
+            rows = task.samples[positions[step]]
+            out = model(data.inputs["pixel_values"][rows], output_hidden_states=True, output_attentions=True)
+            early = [head(out.hidden_states[b].mean(1)) for b, head in zip(plan.exits, heads, strict=True)]
+            ours = F.normalize(out.attentions[-1].mean(1).mean(1), dim=-1, eps=1e-8)
+            losses = losses_of(
+                (*early, out.logits),
+                out.hidden_states[-1].mean(1),
+                ours,
+                task.labels[positions[step]],
+                logits[rows],
+                features[rows],
+                maps[rows],
+                temperature,
+            )
+            optimizer.zero_grad()
+            (losses * weights).sum().backward()
+            nn.utils.clip_grad_norm_(both.parameters(), config.clip_norm)
+            optimizer.step()
+    trained = time.perf_counter() - began
+    began = time.perf_counter()
+    index = data.splits["validation"][: config.validation_size or None]
+    with torch.inference_mode():
+        for _ in range(NUM_WINDOWS + 1):
+            both.eval()
+            answers = [
+                model(data.inputs["pixel_values"][rows]).logits.argmax(-1)
+                for rows in torch.split(index, config.evaluation_batch_size)
+            ]
+            (torch.cat(answers) == data.labels[index]).float().mean()
+    evaluated = time.perf_counter() - began
+    return trained, evaluated, {k.removeprefix("model."): p.detach().clone() for k, p in both.named_parameters()}
+
+
+def measure(world: ModuleWorld, policy: Controller, num_pairs: int) -> dict[str, Any]:
+    """Seconds of every pair, and medians over pairs of the ratios."""
+    rows = []
+    for pair in range(num_pairs + 1):
+        if pair % 2:
+            seconds, ours = under_agent(world, policy)
+            trained, evaluated, theirs = bare(world)
+        else:
+            trained, evaluated, theirs = bare(world)
+            seconds, ours = under_agent(world, policy)
+        if pair == 0:  # a warm-up; that both did the same updates is checked on it
+            difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+            moved = max(
+                float((theirs[name] - world.initial[name]).abs().max()) for name in theirs if name in world.initial
+            )
+            assert difference < 0.05 * moved, f"the updates differ: {difference:g} after a way of {moved:g}"
+            continue
+        rows.append({"agent_s": seconds, "bare_s": trained, "bare_with_evaluations_s": trained + evaluated})
+    return {
+        "steps_per_window": world.config.train.steps_per_window,
+        "validation_size": world.config.train.validation_size,
+        "largest_difference": difference,
+        "overhead": statistics.median(row["agent_s"] / row["bare_s"] - 1 for row in rows),
+        "overhead_over_same_evaluations": statistics.median(
+            row["agent_s"] / row["bare_with_evaluations_s"] - 1 for row in rows
+        ),
+        "pairs": rows,
+    }
+
+
+def table(results: list[dict[str, Any]], command: str) -> str:
+    """The figures as a page."""
+    lines = [
+        "# What the environment costs",
+        "",
+        f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}, {os.cpu_count()} cores,",
+        f"load {os.getloadavg()[0]:.1f} while it ran. A vision transformer of two layers of width 64, {NUM_WINDOWS} windows,",
+        f"batches of 32; medians of {len(results[0]['pairs'])} interleaved pairs, in brackets the lowest and the highest pair.",
+        "The bar of 5 % is on the first row.",
+        "",
+        "| steps a window | validation samples | over the same updates alone | over the same updates and evaluations | agent | bare |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        ratios = [row["agent_s"] / row["bare_s"] - 1 for row in r["pairs"]]
+        agent, alone = (statistics.median(row[name] for row in r["pairs"]) for name in ("agent_s", "bare_s"))
+        lines.append(
+            f"| {r['steps_per_window']} | {r['validation_size']} | {r['overhead']:+.1%} ({min(ratios):+.1%} to "
+            f"{max(ratios):+.1%}) | {r['overhead_over_same_evaluations']:+.1%} | {agent:.2f} s | {alone:.2f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--num_pairs", type=int, default=5)
+    parser.add_argument("--num_settings", type=int, default=len(SETTINGS))
+    parser.add_argument("--docs", type=Path, default=None, help="write the table to this path with .md and .json")
+    options = parser.parse_args()
+    use_one_thread()
+    bundle = load_bundle(options.policy)
+    results = []
+    for steps, size in SETTINGS[: options.num_settings]:
+        with tempfile.TemporaryDirectory() as folder:
+            world = make_world(Path(folder), steps, size, bundle.policy.controls)
+            results.append(measure(world, bundle.policy.controller(), options.num_pairs))
+        print(json.dumps({k: v for k, v in results[-1].items() if k != "pairs"}), flush=True)
+    page = table(results, shlex.join(["python", *sys.argv]))
+    print(page)
+    if options.docs is not None:
+        write_whole(options.docs.with_suffix(".md"), page)
+        write_json(options.docs.with_suffix(".json"), {"schema": 1, "git_commit": git_commit(), "settings": results})
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"overhead: {error}", file=sys.stderr)
+        sys.exit(2)

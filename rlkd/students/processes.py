@@ -1,0 +1,103 @@
+"""Several processes that train one student, started by torchrun: each takes its part of every batch.
+
+accelerate joins the processes (gloo on CPUs, nccl on GPUs) and places them on devices. Gradients are summed over the
+parts, so that the step is the one that a single process would take, and the controls are those of the first process,
+because what it observes holds times that the others measured differently. Without torchrun there is one process, and
+everything here leaves its arguments as they are.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from rlkd.errors import UserError
+from rlkd.students.interface import Controls
+
+
+def join(device: str) -> None:
+    """Join the processes that torchrun started with this one, if it did.
+
+    Args:
+        device: `cpu`, or anything else for the fastest that accelerate finds.
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        _accelerate(cpu=device == "cpu")
+
+
+def placed() -> torch.device:
+    """The device that accelerate chooses for this process.
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+    return torch.device(_accelerate(cpu=False).device)
+
+
+def _accelerate(cpu: bool) -> Any:
+    try:
+        accelerate: Any = importlib.import_module("accelerate")
+    except ImportError as error:
+        raise UserError(
+            "several processes and `auto` need the package accelerate; run `pip install 'rlkd[hf]'`"
+        ) from error
+    return accelerate.PartialState(cpu=cpu)
+
+
+def num_processes() -> int:
+    """How many there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def index() -> int:
+    """Which one this is, from 0; the first one writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def first_alone() -> Any:
+    """The first process runs the block before the others do, which then find what it left in a cache."""
+    if index():
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if num_processes() > 1 and not index():
+            distributed.barrier()
+
+
+def share(positions: Tensor) -> Tensor:
+    """This process's part of `positions` [B]."""
+    return positions.tensor_split(num_processes())[index()]
+
+
+@torch.no_grad()
+def add_up(tensors: Iterable[Tensor | None]) -> None:
+    """Replace every tensor by its sum over the processes; None, in all of them alike, stays."""
+    if num_processes() == 1:
+        return
+    given = [tensor for tensor in tensors if tensor is not None]
+    flat = torch.cat([tensor.flatten() for tensor in given])
+    distributed.all_reduce(flat)
+    for tensor, part in zip(given, torch.split(flat, [tensor.numel() for tensor in given]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def agree(controls: Controls, device: torch.device) -> Controls:
+    """The controls of the first process."""
+    if num_processes() == 1:
+        return controls
+    values = {}
+    for field in fields(controls):
+        value = getattr(controls, field.name).to(device, copy=True)
+        distributed.broadcast(value, src=0)
+        values[field.name] = value.cpu()
+    return Controls(**values)
