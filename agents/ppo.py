@@ -34,7 +34,7 @@ from rlkd.errors import UserError
 class PPOConfig:
     """The agent."""
 
-    num_students: int = 128
+    num_students: int = 120
     """Students in lock-step."""
     group_size: int = 1
     """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
