@@ -14,6 +14,7 @@ from rlkd.compression import compact, save_student
 from rlkd.cost import CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
+from rlkd.envs.plan import fixed_plan
 from rlkd.models import StudentConfig, build_student, initialise
 from rlkd.tasks import load_dataset
 from rlkd.teachers import TeacherConfig, load_teachers
@@ -29,7 +30,8 @@ def some_policy(hidden: int = 5) -> Policy:
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
     mean, deviation = torch.rand(num_seen, generator=g), 0.1 + torch.rand(num_seen, generator=g)
-    return Policy(weights, mean, deviation, torch.rand(3, num_set, generator=g), static, ControlConfig(step=0.2))
+    plan = fixed_plan(torch.rand(3, num_set, generator=g))
+    return Policy(weights, mean, deviation, plan, static, ControlConfig(step=0.2))
 
 
 @dataclass
