@@ -16,7 +16,7 @@ from rlkd.students import processes
 from rlkd.students.module import ModuleStudent
 
 SCRIPT = """
-import sys
+import os, sys
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
@@ -24,6 +24,7 @@ from students import test_module
 from safetensors.torch import save_file
 from rlkd.students import processes
 processes.join("cpu")
+os.environ["RLKD_CACHE"] += f"-{processes.index()}"
 student = test_module.student_of(config=replace(test_module.TRAIN, micro_batches=2))
 changes = {"unit_keep": 0.5} if processes.index() == 0 else {"weights": [0.0, 0.0, 1.0, 0.0]}
 told = test_module.controls(**changes)
