@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
@@ -15,8 +16,10 @@ from rlkd.cost.modules import measure
 from rlkd.envs.action import decode
 from rlkd.envs.modules import ModuleWorld
 from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.students import Metrics
 from rlkd.students.module import ModuleStudent
-from rlkd.tasks.examples import Examples
+from rlkd.tasks.examples import Examples, TokenExamples
+from rlkd.teachers.token_signals import TokenSignals
 
 MEASURED_BATCHES = (1, 16)
 
@@ -59,13 +62,12 @@ def distil_module(
     full = tuple(torch.ones_like(mask) for mask in unit_masks)
     dense = ship(world.student, world.kind, full, 1.0, 1.0)
     test = world.data.splits["test"]
-    labels = world.data.labels[test]
+    answers = token_figures if world.kind == "causal_lm" else class_figures
     figures = {
         "score": DIVERGED_SCORE if diverged else float(score[0]),
         "accuracy": float(metrics.accuracy[0]),
-        "compacted_accuracy": shipped_accuracy(shipped, world.data, test),
+        **answers(shipped, world, metrics),
         "teacher_agreement": float(metrics.agreement[0]),
-        "teacher_accuracy": float((world.signals.logits[0, test].argmax(-1) == labels).float().mean()),
         "exit_rates": [float(r) for r in metrics.exit_rates[0]],
         "macs": float(cost.macs[0]),
         "macs_ratio": float(cost.macs_ratio[0]),
@@ -82,6 +84,51 @@ def distil_module(
     measured["profile_batch"] = world.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return DistilledModule(shipped, figures, measured, diverged)
+
+
+def class_figures(shipped: ShippedStudent, world: ModuleWorld, metrics: Metrics) -> dict[str, Any]:
+    """Accuracy on test data of the shipped student and of the teacher."""
+    test = world.data.splits["test"]
+    right = world.signals.logits[0, test].argmax(-1) == world.data.labels[test]
+    return {
+        "compacted_accuracy": shipped_accuracy(shipped, world.data, test),
+        "teacher_accuracy": float(right.float().mean()),
+    }
+
+
+@torch.inference_mode()
+def token_figures(shipped: ShippedStudent, world: ModuleWorld, metrics: Metrics) -> dict[str, Any]:
+    """How the shipped language model, its exits and the teacher predict the next tokens of the test texts.
+
+    Args:
+        shipped: gives logits [B, L, V].
+        world: of the model.
+        metrics: of the student on test data, as it was trained.
+    """
+    data, signals = world.data, world.signals
+    assert isinstance(data, TokenExamples)
+    assert isinstance(signals, TokenSignals)
+    test = data.splits["test"]
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, tokens
+    for rows in torch.split(test[data.by_length(test)], 16):
+        inputs = data.batch(rows)
+        ids = inputs["input_ids"]
+        counted = data.counted_of(rows, ids.shape[1])  # [B, L - 1]
+        logits, target = shipped(**inputs)[:, :-1][counted], ids[:, 1:][counted]  # [M, V], [M]
+        nats = F.cross_entropy(logits, target, reduction="sum")
+        sums += torch.stack([nats, (logits.argmax(-1) == target).sum(), counted.sum()]).double()
+    nats, hits = sums[0] / sums[2], sums[1] / sums[2]
+    teacher_nats = signals.mean(signals.losses, test)
+    return {
+        "compacted_accuracy": float(signals.anchors.quality(nats)),
+        "teacher_accuracy": float(signals.anchors.quality(teacher_nats)),
+        "perplexity": float(nats.exp()),
+        "exit_perplexities": metrics.exit_loss[0].exp().tolist(),
+        "teacher_perplexity": float(teacher_nats.exp()),
+        "next_token_accuracy": float(hits),
+        "teacher_next_token_accuracy": float(signals.mean(signals.hits, test)),
+        "num_test_tokens": int(sums[2]),
+    }
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from rlkd.errors import UserError
 from rlkd.models.blocks import Group
 from rlkd.models.chain import Masks
 from rlkd.models.hooks import pool, resolve, tensor_at
-from rlkd.models.instrumented import Instrumented, choose_tokens
+from rlkd.models.instrumented import Instrumented, choose_tokens, exit_answer
 from rlkd.models.plan import logits_of
 from rlkd.models.pretrained import HIDDEN_UNITS, Kind, load_model, new_model, quiet
 from rlkd.tasks.examples import PADDING_MASK
@@ -199,6 +199,45 @@ class ShippedStudent(nn.Module):
         return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
+class ShippedCausal(ShippedStudent):
+    """A trained language model; it gives logits [B, L, V], each token's from the exit that it left at.
+
+    Later blocks run unless all tokens of the batch have left, for those that go on attend to all before them.
+    """
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits [B, L, V]; at padding anything."""
+        ids = inputs["input_ids"]
+        padding = inputs.get(PADDING_MASK)
+        waiting = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()  # [B, L]
+        now = self._batch = _Batch(torch.arange(len(ids)), waiting, waiting, torch.empty(0))
+        try:
+            logits = logits_of(self.model(**inputs)).float()  # [B, L, V]
+        except _AllLeft:
+            return now.answers
+        finally:
+            self._batch = None
+        return torch.where(now.waiting[..., None], logits, now.answers) if len(now.answers) else logits
+
+    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
+        """Answer the tokens that leave here; all stay in the batch."""
+        s = self.shipment
+        logits = exit_answer(self.model, self.heads[index], hidden, now.valid, True).float()  # [B, L, V]
+        total = logits.logsumexp(-1)  # [B, L]
+        best, answer = logits.max(-1)  # [B, L]
+        now.history.append(answer)
+        leave = exits_at((best - total).exp(), torch.tensor(s.threshold), s.num_classes)
+        if 0 < s.patience <= len(now.history) and not self._always:
+            recent = torch.stack(now.history[-s.patience :])  # [patience, B, L]
+            leave = leave | (recent == recent[0]).all(0)
+        leave = leave & now.waiting
+        now.answers = torch.where(leave[..., None], logits, now.answers) if len(now.answers) else logits
+        now.waiting = now.waiting & ~leave
+        if not bool(now.waiting.any()):
+            raise _AllLeft
+        return hidden
+
+
 def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, threshold: float) -> ShippedStudent:
     """The student as it will answer, on the CPU.
 
@@ -223,7 +262,12 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
         plan.select_after is not None or plan.is_conv,
     )
     heads = copy.deepcopy(student.heads).cpu()
-    return ShippedStudent(cut_model(student.model, kind, plan.groups, unit_masks), heads, shipment).eval()
+    return _shipped(cut_model(student.model, kind, plan.groups, unit_masks), heads, shipment)
+
+
+def _shipped(model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> ShippedStudent:
+    made = ShippedCausal if shipment.kind == "causal_lm" else ShippedStudent
+    return made(model, heads, shipment).eval()
 
 
 def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
@@ -260,13 +304,13 @@ def load_module_student(folder: Path) -> ShippedStudent:
         model = load_model(str(folder / "model"), shipment.kind)
         resolve(model, [*shipment.blocks, *shipment.attention])
         sizes = [tensors[f"{i}.weight"].shape for i in range(len(shipment.exits))]
-        heads = nn.ModuleList(nn.Linear(width, num_classes) for num_classes, width in sizes)
+        heads = nn.ModuleList(nn.RMSNorm(size) if len(size) == 1 else nn.Linear(size[1], size[0]) for size in sizes)
         heads.load_state_dict({name: value for name, value in tensors.items() if name != "none"})
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot read the student ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a student of a real model, or a damaged one ({error!r:.120})") from error
-    return ShippedStudent(model, heads, shipment).eval()
+    return _shipped(model, heads, shipment)
 
 
 def _sha256(path: Path) -> str:

@@ -38,18 +38,7 @@ def summarise(
     picked = labels.expand(*log_q.shape[:2], 1, -1)  # [N, E, 1, B]
     losses = -log_q.gather(-2, picked)[..., 0, :].mean(-1)  # [N, E]
 
-    waiting = torch.ones_like(correct[:, 0])  # [N, B]
-    undecided = ~torch.stack(exit_ends(exit_threshold, num_classes)).any(0)[:, None]  # [N, 1]
-    leaves = []
-    for e in range(len(logits) - 1):
-        leave = exits_at(confidence[:, e].exp(), exit_threshold, num_classes)
-        if 0 < patience <= e + 1:
-            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
-            leave = leave | ((recent == recent[:, :1]).all(1) & undecided)
-        leave = waiting & leave
-        leaves.append(leave)
-        waiting = waiting & ~leave
-    left_at = torch.stack([*leaves, waiting], dim=1)  # [N, E, B], one True a sample
+    left_at = exits_taken(confidence.exp(), answer, exit_threshold, num_classes, patience)
 
     teacher_answer = teacher_log_p.max(-2).indices[:, None]  # [N, 1, B]; argmax takes six times as long
     gap = teacher_log_p - log_q[:, -1]  # [N, C, B]
@@ -63,3 +52,29 @@ def summarise(
         kept=torch.stack([m.sum(-1) for m in masks], dim=-1),
         spread=torch.stack([spread(scores[0]), spread(scores[1])], dim=-1),
     )
+
+
+def exits_taken(
+    confidence: Tensor, answer: Tensor, exit_threshold: Tensor, num_classes: int, patience: int = 0
+) -> Tensor:
+    """Where every sample leaves: [N, E, B] bool, one True a sample.
+
+    Args:
+        confidence: [N, E, B], largest probability of every exit.
+        answer: [N, E, B] int64, the class that has it.
+        exit_threshold: [N].
+        num_classes: C.
+        patience: as in `summarise`.
+    """
+    waiting = torch.ones_like(answer[:, 0], dtype=torch.bool)  # [N, B]
+    undecided = ~torch.stack(exit_ends(exit_threshold, num_classes)).any(0)[:, None]  # [N, 1]
+    leaves = []
+    for e in range(answer.shape[1] - 1):
+        leave = exits_at(confidence[:, e], exit_threshold, num_classes)
+        if 0 < patience <= e + 1:
+            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
+            leave = leave | ((recent == recent[:, :1]).all(1) & undecided)
+        leave = waiting & leave
+        leaves.append(leave)
+        waiting = waiting & ~leave
+    return torch.stack([*leaves, waiting], dim=1)

@@ -204,10 +204,10 @@ class ModuleStudent:
         self._optimizer.zero_grad()
         total = torch.zeros(len(FAMILIES), device=self._device)
         for part in positions.tensor_split(config.micro_batches):
-            share = len(part) / len(positions)  # every term is a mean over samples
+            shares = self._shares(part, positions)  # [4]
             losses = self._losses(part, temperature)
-            (share * (losses * weights).sum()).backward()  # type: ignore[no-untyped-call]
-            total += share * losses.detach()
+            (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            total += shares * losses.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         self._optimizer.step()
         self._step += 1
@@ -286,14 +286,17 @@ class ModuleStudent:
             outputs: ModuleOutputs = self.student(inputs, masks, self._keep)
         return outputs
 
+    def _shares(self, part: Tensor, positions: Tensor) -> Tensor:
+        """[4]: how much of each term's mean over the batch at `positions` [B] comes from those at `part`."""
+        return torch.full((len(FAMILIES),), len(part) / len(positions), device=self._device)
+
     def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
         """[4], of the samples at `positions` [B] of the task."""
         samples = self._task.samples[positions]  # [B]
         teacher, device = self._task.teacher, self._device
         outputs = self._forward(samples)
         features = self._signals.features[teacher, samples].to(device)  # [B, F]
-        theirs = self._teacher_map(samples, outputs)
-        ours = theirs if outputs.map is None or not self._available[3] else outputs.map
+        ours, theirs = self._maps(samples, outputs)
         return losses_of(
             tuple(z.float() for z in outputs.logits),
             outputs.features.float() if self._available[2] else features,
@@ -304,6 +307,11 @@ class ModuleStudent:
             theirs,
             temperature,
         )
+
+    def _maps(self, samples: Tensor, outputs: ModuleOutputs) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's map of the samples [B], [B, P] each; one and the same without the family."""
+        theirs = self._teacher_map(samples, outputs)
+        return (theirs if outputs.map is None or not self._available[3] else outputs.map), theirs
 
     def _teacher_map(self, samples: Tensor, outputs: ModuleOutputs) -> Tensor:
         """[B, P]: the teacher's map over the tokens that the student still has, of unit norm."""
