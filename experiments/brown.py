@@ -132,7 +132,7 @@ def student_config(teacher: Path, work: Path, width: int, layers: int) -> Path:
 def study_config(options: argparse.Namespace, weight: float, has_exit: bool) -> ModuleConfig:
     """Of one row; all methods share everything but the exit."""
     teacher, table = fetch(options.work)
-    profile = options.work / "cost_profile.json" if has_exit else None
+    profile = options.work / f"cost_profile-{options.layers}x{options.width}.json"
     return ModuleConfig(
         teacher=str(teacher),
         data=str(table),
@@ -148,7 +148,7 @@ def study_config(options: argparse.Namespace, weight: float, has_exit: bool) -> 
             evaluation_batch_size=8,
         ),
         tokens=TokenConfig(top_k=32),
-        cost=ModuleCostConfig(profile=str(profile) if profile is not None and profile.exists() else None),
+        cost=ModuleCostConfig(profile=str(profile) if profile.exists() else None),
         preference=Preference(weight),
     )
 
@@ -179,8 +179,8 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
     config = study_config(options, weight, has_exit)
     controls = ControlConfig() if bundle is None else bundle.policy.controls
     world = build_module_world(config, controls, None if bundle is None else bundle.policy.plan, seed)
-    if has_exit and config.cost.profile is None:
-        world.profile.save(options.work / "cost_profile.json")
+    if config.cost.profile is None:  # one student, one speed: the rows that follow are scored by the same profile
+        world.profile.save(options.work / f"cost_profile-{options.layers}x{options.width}.json")
     windows: list[dict[str, float]] = []
     done = distil_module(
         world, controller_of(method, bundle, controls, weight), seed, lambda row, _: windows.append(row)
