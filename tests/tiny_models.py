@@ -12,6 +12,7 @@ from rlkd.agents.policy import TENSORS, Policy
 from rlkd.agents.search import Shortlist
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
 from rlkd.envs.action import published_setting
+from rlkd.envs.plan import fixed_plan
 
 WORDS = ["good", "bad", "fine", "dull", "bright", "slow", "great", "poor", "film", "plot", "actor", "the", "was", "not"]
 
@@ -103,5 +104,5 @@ def save_policy(folder: Path) -> None:
     weights = {name: 0.5 * torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.rand(2, controls, generator=g), torch.rand(2, 3, generator=g))
     config = ControlConfig()
-    plan = published_setting(config)[None]
+    plan = fixed_plan(published_setting(config)[None])
     save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), plan, static, config), folder, {"seed": 0})
