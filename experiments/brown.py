@@ -21,6 +21,7 @@ every call writes result.json and table.md of the rows there are.
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -42,6 +43,7 @@ from rlkd.agents.runs import use_one_thread, write_json
 from rlkd.cost.profile import machine
 from rlkd.envs.action import ControlConfig, published_setting, with_values
 from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, ModuleWorld, build_module_world
+from rlkd.envs.plan import ControlPlan
 from rlkd.errors import UserError
 from rlkd.models.plan import AttachConfig
 from rlkd.models.pretrained import quiet, transformers
@@ -132,11 +134,12 @@ def student_config(teacher: Path, work: Path, width: int, layers: int) -> Path:
 def study_config(options: argparse.Namespace, weight: float, has_exit: bool) -> ModuleConfig:
     """Of one row; all methods share everything but the exit."""
     teacher, table = fetch(options.work)
-    profile = options.work / f"cost_profile-{options.layers}x{options.width}.json"
+    student = student_config(teacher, options.work, options.width, options.layers)
+    profile = profile_path(student)
     return ModuleConfig(
         teacher=str(teacher),
         data=str(table),
-        student=str(student_config(teacher, options.work, options.width, options.layers)),
+        student=str(student),
         num_windows=options.num_windows,
         columns=ColumnConfig(max_length=LENGTH),
         attach=AttachConfig(exits=None if has_exit else ()),
@@ -169,6 +172,20 @@ def controller_of(method: str, bundle: Bundle | None, controls: ControlConfig, w
     return constant(with_values(published_setting(controls)[None], {**weights, "temperature": 1.0}, controls)[0])
 
 
+@functools.lru_cache(maxsize=1)
+def world_of(config: ModuleConfig, controls: ControlConfig, plan: ControlPlan | None, seed: int) -> ModuleWorld:
+    """The last one is kept: methods that differ in their controller alone share it."""
+    world = build_module_world(config, controls, plan, seed)
+    if config.cost.profile is None:  # one student, one speed: the rows that follow are scored by the same profile
+        world.profile.save(profile_path(Path(config.student)))
+    return world
+
+
+def profile_path(student: Path) -> Path:
+    """Where the speed of a student is kept, beside its configuration."""
+    return student.with_name(f"cost_profile-{student.name}")
+
+
 def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, bundle: Bundle | None) -> None:
     """Train one student and keep its row; nothing where it is there already."""
     path = options.out / "rows" / f"{method}-{weight:g}-{seed}.json"
@@ -178,9 +195,7 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
     has_exit = method in ("policy", "static")
     config = study_config(options, weight, has_exit)
     controls = ControlConfig() if bundle is None else bundle.policy.controls
-    world = build_module_world(config, controls, None if bundle is None else bundle.policy.plan, seed)
-    if config.cost.profile is None:  # one student, one speed: the rows that follow are scored by the same profile
-        world.profile.save(options.work / f"cost_profile-{options.layers}x{options.width}.json")
+    world = world_of(config, controls, None if bundle is None else bundle.policy.plan, seed)
     windows: list[dict[str, float]] = []
     done = distil_module(
         world, controller_of(method, bundle, controls, weight), seed, lambda row, _: windows.append(row)

@@ -223,11 +223,14 @@ class ShippedCausal(ShippedStudent):
         """Answer the tokens that leave here; all stay in the batch."""
         s = self.shipment
         logits = exit_answer(self.model, self.heads[index], hidden, now.valid, True).float()  # [B, L, V]
+        if self._always:  # nothing to decide, which over a vocabulary would cost more than a block
+            now.answers = logits
+            raise _AllLeft
         total = logits.logsumexp(-1)  # [B, L]
         best, answer = logits.max(-1)  # [B, L]
         now.history.append(answer)
         leave = exits_at((best - total).exp(), torch.tensor(s.threshold), s.num_classes)
-        if 0 < s.patience <= len(now.history) and not self._always:
+        if 0 < s.patience <= len(now.history):
             recent = torch.stack(now.history[-s.patience :])  # [patience, B, L]
             leave = leave | (recent == recent[0]).all(0)
         leave = leave & now.waiting
