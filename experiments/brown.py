@@ -323,7 +323,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--num_windows", type=int, default=12)
-    parser.add_argument("--steps_per_window", type=int, default=25)
+    parser.add_argument("--steps_per_window", type=int, default=15)
     options = parser.parse_args()
     methods = options.methods.split(",")
     unknown = sorted(set(methods) - {*BASELINES, *NEED_POLICY})
