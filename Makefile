@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-EXTRAS ?= dev
+EXTRAS ?= dev,hf
 
 .PHONY: train test check lint types format clean
 

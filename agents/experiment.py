@@ -40,7 +40,6 @@ from rlkd.envs.world import World, build_world
 from rlkd.tasks import Preference
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
-NUM_GATE = 256  # fresh tasks on which the changes that PPO learned must pay
 COMPARED = ("policy", "static", "plan", "published", "annealed")
 
 
@@ -159,9 +158,10 @@ def keep_what_gains(
     The tasks are neither those of learning nor those of the comparison, and are scored on validation data. The
     changes stay if the interval of their gain lies above 0.
     """
-    progress.phase("what PPO's changes bring", 2 * NUM_GATE, config.num_windows)
+    num_tasks = config.ppo.num_gate_tasks
+    progress.phase("what PPO's changes bring", 2 * num_tasks, config.num_windows)
     generator = torch.Generator().manual_seed(stream_seed(seed, GATE_STREAM))
-    seeds = torch.randint(2**59, (NUM_GATE,), generator=generator).tolist()
+    seeds = torch.randint(2**59, (num_tasks,), generator=generator).tolist()
     scores = [
         run(
             world,
@@ -177,7 +177,7 @@ def keep_what_gains(
     ]
     gain: dict[str, Any] = interval(scores[1] - scores[0], "difference", np.random.default_rng(seed))
     kept = gain["ci95"][0] > 0
-    return (policy if kept else unchanged(policy)), {**gain, "num_tasks": NUM_GATE, "kept": kept}
+    return (policy if kept else unchanged(policy)), {**gain, "num_tasks": num_tasks, "kept": kept}
 
 
 def _first_preference(config: ExperimentConfig) -> torch.Tensor:
@@ -193,7 +193,7 @@ def result_of(
     first = config.comparison.accuracy_weights[0]
     compared = sum(len(table["methods"]) for table in tables.values()) * config.comparison.num_tasks
     found = config.search.num_trainings + config.planning.num_trainings
-    num_trainings = agent_trainings + found + 2 * NUM_GATE + compared
+    num_trainings = agent_trainings + found + 2 * config.ppo.num_gate_tasks + compared
     return {
         "schema": 1,
         "task": plain(config.task),
@@ -208,7 +208,7 @@ def result_of(
             "agent_trainings": agent_trainings,
             "search_trainings": config.search.num_trainings,
             "planning_trainings": config.planning.num_trainings,
-            "gate_trainings": 2 * NUM_GATE,
+            "gate_trainings": 2 * config.ppo.num_gate_tasks,
             "wall_s": wall_s,
             "updates_per_s": num_trainings * config.num_windows * config.train.steps_per_window / wall_s,
         },

@@ -39,7 +39,7 @@ class PlanningConfig:
     """Phases at whose beginning the rest of the plan is decided anew."""
     num_wide: int = 1024
     """Trainings under widely scattered settings before the first round."""
-    num_rounds: int = 44
+    num_rounds: int = 40
     tasks_per_round: int = 256
     first_noise: float = 0.25
     """Standard deviation of the noise on settings in the first round."""

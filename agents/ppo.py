@@ -34,7 +34,7 @@ from rlkd.errors import UserError
 class PPOConfig:
     """The agent."""
 
-    num_students: int = 128
+    num_students: int = 120
     """Students in lock-step."""
     group_size: int = 1
     """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
@@ -56,12 +56,16 @@ class PPOConfig:
     """The same at the end; in between it falls in a line. It is set, not learned."""
     clip_range: float = 0.2
     entropy_weight: float = 0.0
+    num_gate_tasks: int = 256
+    """Fresh tasks on which the learned changes must gain over the plan alone to be kept."""
 
     def check(self) -> None:
         """Raises UserError for an impossible value."""
         for name in ("num_students", "num_iterations", "batch_size", "num_epochs", "hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"ppo.{name}: got {getattr(self, name)}; allowed: at least 1")
+        if self.num_gate_tasks < 2:
+            raise UserError(f"ppo.num_gate_tasks: got {self.num_gate_tasks}; allowed: at least 2")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"ppo.{name}: got {getattr(self, name):g}; allowed: 0 to 1")

@@ -53,6 +53,8 @@ class ExperimentConfig(EnvConfig):
     also: tuple[WorldConfig, ...] = ()
     """Data sets and students that the policy is trained on besides task.dataset and student. PPO's students
     are shared evenly, and planning's as planning.main_share says."""
+    task: TaskDistribution = field(default_factory=lambda: TaskDistribution(accuracy_weight=Range(0.3, 0.98)))
+    controls: ControlConfig = field(default_factory=lambda: ControlConfig(step=0.15))
     search: SearchConfig = field(default_factory=SearchConfig)
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -38,9 +38,15 @@ from rlkd.files import write_whole
 # every phase of the default job, on its data set, in seconds
 JOB = [
     *("--config", "smoke", "--num_windows", "3", "--teacher.num_samples", "[40, 897]", "--teacher.num_steps", "60"),
-    *("--search.tasks_per_finalist", "4", "--ppo.num_iterations", "12", "--comparison.num_tasks", "8"),
+    *("--search.tasks_per_finalist", "4", "--ppo.num_iterations", "8", "--comparison.num_tasks", "8"),
 ]
-EXACT = ("policy/policy.safetensors", "metrics.jsonl", "student/student.safetensors", "policy/bundle.json")
+EXACT = (
+    "policy/policy.safetensors",
+    "metrics.jsonl",
+    "planning.jsonl",
+    "student/student.safetensors",
+    "policy/bundle.json",
+)
 CLOCKS = ("wall_s", "updates_per_s", "measured")
 MAX_S = 600.0  # of one process; a run takes seconds
 
@@ -91,19 +97,26 @@ def kill_after(process: BaseProcess, folder: Path, wait_s: float) -> bool:
     return process.exitcode == -signal.SIGKILL
 
 
-def moment(folder: Path) -> str:
-    """What the run had finished when it was killed."""
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """The whole entries of a run's journal."""
     journal = folder / FOLDER / NAME
     lines = journal.read_text().splitlines() if journal.exists() else []
-    labels = [json.loads(line.split(" ", 1)[1])["label"] for line in lines if line.endswith("}")]
+    return [json.loads(line.split(" ", 1)[1]) for line in lines if line.endswith("}")]
+
+
+def moment(folder: Path) -> str:
+    """What the run had finished when it was killed."""
+    labels = [entry["label"] for entry in entries(folder)]
     if "PPO" in labels:
-        return "comparison" if labels[-1] != "PPO" else "just after PPO"
+        return "gate or comparison" if labels[-1] != "PPO" else "just after PPO"
     saved = Checkpoints(folder / FOLDER, 2).newest(lambda line: None)
     if saved:
         return "PPO, after some updates"
     if "observations" in labels:
         return "PPO, before its first update"
-    return "searches" if len(labels) > 1 else "before the first training was over"
+    if "planning" in labels:
+        return "planning"
+    return "static search" if len(labels) > 1 else "before the first training was over"
 
 
 def compare(folder: Path, whole: Path) -> list[str]:
@@ -130,14 +143,14 @@ def harness(num_runs: int, most_kills: int, min_kills: int, seed: int, work: Pat
     """
     r = random.Random(seed)
     cache, whole = work / "cache", work / "whole"
-    finish(work / "first", seed, cache, fresh=True)  # trains teachers and times students, which the cache then has
-    finish(whole, seed, cache, fresh=True)
-    duration_s = json.loads((whole / "timing.jsonl").read_text().splitlines()[-1])["wall_s"]
+    finish(whole, seed, cache, fresh=True)  # also trains teachers and times students, which the cache then has
+    total_s = json.loads((whole / "timing.jsonl").read_text().splitlines()[-1])["wall_s"]
+    duration_s = total_s - entries(whole)[0]["elapsed_s"]  # less that
     runs: list[Killed] = []
     for number in itertools.count():
         if len(runs) >= num_runs and sum(len(run.moments) for run in runs) >= min_kills:
             return runs
-        folder, run, wanted, fresh = work / f"run{number}", Killed(), r.randint(1, most_kills), number % 5 == 0
+        folder, run, wanted, fresh = work / f"run{number}", Killed(), r.randint(1, most_kills), number % 5 == 4
         for _ in range(wanted):
             wait_s = r.uniform(0.0, duration_s * 2 / (wanted + 1))
             if not kill_after(start(folder, seed, cache, fresh), folder, wait_s):

@@ -96,6 +96,7 @@ def main() -> int:
         train=ModuleTrainConfig(
             steps_per_window=options.steps_per_window,
             validation_size=512,
+            rate_exponent=options.rate_exponent,
             batch_size=BATCH,
             learning_rate=RATE,
             evaluation_batch_size=256,

@@ -10,6 +10,7 @@ their checksums made right again. Input i of a kind depends on the seed, the kin
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,10 @@ from types import FrameType
 
 import torch
 from damage import damaged_bytes, damaged_tensors, damaged_text, damaged_tree
+from fuzz_states import KINDS as MORE
+from fuzz_states import make
+from safetensors import SafetensorError
+from safetensors.torch import load
 from samples import TEACHERS, Samples
 
 from rlkd.agents.bundle import load_bundle
@@ -42,6 +47,7 @@ from rlkd.envs import OBSERVATIONS
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig, build_student
 from rlkd.teachers import load_teachers
+from rlkd.teachers.training import signed
 
 MAX_S, MAX_MIB = 2.0, 1024
 
@@ -63,7 +69,10 @@ def fuzz_bundle(r: random.Random, s: Samples) -> Callable[[], None]:
     def use() -> None:
         policy = load_bundle(s.place("policy")).policy
         assert torch.isfinite(policy.act(torch.rand(2, len(OBSERVATIONS)))).all()
-        for positions in (policy.plan.settings, policy.static.points):
+        plan, held = policy.plan, policy.plan.begin(2)
+        for window in range(12):
+            held = plan.revise(held, torch.rand(2, len(OBSERVATIONS)), torch.full((2,), float(window)), 12)
+        for positions in (held, plan.settings, policy.static.points):
             assert ((positions >= 0) & (positions <= 1)).all()
 
     return use
@@ -114,8 +123,11 @@ def fuzz_profile(r: random.Random, s: Samples) -> Callable[[], None]:
 
 
 def fuzz_teachers(r: random.Random, s: Samples) -> Callable[[], None]:
-    """The cache of trained teachers."""
+    """The cache of trained teachers; four times in five with a checksum that is right."""
     s.teachers.write_bytes(damaged_tensors(r, s.teachers.read_bytes()))
+    if r.random() < 0.8:
+        with contextlib.suppress(SafetensorError, ValueError, KeyError, RuntimeError):  # no tensors are left to sign
+            s.teachers.write_bytes(signed(load(s.teachers.read_bytes())))
 
     def use() -> None:
         load_teachers(TEACHERS, s.data)
@@ -217,6 +229,7 @@ KINDS: dict[str, Callable[[random.Random, Samples], Callable[[], None]]] = {
     "teacher cache": fuzz_teachers,
     "config": fuzz_config,
     "event files and result": fuzz_events,
+    **MORE,
 }
 
 
@@ -263,7 +276,7 @@ def fuzz(num: int, seed: int, only: str | None = None, first: int = 0) -> dict[s
     tallies = {name: Tally() for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
         cache = os.environ.get("RLKD_CACHE")
-        samples = Samples(Path(folder))
+        samples = Samples(Path(folder), (make,))
         try:
             for i in range(num):
                 name = list(kinds)[i % len(kinds)]

@@ -23,6 +23,8 @@ from typing import Any
 from safetensors.torch import load, save
 from samples import TEACHERS, Samples
 
+from rlkd.agents.checkpoints import read_checkpoint as read
+from rlkd.agents.journal import NAME, Journal
 from rlkd.agents.lock import LOCK
 from rlkd.cli.main import main, one_line
 from rlkd.compression import load_student
@@ -137,6 +139,35 @@ def lock(host: str, pid: int, **more: Any) -> Setup:
     return text(f"out/{LOCK}", json.dumps(owner))
 
 
+STOPPED = "seed: 0\nnum_windows: 3\n"  # config.yaml of a run
+
+
+def stopped(folder: Path) -> None:
+    """Make a run folder as a killed run leaves it, without its lock."""
+    text("out/config.yaml", STOPPED)(folder)
+
+
+def held(folder: Path) -> None:
+    """The same with the lock of a run that is alive."""
+    stopped(folder)
+    lock("HOST", os.getpid())(folder)
+
+
+def entry(**fields: Any) -> Setup:
+    """Write a journal of one entry, its checksum right."""
+
+    def write(folder: Path) -> None:
+        body = json.dumps(fields) + "\n"
+        text(f"checkpoints/{NAME}", f"{hashlib.sha256(body.encode()).hexdigest()} {body}")(folder)
+
+    return write
+
+
+def journal(folder: Path) -> None:
+    """Ask the journal in the folder for a batch."""
+    Journal(Path(), resume=True).arrays("batch", {"seed": 0}, {"score": ("float64", (2,))}, dict)
+
+
 def many_events(folder: Path) -> None:
     """Add more event files than any run writes."""
     for i in range(64):
@@ -170,6 +201,7 @@ class Case:
     setup: Setup = nothing
 
 
+BATCH = hashlib.sha256(json.dumps(["batch", {"seed": 0}]).encode()).hexdigest()  # what `journal` asks for
 REPLAY = "replay --policy policy --out out"
 TRAIN = "train --config my.yaml"
 SECTIONS: dict[str, list[Case]] = {
@@ -307,6 +339,21 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a killed run left its lock", REPLAY, lock("HOST", 2**31 - 1)),
         Case("a lock of another machine", REPLAY, lock("elsewhere", 1)),
         Case("a lock that nobody can read", REPLAY, lock("HOST", 0)),
+    ],
+    "Going on with `--resume`": [
+        Case("no run", "train --resume out"),
+        Case("no folder", "train --resume"),
+        Case("another config", "train --resume out --num_windows 4", stopped),
+        Case("another folder", "train --resume out --out other", stopped),
+        Case("config files", "compare my.yaml --resume out", stopped),
+        Case("a run that still goes on", "train --resume out", held),
+        Case("no checkpoint kept", "train --keep_checkpoints 0"),
+        Case("a journal of something else", journal, entry(label="other", key="")),
+        Case("a journal whose answer is another array", journal, entry(label="batch", key=BATCH, arrays={"score": 1})),
+        Case("a journal of impossible logs", journal, entry(label="batch", key=BATCH, logs={"metrics.jsonl": -1})),
+        Case("a journal of an impossible time", journal, entry(label="batch", key=BATCH, elapsed_s=-1.0)),
+        Case("another file for a checkpoint", lambda folder: read(Path("profile.json"))),
+        Case("a torn checkpoint", lambda folder: read(Path("state-000001.ckpt")), text("state-000001.ckpt", "torn")),
     ],
     "Students, for `load_student`": [
         Case("another format", student, card("mlp/student.json", "format", value=1)),

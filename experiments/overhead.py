@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from rlkd.agents.bundle import load_bundle
 from rlkd.agents.controllers import Controller
 from rlkd.agents.replay import run_windows
-from rlkd.agents.runs import git_commit, use_one_thread, write_json
+from rlkd.agents.runs import git_state, use_one_thread, write_json
 from rlkd.envs.action import decode, published_setting
 from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, ModuleWorld, build_module_world
 from rlkd.errors import UserError
@@ -235,7 +235,10 @@ def main() -> int:
     print(page)
     if options.docs is not None:
         write_whole(options.docs.with_suffix(".md"), page)
-        write_json(options.docs.with_suffix(".json"), {"schema": 1, "git_commit": git_commit(), "settings": results})
+        write_json(
+            options.docs.with_suffix(".json"),
+            {"schema": 1, **git_state(Path(__file__).resolve().parent.parent), "settings": results},
+        )
     return 0
 
 

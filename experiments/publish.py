@@ -75,12 +75,13 @@ def page(run: Path, bench: Path) -> str:
     result, rates = (json.loads(p.read_text()) for p in (run / "result.json", bench))
     profile = json.loads((run / "cost_profile.json").read_text())
     versions = json.loads((run / "versions.json").read_text())
-    student, cost = result["student"], result["cost"]
+    student, cost, gain = result["student"], result["cost"], result["ppo_gain"]
     return f"""# The main job: one policy on digits
 
 Command: `make train` (which is `rlkd train --config default`), {time.strftime("%Y-%m-%d")}, two cores, one torch thread,
 Python {platform.python_version()}, torch {versions["torch"]}. It took {cost["wall_s"]:.0f} s after the installation:
-{cost["agent_trainings"]:,} student trainings for the agent, {cost["search_trainings"]:,} for the searches (static settings, then the plan that actions change), {cost["updates_per_s"]:,.0f} student updates/s in all.
+{cost["search_trainings"]:,} student trainings for the search of static settings, {cost["planning_trainings"]:,} for the plan, {cost["agent_trainings"]:,} for PPO, {cost["gate_trainings"]:,} to see what PPO's changes bring, {cost["updates_per_s"]:,.0f} student updates/s in all.
+What PPO's changes to the plan brought on {result["ppo_gain"]["num_tasks"]} fresh tasks (validation): {gain["difference"]:+.4f} ({gain["ci95"][0]:+.4f} to {gain["ci95"][1]:+.4f}), so they were {"kept" if gain["kept"] else "left out: the policy is its plan"}.
 Machine-readable: [main.json](main.json). Seed 0, one policy; policies of other seeds were not averaged.
 
 {result["num_tasks"]} held-out tasks, test data, every method one training a task on the same weights and batches. Costs are ratios to the dense

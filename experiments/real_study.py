@@ -23,7 +23,7 @@ from torch import Tensor
 from rlkd.agents.bundle import Bundle, load_bundle
 from rlkd.agents.controllers import Controller
 from rlkd.agents.replay_modules import distil_module
-from rlkd.agents.runs import git_commit, write_json
+from rlkd.agents.runs import git_state, write_json
 from rlkd.envs.action import ControlConfig, published_setting, with_values
 from rlkd.envs.modules import ModuleConfig, ModuleWorld, build_module_world
 from rlkd.errors import UserError
@@ -97,9 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--methods", default="", help="comma-separated; by default all")
-    parser.add_argument(
-        "--split", choices=("validation", "test"), default="test", help="validation: to choose settings by"
-    )
+    parser.add_argument("--rate_exponent", type=float, default=1.0, help="train.rate_exponent, for what is learned")
     parser.add_argument("--docs", type=Path, default=None, help="write the tables to this path with .md and .json")
 
 
@@ -120,7 +118,7 @@ def rows_of(config: ModuleConfig, options: Any) -> dict[str, list[dict[str, Any]
         key = f"{method.source} {method.weight} {method.attach}"
         if key not in worlds:
             worlds.clear()  # one model at a time in memory
-            told = replace(config, preference=Preference(method.weight or WEIGHTS[0]), attach=method.attach)
+            told = replace(_for(config, method), preference=Preference(method.weight or WEIGHTS[0]))
             if profile.exists():
                 told = replace(told, cost=replace(config.cost, profile=str(profile)))
             worlds[key] = build_module_world(told, method.controls, method.plan)
@@ -138,12 +136,17 @@ def rows_of(config: ModuleConfig, options: Any) -> dict[str, list[dict[str, Any]
     return rows
 
 
+def _for(config: ModuleConfig, method: Method) -> ModuleConfig:
+    """`config` with the method's exits; a fixed learning rate is not bent."""
+    train = config.train if method.weight is not None else replace(config.train, rate_exponent=1.0)
+    return replace(config, attach=method.attach, train=train)
+
+
 def _row(
     config: ModuleConfig, method: Method, seed: int, out: Path, world: Callable[[], ModuleWorld]
 ) -> dict[str, Any]:
     """One training's figures, from its file where it is there and was made under the same configuration."""
-    attached = replace(config, attach=method.attach)
-    settings = {"config": _changed(asdict(attached), asdict(ModuleConfig(teacher="", data="")))}
+    settings = {"config": _changed(asdict(_for(config, method)), asdict(ModuleConfig(teacher="", data="")))}
     settings |= {"preference": method.weight, "controls": asdict(method.controls), "by": method.source}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = out / "rows" / f"{method.name}-{seed}.json"
@@ -227,7 +230,7 @@ def write_tables(title: str, about: str, rows: dict[str, list[dict[str, Any]]], 
         "num_tasks": 1,
         "num_seeds": len(seeds),
         "command": command,
-        "git_commit": git_commit(),
+        **git_state(Path(__file__).resolve().parent.parent),
         "paired": pairs,
         "seeds": rows,
     }

@@ -139,7 +139,11 @@ def main() -> int:
         cut=StudentCut(layers=options.layers),
         columns=COLUMNS,
         train=ModuleTrainConfig(
-            steps_per_window=options.steps_per_window, validation_size=512, batch_size=BATCH, learning_rate=2e-4
+            steps_per_window=options.steps_per_window,
+            validation_size=256,
+            rate_exponent=options.rate_exponent,
+            batch_size=BATCH,
+            learning_rate=2e-4,
         ),
         cost=ModuleCostConfig(batch_size=32),
     )

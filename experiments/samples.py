@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rlkd.compression import compact, save_student
 from rlkd.cost import CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
+from rlkd.envs.plan import ControlPlan, PhaseNetwork, network_shapes
 from rlkd.models import StudentConfig, build_student, initialise
 from rlkd.tasks import load_dataset
 from rlkd.teachers import TeacherConfig, load_teachers
@@ -29,7 +31,17 @@ def some_policy(hidden: int = 5) -> Policy:
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
     static = Shortlist(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
     mean, deviation = torch.rand(num_seen, generator=g), 0.1 + torch.rand(num_seen, generator=g)
-    return Policy(weights, mean, deviation, torch.rand(3, num_set, generator=g), static, ControlConfig(step=0.2))
+    return Policy(weights, mean, deviation, _some_plan(hidden, g), static, ControlConfig(step=0.2))
+
+
+def _some_plan(hidden: int, g: torch.Generator) -> ControlPlan:
+    """Three phases, decided by networks at the beginnings of the first two."""
+    starts, networks = (0.0, 0.25, 0.5), []
+    for phase in (0, 1):
+        tensors = {name: torch.rand(s, generator=g) for name, s in network_shapes(phase, len(starts), hidden).items()}
+        layers = tuple(tensors[f"layers.{k}"] for k in range(6))
+        networks.append(PhaseNetwork(phase, tensors["mean"], 0.1 + tensors["deviation"], layers))
+    return ControlPlan(starts, torch.rand(len(starts), len(CONTROLS), generator=g), tuple(networks))
 
 
 @dataclass
@@ -37,6 +49,7 @@ class Samples:
     """Sound files of every kind, and where their damaged copies go."""
 
     folder: Path
+    more: tuple[Callable[[Path], None], ...] = ()  # write further files
     sound: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +68,8 @@ class Samples:
         load_teachers(TEACHERS, self.data)
         self.teachers = next((self.folder / "cache").glob("teachers-*"))
         self.events = self._run()
+        for make in self.more:
+            make(self.folder)
         for path in sorted(self.folder.rglob("*")):
             if path.is_file():
                 self.sound[str(path.relative_to(self.folder))] = path.read_bytes()
@@ -84,6 +99,7 @@ class Samples:
         for name, blob in self.sound.items():
             path = self.folder / name
             if not path.exists() or path.read_bytes() != blob:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(blob)
 
     def place(self, name: str) -> Path:

@@ -54,7 +54,9 @@ class ModuleTrainConfig(TrainConfig):
     """Parts that a batch is computed in; the loss is the same, the memory smaller."""
     optimizer: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = 5e-5
-    """Step size where the policy's control stands at 0.003, its published value; other values scale it alike."""
+    """Step size where the policy's control stands at 0.003, its published value."""
+    rate_exponent: float = 1.0
+    """How strongly the control moves the step size: by (control / 0.003) to this power; 0: not at all."""
     weight_decay: float = 0.01
     """Decoupled, on matrices alone."""
     warmup: float = 0.06
@@ -83,6 +85,8 @@ class ModuleTrainConfig(TrainConfig):
                 f"train: got learning_rate {self.learning_rate:g}, clip_norm {self.clip_norm:g}, weight_decay "
                 f"{self.weight_decay:g}; allowed: above 0, above 0, at least 0"
             )
+        if not 0 <= self.rate_exponent <= 1:
+            raise UserError(f"train.rate_exponent: got {self.rate_exponent:g}; allowed: 0 to 1")
         if self.validation_size < 0:
             raise UserError(f"train.validation_size: got {self.validation_size}; allowed: at least 1, or 0 for all")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.evaluation_batch_size >= 1):
@@ -183,7 +187,8 @@ class ModuleStudent:
         before = Snapshot(self.student, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
         temperature = controls.temperature[0].to(self._device)
-        scale = float((controls.learning_rate * self._rollbacks.step_scale)[0]) / REFERENCE_RATE
+        factor = (float(controls.learning_rate[0]) / REFERENCE_RATE) ** self._config.rate_exponent
+        scale = factor * float(self._rollbacks.step_scale[0])
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
         total, worst_norm = torch.zeros(len(FAMILIES)), torch.zeros((), device=self._device)

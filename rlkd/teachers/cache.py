@@ -8,6 +8,7 @@ returned is what was checked, since a file is mapped before it is checked.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -114,25 +115,22 @@ def _map(folder: Path, specs: Mapping[str, Spec]) -> Arrays:
     for name, (shape, dtype) in specs.items():
         path = inside(folder, f"{name}.npy")
         with opened(path) as (file, num_bytes):
-            try:
-                found, offset = _header(file), file.tell()
-            except ValueError as error:
-                raise UserError(f"{path}: not an array ({error!s:.80})") from error
-            size = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if found != (shape, False, np.dtype(dtype)) or num_bytes != size:
+            header = _header(shape, dtype)
+            size = len(header) + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            if num_bytes != size or file.read(len(header)) != header:
                 raise UserError(f"{path}: torn or altered, its type or size is not {dtype} {list(shape)}")
-            file.seek(0)
-            arrays[name] = np.memmap(file, dtype, "c", offset, shape)
+            arrays[name] = np.memmap(file, dtype, "c", len(header), shape)
             if _sha256(file) != sums.get(name):
                 raise UserError(f"{path}: torn or altered, its checksum differs from card.json")
     return arrays
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, "np.dtype[np.generic]"]:
-    """Shape, whether columns come first, and type, as the file says; ValueError for another kind of file."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("another version of .npy")
-    return np.lib.format.read_array_header_1_0(file)
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """What numpy writes in front of such an array; compared as it is, so that no parser sees a stranger's header."""
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
 
 
 def _take_away(folder: Path) -> None:

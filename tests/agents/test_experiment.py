@@ -8,11 +8,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlkd.agents.bundle import load_bundle
 from rlkd.agents.controllers import hold_start
 from rlkd.agents.experiment import held_out_seeds, train_experiment
+from rlkd.agents.planning import PlanningConfig
 from rlkd.agents.policy import TENSORS, Policy
 from rlkd.agents.ppo import PPOConfig
 from rlkd.agents.replay import distil
 from rlkd.agents.runs import Silent
 from rlkd.agents.search import SearchConfig, Shortlist
+from rlkd.agents.surrogate import SurrogateConfig
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, World, build_world
@@ -30,7 +32,10 @@ def small(profile_file: Path) -> ExperimentConfig:
         train=TrainConfig(4, 16),
         cost=CostConfig(profile=str(profile_file)),
         search=SearchConfig(3, 4, 2, 4),
-        ppo=PPOConfig(num_students=6, num_iterations=2, batch_size=9, num_epochs=1, hidden=8),
+        planning=PlanningConfig(
+            num_wide=6, num_rounds=2, tasks_per_round=4, surrogate=SurrogateConfig(2, 8, 8, num_steps=3)
+        ),
+        ppo=PPOConfig(num_students=6, num_iterations=2, batch_size=9, num_epochs=1, hidden=8, num_gate_tasks=4),
         comparison=ComparisonConfig(8, (0.6, 0.9)),
     )
 
@@ -62,6 +67,10 @@ def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, 
     means = (result["methods"][name]["score"]["mean"] for name in ("policy", "static"))
     assert pair["difference"] == pytest.approx(next(means) - next(means))
     assert 0 <= pair["probability_of_improvement"] <= 1
+    assert result["cost"]["planning_trainings"] == 6 + 2 * 4
+    assert result["ppo_gain"]["num_tasks"] == 4
+    if not result["ppo_gain"]["kept"]:
+        assert result["paired"]["policy-plan"]["difference"] == 0.0
     assert result["cost"]["agent_trainings"] == 3 * 6  # two rollouts, and the one that standardises observations
     assert set(result["preferences"]) == {"0.6", "0.9"}
 
@@ -130,7 +139,8 @@ def test_a_policy_replays_on_students_it_never_saw(small: ExperimentConfig, stud
     rows: list[dict[str, float]] = []
     done = distil(world, restless_policy(world).controller(), 4, lambda row, observation: rows.append(row))
     assert [row["window"] for row in rows] == [1, 2, 3]
-    assert rows[0]["unit_keep"] != rows[-1]["unit_keep"]
+    moved = [name for name in rows[0] if name.startswith("position_") and rows[0][name] != rows[-1][name]]
+    assert len(moved) > 4
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
     assert sum(done.figures["exit_rates"]) == pytest.approx(1.0)
     assert done.measured["batch_64"]["latency_s"] > 0

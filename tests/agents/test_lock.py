@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from rlkd.errors import UserError
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with hold(Path(sys.argv[1])):
+    with hold(Path(sys.argv[1]), resume=len(sys.argv) > 2):
         print("got it", flush=True)
         sys.stdin.readline()
 except UserError as error:
@@ -27,9 +28,9 @@ except UserError as error:
 """
 
 
-def holder(folder: Path) -> "subprocess.Popen[str]":
+def holder(folder: Path, *resume: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(folder), *resume], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert answer(process) == "ready"
     return process
@@ -81,6 +82,39 @@ def test_a_lock_that_a_killed_run_left_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"what a run left that died \(process {run.pid} on .*, since {since[:10]}"):
         hold(tmp_path).__enter__()
     assert (tmp_path / LOCK).exists()  # nobody's work is cleared away unasked
+
+
+def test_of_several_that_resume_a_killed_run_exactly_one_takes_its_lock_over(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 2**31 - 1, "host": platform.node(), "since": "", "ticks": None}))
+    runs = [holder(tmp_path, "resume") for _ in range(4)]
+    for run in runs:
+        go(run)
+    answers = [answer(run) for run in runs]
+    assert answers.count("got it") == 1
+    owner = runs[answers.index("got it")]
+    assert read_owner(tmp_path)["pid"] == owner.pid
+    for said in answers:
+        assert said == "got it" or "is in use by another run" in said or "just going on with it" in said, said
+    go(owner)
+    for run in runs:
+        run.communicate()
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]  # the lock went, the work is there
+
+
+def test_a_run_that_is_alive_is_not_resumed(tmp_path: Path) -> None:
+    with (
+        hold(tmp_path),
+        pytest.raises(UserError, match=r"--resume: .* is in use by another run .*; wait for it, or delete run.lock"),
+    ):
+        hold(tmp_path, resume=True).__enter__()
+    (tmp_path / LOCK).write_text("torn")
+    with pytest.raises(UserError, match=r"delete run\.lock if no run works there"):
+        hold(tmp_path, resume=True).__enter__()
+    assert (tmp_path / LOCK).read_text() == "torn"
+    (tmp_path / LOCK).unlink()
+    with hold(tmp_path, resume=True):  # one that ended in an orderly way left no lock
+        assert read_owner(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_number_that_another_process_was_given_since_is_no_owner(tmp_path: Path) -> None:

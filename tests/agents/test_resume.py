@@ -2,21 +2,29 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
+from rlkd.agents.checkpoints import Checkpoint, Checkpoints
 from rlkd.agents.experiment import train_experiment
 from rlkd.agents.journal import Journal
 from rlkd.agents.planning import PlanningConfig
-from rlkd.agents.ppo import PPOConfig
+from rlkd.agents.policy import Policy
+from rlkd.agents.ppo import PPOConfig, Rollout, train
 from rlkd.agents.runs import Silent
-from rlkd.agents.search import SearchConfig
+from rlkd.agents.search import SearchConfig, Shortlist
 from rlkd.agents.surrogate import SurrogateConfig
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
+from rlkd.envs import World
+from rlkd.errors import UserError
+from rlkd.files import tensor_shapes
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 
@@ -139,3 +147,69 @@ def test_stopped_everywhere_it_ends_as_if_it_never_was(small: ExperimentConfig, 
         stop(small, tmp_path, phase, window)
     go_on(small, tmp_path, Silent())
     assert_same_end(tmp_path, whole)
+
+
+def test_a_torn_state_is_named_and_the_one_before_it_used(small: ExperimentConfig, whole: Path, tmp_path: Path) -> None:
+    stop(small, tmp_path, "PPO", 2 + 6 + 1)  # two windows for standardising, three rollouts of two
+    states = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert [path.name for path in states] == ["state-000002.ckpt", "state-000003.ckpt"]
+    states[1].write_bytes(states[1].read_bytes()[:-1])
+    progress = StopsAt("nowhere", 1)
+    go_on(small, tmp_path, progress)
+    assert (
+        f"{states[1]}: torn or altered, its checksum differs; going back to what was saved before it" in progress.lines
+    )
+    assert_same_end(tmp_path, whole)
+
+
+def test_another_state_is_refused(small: ExperimentConfig, tmp_path: Path) -> None:
+    stop(small, tmp_path, "PPO", 2 + 2 + 1)
+    journal = Journal(tmp_path, resume=True)
+    saved = journal.pending
+    assert saved is not None
+    note = {**saved.note["state"], "num_timesteps": -1}
+    Checkpoints(tmp_path / "checkpoints", 2).save(2, read_all(saved), {**saved.note, "state": note})
+    with pytest.raises(UserError, match=r"state-000002.ckpt: not the state of this training.*num_timesteps is -1"):
+        go_on(small, tmp_path, Silent())
+
+
+def read_all(saved: Checkpoint) -> dict[str, Tensor]:
+    blob = saved.path.read_bytes()[saved.begin :]
+    return saved.tensors(tensor_shapes(blob, "state"))
+
+
+def test_students_that_are_out_of_step_go_on(world: World, tmp_path: Path) -> None:
+    """One that diverged has begun its next episode before the others."""
+    controls = replace(world.config.controls, learning_rate=(1e-3, 1e25))
+    train_config = replace(world.config.train, max_rollbacks=0)
+    hot = replace(world, config=replace(world.config, controls=controls, train=train_config))
+    config = PPOConfig(num_students=6, num_iterations=3, batch_size=8, num_epochs=2, hidden=8, initial_log_std=0.0)
+    static = Shortlist(torch.zeros(1, 9), torch.zeros(1, 3))
+
+    def learn(folder: Path, stop_at: int, resume: bool = True) -> tuple[Policy, list[Rollout]]:
+        rollouts, left = [], iter(range(stop_at, -1, -1))
+
+        def on_window(num_students: int) -> None:
+            if next(left) == 0:
+                raise Stop
+
+        folder.mkdir(exist_ok=True)
+        journal = Journal(folder, resume)
+        policy = train([hot], static, config, 5, on_window, lambda r, log: rollouts.append(r), journal=journal)
+        return policy, rollouts
+
+    policy, rollouts = learn(tmp_path / "whole", 10**6, resume=False)
+    assert sum(r.figures["num_diverged"] for r in rollouts) > 0
+    in_step = []
+    for stop_at in (4 + 4, 4, 3):  # after the episode that standardises, in the second rollout, and so on
+        with pytest.raises(Stop):
+            learn(tmp_path / "cut", stop_at, resume=(tmp_path / "cut").exists())
+        saved = Journal(tmp_path / "cut", True).pending
+        if saved is not None:
+            windows = read_all(saved)["students.population0.episodes.window"]
+            in_step.append(bool((windows == windows[0]).all()))
+    assert not all(in_step)
+    again, rest = learn(tmp_path / "cut", 10**6)
+    assert rest == rollouts[-len(rest) :]
+    for name, tensor in policy.weights.items():
+        assert torch.equal(tensor, again.weights[name]), name

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ def test_comparisons_parse_and_are_possible(name: str) -> None:
     config.check()
 
 
-def test_the_default_config_is_the_default() -> None:
+def test_the_default_config_is_the_default_on_more_data_sets() -> None:
     config, _ = parse(new_parser("train", "", [""]), ["--config", "default"], ExperimentConfig)
-    assert config == ExperimentConfig()
+    assert isinstance(config, ExperimentConfig)
+    assert len(config.also) == 5
+    assert replace(config, also=()) == ExperimentConfig()
 
 
 @pytest.mark.parametrize(

@@ -285,10 +285,21 @@ def test_the_learning_rate_rises_and_falls_within_the_control() -> None:
     assert fast._optimizer.param_groups[0]["lr"] == pytest.approx(2 * slow._optimizer.param_groups[0]["lr"])
 
 
+def test_the_control_s_hold_on_the_learning_rate_can_be_loosened() -> None:
+    rates = []
+    for exponent in (1.0, 0.5, 0.0):
+        student = student_of(config=replace(TRAIN, rate_exponent=exponent))
+        student.train_window(controls(learning_rate=0.012))  # four times the published one
+        rates.append(student._optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(4 * rates[2])
+    assert rates[1] == pytest.approx(2 * rates[2])
+
+
 WRONG: dict[str, Callable[[], ModuleTrainConfig]] = {
     "micro_batches": lambda: replace(TRAIN, micro_batches=13),
     "learning_rate": lambda: replace(TRAIN, learning_rate=0.0),
     "warmup": lambda: replace(TRAIN, warmup=1.0),
+    "rate_exponent": lambda: replace(TRAIN, rate_exponent=1.5),
     "device": lambda: replace(TRAIN, device="gpu"),
     "steps_per_window": lambda: replace(TRAIN, steps_per_window=0),
     "max_rollbacks": lambda: replace(TRAIN, max_rollbacks=-1),

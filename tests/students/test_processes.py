@@ -16,7 +16,7 @@ from rlkd.students import processes
 from rlkd.students.module import ModuleStudent
 
 SCRIPT = """
-import sys
+import os, sys
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
@@ -24,6 +24,7 @@ from students import test_module
 from safetensors.torch import save_file
 from rlkd.students import processes
 processes.join("cpu")
+os.environ["RLKD_CACHE"] += f"-{processes.index()}"
 student = test_module.student_of(config=replace(test_module.TRAIN, micro_batches=2))
 changes = {"unit_keep": 0.5} if processes.index() == 0 else {"weights": [0.0, 0.0, 1.0, 0.0]}
 told = test_module.controls(**changes)
@@ -50,7 +51,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     first, second = (load_file(tmp_path / f"{i}.safetensors") for i in (0, 1))
     assert first["told count"].tolist() == [2, 6]
     assert all(torch.equal(first[name], second[name]) for name in first)  # the controls were the first one's
