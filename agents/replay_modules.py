@@ -5,19 +5,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
 from rlkd.agents.journal import Journal
 from rlkd.agents.replay import run_windows
-from rlkd.compression.modules import ShippedStudent, ship
+from rlkd.compression.modules import ship
+from rlkd.compression.shipped import ShippedStudent
 from rlkd.cost.modules import measure
 from rlkd.envs.action import decode
 from rlkd.envs.modules import ModuleWorld
 from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.students import Metrics
 from rlkd.students.evaluation import ExitsByClass
 from rlkd.students.module import ModuleStudent
-from rlkd.tasks.examples import Examples
+from rlkd.tasks.anchors import Anchors
+from rlkd.tasks.examples import Examples, TokenExamples
+from rlkd.teachers.token_signals import TokenSignals
 
 MEASURED_BATCHES = (1, 32)
 
@@ -60,15 +65,16 @@ def distil_module(
     full = tuple(torch.ones_like(mask) for mask in unit_masks)
     dense = ship(world.student, world.kind, full, 1.0, 1.0)
     test = world.data.splits["test"]
-    labels = world.data.labels[test]
+    if world.kind == "causal_lm":
+        answers = token_figures(shipped, world, metrics)
+    else:
+        answers = class_figures(shipped, world, students)
     figures = {
         "score": DIVERGED_SCORE if diverged else float(score[0]),
         "accuracy": float(metrics.accuracy[0]),
-        "compacted_accuracy": shipped_accuracy(shipped, world.data, test),
+        **answers,
         "teacher_agreement": float(metrics.agreement[0]),
-        "teacher_accuracy": float((world.signals.logits[0, test].argmax(-1) == labels).float().mean()),
         "exit_rates": [float(r) for r in metrics.exit_rates[0]],
-        "exits_by_class": _by_class(students.exits_by_class("test"), world.class_names),
         "macs": float(cost.macs[0]),
         "macs_ratio": float(cost.macs_ratio[0]),
         "macs_of_dense_student": world.profile.work.dense_macs,
@@ -91,6 +97,59 @@ def _by_class(exits: ExitsByClass, names: Sequence[str]) -> dict[str, dict[str, 
     """Exit statistics by the classes' names, for `result.json`."""
     rows = zip(names, exits.num_samples.tolist(), exits.exit_rates.tolist(), exits.accuracy.tolist(), strict=True)
     return {name: {"num_samples": n, "exit_rates": rates, "accuracy": acc} for name, n, rates, acc in rows}
+
+
+def class_figures(shipped: ShippedStudent, world: ModuleWorld, students: ModuleStudent) -> dict[str, Any]:
+    """Accuracy on test data of the shipped student and of the teacher, and where each class leaves."""
+    test = world.data.splits["test"]
+    right = world.signals.logits[0, test].argmax(-1) == world.data.labels[test]
+    return {
+        "compacted_accuracy": shipped_accuracy(shipped, world.data, test),
+        "teacher_accuracy": float(right.float().mean()),
+        "exits_by_class": _by_class(students.exits_by_class("test"), world.class_names),
+    }
+
+
+def token_figures(shipped: ShippedStudent, world: ModuleWorld, metrics: Metrics) -> dict[str, Any]:
+    """How the shipped language model, its exits and the teacher predict the next tokens of the test texts.
+
+    Args:
+        shipped: gives logits [B, L, V].
+        world: of the model.
+        metrics: of the student on test data, as it was trained.
+    """
+    data, signals = world.data, world.signals
+    assert isinstance(data, TokenExamples)
+    assert isinstance(signals, TokenSignals)
+    test = data.splits["test"]
+    teacher_nats = signals.mean(signals.losses, test)
+    return {
+        **shipped_perplexity(shipped, data, test, signals.anchors),
+        "teacher_accuracy": float(signals.anchors.quality(teacher_nats)),
+        "exit_perplexities": metrics.exit_loss[0].exp().tolist(),
+        "teacher_perplexity": float(teacher_nats.exp()),
+        "teacher_next_token_accuracy": float(signals.mean(signals.hits, test)),
+    }
+
+
+@torch.inference_mode()
+def shipped_perplexity(student: ShippedStudent, data: TokenExamples, index: Tensor, anchors: Anchors) -> dict[str, Any]:
+    """How the shipped language model predicts the counted tokens of the texts at `index` [B]."""
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, tokens
+    for rows in torch.split(index[data.by_length(index)], 16):
+        inputs = data.batch(rows)
+        ids = inputs["input_ids"]
+        counted = data.counted_of(rows, ids.shape[1])  # [B, L - 1]
+        logits, target = student(**inputs)[:, :-1][counted], ids[:, 1:][counted]  # [M, V], [M]
+        nats = F.cross_entropy(logits, target, reduction="sum")
+        sums += torch.stack([nats, (logits.argmax(-1) == target).sum(), counted.sum()]).double()
+    nats, hits = sums[0] / sums[2], sums[1] / sums[2]
+    return {
+        "compacted_accuracy": float(anchors.quality(nats)),
+        "perplexity": float(nats.exp()),
+        "next_token_accuracy": float(hits),
+        "num_test_tokens": int(sums[2]),
+    }
 
 
 @torch.inference_mode()

@@ -117,22 +117,29 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
     Raises:
         UserError: there is no result, or the data cannot be read.
     """
-    from rlkd.agents.replay_modules import shipped_accuracy  # the extra hf
+    from rlkd.agents.replay_modules import shipped_accuracy, shipped_perplexity  # the extra hf
     from rlkd.compression.modules import load_module_student
     from rlkd.models.pretrained import load_processor
     from rlkd.tasks.tables import make_examples, read_table
+    from rlkd.tasks.texts import make_token_examples, read_texts
 
     recorded = _replayed(read_result(folder))
     try:
         student = load_module_student(folder / "student")
-        table = read_table(Path(config.data), config.columns)
+        is_causal = student.shipment.kind == "causal_lm"
+        table = (read_texts if is_causal else read_table)(Path(config.data), config.columns)
         model = str(folder / "student" / "model")
         processor = None if table.kind == "array" else load_processor(model, student.shipment.kind)
     except UserError as error:
         return [Row("student", (str(error),))]
-    described: Any = student.model.config
-    data = make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
-    figures = {"compacted_accuracy": shipped_accuracy(student, data, data.splits["test"])}
+    if is_causal:
+        texts = make_token_examples(table, processor, student.shipment.num_classes, config.columns)
+        anchors = config.tokens.anchors(texts.num_classes)
+        figures = shipped_perplexity(student, texts, texts.splits["test"], anchors)
+    else:
+        described: Any = student.model.config
+        data = make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
+        figures = {"compacted_accuracy": shipped_accuracy(student, data, data.splits["test"])}
     names = ("accuracy", "latency_ratio", "energy_ratio")
     if all(isinstance(recorded.get(name), float) for name in names):
         accuracy, latency, energy = (recorded[name] for name in names)

@@ -176,9 +176,7 @@ class Episodes:
     def _task_facts(self) -> TaskFacts:
         signals = self.world.signals
         teacher = torch.tensor([task.teacher for task in self.tasks])
-        agreement = [
-            (signals.logits[task.teacher, task.samples].argmax(-1) == task.labels).float().mean() for task in self.tasks
-        ]
+        agreement = [signals.agreement(task.teacher, task.samples, task.labels) for task in self.tasks]
         return TaskFacts(
             teacher_accuracy=signals.accuracy[teacher],
             teacher_entropy=signals.entropy[teacher],

@@ -21,6 +21,7 @@ from rlkd.models.plan import AttachConfig, Plan, control_table, make_plan
 from rlkd.models.pretrained import (
     Kind,
     StudentCut,
+    check_same_tokenizer,
     kind_of,
     load_config,
     load_model,
@@ -30,13 +31,16 @@ from rlkd.models.pretrained import (
     vocabulary_differences,
 )
 from rlkd.students import Metrics, Students
+from rlkd.students.causal import CausalStudent, TokenConfig
 from rlkd.students.module import ModuleStudent, ModuleTrainConfig
 from rlkd.students.processes import first_alone
 from rlkd.tasks import Preference, Range, TaskDistribution
-from rlkd.tasks.examples import PADDING_MASK, Examples
+from rlkd.tasks.examples import PADDING_MASK, Examples, TokenExamples
 from rlkd.tasks.tables import ColumnConfig, Table, make_examples, read_table
+from rlkd.tasks.texts import DOCUMENTS, make_token_examples, read_texts
 from rlkd.teachers import Signals
 from rlkd.teachers.module_signals import module_signals
+from rlkd.teachers.token_signals import TokenSignals, token_signals
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class ModuleConfig:
     """`rlkd replay --data ...`: distil a real model. Control ranges come from the policy."""
 
     teacher: str
-    """Folder of a transformers classifier (config.json, safetensors, tokenizer or image processor), or a hub id."""
+    """Folder of a transformers classifier or causal language model (config.json, safetensors, tokenizer or image
+    processor), or a hub id."""
     data: str
-    """A CSV, TSV, JSON lines, Parquet or .npz file, or a folder of such files named by split, or of images."""
+    """A CSV, TSV, JSON lines, Parquet or .npz file, or a folder of such files named by split, or of images; for a
+    language model .txt files, too."""
     student: str = ""
     """Folder or hub id of a model, or a JSON configuration (fresh weights); by default it is cut from the teacher."""
     teacher_device_map: str | None = None
@@ -73,6 +79,7 @@ class ModuleConfig:
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     attach: AttachConfig = field(default_factory=AttachConfig)
     train: ModuleTrainConfig = field(default_factory=ModuleTrainConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
     cost: ModuleCostConfig = field(default_factory=ModuleCostConfig)
     preference: Preference = field(default_factory=Preference)
     keep_checkpoints: int = 2
@@ -85,7 +92,7 @@ class ModuleConfig:
         if self.num_windows < 1:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         check_keep(self.keep_checkpoints)
-        for part in (self.cut, self.columns, self.attach, self.train, self.cost):
+        for part in (self.cut, self.columns, self.attach, self.train, self.tokens, self.cost):
             part.check()
         self.preference.weights()
         self.train.torch_device()
@@ -116,6 +123,7 @@ class ModuleWorld:
     kind: Kind
     processor: Any  # tokenizer or image processor of the student; None for arrays
     tables: str  # what was mapped to what, and which controls there are
+    is_reverse: bool = False  # of a language model's response term
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -135,7 +143,10 @@ class ModuleWorld:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a training learns from, which its config only names: data, teacher's signals, first weights."""
-        told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
+        signals = self.signals
+        told = {"logits": signals.logits, "features": signals.features, "maps": signals.maps}
+        if isinstance(signals, TokenSignals):
+            told |= {**signals.tokens._asdict(), "losses": signals.losses, "counted": signals.counted}
         return {**self.data.inputs, "labels": self.data.labels, **told, **self.initial}
 
     def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
@@ -148,6 +159,9 @@ class ModuleWorld:
             raise ValueError(f"students: got {num_students}; allowed: 1, real models train one at a time")
         self.student.model.load_state_dict(self.initial)
         c = self.config
+        if isinstance(self.signals, TokenSignals):
+            assert isinstance(self.data, TokenExamples)
+            return CausalStudent(self.student, self.data, self.signals, c.train, c.num_windows, self.is_reverse)
         return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows)
 
 
@@ -182,8 +196,6 @@ def build_module_world(
     """
     config.check()
     kind = kind_of(load_config(config.teacher), config.teacher)
-    if kind == "causal_lm":
-        raise UserError(f"{config.teacher}: got a causal language model; allowed: sequence or image classifiers")
     teacher = _teacher(config, kind)
     student = _student(config, kind, teacher, seed)
     device = config.train.torch_device()
@@ -196,8 +208,7 @@ def build_module_world(
     if config.teacher_device_map is None:
         teacher.model.to(device)
     with first_alone():
-        size = config.train.evaluation_batch_size
-        signals = module_signals(teacher.model, teacher.plan, places, teacher.data, size, say)
+        signals = _signals(config, teacher, places, say)
     if config.teacher_device_map is None:
         teacher.model.cpu()
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
@@ -221,12 +232,38 @@ def build_module_world(
         {name: value.clone() for name, value in student.model.state_dict().items()},
         kind,
         student.processor,
-        f"{link_table(links)}\n\n{control_table(student.plan)}\n",
+        f"{link_table(links)}\n\n{control_table(student.plan)}\n{_about_tokens(config, signals)}",
+        config.tokens.divergence == "reverse",
+    )
+
+
+def _signals(config: ModuleConfig, teacher: _Side, places: list[str], say: Callable[[str], object]) -> Signals:
+    model, plan, data, size = teacher.model, teacher.plan, teacher.data, config.train.evaluation_batch_size
+    if not isinstance(data, TokenExamples):
+        return module_signals(model, plan, places, data, size, say)
+    anchors = config.tokens.anchors(data.num_classes)
+    return token_signals(model, plan, places, data, config.tokens.top_k, anchors, size, say)
+
+
+def _about_tokens(config: ModuleConfig, signals: Signals) -> str:
+    """How a language model is scored and taught; "" for a classifier."""
+    if not isinstance(signals, TokenSignals):
+        return ""
+    a, k = signals.anchors, signals.tokens.values.shape[-1]
+    return (
+        f"\naccuracy is (log {a.worst:g} - cross entropy) / (log {a.worst:g} - log {a.best:g}) of the next token: "
+        f"perplexity {a.worst:g} counts as 0, {a.best:g} as 1\n"
+        f"response is the {config.tokens.divergence} KL over the teacher's {k} likeliest tokens and all others as one\n"
     )
 
 
 def _teacher(config: ModuleConfig, kind: Kind) -> _Side:
     model = load_model(config.teacher, kind, config.allow_pickle, device_map=config.teacher_device_map)
+    if kind == "causal_lm":
+        processor = load_processor(config.teacher, kind)
+        data: Examples = _examples(read_texts(Path(config.data), config.columns), processor, model, config)
+        _check_size(config.teacher, model, data)
+        return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor)
     table = read_table(Path(config.data), config.columns)
     if table.kind != ("text" if kind == "sequence_classification" else "image") and table.kind != "array":
         raise UserError(f"{config.data}: got {table.kind}s for {config.teacher}, which is for {kind.replace('_', ' ')}")
@@ -246,13 +283,22 @@ def _student(config: ModuleConfig, kind: Kind, teacher: _Side, seed: int) -> _Si
         fresh.id2label, fresh.label2id = dict(described.id2label), dict(described.label2id)
         model = new_model(fresh, kind, seed)
     else:
-        model = load_model(config.student, kind, config.allow_pickle, data.num_classes, seed)
+        is_causal = kind == "causal_lm"
+        model = load_model(config.student, kind, config.allow_pickle, None if is_causal else data.num_classes, seed)
         own_config: Any = model.config
         own_config.id2label, own_config.label2id = dict(described.id2label), dict(described.label2id)
         own = None if processor is None else _own_processor(config.student, kind)
-        if own is not None and _differ(processor, own):
+        if own is not None and is_causal:
+            check_same_tokenizer(processor, own)
+        elif own is not None and _differ(processor, own):
             processor, data = own, _examples(read_table(Path(config.data), config.columns), own, teacher.model, config)
     _check_size(config.student or "student", model, data)
+    own_size = getattr(model.config, "vocab_size", None)
+    if kind == "causal_lm" and own_size != data.num_classes:
+        raise UserError(
+            f"{config.student or 'student'}: its vocabulary has {own_size} tokens, the teacher's {data.num_classes}; "
+            "token-level distillation needs one: give the student that vocab_size"
+        )
     return _Side(model, data, _plan(model, data, config.attach), processor)
 
 
@@ -272,6 +318,8 @@ def _differ(ours: Any, theirs: Any) -> bool:
 
 def _examples(table: Table, processor: Any, teacher: nn.Module, config: ModuleConfig) -> Examples:
     described: Any = teacher.config
+    if table.kind == DOCUMENTS:
+        return make_token_examples(table, processor, int(described.vocab_size), config.columns)
     return make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
 
 

@@ -55,3 +55,17 @@ def test_a_student_and_its_teacher_say_which_option_helps(tmp_path: Any, monkeyp
     monkeypatch.setattr("rlkd.teachers.module_signals.logits_of", too_much)
     with pytest.raises(UserError, match=r"the teacher's answers .*--teacher_device_map auto"):
         test_module.student_of()
+
+
+def test_a_language_model_and_its_teacher_say_it_too(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from students import test_causal
+
+    monkeypatch.setenv("RLKD_CACHE", str(tmp_path))
+    student = test_causal.student_of()
+    student.student.model.register_forward_pre_hook(too_much)
+    with pytest.raises(UserError, match=r"64 samples at once .*--train\.evaluation_batch_size"):
+        student.evaluate("test")
+    monkeypatch.setenv("RLKD_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr("rlkd.teachers.token_signals.logits_of", too_much)
+    with pytest.raises(UserError, match=r"the teacher's answers .*--teacher_device_map auto"):
+        test_causal.student_of()

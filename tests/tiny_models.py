@@ -7,6 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from rlkd.agents.bundle import save_bundle
+from rlkd.agents.policy import TENSORS, Policy
+from rlkd.agents.search import Shortlist
+from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
+from rlkd.envs.action import published_setting
+from rlkd.envs.plan import fixed_plan
+
 WORDS = ["good", "bad", "fine", "dull", "bright", "slow", "great", "poor", "film", "plot", "actor", "the", "was", "not"]
 
 
@@ -94,3 +101,31 @@ def save_tokenizer(folder: Path, words: list[str] = WORDS) -> Any:
     tokenizer = t.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def save_causal_tokenizer(folder: Path, words: list[str] = WORDS) -> Any:
+    """A word-level tokenizer in `folder` that begins every text with <s>, and pads with <pad> (0)."""
+    t = need_transformers()
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_policy(folder: Path) -> None:
+    """Untrained, but not idle: its changes depend on what it sees."""
+    g = torch.Generator().manual_seed(0)
+    seen, controls = len(OBSERVATIONS), len(CONTROLS)
+    shapes = [(5, seen), (5,), (5, 5), (5,), (controls, 5), (controls,)]
+    weights = {name: 0.5 * torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
+    static = Shortlist(torch.rand(2, controls, generator=g), torch.rand(2, 3, generator=g))
+    config = ControlConfig()
+    plan = fixed_plan(published_setting(config)[None])
+    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), plan, static, config), folder, {"seed": 0})

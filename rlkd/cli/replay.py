@@ -168,6 +168,12 @@ def _report(
         f"test: J {figures['score']:.4f}, accuracy {figures['accuracy']:.4f} "
         f"(teacher {figures['teacher_accuracy']:.4f}), MACs {figures['macs_ratio']:.3f} of the dense student's",
     ]
+    if "perplexity" in figures:
+        lines.append(
+            f"perplexity {figures['perplexity']:.2f} (teacher {figures['teacher_perplexity']:.2f}), next token right "
+            f"{figures['next_token_accuracy']:.4f} (teacher {figures['teacher_next_token_accuracy']:.4f}); accuracy "
+            "above is that perplexity between the anchors in mapping.txt"
+        )
     for name in (key for key in measured if key.startswith("batch_")):
         row = measured[name]
         lines.append(

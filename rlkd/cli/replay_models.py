@@ -44,11 +44,12 @@ def run(argv: list[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = new_parser(
         "replay",
-        "Distil a real model (transformers; text or images) under a frozen policy, in one training run.",
+        "Distil a real model (transformers; text, images, language models) under a frozen policy, in one training run.",
         [
             "--policy runs/first/policy --teacher models/bert --data reviews.csv --cut.layers 2",
             "--policy runs/first/policy --teacher models/vit --data pictures --student models/small-vit",
             "--policy runs/first/policy --teacher models/bert --data reviews.csv --student small.json",
+            "--policy runs/first/policy --teacher models/smollm --data novels --student small-llama.json",
             "--resume runs/mine",
         ],
     )

@@ -8,18 +8,17 @@ zeros, and save nothing.
 
 import copy
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from rlkd.compression.selection import exit_ends, exits_at
+from rlkd.compression.shipped import Shipment, ShippedStudent, shipped_student
 from rlkd.errors import UserError
 from rlkd.files import (
     MAX_TENSOR_BYTES,
@@ -37,32 +36,14 @@ from rlkd.files import (
 )
 from rlkd.models.blocks import Group
 from rlkd.models.chain import Masks
-from rlkd.models.hooks import pool, resolve, tensor_at
-from rlkd.models.instrumented import Instrumented, choose_tokens
-from rlkd.models.plan import logits_of
+from rlkd.models.hooks import resolve
+from rlkd.models.instrumented import Instrumented
 from rlkd.models.pretrained import CLASSES, HIDDEN_UNITS, Kind, load_model, new_model, quiet
-from rlkd.tasks.examples import PADDING_MASK
 
 FORMAT = 2
 WEIGHTS = ("exits.safetensors", "model/model.safetensors")
 MAX_BLOCKS, MAX_WIDTH = 1024, 2**20
 CHUNK_BYTES = 2**22
-
-
-@dataclass(frozen=True)
-class Shipment:
-    """What `student.json` says of how a student answers; block numbers count from 1."""
-
-    kind: Kind
-    blocks: tuple[str, ...]
-    attention: tuple[str, ...]
-    exits: tuple[int, ...]
-    patience: int
-    threshold: float
-    select_after: int | None
-    keep: float  # share of tokens
-    num_classes: int
-    drops_rows: bool  # samples that left are taken out of the batch; else a batch stops once all have left
 
 
 def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks) -> nn.Module:
@@ -97,126 +78,6 @@ def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Mask
     return small
 
 
-class _AllLeft(Exception):
-    """Every sample has its answer: the blocks that follow are not run."""
-
-
-@dataclass
-class _Batch:
-    """One batch on its way through the blocks."""
-
-    rows: Tensor  # [R] int64, samples that still wait
-    waiting: Tensor  # [R] bool; samples that left may stay in the batch
-    valid: Tensor | None  # [R, L] bool
-    answers: Tensor  # [B, C], filled as samples leave
-    keep_mask: bool = False  # tokens were left out: the model's own attention mask no longer fits
-    mask: Tensor | None = None  # [R, 1, 1, L']
-    weights: Tensor | None = None  # [R, heads, L, L] of the selecting block
-    history: list[Tensor] = field(default_factory=list)  # answers of the exits so far, each [R]
-
-
-class ShippedStudent(nn.Module):
-    """A trained student that leaves early and leaves tokens out as it was trained to.
-
-    Call it by keyword with what the model takes; it gives logits [B, C], each sample's from the exit that it left at.
-    """
-
-    def __init__(self, model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> None:
-        super().__init__()
-        self.model, self.heads, self.shipment = model, heads, shipment
-        self._batch: _Batch | None = None
-        s = shipment
-        always, never = exit_ends(torch.tensor([s.threshold]), s.num_classes)
-        self._always, self._never = bool(always), bool(never)
-        for block, path in enumerate(s.blocks[1:], start=2):
-            model.get_submodule(path).register_forward_pre_hook(self._enter(block), with_kwargs=True)
-        if s.select_after is not None and s.keep < 1.0:
-            place = s.attention[s.select_after - 1]
-            model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, C]."""
-        size = len(next(iter(inputs.values())))
-        padding = inputs.get(PADDING_MASK)
-        now = self._batch = _Batch(
-            torch.arange(size),
-            torch.ones(size, dtype=torch.bool),
-            None if padding is None else padding.bool(),
-            torch.zeros(size, self.shipment.num_classes),
-        )
-        try:
-            logits = logits_of(self.model(**inputs)).float()
-            now.answers[now.rows[now.waiting]] = logits[now.waiting]
-        except _AllLeft:
-            pass  # every answer is in place
-        finally:
-            self._batch = None
-        return now.answers
-
-    def _look(self, number: int, place: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if self._batch is not None:
-                self._batch.weights = tensor_at(output, 1, place)
-
-        return hook
-
-    def _enter(self, number: int) -> Any:
-        """Ahead of block `number`: let samples leave that the exit before it answers, then leave tokens out."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            now, s = self._batch, self.shipment
-            if now is None:
-                return None
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            first = next(iter(bound.arguments))
-            hidden = bound.arguments[first]
-            if number - 1 in s.exits and not self._never:
-                hidden = self._leave(now, hidden, s.exits.index(number - 1))
-            mask = bound.arguments.get("attention_mask")
-            if isinstance(mask, Tensor) and len(mask) == len(now.answers) and not now.keep_mask:
-                bound.arguments["attention_mask"] = mask[now.rows]
-            if number - 1 == s.select_after and s.keep < 1.0:
-                hidden = self._select(now, hidden)
-            if now.keep_mask:
-                bound.arguments["attention_mask"] = now.mask
-            bound.arguments[first] = hidden
-            return bound.args, bound.kwargs
-
-        return hook
-
-    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
-        """Answer the samples that leave here; returns the hidden values of those that stay in the batch."""
-        s = self.shipment
-        logits = self.heads[index](pool(hidden, now.valid)).float()  # [R, C]
-        confidence, answer = logits.softmax(-1).max(-1)  # [R]
-        now.history.append(answer)
-        leave = exits_at(confidence, torch.tensor(s.threshold), s.num_classes)
-        if 0 < s.patience <= len(now.history) and not self._always:
-            recent = torch.stack(now.history[-s.patience :])  # [patience, R]
-            leave = leave | (recent == recent[0]).all(0)
-        leave = leave & now.waiting
-        now.answers[now.rows[leave]] = logits[leave]
-        now.waiting = now.waiting & ~leave
-        if not bool(now.waiting.any()):
-            raise _AllLeft
-        if not s.drops_rows:
-            return hidden
-        stay = now.waiting
-        now.rows, now.waiting = now.rows[stay], now.waiting[stay]
-        now.history = [answers[stay] for answers in now.history]
-        now.valid = None if now.valid is None else now.valid[stay]
-        now.weights = None if now.weights is None else now.weights[stay]
-        now.mask = None if now.mask is None else now.mask[stay]
-        return hidden[stay]
-
-    def _select(self, now: _Batch, hidden: Tensor) -> Tensor:
-        assert now.weights is not None
-        chosen, now.valid = choose_tokens(now.weights, now.valid, self.shipment.keep)
-        now.mask = (~now.valid)[:, None, None].to(hidden.dtype) * torch.finfo(hidden.dtype).min
-        now.keep_mask = True
-        return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
 def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, threshold: float) -> ShippedStudent:
     """The student as it will answer, on the CPU.
 
@@ -241,7 +102,7 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
         plan.select_after is not None or plan.is_conv,
     )
     heads = copy.deepcopy(student.heads).cpu()
-    return ShippedStudent(cut_model(student.model, kind, plan.groups, unit_masks), heads, shipment).eval()
+    return shipped_student(cut_model(student.model, kind, plan.groups, unit_masks), heads, shipment)
 
 
 def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
@@ -282,13 +143,11 @@ def load_module_student(folder: Path) -> ShippedStudent:
         heads = _load_heads(folder, shipment)
         model = load_model(str(folder / "model"), shipment.kind)
         resolve(model, [*shipment.blocks, *shipment.attention])
-        described: Any = model.config
-        if described.num_labels != shipment.num_classes:
-            raise ValueError(f"num_classes is {shipment.num_classes}; the model has {described.num_labels}")
-        student = ShippedStudent(model, heads, shipment)
+        _check_outputs(model, heads, shipment)
+        student = shipped_student(model, heads, shipment)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder}: not a student of a real model, or a damaged one ({reason(error):.120})") from error
-    return student.eval()
+    return student
 
 
 def _shipment(given: Any) -> Shipment:
@@ -328,21 +187,42 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def _load_heads(folder: Path, shipment: Shipment) -> nn.ModuleList:
-    """One linear layer an exit, [C, width]."""
+    """One layer an exit: linear, [C, width], or a language model's norm, [width]."""
     path = inside(folder, "exits.safetensors")
     blob = read_bytes(path, MAX_TENSOR_BYTES)
     found = tensor_shapes(blob, str(path))
     schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    made: list[nn.Module] = []
     for i in range(len(shipment.exits)):
         shape = found.get(f"{i}.weight", (None, (0,)))[1]
         width = whole(shape[-1] if shape else 0, f"the width of exit {i + 1}", 1, MAX_WIDTH)
-        schema |= {f"{i}.weight": (torch.float32, (shipment.num_classes, width))}
-        schema |= {f"{i}.bias": (torch.float32, (shipment.num_classes,))}
+        if shipment.kind == "causal_lm":
+            schema |= {f"{i}.weight": (torch.float32, (width,))}
+            made.append(nn.RMSNorm(width))
+        else:
+            schema |= {f"{i}.weight": (torch.float32, (shipment.num_classes, width))}
+            schema |= {f"{i}.bias": (torch.float32, (shipment.num_classes,))}
+            made.append(nn.Linear(width, shipment.num_classes))
     tensors = load_tensors(blob, schema, str(path))
-    widths = [schema[f"{i}.weight"][1][1] for i in range(len(shipment.exits))]
-    heads = nn.ModuleList(nn.Linear(width, shipment.num_classes) for width in widths)
+    heads = nn.ModuleList(made)
     heads.load_state_dict(tensors)
     return heads
+
+
+def _check_outputs(model: Any, heads: nn.ModuleList, shipment: Shipment) -> None:
+    """Raises ValueError where the model answers other classes than the card says, or cannot answer at its exits."""
+    is_causal = shipment.kind == "causal_lm"
+    num_outputs = model.config.vocab_size if is_causal else model.config.num_labels
+    if num_outputs != shipment.num_classes:
+        raise ValueError(f"num_classes is {shipment.num_classes}; the model has {num_outputs}")
+    if not is_causal:
+        return
+    if shipment.select_after is not None:
+        raise ValueError("shipment.select_after is a block; allowed: null, for a language model answers every token")
+    read = getattr(model.get_output_embeddings(), "in_features", None)
+    for exit_number, head in enumerate(heads, start=1):
+        if tuple(head.normalized_shape) != (read,):  # type: ignore[arg-type]
+            raise ValueError(f"exit {exit_number} has shape {head.normalized_shape}; the model's head reads {read}")
 
 
 def _sha256(folder: Path, name: str) -> str:

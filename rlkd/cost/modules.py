@@ -2,7 +2,8 @@
 
 MACs of linear layers and convolutions come from hooks, those of attention from torch's operation counter. Units and
 heads that are masked count as cut out, tokens that are left out as absent from later blocks (attention's own products
-shrink with their square), blocks behind an exit only for the samples that get there. Latency is a line through two
+shrink with their square), blocks behind an exit only for the samples that get there, in a language model for whole
+texts unless every token has left. Latency is a line through two
 measured batch sizes of the dense student, overhead and time a MAC: what pruning saves in it is modelled, not measured.
 """
 
@@ -27,6 +28,7 @@ from rlkd.models.blocks import Group
 from rlkd.models.plan import Plan
 
 FORMAT = 1
+NONE_LEFT = 1e-6  # rates are single precision
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -101,10 +103,11 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     for index, path in enumerate(plan.blocks):
         total = sum(counts.get(f"{type(model).__name__}.{path}", {}).values()) / 2
         blocks.append(_block_work(path, index, plan, leaves, total))
+    answers = next(iter(inputs.values())).shape[1] if plan.per_token else 1
     exits = tuple(
         Work(
-            plan.widths[b - 1] * plan.num_classes,
-            plan.num_classes,
+            answers * plan.widths[b - 1] * plan.num_classes,
+            answers * plan.num_classes,
             (plan.widths[b - 1] + 1) * plan.num_classes,
         )
         for b in plan.exits
@@ -201,6 +204,8 @@ class ModuleProfile:
                 head = self.work.exits[index]
                 parts.append(Work(reach * head.macs, reach * head.activations, runs * head.weights))
                 reach = 0.0 if always else max(0.0, reach - float(exit_rates[index]))
+                if self.plan.per_token:  # tokens that left stay in the text: the others attend to them
+                    reach = float(reach > NONE_LEFT)
         runs = 1.0 - (1.0 - reach) ** self.batch_size
         after = self.work.after
         parts.append(Work(reach * after.macs, reach * after.activations, runs * after.weights))

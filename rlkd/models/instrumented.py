@@ -1,8 +1,9 @@
 """A real student with early exits, masked units, left-out tokens and adapters, all attached by hooks.
 
-Exits are linear heads on the mean over a block's positions. Tokens are left out once, after an early block, by how
-much attention they received there (cf. PoWER-BERT, Goyal et al. 2020, which drops in every block): later blocks
-compute fewer positions, in training as at inference. The first token stays, for the model's head reads it.
+Exits are linear heads on the mean over a block's positions; those of a language model answer every position by a norm
+of their own and the model's output embeddings (cf. CALM, Schuster et al. 2022). Tokens are left out once, after an
+early block, by how much attention they received there (cf. PoWER-BERT, Goyal et al. 2020, which drops in every block):
+later blocks compute fewer positions, in training as at inference. The first token stays, for the model's head reads it.
 """
 
 import inspect
@@ -27,7 +28,7 @@ NUM_PIXELS = 16  # positions of a convolutional attention map
 class ModuleOutputs(NamedTuple):
     """What one forward pass gives."""
 
-    logits: tuple[Tensor, ...]  # one [B, C] an exit, the last being the model's own
+    logits: tuple[Tensor, ...]  # one [B, C], or [B, L, V] a token, an exit, the last being the model's own
     features: Tensor  # [B, F], hint features through the adapters, side by side
     map: Tensor | None  # [B, P], unit norm: attention received in the last block, or activation over pixels
     positions: Tensor | None  # [B, P] which tokens the map is over, where some were left out
@@ -60,7 +61,7 @@ class Instrumented(nn.Module):
     def __init__(self, model: nn.Module, plan: Plan, links: list[Link]) -> None:
         super().__init__()
         self.model, self.plan, self.links = model, plan, links
-        self.heads = nn.ModuleList(nn.Linear(plan.widths[block - 1], plan.num_classes) for block in plan.exits)
+        self.heads = nn.ModuleList(new_head(plan.widths[block - 1], plan) for block in plan.exits)
         self.adapters = build_adapters(links)
         self._pass: _Pass | None = None
         for number, path in enumerate(plan.blocks, start=1):
@@ -90,7 +91,10 @@ class Instrumented(nn.Module):
             self._pass = None
         plan = self.plan
         valid = {b: now.valid if self._selected(now, b) else all_valid for b in now.hidden}
-        early = [head(pool(now.hidden[b], valid[b])) for b, head in zip(plan.exits, self.heads, strict=True)]
+        early = [
+            exit_answer(self.model, head, now.hidden[b], valid[b], plan.per_token)
+            for b, head in zip(plan.exits, self.heads, strict=True)
+        ]
         places = [plan.blocks.index(link.student) + 1 for link in self.links]
         adapted = [a(pool(now.hidden[b], valid[b])) for b, a in zip(places, self.adapters, strict=True)]
         features = torch.cat(adapted, dim=-1) if adapted else last.new_zeros(len(last), 0)  # [B, F]
@@ -139,6 +143,26 @@ class Instrumented(nn.Module):
             return bound.args, bound.kwargs
 
         return hook
+
+
+def new_head(width: int, plan: Plan) -> nn.Module:
+    """What an exit adds to the model: a linear head, or the norm ahead of a language model's own head."""
+    return nn.RMSNorm(width) if plan.per_token else nn.Linear(width, plan.num_classes)
+
+
+def exit_answer(model: nn.Module, head: nn.Module, hidden: Tensor, valid: Tensor | None, per_token: bool) -> Tensor:
+    """Logits [B, C] of an exit, or [B, L, V] of a language model's.
+
+    Args:
+        model: has the output embeddings.
+        head: of `new_head`.
+        hidden: [B, L, D] or [B, C, H, W], a block's output.
+        valid: [B, L] bool, which positions are real; by default all.
+        per_token: whether it is a language model.
+    """
+    if not per_token:
+        return torch.as_tensor(head(pool(hidden, valid)))
+    return torch.as_tensor(model.get_output_embeddings()(head(hidden)))  # type: ignore[operator]
 
 
 def received(weights: Tensor, valid: Tensor | None) -> Tensor:

@@ -53,6 +53,7 @@ class Plan:
     is_conv: bool  # blocks give [B, C, H, W]
     patience: int  # exits in a row that must agree; 0: that rule is off
     controls: dict[str, str]  # control: what it does here, or "not available: ..."
+    per_token: bool  # a language model: one answer a position, and exits answer through the model's own head
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ class Plan:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [B, C] of a model's output: its `logits`, or itself."""
+    """Logits [B, C], or [B, L, V] a token, of a model's output: its `logits`, or itself."""
     return torch.as_tensor(output if isinstance(output, Tensor) else output["logits"])
 
 
@@ -69,7 +70,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
     """Look at one forward pass of `model`.
 
     Args:
-        model: gives logits [B, C], alone or under `logits`.
+        model: gives logits [B, C], or [B, L, V] a token, alone or under `logits`.
         inputs: of a few samples.
         config: what to attach.
         num_positions: longest sequence; by default the length in this pass.
@@ -81,16 +82,22 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
     blocks = resolve(model, [config.blocks]) if config.blocks else block_paths(model)
     if not blocks:
         raise UserError("student: no nn.ModuleList of blocks was found; name them with --attach.blocks PATTERN")
-    exits = _exits(config, len(blocks))
     layout = layout_of(model, blocks)
     attention = _attention_places(model, blocks, layout, inputs)
     was_training = model.training
     with capture(model.eval(), blocks) as seen:
         logits = logits_of(forward(model, inputs))
     model.train(was_training)
-    if logits.ndim != 2:
-        raise UserError(f"student: got logits of shape {list(logits.shape)}; allowed: [samples, classes]")
+    per_token = logits.ndim == 3
+    if logits.ndim != 2 and not per_token:
+        raise UserError(
+            f"student: got logits of shape {list(logits.shape)}; allowed: [samples, classes] or [samples, tokens, "
+            "vocabulary]"
+        )
     last = seen[blocks[-1]]
+    widths = tuple(width_of(seen[block]) for block in blocks)
+    no_exits = per_token and not _has_head_for(model, widths)
+    exits = () if no_exits and config.exits is None else _exits(config, len(blocks), no_exits)
     why_not = _why_no_selection(logits, last, attention, config.select_after, len(blocks))
     groups = tuple(find_groups(model, blocks, layout))
     length = (num_positions or last.shape[1]) if last.ndim == 3 else 1
@@ -104,11 +111,11 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         ),
         "feature_keep": f"not available: {why_not}" if why_not else f"tokens after block {config.select_after}",
         "unit_keep": _units_in_words(groups),
-        "exit_threshold": f"exits after blocks {list(exits)}" if exits else "not available: no early exit",
+        "exit_threshold": _about_exits(exits, per_token),
     }
     return Plan(
         tuple(blocks),
-        tuple(width_of(seen[block]) for block in blocks),
+        widths,
         exits,
         groups,
         attention,
@@ -118,6 +125,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         last.ndim == 4,
         config.patience,
         controls,
+        per_token,
     )
 
 
@@ -137,7 +145,26 @@ def control_table(plan: Plan) -> str:
     return "\n".join(f"{name:<16}  {text}" for name, text in {**always, **plan.controls}.items())
 
 
-def _exits(config: AttachConfig, num_blocks: int) -> tuple[int, ...]:
+def _about_exits(exits: tuple[int, ...], per_token: bool) -> str:
+    if not exits:
+        return "not available: no early exit"
+    how = " (a token each, through the model's own head; later blocks run unless all have left)" if per_token else ""
+    return f"exits after blocks {list(exits)}{how}"
+
+
+def _has_head_for(model: nn.Module, widths: tuple[int, ...]) -> bool:
+    """Whether the head of a language model reads what every block gives."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return isinstance(head, nn.Linear) and set(widths) == {head.in_features}
+
+
+def _exits(config: AttachConfig, num_blocks: int, no_exits: bool) -> tuple[int, ...]:
+    if no_exits and config.exits:
+        raise UserError(
+            f"attach.exits: got {list(config.exits)}; allowed: [], for this model's head does not read what its blocks "
+            "give"
+        )
     if config.exits is None:
         return (num_blocks // 2,) if num_blocks > 1 else ()
     if sorted(set(config.exits)) != list(config.exits) or not set(config.exits) <= set(range(1, num_blocks)):
@@ -172,6 +199,8 @@ def _why_no_selection(
     """Why tokens cannot be left out, or "". The answer must hang on the first position alone, which always stays."""
     if last.ndim != 3:
         return "the blocks give no tokens"
+    if logits.ndim == 3:
+        return "every token has an answer of its own"
     if not attention:
         return "the model gives no attention weights"
     if select_after >= num_blocks:

@@ -3,7 +3,7 @@
 from rlkd.objectives.attention import attention_map, attention_transfer
 from rlkd.objectives.feature import hint
 from rlkd.objectives.hard_label import cross_entropy
-from rlkd.objectives.objective import FAMILIES, family_losses, losses_of
+from rlkd.objectives.objective import FAMILIES, family_losses, losses_of, token_losses_of
 from rlkd.objectives.response import response
 from rlkd.objectives.tokens import (
     TopK,
@@ -26,6 +26,7 @@ __all__ = [
     "next_token_mask",
     "response",
     "token_cross_entropy",
+    "token_losses_of",
     "token_response",
     "token_response_top_k",
     "top_k",

@@ -8,6 +8,7 @@ from rlkd.objectives.attention import attention_map, attention_transfer
 from rlkd.objectives.feature import hint
 from rlkd.objectives.hard_label import cross_entropy
 from rlkd.objectives.response import response
+from rlkd.objectives.tokens import TopK, token_cross_entropy, token_response_top_k
 
 FAMILIES = ("hard_label", "response", "feature", "attention")
 
@@ -82,4 +83,47 @@ def losses_of(
     soft = sum((response(z, teacher_logits, temperature) for z in logits), start=zero) / num_exits
     return torch.stack(
         [hard, soft, hint(adapted_features, teacher_features), attention_transfer(student_map, teacher_map)]
+    )
+
+
+def token_losses_of(
+    logits: tuple[Tensor, ...],
+    tokens: Tensor,
+    counted: Tensor,
+    teacher: TopK,
+    temperature: Tensor,
+    reverse: bool,
+    adapted_features: Tensor,
+    teacher_features: Tensor,
+    student_map: Tensor,
+    teacher_map: Tensor,
+) -> Tensor:
+    """As `losses_of`, for a language model: hard label and response are means over the counted positions.
+
+    Args:
+        logits: [B, L, V] an exit.
+        tokens: [B, L] int64.
+        counted: [B, L - 1] bool, positions whose next token is learned.
+        teacher: of the same [B, L].
+        temperature: scalar.
+        reverse: response is KL(student || teacher).
+        adapted_features: [B, F].
+        teacher_features: [B, F].
+        student_map: [B, P], rows of unit norm.
+        teacher_map: [B, P].
+
+    Returns:
+        [4], in the order of `FAMILIES`.
+    """
+    num_exits = len(logits)
+    zero = logits[0].new_zeros(())
+    hard = sum((token_cross_entropy(z, tokens, counted) for z in logits), start=zero) / num_exits
+    soft = sum((token_response_top_k(z, teacher, counted, temperature, reverse) for z in logits), start=zero)
+    return torch.stack(
+        [
+            hard,
+            soft / num_exits,
+            hint(adapted_features, teacher_features),
+            attention_transfer(student_map, teacher_map),
+        ]
     )

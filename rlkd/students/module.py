@@ -226,10 +226,10 @@ class ModuleStudent:
         self._optimizer.zero_grad()
         total = torch.zeros(len(FAMILIES), device=self._device)
         for part in processes.share(positions).tensor_split(config.micro_batches):
-            share = len(part) / len(positions)  # every term is a mean over samples
+            shares = self._shares(part, positions)  # [4]
             losses = self._losses(part, temperature)
-            (share * (losses * weights).sum()).backward()  # type: ignore[no-untyped-call]
-            total += share * losses.detach()
+            (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            total += shares * losses.detach()
         processes.add_up([total, *(parameter.grad for parameter in self.student.parameters())])
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         self._optimizer.step()
@@ -239,9 +239,7 @@ class ModuleStudent:
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
         """Metrics under the current masks, tokens and exit threshold; on validation, of `validation_size` samples."""
-        index = self._data.splits[split]
-        if split == "validation" and 0 < self._config.validation_size < len(index):
-            index = index[torch.arange(self._config.validation_size) * len(index) // self._config.validation_size]
+        index = self._evaluated(split)
         logits, token_scores = self._answers(index)
         if self.plan.select_after is not None:
             self._token_scores = token_scores
@@ -254,6 +252,13 @@ class ModuleStudent:
             tuple(score[None] for score in self._scores()),
             self.plan.patience,
         )
+
+    def _evaluated(self, split: Split) -> Tensor:
+        """The samples of a split that `evaluate` answers, [B]."""
+        index, count = self._data.splits[split], self._config.validation_size
+        if split == "validation" and 0 < count < len(index):
+            return index[torch.arange(count) * len(index) // count]
+        return index
 
     @torch.no_grad()
     def exits_by_class(self, split: Split) -> ExitsByClass:
@@ -324,14 +329,17 @@ class ModuleStudent:
             outputs: ModuleOutputs = self.student(inputs, masks, self._keep)
         return outputs
 
+    def _shares(self, part: Tensor, positions: Tensor) -> Tensor:
+        """[4]: how much of each term's mean over the batch at `positions` [B] comes from those at `part`."""
+        return torch.full((len(FAMILIES),), len(part) / len(positions), device=self._device)
+
     def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
         """[4], of the samples at `positions` [B] of the task."""
         samples = self._task.samples[positions]  # [B]
         teacher, device = self._task.teacher, self._device
         outputs = self._forward(samples)
         features = self._signals.features[teacher, samples].to(device)  # [B, F]
-        theirs = self._teacher_map(samples, outputs)
-        ours = theirs if outputs.map is None or not self._available[3] else outputs.map
+        ours, theirs = self._maps(samples, outputs)
         return losses_of(
             tuple(z.float() for z in outputs.logits),
             outputs.features.float() if self._available[2] else features,
@@ -342,6 +350,11 @@ class ModuleStudent:
             theirs,
             temperature,
         )
+
+    def _maps(self, samples: Tensor, outputs: ModuleOutputs) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's map of the samples [B], [B, P] each; one and the same without the family."""
+        theirs = self._teacher_map(samples, outputs)
+        return (theirs if outputs.map is None or not self._available[3] else outputs.map), theirs
 
     def _teacher_map(self, samples: Tensor, outputs: ModuleOutputs) -> Tensor:
         """[B, P]: the teacher's map over the tokens that the student still has, of unit norm."""

@@ -134,6 +134,8 @@ def thin_classes(labels: Tensor, order: Tensor, imbalance: float) -> Tensor:
     Returns:
         [L] bool.
     """
+    if imbalance == 0.0:  # all stay; a language model's vocabulary would be too many classes to count for nothing
+        return torch.ones_like(labels, dtype=torch.bool)
     shares = (1.0 - imbalance) ** (torch.arange(len(order), dtype=torch.float64) / (len(order) - 1))  # [C], by place
     counts = torch.bincount(labels, minlength=len(order))[order]  # [C], by place
     kept = torch.empty_like(order)

@@ -42,6 +42,18 @@ class Examples:
         return None if mask is None else mask.shape[1]
 
 
+@dataclass(frozen=True)
+class TokenExamples(Examples):
+    """Texts whose next tokens are learned: `num_classes` is the vocabulary V, and `labels` are zeros, for a text has
+    no class."""
+
+    counted: Tensor  # [S, L - 1] bool, positions whose next token is learned: real, and no part of a prompt
+
+    def counted_of(self, index: Tensor, length: int) -> Tensor:
+        """[B, length - 1] bool, of the samples at `index` [B], whose `batch` has `length` tokens."""
+        return self.counted[index, : length - 1]
+
+
 def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The same inputs on `device`."""
     return {name: values.to(device) for name, values in inputs.items()}

@@ -37,6 +37,8 @@ class ColumnConfig:
     """Column of the texts (tables)."""
     pair: str | None = None
     """Column of second texts, for pairs."""
+    prompt: str | None = None
+    """Language models: column of what stands before a text, is given to the model and is not learned."""
     label: str = "label"
     """Column of the labels."""
     source: str | None = None
@@ -45,7 +47,7 @@ class ColumnConfig:
     split: str = "split"
     """Column with train, validation or test, where there is one."""
     max_length: int = 128
-    """Tokens that longer texts are cut to."""
+    """Tokens that longer texts are cut to; language models learn a longer document in pieces of this length."""
 
     def check(self) -> None:
         """Raises UserError for a text without a token."""
@@ -86,7 +88,7 @@ def read_table(path: Path, columns: ColumnConfig) -> Table:
         return _read_arrays(path)
     if is_idx_folder(path):
         return Table(path.name, "array", *read_idx_folder(path))
-    files = _table_files(path)
+    files = table_files(path)
     if files:
         return _read_columns(path, files, columns)
     if path.is_dir():
@@ -151,7 +153,7 @@ def make_examples(
     else:
         values = torch.from_numpy(np.ascontiguousarray(table.samples))
         inputs = {"pixel_values" if values.ndim == 4 else "inputs": values.float()}
-    return Examples(table.name, inputs, labels, num_classes, _split(table))
+    return Examples(table.name, inputs, labels, num_classes, make_splits(table))
 
 
 def _tokenise(samples: Sequence[Any], tokenizer: Any, max_length: int) -> dict[str, Tensor]:
@@ -164,7 +166,12 @@ def _tokenise(samples: Sequence[Any], tokenizer: Any, max_length: int) -> dict[s
     return {name: done[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in done}
 
 
-def _split(table: Table) -> dict[Split, Tensor]:
+def make_splits(table: Table) -> dict[Split, Tensor]:
+    """Rows of every split, as given, else cut by source.
+
+    Raises:
+        UserError: an unknown split, or one without a sample.
+    """
     given: Sequence[str] = table.splits if table.splits is not None else [split_of(s) for s in table.sources]
     names = [OTHER_NAMES.get(name, name) for name in given]
     unknown = sorted(set(names) - set(SPLITS))
@@ -189,7 +196,7 @@ def _cut_validation(names: Sequence[str], sources: Sequence[str]) -> list[str]:
     ]
 
 
-def _table_files(path: Path) -> dict[str, Path]:
+def table_files(path: Path) -> dict[str, Path]:
     """Table files by split, or one under "" for all."""
     if path.is_file():
         return {"": path} if path.suffix in READERS else {}
@@ -206,7 +213,7 @@ def _read_columns(path: Path, files: Mapping[str, Path], columns: ColumnConfig) 
     source = columns.source
     for split, file in files.items():
         options = {"sep": "\t"} if file.suffix == ".tsv" else {}
-        part = _load(file, READERS[file.suffix], data_files=str(file), **options)
+        part = load_rows(file, READERS[file.suffix], data_files=str(file), **options)
         for name in (columns.text, columns.label, *filter(None, (columns.pair, source))):
             if name not in part.column_names:
                 raise UserError(f"{file}: no column {name!r}; it has {', '.join(part.column_names)} (--columns.*)")
@@ -229,7 +236,7 @@ def _read_columns(path: Path, files: Mapping[str, Path], columns: ColumnConfig) 
 
 def _read_images(path: Path) -> Table:
     """CLASS/image files, or SPLIT/CLASS/image files."""
-    data = _load(path, "imagefolder", data_dir=str(path), split=None)
+    data = load_rows(path, "imagefolder", data_dir=str(path), split=None)
     samples, labels, sources, splits = [], [], [], []
     for split, part in data.items():
         if "label" not in part.column_names:
@@ -261,7 +268,7 @@ def _read_arrays(path: Path) -> Table:
     return Table(path.stem, "array", inputs, labels.tolist(), [str(s) for s in sources], splits)
 
 
-def _load(path: Path, reader: str, split: str | None = "train", **options: Any) -> Any:
+def load_rows(path: Path, reader: str, split: str | None = "train", **options: Any) -> Any:
     """`datasets.load_dataset` on local files; its many exceptions become one line."""
     try:
         import datasets

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlkd.memory import enough_memory
@@ -13,12 +15,13 @@ from rlkd.models.instrumented import NUM_PIXELS, received
 from rlkd.models.plan import Plan, logits_of
 from rlkd.models.pretrained import state_of
 from rlkd.objectives import attention_map
-from rlkd.objectives.tokens import TopK, top_k
 from rlkd.tasks.examples import PADDING_MASK, Examples, to_device
 from rlkd.teachers.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.teachers.signals import Signals
 
 Say = Callable[[str], object]
+
+TEACHER_LESS = "lower --train.evaluation_batch_size, or spread the teacher with --teacher_device_map auto"
 
 
 def module_signals(
@@ -43,12 +46,11 @@ def module_signals(
     specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32"), "features": ((size, width), "float32")}
     if num_positions:
         specs["maps"] = ((size, num_positions), "float32")
-    key = {**_key(teacher, data), "places": " ".join(places)}
+    key = {**signals_key(teacher, data), "places": " ".join(places)}
 
     def fill(arrays: Arrays) -> None:
         say(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
-        remedy = "lower --train.evaluation_batch_size, or spread the teacher with --teacher_device_map auto"
-        with enough_memory(f"the teacher's answers to {batch_size} samples at once", remedy):
+        with enough_memory(f"the teacher's answers to {batch_size} samples at once", TEACHER_LESS):
             _fill(arrays, teacher, plan, places, data, batch_size)
 
     tensors = cached_arrays("signals", key, specs, fill, say)
@@ -61,7 +63,7 @@ def module_signals(
     return Signals(logits[None], tensors["features"][None], maps[None], accuracy[None], entropy[None], plan.is_conv)
 
 
-def _key(teacher: nn.Module, data: Examples) -> dict[str, str]:
+def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
     """What signals depend on; preprocessing is in the inputs."""
     splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
     return {
@@ -71,7 +73,7 @@ def _key(teacher: nn.Module, data: Examples) -> dict[str, str]:
     }
 
 
-def _device_of(teacher: nn.Module) -> torch.device:
+def device_of(teacher: nn.Module) -> torch.device:
     """Where its inputs go: the device of its first part that is not on a disk."""
     held = (p.device for p in teacher.parameters() if not p.is_meta)
     return next(held, torch.device("cpu"))
@@ -81,7 +83,7 @@ def _device_of(teacher: nn.Module) -> torch.device:
 def _fill(
     arrays: Arrays, teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int
 ) -> None:
-    device = _device_of(teacher)
+    device = device_of(teacher)
     attention = plan.attention[-1:] if "maps" in arrays else ()
     last = plan.blocks[-1:] if plan.is_conv else ()
     with capture(teacher.eval(), [*places, *attention, *last]) as seen:
@@ -95,14 +97,17 @@ def _fill(
             arrays["features"][where] = features.float().cpu().numpy()
             if "maps" in arrays:
                 arrays["maps"][where] = _maps(seen, attention, last, mask, arrays["maps"].shape[1]).numpy()
+    scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+
+
+def scale_features(features: NDArray[Any], widths: Sequence[int], train: Tensor) -> None:
+    """Bring each place's columns of features [S, F], `widths` wide, to a mean square of one over the train split."""
     start = 0
-    train = data.splits["train"].numpy()
-    for place in places:
-        stop = start + plan.widths[plan.blocks.index(place)]
-        block = arrays["features"][:, start:stop]
-        scale = max(float((block[train].astype("float64") ** 2).mean()) ** 0.5, 1e-8)
-        arrays["features"][:, start:stop] = block / scale
-        start = stop
+    for width in widths:
+        block = features[:, start : start + width]
+        scale = max(float((block[train.numpy()].astype("float64") ** 2).mean()) ** 0.5, 1e-8)
+        features[:, start : start + width] = block / scale
+        start += width
 
 
 def _maps(
@@ -110,40 +115,11 @@ def _maps(
 ) -> Tensor:
     """[B, P] float32 on the CPU, rows of unit norm."""
     if last:
-        maps = attention_map(seen[last[0]].float(), num_positions)
-    else:
-        maps = F.normalize(received(seen[attention[0]].float(), None if mask is None else mask.bool()), dim=-1)
+        return attention_map(seen[last[0]].float(), num_positions).cpu()
+    return attention_maps(seen[attention[0]], mask, num_positions)
+
+
+def attention_maps(weights: Tensor, mask: Tensor | None, num_positions: int) -> Tensor:
+    """[B, P] float32 on the CPU: attention [B, heads, L, L] that each token receives, rows of unit norm, then zeros."""
+    maps = F.normalize(received(weights.float(), None if mask is None else mask.bool()), dim=-1)
     return F.pad(maps, (0, num_positions - maps.shape[-1])).cpu()
-
-
-def causal_signals(teacher: nn.Module, data: Examples, k: int, batch_size: int = 8, say: Say = print) -> TopK:
-    """The k largest next-token logits of a causal model at every position, and the logsumexp of the others.
-
-    Args:
-        teacher: gives logits [B, L, V].
-        data: input_ids and attention_mask, padded to one length.
-        k: at most V.
-        batch_size: of the pass.
-        say: as in `module_signals`.
-
-    Returns:
-        Fields [S, L, k], [S, L, k] int64 and [S, L]; positions of padding hold zeros.
-    """
-    size, length = data.inputs["input_ids"].shape
-    specs: dict[str, Spec] = {
-        "values": ((size, length, k), "float32"),
-        "indices": ((size, length, k), "int64"),
-        "rest": ((size, length), "float32"),
-    }
-
-    @torch.no_grad()
-    def fill(arrays: Arrays) -> None:
-        say(f"one pass of the teacher over {size} texts of {data.name} (kept in the cache)")
-        device = next(teacher.parameters()).device
-        for rows in torch.split(data.by_length(torch.arange(size)), batch_size):
-            inputs = to_device(data.batch(rows), device)
-            shortened = top_k(logits_of(teacher.eval()(**inputs)).float(), k)
-            for name, values in shortened._asdict().items():
-                arrays[name][rows.numpy(), : values.shape[1]] = values.cpu().numpy()
-
-    return TopK(**cached_arrays("tokens", {**_key(teacher, data), "k": str(k)}, specs, fill, say))

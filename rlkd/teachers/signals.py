@@ -26,6 +26,10 @@ class Signals:
     entropy: Tensor  # [T], mean entropy of the answers on the train split, divided by log C
     are_conv: bool  # whether maps are over pixels
 
+    def agreement(self, teacher: int, samples: Tensor, labels: Tensor) -> Tensor:
+        """Share of the samples [B] whose label [B] is what that teacher answers; a scalar."""
+        return (self.logits[teacher, samples].argmax(-1) == labels).float().mean()
+
 
 @torch.no_grad()
 def compute_signals(teachers: Sequence[ChainStudent], data: DataSet) -> Signals:

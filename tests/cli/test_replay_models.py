@@ -10,15 +10,9 @@ import pytest
 import tiny_models
 import torch
 
-from rlkd.agents.bundle import save_bundle
-from rlkd.agents.policy import TENSORS, Policy
 from rlkd.agents.report import read_run
-from rlkd.agents.search import Shortlist
 from rlkd.cli.main import main
 from rlkd.compression.modules import load_module_student
-from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
-from rlkd.envs.action import published_setting
-from rlkd.envs.plan import fixed_plan
 from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
 
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
@@ -31,14 +25,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
     t = tiny_models.need_transformers()
     folder = tmp_path_factory.mktemp("place")
-    _policy(folder / "policy")
+    tiny_models.save_policy(folder / "policy")
     teacher = tiny_models.tiny("bert", layers=3)
     teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
     teacher.save_pretrained(folder / "bert")
     tiny_models.save_tokenizer(folder / "bert")
     tiny_models.tiny("vit", num_classes=3).save_pretrained(folder / "vit")
     t.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
-    tiny_models.tiny("llama").save_pretrained(folder / "llama")
     draw = random.Random(0)
     with (folder / "reviews.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -50,18 +43,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "images.npz", inputs=pixels, labels=np.arange(60) % 3)
     np.savez(folder / "two.npz", inputs=pixels, labels=np.arange(60) % 2)
     return folder
-
-
-def _policy(folder: Path) -> None:
-    """Untrained, but not idle: its changes depend on what it sees."""
-    g = torch.Generator().manual_seed(0)
-    seen, controls = len(OBSERVATIONS), len(CONTROLS)
-    shapes = [(5, seen), (5,), (5, 5), (5,), (controls, 5), (controls,)]
-    weights = {name: 0.5 * torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = Shortlist(torch.rand(2, controls, generator=g), torch.rand(2, 3, generator=g))
-    config = ControlConfig()
-    plan = fixed_plan(published_setting(config)[None])
-    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), plan, static, config), folder, {"seed": 0})
 
 
 def replay(place: Path, out: Path, *options: str) -> int:
@@ -167,7 +148,6 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "wrong column": ([*teacher, *data, "--columns.text", "review"], ["'review'", "text, label, source"]),
         "images for a text model": ([*teacher, "--data", str(place / "two.npz")], ["does not take"]),
         "texts for an image model": (["--teacher", str(place / "vit"), *data], ["got texts"]),
-        "causal model": (["--teacher", str(place / "llama"), *data], ["causal language model"]),
         "too many layers": ([*teacher, *data, "--cut.layers", "9"], ["cut.layers: got 9", "1 to 3"]),
         "unknown key": ([*teacher, *data, "--cut.layer", "2"], ["did you mean --cut.layers"]),
         "device": ([*teacher, *data, "--train.device", "gpu"], ["train.device", "'gpu'"]),

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save
 
-from rlkd.compression.modules import WEIGHTS, ShippedStudent, load_module_student, save_module_student, ship
+from rlkd.compression.modules import WEIGHTS, load_module_student, save_module_student, ship
+from rlkd.compression.shipped import ShippedStudent
 from rlkd.errors import UserError
 from rlkd.models.hooks import link_places
 from rlkd.models.instrumented import Instrumented
@@ -225,4 +227,54 @@ def test_an_impossible_card_is_one_line(tmp_path: Path, name: str) -> None:
     card = json.loads((folder / "student.json").read_text())
     signed(folder, shipment={**card["shipment"], name: WRONG[name]})
     with pytest.raises(UserError, match=r"not a (real student's card|student of a real model), or a damaged one"):
+        load_module_student(folder)
+
+
+def saved_causal(tmp_path: Path) -> Path:
+    model, inputs = tiny_models.tiny("llama", layers=3), tiny_models.batch("llama")
+    plan = make_plan(model, inputs, AttachConfig(exits=(1, 2)), None)
+    masks = tuple(torch.ones(g.size) for g in plan.groups)
+    shipped = ship(Instrumented(model, plan, []), "causal_lm", masks, 1.0, 0.6)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    return tmp_path / "s"
+
+
+CAUSAL_WRONG: dict[str, Any] = {
+    "num_classes": 41,  # the vocabulary has 40
+    "select_after": 1,
+    "exits": [1],  # the file has two
+    "kind": "sequence_classification",
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL_WRONG)
+def test_an_impossible_card_of_a_language_model_is_one_line(tmp_path: Path, name: str) -> None:
+    folder = saved_causal(tmp_path)
+    load_module_student(folder)
+    card = json.loads((folder / "student.json").read_text())
+    attention = [f"{block}.self_attn:1" for block in card["shipment"]["blocks"]]
+    signed(folder, shipment={**card["shipment"], "attention": attention, name: CAUSAL_WRONG[name]})
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"1.weight": torch.ones(16)}, r"exit 2 has shape \(16,\); the model's head reads 32"),
+        ({"1.weight": torch.ones(40, 32)}, r"1.weight is torch.float32 \[40, 32\]; expected float32 \[32\]"),
+        ({"1.weight": torch.ones(32).half()}, r"1.weight is torch.float16"),
+        ({"1.weight": torch.full((32,), float("nan"))}, "non-finite"),
+        ({"1.bias": torch.ones(32)}, "does not belong in it"),
+    ],
+)
+def test_exits_of_a_language_model_are_norms_that_its_head_reads(
+    tmp_path: Path, changes: dict[str, torch.Tensor], words: str
+) -> None:
+    folder = saved_causal(tmp_path)
+    path = folder / "exits.safetensors"
+    path.write_bytes(save({**load_file(path), **changes}))
+    signed(folder)
+    with pytest.raises(UserError, match=words):
         load_module_student(folder)
