@@ -117,7 +117,7 @@ def bare(world: ModuleWorld) -> tuple[float, float, dict[str, Tensor]]:
     logits, features, maps = signals.logits[0], signals.features[0], signals.maps[0]
     weights, temperature = controls.weights[0], controls.temperature[0]
     both = nn.ModuleDict({"model": model, "heads": heads})
-    rate = config.learning_rate * float(controls.learning_rate[0]) / REFERENCE_RATE
+    rate = config.learning_rate * (float(controls.learning_rate[0]) / REFERENCE_RATE) ** config.rate_exponent
     total = NUM_WINDOWS * config.steps_per_window
     began = time.perf_counter()
     optimizer = new_optimizer(both, "adamw", config.learning_rate, config.weight_decay)
