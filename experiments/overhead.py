@@ -48,7 +48,7 @@ from rlkd.tasks import draw_task, task_generator
 
 # steps of a window, validation samples; the first is the bar's
 SETTINGS = ((100, 128), (15, 512))
-NUM_WINDOWS = 12
+NUM_WINDOWS = 4
 
 
 def make_files(folder: Path) -> tuple[Path, Path]:
