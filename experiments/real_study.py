@@ -29,6 +29,7 @@ from rlkd.envs.modules import ModuleConfig, ModuleWorld, build_module_world
 from rlkd.errors import UserError
 from rlkd.files import read_json, write_whole
 from rlkd.models.plan import AttachConfig
+from rlkd.students.module import ModuleTrainConfig
 from rlkd.tasks import Preference
 
 FAMILIES = ("hard_label", "response", "feature", "attention")
@@ -97,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--methods", default="", help="comma-separated; by default all")
-    parser.add_argument("--rate_exponent", type=float, default=1.0, help="train.rate_exponent, for what is learned")
+    parser.add_argument("--rate_exponent", type=float, default=0.5, help="train.rate_exponent, for what is learned")
     parser.add_argument("--docs", type=Path, default=None, help="write the tables to this path with .md and .json")
 
 
@@ -137,8 +138,9 @@ def rows_of(config: ModuleConfig, options: Any) -> dict[str, list[dict[str, Any]
 
 
 def _for(config: ModuleConfig, method: Method) -> ModuleConfig:
-    """`config` with the method's exits; a fixed learning rate is not bent."""
-    train = config.train if method.weight is not None else replace(config.train, rate_exponent=1.0)
+    """`config` with the method's exits; what holds the published learning rate needs no exponent."""
+    plain = replace(config.train, rate_exponent=ModuleTrainConfig().rate_exponent)
+    train = config.train if method.weight is not None else plain
     return replace(config, attach=method.attach, train=train)
 
 

@@ -55,7 +55,7 @@ class ModuleTrainConfig(TrainConfig):
     optimizer: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = 5e-5
     """Step size where the policy's control stands at 0.003, its published value."""
-    rate_exponent: float = 1.0
+    rate_exponent: float = 0.5
     """How strongly the control moves the step size: by (control / 0.003) to this power; 0: not at all."""
     weight_decay: float = 0.01
     """Decoupled, on matrices alone."""

@@ -22,7 +22,7 @@ from rlkd.tasks import Task
 from rlkd.tasks.examples import Examples
 from rlkd.teachers.module_signals import module_signals
 
-TRAIN = ModuleTrainConfig(steps_per_window=3, batch_size=12, learning_rate=1e-3, warmup=0.0)
+TRAIN = ModuleTrainConfig(steps_per_window=3, batch_size=12, learning_rate=1e-3, warmup=0.0, rate_exponent=1.0)
 
 
 @pytest.fixture(autouse=True)
