@@ -14,6 +14,8 @@ the same number of steps on the same batches:
 - scratch: labels alone; kd: labels and teacher half and half at T = 1. Nothing pruned, no exit attached.
 - policy, static (the policy's own best static setting): with an exit after half of the blocks, as `rlkd replay` has it.
 - policy_no_exit: the policy on a student without that exit, a control that is then not available.
+- policy_anchored: the policy where not perplexity 1 but --best_perplexity counts as accuracy 1, which only changes what
+  the policy sees (a text is not certain, and a teacher near that perplexity then looks good); J is told with 1 as of all.
 
 Each row (method, accuracy weight, seed) is kept in --out/rows as it is done, so that the study can be run piecemeal;
 every call writes result.json and table.md of the rows there are.
@@ -52,13 +54,15 @@ from rlkd.students.module import ModuleTrainConfig
 from rlkd.tasks import Preference
 from rlkd.tasks.anchors import Anchors
 from rlkd.tasks.tables import ColumnConfig, split_of
+from rlkd.teachers.token_signals import TokenSignals
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_WORDS = {"train": 200, "validation": 50, "test": 150}  # of every document; about 1.3 tokens a word
 LENGTH = 64  # tokens of a piece
 FAMILIES = ("hard_label", "response", "feature", "attention")
 BASELINES = ("scratch", "kd")
-NEED_POLICY = ("policy", "static", "policy_no_exit")
+WITH_EXIT = ("policy", "policy_anchored", "static")
+NEED_POLICY = (*WITH_EXIT, "policy_no_exit")
 
 
 def fetch(work: Path) -> tuple[Path, Path]:
@@ -131,7 +135,7 @@ def student_config(teacher: Path, work: Path, width: int, layers: int) -> Path:
     return path
 
 
-def study_config(options: argparse.Namespace, weight: float, has_exit: bool) -> ModuleConfig:
+def study_config(options: argparse.Namespace, method: str, weight: float) -> ModuleConfig:
     """Of one row; all methods share everything but the exit."""
     teacher, table = fetch(options.work)
     student = student_config(teacher, options.work, options.width, options.layers)
@@ -142,7 +146,7 @@ def study_config(options: argparse.Namespace, weight: float, has_exit: bool) -> 
         student=str(student),
         num_windows=options.num_windows,
         columns=ColumnConfig(max_length=LENGTH),
-        attach=AttachConfig(exits=None if has_exit else ()),
+        attach=AttachConfig(exits=None if method in WITH_EXIT else ()),
         train=ModuleTrainConfig(
             steps_per_window=options.steps_per_window,
             batch_size=8,
@@ -151,7 +155,7 @@ def study_config(options: argparse.Namespace, weight: float, has_exit: bool) -> 
             evaluation_batch_size=8,
             validation_size=0,  # all: a selection reads its perplexity
         ),
-        tokens=TokenConfig(top_k=32),
+        tokens=TokenConfig(top_k=32, best_perplexity=options.best_perplexity if method == "policy_anchored" else 1.0),
         cost=ModuleCostConfig(profile=str(profile) if profile.exists() else None),
         preference=Preference(weight),
     )
@@ -193,19 +197,26 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
     if path.exists():
         return
     began, cpu = time.perf_counter(), time.process_time()
-    has_exit = method in ("policy", "static")
-    config = study_config(options, weight, has_exit)
+    config = study_config(options, method, weight)
     controls = ControlConfig() if bundle is None else bundle.policy.controls
     world = world_of(config, controls, None if bundle is None else bundle.policy.plan, seed)
     windows: list[dict[str, float]] = []
     done = distil_module(
         world, controller_of(method, bundle, controls, weight), seed, lambda row, _: windows.append(row)
     )
+    own, common = done.figures["accuracy"], Anchors(world.data.num_classes, 1.0)
+    accuracy = float(common.quality(torch.tensor(anchors_of(world).perplexity(own)).log()))
+    figures = {
+        **done.figures,
+        "accuracy": accuracy,
+        "score": done.figures["score"] + weight * (accuracy - own),
+        "diverged": done.diverged,
+    }
     row = {
         "method": method,
         "accuracy_weight": weight,
         "seed": seed,
-        "figures": {**done.figures, "diverged": done.diverged},
+        "figures": figures,
         "validation_perplexity": validation_perplexity(world, windows),
         "measured": done.measured,
         "windows": windows,
@@ -216,14 +227,21 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, row)
-    f = done.figures
-    print(f"{path.stem}: perplexity {f['perplexity']:.1f} J {f['score']:.4f} ({row['cpu_s']:.0f} CPU s)", flush=True)
+    print(
+        f"{path.stem}: perplexity {figures['perplexity']:.1f} J {figures['score']:.4f} ({row['cpu_s']:.0f} CPU s)",
+        flush=True,
+    )
 
 
 def validation_perplexity(world: ModuleWorld, windows: list[dict[str, float]]) -> float:
     """Of the student as the last window left it; what a selection would look at."""
-    anchors: Any = getattr(world.signals, "anchors", Anchors(2.0, 1.0))
-    return float(anchors.perplexity(windows[-1]["accuracy"]))
+    return anchors_of(world).perplexity(windows[-1]["accuracy"])
+
+
+def anchors_of(world: ModuleWorld) -> Anchors:
+    """What accuracy is measured between."""
+    assert isinstance(world.signals, TokenSignals)
+    return world.signals.anchors
 
 
 def about(world: ModuleWorld, options: argparse.Namespace) -> dict[str, Any]:
@@ -321,6 +339,7 @@ def main() -> int:
     parser.add_argument("--methods", default="scratch,kd")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--accuracy_weights", default="0.9")
+    parser.add_argument("--best_perplexity", type=float, default=80.0, help="about the teacher's on validation")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--num_windows", type=int, default=12)
