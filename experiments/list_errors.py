@@ -224,7 +224,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("no round of tasks", "compare --num_seeds 0"),
         Case("a front without a policy", "compare --front_trials 3"),
         Case("an impossible front", "compare --front_weights [2]"),
-        Case("groups that do not come out even", "train --ppo.group_size 3"),
+        Case("groups that do not come out even", "train --ppo.group_size 7"),
         Case("a benchmark of nothing", "bench --rounds 0"),
         Case("a batch of nothing", "calibrate --batch_size 0"),
     ],
