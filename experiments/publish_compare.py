@@ -30,6 +30,7 @@ TRANSFERS = {
     "satellite": ("Satellite", 1.0),
     "conv": ("digits, convolutional student", 0.8),
 }
+LEADS = ("dynamic", "in_family")  # comparisons in the figure
 SCHEDULES = (
     *("published", "annealed", "alpha_weighted", "temperature_decay", "temperature_stages", "fewer_features"),
     *("alpha_by_confidence", "curriculum", "linear", "cosine", "ctkd", "hypergradient", "pbt"),
@@ -174,12 +175,13 @@ def by_teacher(folder: Path) -> str:
 
 def forest(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Leads over every rival with their intervals, one panel a preference."""
-    weights = list(found["dynamic"]["preferences"])
-    figure = Figure(figsize=(4.2 * len(weights), 8.5), layout="constrained")
+    weights = list(dict.fromkeys(w for name in LEADS if name in found for w in found[name]["preferences"]))
+    num_rows = sum(len(next(iter(found[name]["preferences"].values()))["paired"]) for name in LEADS if name in found)
+    figure = Figure(figsize=(4.2 * len(weights), 1.5 + 0.22 * num_rows), layout="constrained")
     axes = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
     for ax, weight in zip(axes, weights, strict=True):
         rows = {}
-        for name in ("dynamic", "in_family"):
+        for name in LEADS:
             entry = found.get(name, {}).get("preferences", {}).get(weight)
             rows |= {k.removeprefix("policy-"): v for k, v in entry["paired"].items()} if entry else {}
         names = list(rows)
@@ -287,9 +289,11 @@ def main() -> int:
     folder = Path(sys.argv[2])
     found = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("*/result.json"))}
     (DOCS / "compare").mkdir(parents=True, exist_ok=True)
+    for stale in (*(DOCS / "compare").glob("*.json"), *DOCS.glob("compare_*.png")):
+        stale.unlink()  # of an earlier policy
     for name in found:
         shutil.copy(folder / name / "result.json", DOCS / "compare" / f"{name}.json")
-    if "dynamic" in found:
+    if any(name in found for name in LEADS):
         forest(found, DOCS / "compare_leads.png")
     if "front" in found:
         plane(found["front"]["front"], DOCS / "compare_front.png")
