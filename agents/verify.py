@@ -91,8 +91,8 @@ def verify_compare(
     config = with_own_profile(config, folder)
     with tempfile.TemporaryDirectory() as again:
         computed = compare_methods(config, bundle, Path(again), seed, progress)
-        table = _read_csv(Path(again))
-    return [*compare_results(recorded, plain(computed)), *_csv_rows(_read_csv(folder), table)]
+        table = read_csv(Path(again))
+    return [*compare_results(recorded, plain(computed)), *_csv_rows(read_csv(folder), table)]
 
 
 def verify_replay(folder: Path, config: ReplayConfig, seed: int, progress: Progress) -> list[Row]:
@@ -311,7 +311,7 @@ def _answer(student: CompactStudent, inputs: Tensor) -> tuple[Tensor, list[float
     return answers, [(now - later) / len(inputs) for now, later in zip(reached.values(), beyond, strict=True)]
 
 
-def _read_csv(folder: Path) -> dict[str, dict[str, list[str]]]:
+def read_csv(folder: Path) -> dict[str, dict[str, list[str]]]:
     """Rows of result.csv by preference and method, then by task: texts in the order of the columns."""
     path = inside(folder, "result.csv")
     lines = read_bytes(path, MAX_TENSOR_BYTES).decode("utf-8", errors="replace").splitlines()

@@ -20,12 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from model_errors import CASES, HAS_MODELS, make
 from safetensors.torch import load, save
 from samples import TEACHERS, Samples
 
 from rlkd.agents.checkpoints import read_checkpoint as read
 from rlkd.agents.journal import NAME, Journal
 from rlkd.agents.lock import LOCK
+from rlkd.agents.verify import read_csv
 from rlkd.cli.main import main, one_line
 from rlkd.compression import load_student
 from rlkd.errors import UserError
@@ -179,6 +181,17 @@ def student(folder: Path) -> None:
     load_student(Path("mlp"))
 
 
+def replayed(folder: Path) -> None:
+    """Make a replay's folder whose result has no figures."""
+    text("run/config.yaml", "num_windows: 3")(folder)
+    text("run/result.json", '{"methods": 3}')(folder)
+
+
+def verified(folder: Path) -> None:
+    """Read the table of a compare run back."""
+    read_csv(Path("run"))
+
+
 def teachers(folder: Path) -> None:
     """Load the teachers from the cache."""
     os.environ["RLKD_CACHE"] = "cache"
@@ -202,6 +215,7 @@ class Case:
 
 
 BATCH = hashlib.sha256(json.dumps(["batch", {"seed": 0}]).encode()).hexdigest()  # what `journal` asks for
+REAL = "Real models"
 REPLAY = "replay --policy policy --out out"
 TRAIN = "train --config my.yaml"
 SECTIONS: dict[str, list[Case]] = {
@@ -279,7 +293,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a section that does not exist", TRAIN, config("tsk: 3")),
         Case("a key that does not exist", TRAIN, config("ppo: {num_student: 3}")),
         Case("a value for a section", TRAIN, config("task: 3")),
-        Case("worlds that do not come out even", TRAIN, config("also: [{dataset: digits}, {dataset: letter}]")),
+        Case("worlds that do not come out even", TRAIN, config("also: [" + ", ".join(["{dataset: digits}"] * 6) + "]")),
         Case("a section without content", TRAIN, config("ppo:")),
         Case("a key without value", TRAIN, config("num_windows:")),
         Case("an integer of many digits", TRAIN, config("search: {num_settings: 1" + "0" * 30 + "}")),
@@ -361,6 +375,14 @@ SECTIONS: dict[str, list[Case]] = {
         Case("impossible", student, card("mlp/student.json", "architecture", "threshold", value=2)),
         Case("not what the tensors are", student, card("mlp/student.json", "architecture", "num_classes", value=3)),
     ],
+    "Verifying a run": [
+        Case("no such run folder", "verify gone"),
+        Case("a run without an end", "verify policy"),
+        Case("not a config", "verify run", text("run/config.yaml", "[1]")),
+        Case("not a replay's result", "verify run", replayed),
+        Case("no table", verified, text("run/result.csv", "a,b\n1\n")),
+    ],
+    **({REAL: [Case(*case) for case in CASES]} if HAS_MODELS else {}),
     "Teachers, kept in `~/.cache/rlkd` or `$RLKD_CACHE`": [
         Case("a link out of the cache", teachers, damaged_teachers),
     ],
@@ -396,9 +418,10 @@ def said(case: Case, sound: Path, folder: Path) -> str:
                 case.call(folder)
             except UserError as refusal:
                 error.write(f"rlkd: {one_line(str(refusal))}\n")
-    line = error.getvalue()
-    assert line.startswith("rlkd: "), f"{case.what}: {line}"
-    assert line.count("\n") == 1, f"{case.what}: {line}"
+    *before, line = error.getvalue().splitlines(keepends=True) or [""]  # a pass of a teacher is told before it
+    assert line.startswith("rlkd: "), f"{case.what}: {error.getvalue()}"
+    assert line.endswith("\n"), f"{case.what}: {line}"
+    assert all(told.startswith("one pass of the teacher") for told in before), f"{case.what}: {error.getvalue()}"
     line = line.replace(f"process {os.getpid()} on", "process 4711 on").replace(f"on {host},", "on HOST,")
     line = re.sub(r"teachers-digits-[0-9a-f]{16}", "teachers-digits-KEY", line)
     return line.removeprefix("rlkd: ").rstrip("\n")
@@ -426,7 +449,7 @@ def page(sites: set[tuple[str, int]] | None = None) -> str:
     try:
         with tempfile.TemporaryDirectory() as place:
             with _inside(Path(place)):
-                samples = Samples(Path(place) / "sound")
+                samples = Samples(Path(place) / "sound", (make,) if HAS_MODELS else ())
             for title, cases in SECTIONS.items():
                 lines += ["", f"## {title}", "", "| what | message |", "|---|---|"]
                 for i, case in enumerate(cases):

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from list_errors import DOC, page
+from list_errors import DOC, HAS_MODELS, REAL, page
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,7 +70,11 @@ def written() -> tuple[str, set[tuple[str, int]]]:
 
 
 def test_the_table_of_errors_says_what_is_said(written: tuple[str, set[tuple[str, int]]]) -> None:
-    assert DOC.read_text().splitlines() == written[0].splitlines(), "run python experiments/list_errors.py"
+    doc = DOC.read_text()
+    if not HAS_MODELS:  # without the extra hf its mistakes cannot be made
+        before, _, after = doc.partition(f"\n## {REAL}\n")
+        doc = before + after[after.index("\n## ") :]
+    assert doc.splitlines() == written[0].splitlines(), "run python experiments/list_errors.py"
 
 
 def test_every_error_of_the_code_is_in_the_table(written: tuple[str, set[tuple[str, int]]]) -> None:
