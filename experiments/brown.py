@@ -279,7 +279,7 @@ def write_results(out: Path) -> None:
         methods = {name: sorted(part, key=lambda r: int(r["seed"])) for name, part in methods.items() if part}
         common = set.intersection(*({r["seed"] for r in part} for part in methods.values()))
         lines += [_line(weight, name, part) for name, part in methods.items()]
-        if common:
+        if len(common) > 1:  # of one seed an interval would say nothing
             figures = {
                 name: Results(
                     **{
