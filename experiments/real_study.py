@@ -24,6 +24,8 @@ from rlkd.agents.bundle import Bundle, load_bundle
 from rlkd.agents.controllers import Controller
 from rlkd.agents.replay_modules import distil_module
 from rlkd.agents.runs import git_state, write_json
+from rlkd.compression.modules import ship
+from rlkd.compression.selection import exit_ends, keep_top
 from rlkd.envs.action import ControlConfig, published_setting, with_values
 from rlkd.envs.modules import ModuleConfig, ModuleWorld, build_module_world
 from rlkd.errors import UserError
@@ -103,6 +105,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="rows, cost profile and tables; a second call goes on")
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--retime", action="store_true", help="read latencies anew, on a machine that is quiet now")
     parser.add_argument("--methods", default="", help="comma-separated; by default all")
     parser.add_argument("--rate_exponent", type=float, default=0.5, help="train.rate_exponent, for what is learned")
     parser.add_argument("--docs", type=Path, default=None, help="write the tables to this path with .md and .json")
@@ -138,9 +141,43 @@ def rows_of(config: ModuleConfig, options: Any) -> dict[str, list[dict[str, Any]
     for method in methods:
         for seed in range(options.first_seed, options.first_seed + options.num_seeds):
             row = _row(config, method, seed, options.out, lambda method=method: world_for(method))
-            rows.setdefault(method.name, []).append(row)
+            if options.retime and seed == options.first_seed:
+                times = _retimed(world_for(method), row)
+            rows.setdefault(method.name, []).append({**row, "measured": times} if options.retime else row)
             print(f"seed {seed} {method.name}: accuracy {row['accuracy']:.4f} MACs {row['macs_ratio']:.3f}", flush=True)
     return rows
+
+
+def _retimed(world: ModuleWorld, row: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Latencies at batch 1 and 32 of a student cut as the row's and of the dense one, in turn, medians of 21 rounds.
+
+    Time depends on what is kept and not on what was learned, so the weights are those from before the training; where
+    samples leave at a threshold between its ends it would depend on both, and the row's own times are kept.
+    """
+    last = row["windows"][-1]
+    always, never = (bool(end) for end in exit_ends(torch.tensor([last["exit_threshold"]]), world.data.num_classes))
+    if not (always or never):
+        return dict(row["measured"])
+    groups = world.student.plan.groups
+    masks = tuple(keep_top(torch.rand(g.size), torch.tensor(last["unit_keep"])) for g in groups)
+    keep = last["feature_keep"] if world.student.plan.select_after is not None else 1.0
+    students = [
+        ship(world.student, world.kind, masks, keep, last["exit_threshold"]),
+        ship(world.student, world.kind, tuple(torch.ones(g.size) for g in groups), 1.0, 1.0),
+    ]
+    test, measured = world.data.splits["test"], {}
+    for size in (1, 32):
+        inputs = world.data.batch(test[torch.arange(size) % len(test)])
+        seconds: list[list[float]] = [[], []]
+        with torch.inference_mode():
+            for _ in range(22):
+                for student, times in zip(students, seconds, strict=True):
+                    began = time.perf_counter()
+                    student(**inputs)
+                    times.append(time.perf_counter() - began)
+        ours, dense = (float(np.median(times[1:])) for times in seconds)
+        measured[f"batch_{size}"] = {"latency_s": ours, "dense_latency_s": dense, "speedup": dense / ours}
+    return measured
 
 
 def _for(config: ModuleConfig, method: Method) -> ModuleConfig:
