@@ -24,7 +24,7 @@ from stable_baselines3 import PPO
 from rlkd.agents.bundle import load_bundle, save_bundle
 from rlkd.compression import compact, load_student, save_student
 from rlkd.cost import load_profile
-from rlkd.errors import UserError
+from rlkd.errors import LONGEST, UserError
 from rlkd.files import MAX_DEPTH, inside, load_tensors, parse_json, read_bytes, tensor_shapes, write_error, write_whole
 from rlkd.models import StudentConfig, build_student, initialise
 
@@ -307,3 +307,11 @@ def test_two_writers_at_once_never_tear_a_file(tmp_path: Path) -> None:
     for writer in writers:
         writer.communicate()
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_message_is_never_as_long_as_what_it_quotes() -> None:
+    short, long = UserError("a" * LONGEST), UserError("begins" + "x" * 100_000 + "ends")
+    assert str(short) == "a" * LONGEST
+    assert len(str(long)) <= LONGEST
+    assert str(long).startswith("begins")
+    assert str(long).endswith("ends")

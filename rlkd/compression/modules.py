@@ -44,6 +44,8 @@ FORMAT = 2
 WEIGHTS = ("exits.safetensors", "model/model.safetensors")
 MAX_BLOCKS, MAX_WIDTH = 1024, 2**20
 CHUNK_BYTES = 2**22
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # what transformers' configurations call it
+SPARE_BLOCKS = 32  # layers beyond the card's blocks, such as those of an embedding
 
 
 def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks) -> nn.Module:
@@ -140,6 +142,7 @@ def load_module_student(folder: Path) -> ShippedStudent:
                 raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
         shipment = _shipment(card["shipment"])
         _check_model_folder(folder)
+        _check_depth(folder, len(shipment.blocks))
         heads = _load_heads(folder, shipment)
         model = load_model(str(folder / "model"), shipment.kind)
         resolve(model, [*shipment.blocks, *shipment.attention])
@@ -184,6 +187,18 @@ def _check_model_folder(folder: Path) -> None:
             inside(folder / "model", path.name), None if path.name == "model.safetensors" else MAX_TENSOR_BYTES
         ):
             pass
+
+
+def _check_depth(folder: Path, num_blocks: int) -> None:
+    """ValueError for a model of far more layers than the card has blocks: transformers would build them all first."""
+    config = read_json(inside(folder / "model", "config.json"), "a model's configuration")
+    depths = config.get("depths")
+    claimed = {name: config.get(name) for name in DEPTHS}
+    if isinstance(depths, list):
+        claimed["depths"] = len(depths) + sum(d for d in depths if isinstance(d, int))
+    for name, value in claimed.items():
+        if isinstance(value, int) and value > num_blocks + SPARE_BLOCKS:
+            raise ValueError(f"{name} is {value!s:.20}; the card has {num_blocks} blocks")
 
 
 def _load_heads(folder: Path, shipment: Shipment) -> nn.ModuleList:

@@ -193,6 +193,15 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
         load_module_student(folder)
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("depths", [3, 10**9])])
+def test_a_model_that_claims_layers_without_end_is_not_built(tmp_path: Path, name: str, value: object) -> None:
+    folder = saved(tmp_path)
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError, match=f"{name} is 100000000.*the card has 3 blocks"):
+        load_module_student(folder)
+
+
 def test_a_name_in_the_card_that_climbs_out_is_not_followed(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
