@@ -111,7 +111,7 @@ An environment step spends its time on: {", ".join(f"{name} {share:.0%}" for nam
 
 ## Where it falls short
 
-- One-thread lock-step is less than 4 times SubprocVecEnv with two processes, which uses twice the cores; on the same two cores it is more.
+- PPO's changes to the plan have to pay before they are kept; the line above says whether they did.
 - At batch 1 the student gains little: its latency is the cost of calling its layers.
 - Exits that decide sample by sample do not pay at this size (docs/decisions.md): shares of samples that leave at each exit of the
   student above: {", ".join(f"{rate:.2f}" for rate in student["exit_rates"])}.
