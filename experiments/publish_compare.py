@@ -176,20 +176,21 @@ def by_teacher(folder: Path) -> str:
 def forest(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Leads over every rival with their intervals, one panel a preference."""
     weights = list(dict.fromkeys(w for name in LEADS if name in found for w in found[name]["preferences"]))
-    num_rows = sum(len(next(iter(found[name]["preferences"].values()))["paired"]) for name in LEADS if name in found)
-    figure = Figure(figsize=(4.2 * len(weights), 1.5 + 0.22 * num_rows), layout="constrained")
+    rows: dict[str, dict[str, dict[str, Any]]] = {weight: {} for weight in weights}  # by preference, by rival
+    for name in LEADS:
+        for weight, entry in found.get(name, {}).get("preferences", {}).items():
+            rows[weight] |= {rival.removeprefix("policy-"): row for rival, row in entry["paired"].items()}
+    names = list(
+        dict.fromkeys(rival for panel in rows.values() for rival in panel)
+    )  # a line is one rival in all panels
+    figure = Figure(figsize=(4.2 * len(weights), 1.5 + 0.22 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
-    for ax, weight in zip(axes, weights, strict=True):
-        rows = {}
-        for name in LEADS:
-            entry = found.get(name, {}).get("preferences", {}).get(weight)
-            rows |= {k.removeprefix("policy-"): v for k, v in entry["paired"].items()} if entry else {}
-        names = list(rows)
-        for y, name in enumerate(names):
-            low, high = rows[name]["ci95"]
+    for ax, (weight, panel) in zip(axes, rows.items(), strict=True):
+        for rival, row in panel.items():
+            (low, high), y = row["ci95"], names.index(rival)
             colour = "tab:green" if low > 0 else "tab:red" if high < 0 else "tab:gray"
             ax.plot([low, high], [y, y], color=colour, lw=2)
-            ax.plot([rows[name]["difference"]], [y], "o", color=colour, ms=4)
+            ax.plot([row["difference"]], [y], "o", color=colour, ms=4)
         ax.axvline(0, color="black", lw=0.8)
         ax.set_yticks(range(len(names)), names)
         ax.set_xscale("symlog", linthresh=0.02)
@@ -247,7 +248,7 @@ def page(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
             parts += [
                 f"## {title}",
                 "",
-                f"{result['num_tasks'] * result['num_seeds']} tasks. Machine-readable: [compare/{name}.json](compare/{name}.json).",
+                f"{result['num_tasks'] * result['num_seeds']} tasks, accuracy weights {', '.join(result['preferences'])}. Machine-readable: [compare/{name}.json](compare/{name}.json).",
                 "",
                 table(result),
                 "",
