@@ -66,6 +66,7 @@ class PlanningConfig:
         for name in ("first_noise", "last_noise", "jumps", "explorers", "main_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"planning.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
+        self.surrogate.check()
 
     @property
     def num_trainings(self) -> int:

@@ -33,6 +33,7 @@ from rlkd.envs.plan import (
     standardised,
     to_settings,
 )
+from rlkd.errors import UserError
 
 NUM_TERMS = 3
 LEAST_DEVIATION = 0.02  # of an observation, which would otherwise blow up what hardly ever varies
@@ -62,6 +63,20 @@ class SurrogateConfig:
     actor_learning_rate: float = 1e-3
     weight_decay: float = 0.3
     """Of the critic (AdamW)."""
+
+    def check(self) -> None:
+        """Raises UserError for an impossible value."""
+        if self.num_members < 2:  # one member has no spread
+            raise UserError(f"planning.surrogate.num_members: got {self.num_members}; allowed: at least 2")
+        for name in ("critic_hidden", "actor_hidden", "num_steps", "critic_batch_size", "actor_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"planning.surrogate.{name}: got {getattr(self, name)}; allowed: at least 1")
+        for name in ("critic_learning_rate", "actor_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"planning.surrogate.{name}: got {getattr(self, name):g}; allowed: above 0")
+        for name in ("caution", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"planning.surrogate.{name}: got {getattr(self, name):g}; allowed: at least 0")
 
 
 @dataclass(frozen=True)

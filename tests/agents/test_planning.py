@@ -112,6 +112,7 @@ def test_noise_spares_half_of_the_controls_and_replaces_exits_alone() -> None:
         ({"num_decisions": 4}, "planning.num_decisions"),
         ({"num_rounds": 1}, "planning.num_rounds"),
         ({"last_noise": 1.5}, "planning.last_noise"),
+        ({"surrogate": SurrogateConfig(num_members=1)}, "planning.surrogate.num_members: got 1; allowed: at least 2"),
     ],
 )
 def test_impossible_values_are_named(changed: dict[str, object], words: str) -> None:
