@@ -12,12 +12,13 @@ from torch import Tensor
 
 from rlkd.cost import Cost
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS, decode
-from rlkd.envs.observation import TaskFacts, observe
+from rlkd.envs.observation import REFERENCES, TaskFacts, observe
 from rlkd.envs.reward import DIVERGED_SCORE, score
 from rlkd.envs.world import EpisodeWorld
 from rlkd.errors import UserError
 from rlkd.students import Metrics, Population, Students, Telemetry
 from rlkd.tasks import Split, Task, TaskDistribution, draw_task
+from rlkd.teachers.landmarks import LANDMARKS
 
 LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
 
@@ -49,7 +50,8 @@ class Episodes:
         self._held = world.plan.begin(num_students)  # [N, K, 9], every student's plan as far as it is decided
         self._window = torch.zeros(num_students)
         self._score = torch.zeros(num_students)
-        self._capacity = world.capacity
+        self._landmarks = torch.zeros(num_students, len(LANDMARKS))
+        self._capacity, self._savings = world.capacity, reference_savings(world)
 
     def reset(self, seeds: Sequence[int], rows: Tensor | None = None) -> Tensor:
         """Begin the episodes of `seeds` and return the observation [N, O], which is meant for those episodes alone.
@@ -67,6 +69,7 @@ class Episodes:
         self._window[where] = 0.0
         self._held[where] = self.world.plan.begin(len(where))
         self.position[where] = self.start[where]
+        self._landmarks[where] = self.world.signals.landmarks(self.world.data, fresh)
         self._facts = self._task_facts()
         self.students.set_controls(decode(self.position, self.world.config.controls, self.world.data.num_classes))
         metrics, cost, now = self.evaluate("validation")
@@ -139,6 +142,7 @@ class Episodes:
             raise UserError(f"training state: a random source cannot be restored ({error!s:.80})") from error
         self.position, self._window = state["position"].clone(), state["window"].clone()
         self._held, self._score = state["held"].clone(), state["score"].clone()
+        self._landmarks = self.world.signals.landmarks(self.world.data, self.tasks)
         self._facts = self._task_facts()
 
     def set_exit(self, exit_position: Tensor) -> None:
@@ -152,7 +156,7 @@ class Episodes:
         """Metrics, cost and score [N] of the students as they are."""
         metrics = self.students.evaluate(split)
         threshold = decode(self.position, self.world.config.controls, self.world.data.num_classes).exit_threshold
-        cost = self.world.cost(metrics, threshold)
+        cost = self.world.cost(metrics.kept, metrics.exit_rates, threshold)
         return metrics, cost, score(metrics.accuracy, cost, self._facts.preference)
 
     def _observe(self, metrics: Metrics, cost: Cost, change: Tensor, telemetry: Telemetry | None) -> Tensor:
@@ -171,6 +175,7 @@ class Episodes:
             num_classes=world.data.num_classes,
             num_train=len(world.data.splits["train"]),
             capacity=self._capacity,
+            savings=self._savings,
         )
 
     def _task_facts(self) -> TaskFacts:
@@ -182,5 +187,19 @@ class Episodes:
             teacher_entropy=signals.entropy[teacher],
             teacher_label_agreement=torch.stack(agreement),
             num_labels=torch.tensor([float(len(task.samples)) for task in self.tasks]),
+            landmarks=self._landmarks,
             preference=torch.tensor([task.preference for task in self.tasks]),
         )
+
+
+def reference_savings(world: EpisodeWorld) -> Tensor:
+    """[6], in the order of `SAVINGS`: what the student would save by the cost model, whatever it has learned."""
+    sizes = torch.tensor(world.group_sizes, dtype=torch.float32)  # [G]
+    inputs = torch.arange(len(sizes)) == 0
+    first = torch.eye(world.num_exits)[:1]  # [1, E], all leave at the first
+    always = torch.tensor([1.0 / world.data.num_classes])
+    costs = []
+    for feature_keep, unit_keep in REFERENCES.values():
+        kept = (sizes * torch.where(inputs, feature_keep, unit_keep)).round().clamp_min(1.0)
+        costs.append(world.cost(kept[None], first, always))
+    return torch.cat([1 - cost.latency_ratio for cost in costs] + [1 - cost.energy_ratio for cost in costs])

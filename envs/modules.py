@@ -131,6 +131,11 @@ class ModuleWorld:
         return self.student.plan.group_sizes
 
     @property
+    def num_exits(self) -> int:
+        """Early exits and the end."""
+        return len(self.student.plan.exits) + 1
+
+    @property
     def class_names(self) -> list[str]:
         """The classes as the student's configuration calls them, in their order."""
         names: Any = self.student.model.config.id2label  # type: ignore[union-attr]
@@ -149,9 +154,9 @@ class ModuleWorld:
             told |= {**signals.tokens._asdict(), "losses": signals.losses, "counted": signals.counted}
         return {**self.data.inputs, "labels": self.data.labels, **told, **self.initial}
 
-    def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
-        """Cost under `metrics`; exit_threshold is [1]."""
-        return self.profile.cost(metrics.kept, metrics.exit_rates, exit_threshold)
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """As `EpisodeWorld.cost`, for N = 1."""
+        return self.profile.cost(kept, exit_rates, exit_threshold)
 
     def students(self, num_students: int) -> Students:
         """The student, at its starting weights."""

@@ -1,6 +1,6 @@
 """What the agent sees of a student: named, bounded, independent of its architecture and of the losses' scale.
 
-Version 2 of the schema. Names, order and bounds go into the policy bundle, and loading compares them.
+Version 3 of the schema. Names, order and bounds go into the policy bundle, and loading compares them.
 """
 
 import math
@@ -15,8 +15,13 @@ from rlkd.cost import Cost
 from rlkd.envs.action import CONTROLS
 from rlkd.objectives import FAMILIES
 from rlkd.students import Metrics, Telemetry
+from rlkd.teachers.landmarks import LANDMARKS
 
-VERSION = 2
+VERSION = 3
+
+# What is saved, beside the dense student, if all samples leave at the first exit, with all inputs and units or a quarter.
+REFERENCES = {"exit": (1.0, 1.0), "exit_quarter_inputs": (0.25, 1.0), "exit_quarter_units": (1.0, 0.25)}
+SAVINGS = tuple(f"{cost}_saving_{name}" for cost in ("latency", "energy") for name in REFERENCES)
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "progress": (0.0, 1.0),  # share of the windows done
@@ -44,6 +49,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "teacher_accuracy": (0.0, 1.0),  # validation
     "teacher_entropy": (0.0, 1.0),  # ratio to log C
     "teacher_label_agreement": (0.0, 1.0),  # on the labels the student is given
+    **{f"landmark_{name}": (0.0, 1.0) for name in LANDMARKS},  # accuracies of closed-form classifiers, validation
     "teacher_agreement": (0.0, 1.0),  # of the student's answers, validation
     "divergence": (0.0, 3.0),  # KL from teacher to student, ratio to log C
     "capacity_ratio": (-1.0, 1.0),  # log10 of dense student's to teacher's MACs, divided by 4
@@ -52,6 +58,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "num_classes": (0.0, 1.0),  # log10, divided by 5
     "mean_width": (0.0, 1.0),  # units of a block that can be left out; log10, divided by 4
     "num_blocks": (0.0, 1.0),  # divided by 32
+    **{name: (-1.0, 1.0) for name in SAVINGS},  # of the student as it would be, by the cost model
     "preference_accuracy": (0.0, 1.0),
     "preference_latency": (0.0, 1.0),
     "preference_energy": (0.0, 1.0),
@@ -68,12 +75,13 @@ def observation_space() -> spaces.Box:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What stays the same during an episode. Each [N] but preference."""
+    """What stays the same during an episode. Each [N] unless said otherwise."""
 
     teacher_accuracy: Tensor
     teacher_entropy: Tensor
     teacher_label_agreement: Tensor
     num_labels: Tensor
+    landmarks: Tensor  # [N, 5]
     preference: Tensor  # [N, 3]
 
 
@@ -91,6 +99,7 @@ def observe(
     num_classes: int,
     num_train: int,
     capacity: float,
+    savings: Tensor,
 ) -> Tensor:
     """[N, len(OBSERVATIONS)] float32 within bounds; non-finite values (of a diverged student) go to the upper bound.
 
@@ -108,6 +117,7 @@ def observe(
         num_classes: C.
         num_train: size of the train split.
         capacity: dense student's MACs over the teacher's.
+        savings: [6], in the order of `SAVINGS`.
     """
     chance = math.log(num_classes)
     num_students, num_blocks = len(progress), len(group_sizes) - 1
@@ -145,6 +155,7 @@ def observe(
         "teacher_accuracy": facts.teacher_accuracy,
         "teacher_entropy": facts.teacher_entropy,
         "teacher_label_agreement": facts.teacher_label_agreement,
+        **{f"landmark_{name}": facts.landmarks[:, i] for i, name in enumerate(LANDMARKS)},
         "teacher_agreement": metrics.agreement,
         "divergence": metrics.divergence / chance,
         "capacity_ratio": torch.full((num_students,), math.log10(capacity) / 4),
@@ -153,6 +164,7 @@ def observe(
         "num_classes": torch.full((num_students,), math.log10(num_classes) / 5),
         "mean_width": torch.full((num_students,), math.log10(max(1.0, width)) / 4),
         "num_blocks": torch.full((num_students,), num_blocks / 32),
+        **{name: savings[i].expand(num_students) for i, name in enumerate(SAVINGS)},
         "preference_accuracy": facts.preference[:, 0],
         "preference_latency": facts.preference[:, 1],
         "preference_energy": facts.preference[:, 2],

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.envs.action import CONTROLS, EXIT_DEAD_ZONE, NUM_CONTROLS
-from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.observation import OBSERVATIONS, SAVINGS
+from rlkd.teachers.landmarks import LANDMARKS
 
 PREFERENCE = ("preference_accuracy", "preference_latency", "preference_energy")
 FACTS = (
@@ -21,12 +22,12 @@ FACTS = (
     "teacher_accuracy",
     "teacher_entropy",
     "teacher_label_agreement",
+    *(f"landmark_{name}" for name in LANDMARKS),
     "capacity_ratio",
-    "label_fraction",
     "labels_per_class",
     "num_classes",
     "mean_width",
-    "num_blocks",
+    *SAVINGS,
 )
 STATE = (
     "accuracy",

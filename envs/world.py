@@ -90,14 +90,18 @@ class EpisodeWorld(Protocol):
         """Of the student: inputs, then the units of every group."""
 
     @property
+    def num_exits(self) -> int:
+        """Of the student, its end included."""
+
+    @property
     def capacity(self) -> float:
         """The dense student's MACs over the teacher's."""
 
     def students(self, num_students: int) -> Students:
         """New students in training."""
 
-    def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
-        """Cost of N students under `metrics`."""
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """Cost of N students that keep `kept` [N, G] and whose samples leave at `exit_rates` [N, E]; threshold [N]."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,11 @@ class World:
         return self.template.group_sizes
 
     @property
+    def num_exits(self) -> int:
+        """Early exits and the end."""
+        return len(self.template.exits)
+
+    @property
     def capacity(self) -> float:
         """The dense student's MACs over the teacher's."""
         return float(dense_workload(self.template, self.profile.batch_size).macs) / self.teacher_macs
@@ -131,9 +140,9 @@ class World:
         told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
         return {"inputs": self.data.inputs, "labels": self.data.labels, **told}
 
-    def cost(self, metrics: Metrics, exit_threshold: Tensor) -> Cost:
-        """Cost of N students under `metrics`; exit_threshold is [N]."""
-        return self.profile.cost(self.template, metrics.kept, metrics.exit_rates, exit_threshold)
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """As `EpisodeWorld.cost`."""
+        return self.profile.cost(self.template, kept, exit_rates, exit_threshold)
 
     def exit_cost(self, kept: Tensor) -> Tensor:
         """[N, E, 2], latency and energy ratio of N students that keep `kept` [N, G], were all to leave at one exit.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlkd.models import ChainStudent
 from rlkd.objectives import attention_map
-from rlkd.tasks import DataSet
+from rlkd.tasks import DataSet, Labelled, Task
+from rlkd.teachers.landmarks import landmarks
 
 NUM_POSITIONS = 16
 
@@ -29,6 +30,10 @@ class Signals:
     def agreement(self, teacher: int, samples: Tensor, labels: Tensor) -> Tensor:
         """Share of the samples [B] whose label [B] is what that teacher answers; a scalar."""
         return (self.logits[teacher, samples].argmax(-1) == labels).float().mean()
+
+    def landmarks(self, data: Labelled, tasks: Sequence[Task]) -> Tensor:
+        """[N, 5], what closed-form classifiers reach on each task's validation samples (`rlkd.teachers.landmarks`)."""
+        return landmarks(self.logits, self.features, data, tasks)
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ from rlkd.memory import enough_memory
 from rlkd.models.hooks import capture, pool
 from rlkd.models.plan import Plan, logits_of
 from rlkd.objectives.tokens import TopK, masked_mean, top_k
+from rlkd.tasks import Labelled, Task
 from rlkd.tasks.anchors import Anchors
 from rlkd.tasks.examples import PADDING_MASK, TokenExamples, to_device
 from rlkd.teachers.cache import Arrays, Spec, cached_arrays
+from rlkd.teachers.landmarks import LANDMARKS
 from rlkd.teachers.module_signals import TEACHER_LESS, Say, attention_maps, device_of, scale_features, signals_key
 from rlkd.teachers.signals import Signals
 
@@ -38,6 +40,10 @@ class TokenSignals(Signals):
     def agreement(self, teacher: int, samples: Tensor, labels: Tensor) -> Tensor:
         """Quality of the teacher's cross entropy on the texts at `samples` [B]; labels play no part."""
         return self.anchors.quality(self.mean(self.losses, samples))
+
+    def landmarks(self, data: Labelled, tasks: Sequence[Task]) -> Tensor:
+        """[N, 5], the teacher's quality everywhere: a vocabulary is too large for closed forms, and texts hold no noise."""
+        return self.accuracy.expand(len(tasks), len(LANDMARKS))
 
     def mean(self, values: Tensor, samples: Tensor) -> Tensor:
         """Mean of values [S, L - 1] over the counted positions of the texts at `samples`; a scalar."""

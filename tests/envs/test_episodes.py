@@ -1,12 +1,16 @@
 """What a population does besides training: students copied from others, and exits moved without training."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from rlkd.agents.controllers import run
-from rlkd.envs import CONTROLS, World
-from rlkd.envs.episodes import Episodes
+from rlkd.envs import CONTROLS, OBSERVATIONS, World
+from rlkd.envs.episodes import Episodes, reference_savings
+from rlkd.envs.observation import REFERENCES, SAVINGS
+from rlkd.envs.plan import FACTS
 
 SEED = 2**60 + 5
 EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_keep", "learning_rate"))
@@ -92,3 +96,29 @@ def test_tuning_the_exit_of_pruned_students_never_costs_validation_score(world: 
         for t in (False, True)
     )
     assert (tuned.score >= fixed.score).all()
+
+
+def test_savings_of_reference_students_are_those_of_students_that_really_look_like_them(world: World) -> None:
+    found = dict(zip(SAVINGS, reference_savings(world).tolist(), strict=True))
+    for name, (feature_keep, unit_keep) in REFERENCES.items():
+        row = {EXIT: 0.0}
+        for control, wanted in (("feature_keep", feature_keep), ("unit_keep", unit_keep)):
+            low, high = getattr(world.config.controls, control)
+            row[CONTROLS.index(control)] = math.log(wanted / low) / math.log(high / low)
+        episodes = trained(world, settings(world, row), 1)
+        _, cost, _ = episodes.evaluate("validation")
+        assert found[f"latency_saving_{name}"] == pytest.approx(float(1 - cost.latency_ratio), abs=1e-5)
+        assert found[f"energy_saving_{name}"] == pytest.approx(float(1 - cost.energy_ratio), abs=1e-5)
+
+
+def test_facts_are_those_of_each_students_own_task_however_it_was_reset(world: World) -> None:
+    episodes, alone = Episodes(world, 3), Episodes(world, 1)
+    episodes.reset([SEED, SEED + 1, SEED + 2])
+    seen = episodes.reset([SEED + 7], torch.tensor([1]))
+    facts = [OBSERVATIONS.index(name) for name in FACTS]
+    for row, seed in enumerate((SEED, SEED + 7, SEED + 2)):
+        torch.testing.assert_close(seen[row, facts], alone.reset([seed])[0, facts])
+    resumed = Episodes(world, 3)
+    resumed.load_training_state(episodes.training_state())
+    position = settings(world, {}, {}, {})
+    torch.testing.assert_close(resumed.step(position).observation, episodes.step(position).observation, atol=0, rtol=0)

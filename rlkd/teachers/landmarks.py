@@ -1,0 +1,81 @@
+"""Landmarks of a task: what classifiers that are solved in closed form reach on validation before any training.
+
+How good a student can be taught depends on how good its labels and its teacher are on clean data, and on how little of
+the input is enough. None of this can be read off noise rates, which nobody knows. Simple, fast learners tell it
+(landmarking: Pfahringer, Bensusan & Giraud-Carrier 2000): ridge regression on the teacher's features, once from the
+given labels, once from the teacher's answers, once from both, and from both on the first few principal directions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlkd.tasks import Labelled, Task
+
+LANDMARKS = ("labels", "teacher", "both", "both_4", "both_10")
+FEW = (4, 10)  # principal directions
+RIDGE = 30.0  # samples that the penalty weighs as much as, at features of mean square one
+MAX_SAMPLES = 4096  # of a task; more would not change an accuracy by much
+NUM_TOGETHER = 128  # tasks solved at once
+
+
+@torch.no_grad()
+def landmarks(logits: Tensor, features: Tensor, data: Labelled, tasks: Sequence[Task]) -> Tensor:
+    """Validation accuracy of every landmark on every task.
+
+    Args:
+        logits: [T, S, C], of the teachers.
+        features: [T, S, F], of the teachers.
+        data: true labels and splits; labels of the validation split alone are looked at.
+        tasks: give teacher, samples and the labels that the student is given.
+
+    Returns:
+        [N, 5], in the order of `LANDMARKS`.
+    """
+    used = sorted({task.teacher for task in tasks})
+    directions = {teacher: _directions(features[teacher], data.splits["train"]) for teacher in used}
+    parts = [tasks[i : i + NUM_TOGETHER] for i in range(0, len(tasks), NUM_TOGETHER)]
+    return torch.cat([_solve(logits, directions, data, part) for part in parts])
+
+
+def _directions(features: Tensor, train: Tensor) -> Tensor:
+    """[S, 1 + F]: a constant, then centred features at mean square one along their principal directions."""
+    centred = features.double() - features[train].double().mean(0)
+    centred = centred / centred[train].square().mean().sqrt().clamp_min(1e-8)
+    _, vectors = torch.linalg.eigh(centred[train].T @ centred[train])  # ascending
+    along = (centred @ vectors.flip(1)).float()
+    return torch.cat([torch.ones(len(along), 1), along], dim=1)
+
+
+def _solve(logits: Tensor, directions: dict[int, Tensor], data: Labelled, tasks: Sequence[Task]) -> Tensor:
+    samples = [task.samples[:MAX_SAMPLES] for task in tasks]
+    most, num_classes = max(len(s) for s in samples), data.num_classes
+    size = next(iter(directions.values())).shape[1]
+    inputs = torch.zeros(len(tasks), most, size)  # rows beyond a task's samples stay zero and so do not count
+    targets = torch.zeros(len(tasks), most, 2 * num_classes)
+    for row, (task, seen) in enumerate(zip(tasks, samples, strict=True)):
+        inputs[row, : len(seen)] = directions[task.teacher][seen]
+        given = F.one_hot(task.labels[: len(seen)], num_classes).float()
+        targets[row, : len(seen)] = torch.cat([given, logits[task.teacher, seen].softmax(-1)], dim=-1)
+    gram = inputs.transpose(1, 2) @ inputs + RIDGE * torch.eye(size)  # [N, 1 + F, 1 + F]
+    moments = inputs.transpose(1, 2) @ targets  # [N, 1 + F, 2C]
+    columns: list[Tensor] = []
+    for kept in (size, *(min(1 + few, size) for few in FEW)):
+        weights = torch.linalg.solve(gram[:, :kept, :kept], moments[:, :kept])  # [N, kept, 2C]
+        labels, teacher = weights.split(num_classes, dim=-1)
+        kinds = (labels, teacher, labels + teacher) if kept == size and not columns else (labels + teacher,)
+        columns += [_accuracy(kind, directions, data, tasks) for kind in kinds]
+    return torch.stack(columns, dim=-1)
+
+
+def _accuracy(weights: Tensor, directions: dict[int, Tensor], data: Labelled, tasks: Sequence[Task]) -> Tensor:
+    """[N], on validation, of the linear classifiers [N, K, C]."""
+    validation = data.splits["validation"]
+    truth, reached = data.labels[validation], torch.zeros(len(tasks))
+    for teacher, along in directions.items():
+        rows = torch.tensor([i for i, task in enumerate(tasks) if task.teacher == teacher], dtype=torch.int64)
+        answers = (along[validation, : weights.shape[1]] @ weights[rows]).argmax(-1)  # [n, V]
+        reached[rows] = (answers == truth).float().mean(-1)
+    return reached
