@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlkd.compression.selection import importance, select
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
+from rlkd.models.chain import draw_weights, drawn_names
 from rlkd.objectives import FAMILIES, family_losses
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
@@ -109,12 +110,14 @@ class Population:
             raise ValueError(f"reset: got {len(tasks)} tasks for {len(where)} students; give one each")
         if self._gate:
             self._gate.reset(where, [task.preference for task in tasks])
-        named = dict(self._module.named_parameters())
-        fresh = {name: torch.empty(len(tasks), *parameter.shape) for name, parameter in named.items()}
-        for i, (row, task) in enumerate(zip(where.tolist(), tasks, strict=True)):
-            initialise(self._module, task_generator(task.seed, "parameters"))
-            for name, parameter in named.items():
-                fresh[name][i] = parameter.detach()
+        initialise(self._module, torch.Generator())  # for all that is not drawn
+        fresh = {
+            name: parameter.detach().expand(len(tasks), *parameter.shape).clone()
+            for name, parameter in self._module.named_parameters()
+        }
+        drawn = zip(*(fresh[name].unbind() for name in drawn_names(self._module)), strict=True)
+        for row, task, weights in zip(where.tolist(), tasks, drawn, strict=True):
+            draw_weights(weights, task_generator(task.seed, "parameters"))
             self._num_samples[row] = len(task.samples)
             self._batches[row] = task_generator(task.seed, "batches")
         rows = where.to(self._device)
