@@ -169,7 +169,7 @@ class Population:
         weights = family_weights(controls.weights, self._available)  # [N, 4]
         stakes = self._gate.stakes(self.masks(), self._num_updates.cpu()) if self._gate else ()
         given = (self._draw(), weights, controls.temperature, learning_rate, *stakes)
-        with _full_precision():
+        with _exact_convolutions():
             results = self._window(*self._masks, *(tensor.to(self._device) for tensor in given))
         before = results[4:]
         losses, norms, cosine, finite = (tensor.cpu() for tensor in results[:4])
@@ -220,7 +220,7 @@ class Population:
 
     def evaluate(self, split: Split) -> Metrics:
         """Metrics on one split under the current masks and exit thresholds."""
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), _exact_convolutions():
             results = self._evaluations[split](self._threshold, *self._masks)
         return Metrics(*(tensor.to("cpu", copy=True) for tensor in results))
 
@@ -347,11 +347,12 @@ def _placed(tensors: Tensors, device: torch.device) -> Tensors:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Convolutions on a GPU in float32, as matrix products are by default, not in TF32's ten bits of mantissa."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def _exact_convolutions() -> Iterator[None]:
+    """On a GPU in float32, as matrix products are by default, not in TF32; by algorithms that repeat their bits."""
+    settings = torch.backends.cudnn
+    before = settings.allow_tf32, settings.deterministic
+    settings.allow_tf32, settings.deterministic = False, True
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        settings.allow_tf32, settings.deterministic = before
