@@ -62,7 +62,17 @@ class WithAdapter(nn.Module):
 
 
 class Population:
-    """Implements `Students` for N copies of one `ChainStudent`; `exit_cost` is needed where it has exit gates."""
+    """Implements `Students` for N copies of one `ChainStudent`.
+
+    Args:
+        student: gives the structure.
+        data: what they learn.
+        signals: of the teachers.
+        num_students: N.
+        config: of the training, its device included.
+        exit_cost: needed where the student has exit gates.
+        record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same.
+    """
 
     def __init__(
         self,
@@ -72,6 +82,7 @@ class Population:
         num_students: int,
         config: TrainConfig,
         exit_cost: ExitCost | None = None,
+        record: bool = True,
     ) -> None:
         config.check()
         self._device = device = config.torch_device()
@@ -100,8 +111,8 @@ class Population:
         self._step = vmap(grad_and_value(self._loss, has_aux=True))
         self._family_gradients = vmap(self._gradients_of_one)
         self._forward = vmap(self._outputs, in_dims=(0, 0, None))
-        self._window = Recorded(self._train, device)
-        self._evaluations = {split: Recorded(partial(self._metrics, split), device) for split in data.splits}
+        self._window = Recorded(self._train, device, record)
+        self._evaluations = {split: Recorded(partial(self._metrics, split), device, record) for split in data.splits}
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Fresh parameters, optimizer state and batches for the students at `rows`; the others go on untouched."""

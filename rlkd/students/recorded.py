@@ -26,7 +26,7 @@ class Recorded:
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device, record: bool = True) -> None:
         self._function, self._device = function, device
-        self.record = record and device.type == "cuda"
+        self._record = record and device.type == "cuda"
         self._is_warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._held: list[Tensor] = []  # what the recorded kernels read: arguments are copied into it
@@ -37,7 +37,7 @@ class Recorded:
 
         Arguments must have the shapes of the first recorded call's.
         """
-        if not self.record:
+        if not self._record:
             return self._function(*arguments)
         if not self._is_warm:
             return self._warm_up(*arguments)

@@ -31,10 +31,8 @@ def exit_cost(kept: Tensor) -> Tensor:
 def population(world: World, device: str, student: str = "mlp", record: bool = True, seed: int = 0) -> Population:
     structure = build_student(STUDENTS[student], world.data.input_shape, world.data.num_classes)
     train = dataclasses.replace(TRAIN, device=device)
-    students = Population(structure, world.data, world.signals, NUM_STUDENTS, train, exit_cost)
+    students = Population(structure, world.data, world.signals, NUM_STUDENTS, train, exit_cost, record)
     students.reset([draw_task(seed + i, world.config.task, world.data, 3) for i in range(NUM_STUDENTS)])
-    for recorded in (students._window, *students._evaluations.values()):
-        recorded.record = recorded.record and record
     return students
 
 
