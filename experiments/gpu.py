@@ -43,6 +43,7 @@ from rlkd.students import Population
 ROOT = Path(__file__).resolve().parent.parent
 SIZES, CPU_SIZES = (128, 512, 2048, 8192, 16384), (128, 256)
 NUM_AGREED = 256
+NUM_LOOKS = 2
 FIRST_SEED = 5_000_000
 
 
@@ -190,18 +191,34 @@ def measure(ways: list[Way], worlds: dict[str, World], num_rounds: int, save: Ca
         for way in ways:
             attempt(way, partial(way.measure, number))
         save()
-    for number in range(num_rounds + 1, num_rounds + 3):
+    for number in range(num_rounds + 1, num_rounds + 1 + NUM_LOOKS):
         for way in ways:
             attempt(way, partial(way.look_inside, number))
     save()
 
 
+def in_process(command: list[str], limit_s: float) -> tuple[int, list[str]]:
+    """Exit code and lines of a Python command in a process of its own, which is stopped after `limit_s`."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=limit_s,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, [f"stopped after {limit_s:.0f} s"]
+    return done.returncode, [line for line in done.stdout.splitlines() if line.strip()]
+
+
 def can_record(device: str) -> bool:
     """Whether a window can be recorded, tried in a process of its own: a failed recording can spoil the GPU's state."""
-    command = [sys.executable, __file__, "--device", device, "--try_recording"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(f"recording: exit code {done.returncode} {done.stderr[-3000:]}", flush=True)
-    return done.returncode == 0
+    code, lines = in_process([__file__, "--device", device, "--try_recording"], 90)
+    print(f"recording: exit code {code}", *lines[-30:], sep="\n", flush=True)
+    return code == 0
 
 
 def moving_controller(world: World, seeds: range) -> Callable[[Tensor, Episodes, int], Tensor]:
@@ -242,13 +259,12 @@ def agreement(worlds: dict[str, World], device: str, num_tasks: int) -> dict[str
 
 
 def run_tests() -> dict[str, Any]:
-    """What the tests of the GPU say, in a process of their own."""
+    """What the tests of the GPU say."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
+    command = ["-m", "pytest", "-W", "default", "-p", "no:cacheprovider", "--tb=short", "--durations=5"]
     command += ["tests/students/test_population_cuda.py", "tests/students/test_device.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    _, lines = in_process(command, 150)
+    print(*lines[-150:], sep="\n", flush=True)
     failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"summary": lines[-1] if lines else "", "failed": failed, "seconds": time.perf_counter() - began}
 

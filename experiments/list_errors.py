@@ -267,6 +267,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("more halvings than the images have", "calibrate --student.kind conv --student.widths [4,4,4,4,4]"),
         Case("a step of nothing", "train --train.batch_size 0"),
         Case("fewer rollbacks than none", "train --train.max_rollbacks -1"),
+        Case("no such device for a population", "train --train.device gpu"),
         Case("no sample for a teacher", "train --teacher.num_samples []"),
         Case("a teacher of more samples than there are", "train --teacher.num_samples [9999]"),
         Case("no step for a teacher", "train --teacher.num_steps 0"),
