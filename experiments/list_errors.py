@@ -249,6 +249,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a critic without caution or decay", "train --planning.surrogate.caution -1"),
         Case("PPO's changes judged by nobody", "train --ppo.num_gate_tasks 1"),
         Case("a benchmark of nothing", "bench --rounds 0"),
+        Case("a benchmark of a GPU that none is named for", "bench --device_students [128]"),
         Case("a batch of nothing", "calibrate --batch_size 0"),
     ],
     "Values": [
