@@ -3,7 +3,7 @@
 All train the same default student through the same environment code under held controls, evaluation after
 every window included. Populations on a GPU train from reset to the end: what they spend on the CPU, where tasks, first
 weights and batches are drawn, is no small part. Rounds are interleaved and medians taken, so that a slow moment of the
-machine touches every rival alike. Ratios are what to read; the absolute figures depend on the machine and its neighbours.
+machine touches every rival alike. Ratios are what to read; absolute figures depend on the machine and its neighbours.
 """
 
 import statistics
