@@ -1,14 +1,16 @@
 """Student updates per second, measured in one run: lock-step population, one-student loop, SubprocVecEnv.
 
 All train the same default student through the same environment code under held controls, evaluation after
-every window included. Rounds are interleaved and medians taken, so that a slow moment of the machine touches
-every rival alike. Ratios are what to read; the absolute figures depend on the machine and its neighbours.
+every window included. Populations on a GPU train from reset to the end: what they spend on the CPU, where tasks, first
+weights and batches are drawn, is no small part. Rounds are interleaved and medians taken, so that a slow moment of the
+machine touches every rival alike. Ratios are what to read; absolute figures depend on the machine and its neighbours.
 """
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,13 +41,14 @@ class Way:
     num_windows: int
     num_threads: int
     step: Callable[[], object]
+    windows_per_step: int = 1
 
     def updates_per_s(self, steps_per_window: int) -> float:
         """Measured once."""
         torch.set_num_threads(self.num_threads)
         seconds = _window_s(self.step, self.num_windows)
         torch.set_num_threads(1)
-        return self.num_students * steps_per_window / seconds
+        return self.num_students * self.windows_per_step * steps_per_window / seconds
 
 
 def _window_s(step: Callable[[], object], num_windows: int) -> float:
@@ -55,11 +58,32 @@ def _window_s(step: Callable[[], object], num_windows: int) -> float:
     return (time.perf_counter() - began) / num_windows
 
 
-def bench(config: EnvConfig, num_students: int, num_rounds: int, say: Callable[[str], object]) -> dict[str, Any]:
+def whole_training(episodes: Episodes) -> None:
+    """Every student from its first weights to its last window."""
+    episodes.reset(range(episodes.num_students))
+    for _ in range(episodes.world.config.num_windows):
+        episodes.step(episodes.start)
+
+
+def bench(
+    config: EnvConfig,
+    num_students: int,
+    num_rounds: int,
+    say: Callable[[str], object],
+    device_students: Sequence[int] = (),
+) -> dict[str, Any]:
     """Updates/s of each way, ratios to the lock-step population, and where its step spends its time.
 
     SubprocVecEnv has a core for each of its processes, so the population is measured with as many threads too.
+
+    Args:
+        config: of the environment; if `train.device` is a GPU, populations there are measured beside the others.
+        num_students: of the population on the CPU.
+        num_rounds: interleaved.
+        say: told in one line when something takes a while.
+        device_students: sizes of the populations on the GPU; by default num_students.
     """
+    device, config = config.train.device, replace(config, train=replace(config.train, device="cpu"))
     world = build_world(config, say=say)
     population, solo = Episodes(world, num_students), Episodes(world, 1)
     population.reset(range(num_students))
@@ -75,6 +99,11 @@ def bench(config: EnvConfig, num_students: int, num_rounds: int, say: Callable[[
             "one-student loop": Way(1, 40, 1, lambda: solo.step(solo.start)),
             f"SubprocVecEnv, {NUM_PROCESSES} processes": Way(NUM_PROCESSES, 40, 1, lambda: processes.step(zeros)),
         }
+        if device != "cpu":
+            there = replace(world, config=replace(config, train=replace(config.train, device=device)))
+            for size in device_students or (num_students,):
+                train = partial(whole_training, Episodes(there, size))
+                ways[f"lock-step, {device}, {size:,} students"] = Way(size, 1, 1, train, config.num_windows)
         steps = config.train.steps_per_window
         for way in ways.values():
             way.updates_per_s(steps)  # warm-up
@@ -89,6 +118,7 @@ def bench(config: EnvConfig, num_students: int, num_rounds: int, say: Callable[[
                 "median": statistics.median(r[name] for r in rounds),
                 "low": min(r[name] for r in rounds),
                 "high": max(r[name] for r in rounds),
+                "trainings_per_s": statistics.median(r[name] for r in rounds) / (steps * config.num_windows),
             }
             for name in ways
         },
@@ -96,7 +126,7 @@ def bench(config: EnvConfig, num_students: int, num_rounds: int, say: Callable[[
             lock_step: {
                 name: statistics.median(r[lock_step] / r[name] for r in rounds)
                 for name in ways
-                if name not in (one, two)
+                if not name.startswith("lock-step")
             }
             for lock_step in (one, two)
         },

@@ -44,6 +44,7 @@ class EnvConfig:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
             part.check()
+        self.train.torch_device()
 
 
 class EpisodeConfig(Protocol):

@@ -249,6 +249,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a critic without caution or decay", "train --planning.surrogate.caution -1"),
         Case("PPO's changes judged by nobody", "train --ppo.num_gate_tasks 1"),
         Case("a benchmark of nothing", "bench --rounds 0"),
+        Case("a benchmark of a GPU that none is named for", "bench --device_students [128]"),
         Case("a batch of nothing", "calibrate --batch_size 0"),
     ],
     "Values": [
@@ -267,6 +268,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("more halvings than the images have", "calibrate --student.kind conv --student.widths [4,4,4,4,4]"),
         Case("a step of nothing", "train --train.batch_size 0"),
         Case("fewer rollbacks than none", "train --train.max_rollbacks -1"),
+        Case("no such device for a population", "train --train.device gpu"),
         Case("no sample for a teacher", "train --teacher.num_samples []"),
         Case("a teacher of more samples than there are", "train --teacher.num_samples [9999]"),
         Case("no step for a teacher", "train --teacher.num_steps 0"),

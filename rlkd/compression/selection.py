@@ -45,7 +45,7 @@ def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
     size = scores.shape[-1]
     num_kept = (keep * size).round().clamp(1, size)  # [*N]
     order = scores.argsort(dim=-1, descending=True, stable=True)  # [*N, G]
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(size).expand_as(order))
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
     return (rank < num_kept[..., None]).to(scores.dtype)
 
 

@@ -7,7 +7,7 @@ that every student of a population keeps the same tensor shapes whatever it has 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, NamedTuple, cast
@@ -181,15 +181,24 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 
     Gates begin as a threshold and draw nothing, so that a student has the same weights with and without them.
     """
-    gates = [part for part in module.modules() if isinstance(part, ExitGate)]
-    for gate in gates:
-        gate.stand_for(START)
-    of_gates = {id(parameter) for gate in gates for parameter in gate.parameters()}
     for parameter in module.parameters():
-        if id(parameter) in of_gates:
-            continue
         if parameter.ndim == 1:
             parameter.zero_()
-        else:
-            fan_in = parameter[0].numel()
-            parameter.uniform_(-math.sqrt(6.0 / fan_in), math.sqrt(6.0 / fan_in), generator=generator)
+    for part in module.modules():
+        if isinstance(part, ExitGate):
+            part.stand_for(START)
+    draw_weights([module.get_parameter(name) for name in drawn_names(module)], generator)
+
+
+def drawn_names(module: nn.Module) -> list[str]:
+    """Names of the parameters that `initialise` draws, in its order."""
+    gates = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, ExitGate))
+    return [name for name, p in module.named_parameters() if p.ndim > 1 and not name.startswith(gates)]
+
+
+@torch.no_grad()
+def draw_weights(weights: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Fill weights [outputs, inputs, *] from `generator`, He-uniform."""
+    for weight in weights:
+        bound = math.sqrt(6.0 / weight[0].numel())
+        weight.uniform_(-bound, bound, generator=generator)

@@ -27,14 +27,16 @@ def attention_map(features: Tensor, num_positions: int) -> Tensor:
         side = math.isqrt(num_positions)
         energy = F.adaptive_avg_pool2d(features.square().sum(1, keepdim=True), side).flatten(1)  # [B, P]
     else:
-        energy = features.square() @ _pooling(features.shape[-1], num_positions).to(features)  # [B, P]
+        energy = features.square() @ _pooling(features.shape[-1], num_positions, features.dtype, features.device)
     return F.normalize(energy, dim=-1, eps=1e-8)
 
 
 @functools.cache
-def _pooling(size: int, num_positions: int) -> Tensor:
+def _pooling(size: int, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size, P]: adaptive mean pooling of a vector as a matrix, which under vmap is many times faster."""
-    return F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64)[:, None], num_positions)[:, 0]
+    with torch.inference_mode(False):  # whoever asks first, it is kept for those that need gradients
+        pooling = F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64)[:, None], num_positions)[:, 0]
+        return pooling.to(device, dtype)
 
 
 def attention_transfer(student_map: Tensor, teacher_map: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ class TrainConfig:
     """Samples of one optimizer step, drawn with replacement from the student's training samples."""
     max_rollbacks: int = 2
     """Windows that are undone, with a tenth of the step size from then on, before a student counts as diverged."""
+    device: str = "cpu"
+    """Where a lock-step population trains: cpu, cuda, cuda:1, ...; a student alone trains on the CPU. Random draws are
+    the CPU's, so the same seed means the same tasks, first weights and batches everywhere."""
 
     def check(self) -> None:
         """Raises UserError for a window without a step, a batch without a sample, or fewer rollbacks than none."""
@@ -35,6 +38,22 @@ class TrainConfig:
             )
         if self.max_rollbacks < 0:
             raise UserError(f"train.max_rollbacks: got {self.max_rollbacks}; allowed: at least 0")
+
+    def torch_device(self) -> torch.device:
+        """The device, with its number.
+
+        Raises:
+            UserError: torch has no such device here.
+        """
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if self.device == "cpu" or self.device in gpus:
+            return torch.device(self.device)
+        if self.device == "cuda" and gpus:
+            return torch.device("cuda", torch.cuda.current_device())
+        raise UserError(
+            f"train.device: got {self.device!r}, which torch does not find here; allowed: cpu, or cuda or cuda:N for a "
+            "GPU that torch.cuda.device_count() counts"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,10 @@ class Controls:
     def rows(self, index: Tensor | slice) -> "Controls":
         """The controls of some of the students."""
         return Controls(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def to(self, device: torch.device) -> "Controls":
+        """The same controls on `device`."""
+        return Controls(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,25 @@
 Their parameters are stacked along a leading dimension and updated in place by a hand-written Adam (Kingma &
 Ba 2015; `torch.optim` has no learning rate a row). Nothing mixes rows, so a student learns the same whoever
 stands beside it. `SoloStudent` is the plain counterpart, and a test holds the two together.
+
+All of it lives on one device (`TrainConfig.device`); what comes in and goes out is on the CPU, where all random draws
+are made. On a GPU a window is one recording (`rlkd.students.recorded`).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
+from torch.nn.utils.rnn import pad_sequence
 
 from rlkd.compression.selection import importance, select
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
+from rlkd.models.chain import draw_weights, drawn_names
 from rlkd.objectives import FAMILIES, family_losses
 from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
@@ -28,12 +36,14 @@ from rlkd.students.interface import (
     divergence_free,
     family_weights,
 )
+from rlkd.students.recorded import Recorded
 from rlkd.students.rollback import Rollbacks
 from rlkd.tasks import DataSet, Split, Task, task_generator
 from rlkd.teachers import Signals
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 Parameters = dict[str, Tensor]
+Tensors = TypeVar("Tensors", DataSet, Signals)
 
 
 class WithAdapter(nn.Module):
@@ -52,7 +62,17 @@ class WithAdapter(nn.Module):
 
 
 class Population:
-    """Implements `Students` for N copies of one `ChainStudent`; `exit_cost` is needed where it has exit gates."""
+    """Implements `Students` for N copies of one `ChainStudent`.
+
+    Args:
+        student: gives the structure.
+        data: what they learn.
+        signals: of the teachers.
+        num_students: N.
+        config: of the training, its device included.
+        exit_cost: needed where the student has exit gates.
+        record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same.
+    """
 
     def __init__(
         self,
@@ -62,31 +82,37 @@ class Population:
         num_students: int,
         config: TrainConfig,
         exit_cost: ExitCost | None = None,
+        record: bool = True,
     ) -> None:
         config.check()
+        self._device = device = config.torch_device()
         self._gate = gate_training(student, exit_cost, num_students)
         self.num_students = num_students
-        self._student, self._data, self._signals, self._config = student, data, signals, config
+        self._student, self._config = student, config
+        self._data, self._signals = _placed(data, device), _placed(signals, device)
         self._module = WithAdapter(student, signals.features.shape[-1])
         self._available = available_families(student.is_conv, signals.are_conv)
         train = data.splits["train"]
-        self._input_scale = data.inputs[train].flatten(1).abs().mean(0)  # [D]
+        self._input_scale = data.inputs[train].flatten(1).abs().mean(0).to(device)  # [D]
         n = num_students
-        self._parameters: Parameters = {k: torch.zeros(n, *p.shape) for k, p in self._module.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in self._module.named_parameters()}
+        self._parameters: Parameters = {k: torch.zeros(n, *shape, device=device) for k, shape in shapes.items()}
         self._first = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
         self._second = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
-        self._num_updates = torch.zeros(n)
+        self._num_updates = torch.zeros(n, device=device)
         self._rollbacks = Rollbacks(n, config.max_rollbacks)
-        self._masks: Masks = tuple(torch.ones(n, size) for size in student.group_sizes)
-        self._threshold = torch.ones(n)
-        self._samples = torch.zeros(n, len(train), dtype=torch.int64)  # [N, L], padded
-        self._labels = torch.zeros(n, len(train), dtype=torch.int64)  # [N, L], padded
+        self._masks: Masks = tuple(torch.ones(n, size, device=device) for size in student.group_sizes)
+        self._threshold = torch.ones(n, device=device)
+        self._samples = torch.zeros(n, len(train), dtype=torch.int64, device=device)  # [N, L], padded
+        self._labels = torch.zeros(n, len(train), dtype=torch.int64, device=device)  # [N, L], padded
         self._num_samples = [1] * n
-        self._teacher = torch.zeros(n, dtype=torch.int64)
+        self._teacher = torch.zeros(n, dtype=torch.int64, device=device)
         self._batches = [torch.Generator() for _ in range(n)]
         self._step = vmap(grad_and_value(self._loss, has_aux=True))
         self._family_gradients = vmap(self._gradients_of_one)
         self._forward = vmap(self._outputs, in_dims=(0, 0, None))
+        self._window = Recorded(self._train, device, record)
+        self._evaluations = {split: Recorded(partial(self._metrics, split), device, record) for split in data.splits}
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Fresh parameters, optimizer state and batches for the students at `rows`; the others go on untouched."""
@@ -95,18 +121,29 @@ class Population:
             raise ValueError(f"reset: got {len(tasks)} tasks for {len(where)} students; give one each")
         if self._gate:
             self._gate.reset(where, [task.preference for task in tasks])
-        for row, task in zip(where.tolist(), tasks, strict=True):
-            initialise(self._module, task_generator(task.seed, "parameters"))
-            for name, parameter in self._module.named_parameters():
-                self._parameters[name][row] = parameter.detach()
-                self._first[name][row] = 0.0
-                self._second[name][row] = 0.0
-            self._num_updates[row] = 0.0
-            self._samples[row, : len(task.samples)] = task.samples
-            self._labels[row, : len(task.labels)] = task.labels
+        initialise(self._module, torch.Generator())  # for all that is not drawn
+        fresh = {
+            name: parameter.detach().expand(len(tasks), *parameter.shape).clone()
+            for name, parameter in self._module.named_parameters()
+        }
+        drawn = zip(*(fresh[name].unbind() for name in drawn_names(self._module)), strict=True)
+        for row, task, weights in zip(where.tolist(), tasks, drawn, strict=True):
+            draw_weights(weights, task_generator(task.seed, "parameters"))
             self._num_samples[row] = len(task.samples)
-            self._teacher[row] = task.teacher
             self._batches[row] = task_generator(task.seed, "batches")
+        rows = where.to(self._device)
+        for name, values in fresh.items():
+            self._parameters[name][rows] = values.to(self._device)
+            self._first[name][rows] = 0.0
+            self._second[name][rows] = 0.0
+        self._num_updates[rows] = 0.0
+        for store, parts in (
+            (self._samples, [task.samples for task in tasks]),
+            (self._labels, [task.labels for task in tasks]),
+        ):
+            padded = pad_sequence(parts, batch_first=True)  # [R, L]
+            store[rows, : padded.shape[1]] = padded.to(self._device)
+        self._teacher[rows] = torch.tensor([task.teacher for task in tasks], device=self._device)
         self._rollbacks.reset(where)
 
     def copy_rows(self, sources: Tensor) -> None:
@@ -114,22 +151,24 @@ class Population:
 
         Its task and its batches stay its own.
         """
+        rows = sources.to(self._device)
         for store in (self._parameters, self._first, self._second):
-            for name, tensor in store.items():
-                store[name] = tensor[sources]
-        self._num_updates = self._num_updates[sources]
+            for tensor in store.values():
+                tensor.copy_(tensor[rows])
+        self._num_updates.copy_(self._num_updates[rows])
         self._rollbacks.copy_rows(sources)
-        self._masks = tuple(mask[sources] for mask in self._masks)
-        self._threshold = self._threshold[sources]
+        self._masks = tuple(mask[rows] for mask in self._masks)
+        self._threshold = self._threshold[rows]
 
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units by importance as it is now, and set the exit threshold."""
-        self._masks = select(self._student, self._scores(), controls.feature_keep, controls.unit_keep)
-        self._threshold = controls.exit_threshold
+        here = controls.to(self._device)
+        self._masks = select(self._student, self._scores(), here.feature_keep, here.unit_keep)
+        self._threshold = here.exit_threshold
 
     def set_exit(self, threshold: Tensor) -> None:
         """Set the exit threshold [N] alone; inputs and units stay as they were selected."""
-        self._threshold = threshold
+        self._threshold = threshold.to(self._device)
 
     def train_window(self, controls: Controls) -> Telemetry:
         """`steps_per_window` Adam steps for all students, each under its own controls.
@@ -137,52 +176,81 @@ class Population:
         A student whose numbers are not finite goes back to where the window began (`rlkd.students.rollback`).
         """
         self.set_controls(controls)
-        stores = (self._parameters, self._first, self._second)
-        before = [{k: tensor.clone() for k, tensor in store.items()} for store in stores]
-        num_updates, learning_rate = self._num_updates.clone(), controls.learning_rate * self._rollbacks.step_scale
+        learning_rate = controls.learning_rate * self._rollbacks.step_scale
         weights = family_weights(controls.weights, self._available)  # [N, 4]
+        stakes = self._gate.stakes(self.masks(), self._num_updates.cpu()) if self._gate else ()
+        given = (self._draw(), weights, controls.temperature, learning_rate, *stakes)
+        with _exact_convolutions():
+            results = self._window(*self._masks, *(tensor.to(self._device) for tensor in given))
+        before = results[4:]
+        losses, norms, cosine, finite = (tensor.cpu() for tensor in results[:4])
+        broken = self._rollbacks.judge(finite)
+        if broken.any():
+            rows = broken.nonzero()[:, 0].to(self._device)
+            for tensor, kept in zip(self._trained(), before, strict=True):
+                tensor[rows] = kept[rows]
+        return Telemetry(losses, norms, cosine, self._rollbacks.diverged, self._rollbacks.count)
+
+    def _draw(self) -> Tensor:
+        """Positions [K, N, B] of a window's samples among each student's own, on the CPU."""
         num_steps, size = self._config.steps_per_window, self._config.batch_size
-        drawn = [
-            torch.randint(count, (num_steps, size), generator=g)
-            for count, g in zip(self._num_samples, self._batches, strict=True)
-        ]
-        positions = torch.stack(drawn, dim=1)  # [K, N, B]
-        total = torch.zeros(self.num_students, len(FAMILIES))
-        stakes = self._gate.stakes(self._masks, self._num_updates) if self._gate else ()
-        for step in range(num_steps):
-            batch = self._batch(positions[step])
-            gradients, (_, losses) = self._step(
-                self._parameters, *batch, self._masks, weights, controls.temperature, stakes
-            )
+        drawn = torch.empty(self.num_students, num_steps, size, dtype=torch.int64)
+        for count, generator, out in zip(self._num_samples, self._batches, drawn.unbind(), strict=True):
+            torch.randint(count, (num_steps, size), generator=generator, out=out)
+        return drawn.transpose(0, 1)
+
+    def _trained(self) -> list[Tensor]:
+        """All that training changes, [N, ...] each."""
+        stores = (self._parameters, self._first, self._second)
+        return [*(tensor for store in stores for tensor in store.values()), self._num_updates]
+
+    def _train(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """A window on the device, which asks nothing of the CPU.
+
+        Args:
+            given: a mask a group, positions [K, N, B], weights [N, 4], temperature [N], learning rate [N], stakes.
+
+        Returns:
+            Mean losses [N, 4], gradient norms [N, 4], their cosine [N], whether all was finite [N], and copies of
+            `_trained()` as it was before.
+        """
+        before = tuple(tensor.clone() for tensor in self._trained())
+        num_groups = len(self._masks)
+        masks, (positions, weights, temperature, learning_rate, *stakes) = given[:num_groups], given[num_groups:]
+        total = torch.zeros(self.num_students, len(FAMILIES), device=self._device)
+        for at in positions:
+            batch = self._batch(at)
+            gradients, (_, losses) = self._step(self._parameters, *batch, masks, weights, temperature, tuple(stakes))
             self._update(gradients, learning_rate)
             total += losses
         probe = [part[:, :PROBE_SIZE] for part in batch]
-        norms, cosine = self._family_gradients(self._parameters, *probe, self._masks, controls.temperature)
+        norms, cosine = self._family_gradients(self._parameters, *probe, masks, temperature)
         # moments keep every gradient that was not finite, so one look at the end of the window sees all of its steps
-        broken = self._rollbacks.judge(divergence_free(total, norms, *(t for s in stores for t in s.values())))
-        if broken.any():
-            for store, kept in zip(stores, before, strict=True):
-                for name, tensor in store.items():
-                    tensor[broken] = kept[name][broken]
-            self._num_updates[broken] = num_updates[broken]
-        return Telemetry(total / num_steps, norms, cosine, self._rollbacks.diverged, self._rollbacks.count)
+        finite = divergence_free(total, norms, *self._trained())
+        return total / len(positions), norms, cosine, finite, *before
 
     def evaluate(self, split: Split) -> Metrics:
         """Metrics on one split under the current masks and exit thresholds."""
+        with torch.no_grad(), _exact_convolutions():
+            results = self._evaluations[split](self._threshold, *self._masks)
+        return Metrics(*(tensor.to("cpu", copy=True) for tensor in results))
+
+    def _metrics(self, split: Split, threshold: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
+        """The fields of `Metrics`, on the device."""
         index = self._data.splits[split]  # [B]
-        with torch.no_grad():
-            outputs = self._forward(self._parameters, self._masks, self._data.inputs[index])
+        outputs = self._forward(self._parameters, masks, self._data.inputs[index])
         log_p = log_probabilities(self._signals.logits[:, index])[self._teacher]  # [N, C, B]
         labels, scores = self._data.labels[index], self._scores()
-        return summarise(outputs.logits, labels, log_p, self._threshold, self._masks, scores, gates=outputs.gates)
+        metrics = summarise(outputs.logits, labels, log_p, threshold, masks, scores, gates=outputs.gates)
+        return tuple(getattr(metrics, field.name) for field in dataclasses.fields(metrics))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the parameters, adapter included, each [N, ...]."""
-        return {name.removeprefix("student."): p.clone() for name, p in self._parameters.items()}
+        return {name.removeprefix("student."): p.to("cpu", copy=True) for name, p in self._parameters.items()}
 
     def masks(self) -> Masks:
         """Current masks, one [N, G] a group."""
-        return self._masks
+        return tuple(mask.cpu() for mask in self._masks)
 
     def training_state(self) -> dict[str, Tensor]:
         """As `Students.training_state`; every tensor [N, ...]."""
@@ -191,7 +259,7 @@ class Population:
         state |= {f"mask.{i}": mask for i, mask in enumerate(self._masks)}
         state |= {"num_updates": self._num_updates, "threshold": self._threshold}
         batches = torch.stack([g.get_state() for g in self._batches])  # [N, R] uint8
-        copies = {name: tensor.clone() for name, tensor in state.items()}
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         return {**copies, "batches": batches, **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -199,8 +267,9 @@ class Population:
         for store, tensors in {"parameters": self._parameters, "first": self._first, "second": self._second}.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[f"{store}.{name}"])
-        self._masks = tuple(state[f"mask.{i}"].clone() for i in range(len(self._masks)))
-        self._num_updates, self._threshold = state["num_updates"].clone(), state["threshold"].clone()
+        self._num_updates.copy_(state["num_updates"])
+        self._masks = tuple(state[f"mask.{i}"].to(self._device, copy=True) for i in range(len(self._masks)))
+        self._threshold = state["threshold"].to(self._device, copy=True)
         self._rollbacks.load_training_state(state)
         for generator, source in zip(self._batches, state["batches"], strict=True):
             generator.set_state(source.clone())
@@ -253,7 +322,7 @@ class Population:
     def _gradients_of_one(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """Norm of each family's gradient on the student's parameters, and the cosine of the first two."""
         _, pullback = vjp(lambda p: self._losses(p, *rest)[0], parameters)  # type: ignore[misc]
-        (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES)))
+        (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES), device=self._device))
         parts = [g.flatten(1) for name, g in gradients.items() if name.startswith("student.")]  # each [4, P_k]
         norms = torch.stack([g.square().sum(1) for g in parts]).sum(0).sqrt()  # [4]
         product = torch.stack([(g[0] * g[1]).sum() for g in parts]).sum()
@@ -274,3 +343,27 @@ class Population:
         for k, parameter in enumerate(p):
             shape = (-1, *(1,) * (parameter.ndim - 1))
             parameter.addcdiv_(m[k] * step_size.view(shape), v[k].sqrt().add_(epsilon.view(shape)))
+
+
+def _placed(tensors: Tensors, device: torch.device) -> Tensors:
+    """The same data or signals on `device`; nothing is copied that is there already."""
+    moved: dict[str, Any] = {}
+    for field in dataclasses.fields(tensors):
+        value = getattr(tensors, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
+        elif isinstance(value, Mapping):  # splits
+            moved[field.name] = {name: index.to(device) for name, index in value.items()}
+    return dataclasses.replace(tensors, **moved)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """On a GPU in float32, as matrix products are by default, not in TF32; by algorithms that repeat their bits."""
+    settings = torch.backends.cudnn
+    before = settings.allow_tf32, settings.deterministic
+    settings.allow_tf32, settings.deterministic = False, True
+    try:
+        yield
+    finally:
+        settings.allow_tf32, settings.deterministic = before

@@ -1,0 +1,69 @@
+"""Replays the kernels of a function on a GPU: one launch for the hundreds of small ones that a window consists of.
+
+A step of a few hundred small students keeps a GPU busy for less time than Python needs to launch its kernels. A CUDA
+graph (`torch.cuda.CUDAGraph`) records the launches once and repeats them, with the same arguments in the same memory.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Recorded:
+    """`function` of tensors that stay on one device, with the same results; on a GPU the second call records it.
+
+    The first call runs it plainly, which also loads kernels and makes the handles of the libraries; the second records
+    and replays, later ones replay. Only what is done on the device is repeated: `function` must neither read a value
+    nor draw, and what it holds besides its arguments must stay where it is in memory (changed in place alone).
+
+    Args:
+        function: from tensors to tensors.
+        device: of all of them; on the CPU every call runs `function` plainly.
+        record: false runs it plainly on a GPU too.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device, record: bool = True) -> None:
+        self._function, self._device = function, device
+        self._record = record and device.type == "cuda"
+        self._is_warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._held: list[Tensor] = []  # what the recorded kernels read: arguments are copied into it
+        self._results: tuple[Tensor, ...] = ()  # what they write: the next call overwrites it
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """What `function` gives; of a recording it is overwritten by the next call.
+
+        Arguments must have the shapes of the first recorded call's.
+        """
+        if not self._record:
+            return self._function(*arguments)
+        if not self._is_warm:
+            return self._warm_up(*arguments)
+        if self._graph is None:
+            self._held = [argument.clone() for argument in arguments]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=_stream(self._device)):
+                self._results = self._function(*self._held)
+            self._graph = graph
+        else:
+            torch._foreach_copy_(self._held, arguments)
+        self._graph.replay()
+        return self._results
+
+    def _warm_up(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """A plain call on the stream that will be recorded on, whose work space the libraries make now."""
+        stream = _stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            results = self._function(*arguments)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._is_warm = True
+        return results
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a device: the libraries keep some MiB of work space for every stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
