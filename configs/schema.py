@@ -179,6 +179,11 @@ class CompareConfig(ExperimentConfig):
                 raise UserError(f"methods: got {name!r}; allowed: {', '.join(METHODS)}{hint}")
             if self.policy is None and name in NEED_POLICY:
                 raise UserError(f"methods: {name} needs a policy; give its folder with --policy")
+        if "mtkd_rl" in self.method_names() and self.task.num_teachers.high < 2:
+            raise UserError(
+                "methods: mtkd_rl weighs several teachers, and task.num_teachers gives a task one; allowed with "
+                "task.num_teachers.high of 2 or more"
+            )
         if self.num_seeds < 1:
             raise UserError(f"num_seeds: got {self.num_seeds}; allowed: at least 1")
         if self.front_trials < 0 or (self.front_trials and self.policy is None):
