@@ -37,7 +37,8 @@ def landmarks(logits: Tensor, features: Tensor, data: Labelled, tasks: Sequence[
     """
     each = [dataclasses.replace(task, teacher=teacher, others=()) for task in tasks for teacher in task.teachers]
     if len(each) > len(tasks):
-        reached = landmarks(logits, features, data, each).split([len(task.teachers) for task in tasks])
+        counts = [len(task.teachers) for task in tasks]
+        reached = torch.split(landmarks(logits, features, data, each), counts)
         return torch.stack([of_one.mean(0) for of_one in reached])
     used = sorted({task.teacher for task in tasks})
     directions = {teacher: _directions(features[teacher], data.splits["train"]) for teacher in used}

@@ -13,6 +13,7 @@ from rlkd.envs.episodes import Episodes, reference_savings
 from rlkd.envs.observation import REFERENCES, SAVINGS
 from rlkd.envs.plan import FACTS
 from rlkd.tasks import Range
+from rlkd.teachers.landmarks import LANDMARKS
 
 SEED = 2**60 + 5
 EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_keep", "learning_rate"))
@@ -140,5 +141,8 @@ def test_facts_of_several_teachers_are_their_means(world: World) -> None:
             "teacher_entropy": float(s.entropy[who].mean()),
             "teacher_label_agreement": agreement,
         }
+        alone = [dataclasses.replace(drawn, teacher=t, others=()) for t in who]
+        reached = s.landmarks(world.data, alone).mean(0).tolist()
+        expected |= {f"landmark_{name}": value for name, value in zip(LANDMARKS, reached, strict=True)}
         for name, value in expected.items():
             assert float(observation[row, OBSERVATIONS.index(name)]) == pytest.approx(value, abs=1e-6), name
