@@ -4,7 +4,7 @@
 
 RUN is the folder of a finished `rlkd train`. Every idea is measured paired: the same tasks, initial weights and batches
 with and without it. Ideas can be run one by one; each replaces its own entry of ideas.json, and the page is written anew
-from all entries. `recurrent` needs `pip install sb3-contrib` of stable-baselines3's version.
+from all entries (`--ideas ""`: from those that are there). `recurrent` needs `pip install sb3-contrib` of stable-baselines3's version.
 """
 
 import argparse
@@ -47,6 +47,7 @@ class Bench:
     config: ExperimentConfig
     worlds: list[World]  # the run's, with its learned plan
     policy: Policy
+    digest: str  # the policy's
     seeds: tuple[int, ...]  # of agents
 
     @property
@@ -151,7 +152,7 @@ def section(idea: Idea, entry: Mapping[str, Any], plain: Sequence[Mapping[str, A
     agents = "scores" in entry["rows"][0]
     last = "lead over plain PPO (95 %)" if agents else "lead where chosen"
     lines += [
-        f"| what | accuracy weight | factors | J of the plan | lead over the plan (95 %) | {last} |",
+        f"| what | accuracy weight | {'passes' if agents else 'factors'} | J of the plan | lead over the plan (95 %) | {last} |",
         "|" + "---|" * 6,
     ]
     for row in entry["rows"]:
@@ -165,7 +166,7 @@ def section(idea: Idea, entry: Mapping[str, Any], plain: Sequence[Mapping[str, A
         name = f"{row['what']}, seed {row['seed']}" if agents else row["what"]
         name += f"; {row['windows_undone']:.2f} windows a student" if "windows_undone" in row else ""
         lines.append(
-            f"| {name} | {weight} | {row.get('choice', '')} | {row['base']:.4f} | {_interval(row)} | {shown} |"
+            f"| {name} | {weight} | {row.get('choice', row.get('epochs', ''))} | {row['base']:.4f} | {_interval(row)} | {shown} |"
         )
     judge = "" if idea is IDEAS["plain"] else f" Verdict: **{verdict(entry['rows'])}**."
     return [*lines, "", f"Trainings spent: {entry['num_trainings']:,}; {entry['wall_s']:.0f} s.{judge}"]
@@ -178,7 +179,7 @@ def joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Mapping[str
     if not old or not kept:
         return new
     rows = sorted([*kept, *new["rows"]], key=lambda row: row["seed"])
-    return {"rows": rows, **{name: old[name] + new[name] for name in ("num_trainings", "wall_s")}}
+    return {**new, "rows": rows, **{name: old[name] + new[name] for name in ("num_trainings", "wall_s")}}
 
 
 def page(entries: Mapping[str, Any]) -> str:
@@ -186,7 +187,8 @@ def page(entries: Mapping[str, Any]) -> str:
     lines = [
         "# Ideas for the agent, tried around the learned plan",
         "",
-        f"Command: `python experiments/ideas.py RUN`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}. RUN is the published run; digits.",
+        f"Command: `python experiments/ideas.py RUN`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}. digits.",
+        f"RUN is a run of `rlkd train`, here the one with the policy of sha256 {', '.join(sorted({e['policy_sha256'][:12] for e in entries.values()}))}.",
         f"Every lead is paired: the same {NUM_HELD_OUT} fresh tasks, initial weights and batches; mean difference in J, 95 % bootstrap interval over tasks.",
         f"What changes students is chosen on {NUM_CHOICE} training tasks' validation data and judged on test data of held-out tasks, at two accuracy weights.",
         "What changes the agent learns changes to the plan on the run's six worlds and is judged as the run's own gate judges PPO: by its gain over the plan on fresh tasks,",
@@ -205,10 +207,11 @@ def load(run: Path, seeds: tuple[int, ...]) -> Bench:
     parser.add_argument("--seed", type=int, default=0)
     config = parse(parser, ["--config", str(run / "config.yaml")], ExperimentConfig)[0]
     assert config is not None
-    policy = load_bundle(run / "policy").policy
+    bundle = load_bundle(run / "policy")
     names = [f"{PROFILE}{f'_{index}' if index else ''}" for index in range(1 + len(config.also))]
     parts = [with_own_profile(part, run, name) for part, name in zip(config.worlds(), names, strict=True)]
-    return Bench(config, [replace(build_world(part), plan=policy.plan) for part in parts], policy, seeds)
+    worlds = [replace(build_world(part), plan=bundle.policy.plan) for part in parts]
+    return Bench(config, worlds, bundle.policy, bundle.digest, seeds)
 
 
 def main() -> int:
@@ -222,23 +225,26 @@ def main() -> int:
     use_one_thread()
     names = [name for name in options.ideas.split(",") if name]
     unknown = [name for name in names if name not in IDEAS]
+    file = options.out / "ideas.json"
     try:
         if unknown:
             raise UserError(f"--ideas: got {', '.join(unknown)}; allowed: {', '.join(IDEAS)}")
-        bench = load(options.run, tuple(int(seed) for seed in options.seeds.split(",")))
+        bench = load(options.run, tuple(int(seed) for seed in options.seeds.split(","))) if names else None
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     for name in names:
+        assert bench is not None
         began = time.perf_counter()
         rows, num_trainings = IDEAS[name].measure(bench)
-        entry = {"rows": rows, "num_trainings": num_trainings, "wall_s": time.perf_counter() - began}
-        file = options.out / "ideas.json"
+        wall_s = time.perf_counter() - began
+        entry = {"rows": rows, "num_trainings": num_trainings, "wall_s": wall_s, "policy_sha256": bench.digest}
         entries = json.loads(file.read_text()) if file.exists() else {}
         entries[name] = joined(entries.get(name), entry)
         file.write_text(json.dumps(entries, separators=(",", ":")).replace("},", "},\n") + "\n")
-        (options.out / "ideas.md").write_text(page(entries))
-        print("\n".join(section(IDEAS[name], entries[name], entries.get("plain", {"rows": []})["rows"])), flush=True)
+    text = page(json.loads(file.read_text()))
+    (options.out / "ideas.md").write_text(text)
+    print(text)
     return 0
 
 
