@@ -78,7 +78,12 @@ VARIANTS = {
         "The deviation of exploration is a parameter instead of a schedule (without which an entropy bonus has no gradient).",
         learned_std=True,
     ),
-    "entropy": Variant("Entropy bonus", "The same with a bonus of 0.01.", learned_std=True, entropy_weight=0.01),
+    "entropy": Variant(
+        "Entropy bonus",
+        "A bonus of 0.01, with the deviation of exploration as a parameter.",
+        learned_std=True,
+        entropy_weight=0.01,
+    ),
 }
 
 
@@ -189,20 +194,13 @@ def study_agent(
     for seed in seeds:
         agent, env = new_agent(variant, worlds, policy, config, stream_seed(seed, TRAIN_STREAM))
         controller = controller_of(agent, policy)
-        done = []
         if variant.cloned:
-            spent += clone(agent, worlds, policy, config, stream_seed(seed, TRAIN_STREAM))
-            done.append((f"{variant.title}, before PPO", scores(controller)))
+            spent += clone(agent, worlds, policy, config, stream_seed(seed, TRAIN_STREAM)) + len(judges)
+            rows.append(_row(f"{variant.title}, before PPO", seed, agent, scores(controller), base))
         num_steps = config.num_iterations * config.num_students * world.config.num_windows
         agent.learn(num_steps, callback=_Exploration(config, variant.learned_std))
-        spent += config.num_iterations * config.num_students + getattr(env, "num_references", 0)
-        done.append((variant.title, scores(controller)))
-        for what, score in done:
-            row = judged(what, 0.0, score - base)
-            del row["accuracy_weight"]  # drawn for every task
-            facts = {"seed": seed, "base": float(base.mean()), "epochs": int(getattr(agent, "_n_updates", 0))}
-            rows.append({**row, **facts, "log_std": _log_std(agent), "scores": [round(float(s), 5) for s in score]})
-            spent += len(judges)
+        spent += config.num_iterations * config.num_students + getattr(env, "num_references", 0) + len(judges)
+        rows.append(_row(variant.title, seed, agent, scores(controller), base))
     return rows, spent
 
 
@@ -303,5 +301,10 @@ def _best_rollouts(world: World, policy: Policy, deviation: float, generator: to
     return torch.cat([s[rows] for s in seen]), torch.cat([a[rows] for a in actions])
 
 
-def _log_std(agent: OnPolicyAlgorithm) -> float:
-    return float(agent.policy.log_std.detach().mean())
+def _row(what: str, seed: int, agent: OnPolicyAlgorithm, score: NDArray[np.float64], base: NDArray[np.float64]) -> Row:
+    """The agent as it is now against the plan; `epochs` are its passes over rollouts so far."""
+    row = judged(what, 0.0, score - base)
+    del row["accuracy_weight"]  # drawn for every task
+    facts = {"seed": seed, "base": float(base.mean()), "epochs": int(getattr(agent, "_n_updates", 0))}
+    log_std = float(agent.policy.log_std.detach().mean())
+    return {**row, **facts, "log_std": log_std, "scores": [round(float(s), 5) for s in score]}

@@ -214,6 +214,18 @@ def load(run: Path, seeds: tuple[int, ...]) -> Bench:
     return Bench(config, worlds, bundle.policy, bundle.digest, seeds)
 
 
+def measure(names: Sequence[str], bench: Bench, file: Path) -> None:
+    """Measure the named ideas one after the other, and put each into `file` as soon as it is done."""
+    for name in names:
+        began = time.perf_counter()
+        rows, num_trainings = IDEAS[name].measure(bench)
+        wall_s = time.perf_counter() - began
+        entry = {"rows": rows, "num_trainings": num_trainings, "wall_s": wall_s, "policy_sha256": bench.digest}
+        entries = json.loads(file.read_text()) if file.exists() else {}
+        entries[name] = joined(entries.get(name), entry)
+        file.write_text(json.dumps(entries, separators=(",", ":")).replace("},", "},\n") + "\n")
+
+
 def main() -> int:
     """Measure the ideas that are asked for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,19 +241,11 @@ def main() -> int:
     try:
         if unknown:
             raise UserError(f"--ideas: got {', '.join(unknown)}; allowed: {', '.join(IDEAS)}")
-        bench = load(options.run, tuple(int(seed) for seed in options.seeds.split(","))) if names else None
+        if names:
+            measure(names, load(options.run, tuple(int(seed) for seed in options.seeds.split(","))), file)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    for name in names:
-        assert bench is not None
-        began = time.perf_counter()
-        rows, num_trainings = IDEAS[name].measure(bench)
-        wall_s = time.perf_counter() - began
-        entry = {"rows": rows, "num_trainings": num_trainings, "wall_s": wall_s, "policy_sha256": bench.digest}
-        entries = json.loads(file.read_text()) if file.exists() else {}
-        entries[name] = joined(entries.get(name), entry)
-        file.write_text(json.dumps(entries, separators=(",", ":")).replace("},", "},\n") + "\n")
     text = page(json.loads(file.read_text()))
     (options.out / "ideas.md").write_text(text)
     print(text)
