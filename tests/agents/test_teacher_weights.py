@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from rlkd.agents import teacher_weights
-from rlkd.agents.controllers import hold_start
+from rlkd.agents.controllers import Controller, hold_start
 from rlkd.agents.held_out import run_methods
 from rlkd.agents.journal import Journal
-from rlkd.agents.methods import METHODS, Request, total_trainings
+from rlkd.agents.methods import METHODS, Request, build_methods, total_trainings
+from rlkd.agents.policy import Policy, actor_shapes
 from rlkd.agents.search import SearchConfig, Shortlist
 from rlkd.agents.teacher_weights import (
     SPREAD,
@@ -20,6 +21,7 @@ from rlkd.agents.teacher_weights import (
 )
 from rlkd.envs import World
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.observation import OBSERVATIONS
 from rlkd.errors import UserError
 from rlkd.students import TrainConfig
 from rlkd.tasks import Preference, Range, TaskDistribution
@@ -100,7 +102,33 @@ def test_rlkd_compare_knows_it_and_counts_what_it_costs(world: World, monkeypatc
     table = run_methods(names, request, [0.6])[0.6]
     assert (table["mtkd_rl"].score != table["static"].score).any()
     assert sum(counted) == total_trainings(names, 2) * world.config.num_windows
-    assert list(METHODS)[-1] == "mtkd_rl"  # the others keep their random sources
+    assert list(METHODS)[-2:] == ["mtkd_rl", "policy_mtkd_rl"]  # the others keep their random sources
+
+
+def test_weights_are_learned_under_what_they_are_held_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases: list[Controller] = []
+
+    def learn(_: World, __: object, ___: object, base: Controller, *rest: object) -> Tensor:
+        bases.append(base)
+        return torch.ones(3)
+
+    monkeypatch.setattr("rlkd.agents.methods.learn_teacher_weights", learn)
+    static = Shortlist(torch.full((1, 9), 0.5), torch.zeros(1, 3))
+    weights = {name: torch.zeros(shape) for name, shape in actor_shapes(4).items()}
+    weights["action.bias"] += 0.5
+    size = len(OBSERVATIONS)
+    policy = Policy(weights, torch.zeros(size), torch.ones(size), world.plan, static, world.config.controls)
+    seeds = (2**60, 2**60 + 1)
+    request = Request(world, world.config.task, seeds, static, policy, SearchConfig(), 0, lambda count: None)
+    built = build_methods(["mtkd_rl", "policy_mtkd_rl"], request)
+    episodes = Episodes(world, 2)
+    observation = episodes.reset(seeds)
+    for (name, controller), base in zip(built.items(), bases, strict=True):
+        assert torch.equal(controller(observation, episodes, 0), base(observation, episodes, 0)), name
+    of_static, of_policy = (base(observation, episodes, 0) for base in bases)
+    assert torch.equal(of_static, torch.full((2, 9), 0.5))
+    assert torch.equal(of_policy, policy.controller()(observation, episodes, 0))
+    assert not torch.equal(of_static, of_policy)
 
 
 def test_a_group_of_one_is_refused() -> None:
