@@ -15,6 +15,7 @@ from rlkd.agents.policy import Policy
 from rlkd.agents.schedules import SCHEDULES, annealed, published, upon
 from rlkd.agents.search import SearchConfig, Shortlist, search_plans
 from rlkd.agents.task_search import Sampler, Trials, search_tasks
+from rlkd.agents.teacher_weights import TeacherWeightsConfig, learn_teacher_weights, weighing
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS, change
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.world import World
@@ -41,7 +42,9 @@ NEED_POLICY = (
     "mean_action",
     "random_policy",
     *(f"without_{name}" for name in SWITCHES),
+    "policy_mtkd_rl",
 )
+WEIGH_TEACHERS = ("mtkd_rl", "policy_mtkd_rl")
 
 METHODS = {
     "policy": "closed loop: the learned policy (needs --policy)",
@@ -68,6 +71,9 @@ METHODS = {
     "mean_action": "the policy's mean setting over training tasks, held constant (needs --policy)",
     "random_policy": "uniformly random changes in every window (needs --policy)",
     **{f"without_{name}": f"the policy with {name} as static (needs --policy)" for name in SWITCHES},
+    # last: `Request.generator` counts
+    "mtkd_rl": "several teachers weighed sample by sample, learned over training tasks (MTKD-RL); the rest as static",
+    "policy_mtkd_rl": "teachers weighed as in mtkd_rl, learned under the policy, which sets the rest (needs --policy)",
 }
 
 
@@ -109,6 +115,7 @@ def total_trainings(names: Iterable[str], num_tasks: int) -> int:
             shared[tuple(kind)] = max(shared[tuple(kind)], budget)  # type: ignore[index]
     found = sum(shared.values()) * num_tasks
     found += PBTConfig().num_trainings * ("pbt" in names)
+    found += TeacherWeightsConfig().num_trainings * len(set(WEIGH_TEACHERS) & set(names))
     found += NUM_ABLATION_TASKS * bool({"open_loop", "mean_action"} & set(names))
     return found + len(names) * num_tasks
 
@@ -176,6 +183,11 @@ def _build(name: str, request: Request) -> Controller:
         generator = request.generator(name)
         on_window, journal = request.on_window, request.journal
         return follow(find_schedule(world, PBTConfig(), request.tasks, first, generator, on_window, journal))
+    if name in WEIGH_TEACHERS:
+        base = static if request.policy is None or name == "mtkd_rl" else request.policy.controller()
+        config, generator = TeacherWeightsConfig(), request.generator(name)
+        theta = learn_teacher_weights(world, config, request.tasks, base, generator, request.on_window, request.journal)
+        return weighing(base, theta)
     simple: dict[str, Callable[[], Controller]] = {
         "static": lambda: static,
         "plan": lambda: hold_start,

@@ -157,7 +157,9 @@ def ship(world: World, episodes: Episodes, last: dict[str, float]) -> Distilled:
         "compacted_accuracy": float((answers == world.data.labels[test]).float().mean()),
         "teacher_agreement": float(metrics.agreement[0]),
         "teacher_accuracy": float(
-            (world.signals.logits[episodes.tasks[0].teacher, test].argmax(-1) == world.data.labels[test]).float().mean()
+            (world.signals.mean_logits(episodes.tasks[0].teachers, test).argmax(-1) == world.data.labels[test])
+            .float()
+            .mean()
         ),
         "exit_rates": [float(r) for r in metrics.exit_rates[0]],
         "macs": float(cost.macs[0]),

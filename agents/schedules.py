@@ -95,7 +95,8 @@ def alpha_by_confidence(moment: Moment) -> Values:
     Confidence is the teacher's largest probability at T = 1, averaged over the student's samples.
     """
     signals = moment.episodes.world.signals
-    means = [signals.logits[task.teacher, task.samples].softmax(-1).amax(-1).mean() for task in moment.episodes.tasks]
+    told = [signals.mean_logits(task.teachers, task.samples) for task in moment.episodes.tasks]
+    means = [logits.softmax(-1).amax(-1).mean() for logits in told]
     confidence = torch.stack(means)  # [N]
     alpha = torch.where(confidence > 0.9, 0.2, torch.where(confidence < 0.5, 0.8, 0.5))
     return _weights(alpha, 1.0 - alpha, 0.0, 0.0)

@@ -276,7 +276,7 @@ def _student_figures(
     cost = world.profile.cost(template, torch.tensor([kept]), rates, torch.tensor([student.threshold]))
     right = (answers == data.labels[test]).float().mean()
     task = draw_task(seed, world.config.task, data, len(world.signals.accuracy))
-    theirs = world.signals.logits[task.teacher, test].argmax(-1)
+    theirs = world.signals.mean_logits(task.teachers, test).argmax(-1)
     now = score(right[None], cost, torch.tensor([preference.weights()]))
     return {
         "score": DIVERGED_SCORE if diverged else float(now[0]),

@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass, field, fields, replace
 
-from rlkd.agents.methods import METHODS, NEED_POLICY
+from rlkd.agents.methods import METHODS, NEED_POLICY, WEIGH_TEACHERS
 from rlkd.agents.online import OnlineAgentConfig
 from rlkd.agents.planning import PlanningConfig
 from rlkd.agents.ppo import PPOConfig
@@ -179,6 +179,12 @@ class CompareConfig(ExperimentConfig):
                 raise UserError(f"methods: got {name!r}; allowed: {', '.join(METHODS)}{hint}")
             if self.policy is None and name in NEED_POLICY:
                 raise UserError(f"methods: {name} needs a policy; give its folder with --policy")
+        weighing = [name for name in self.method_names() if name in WEIGH_TEACHERS]
+        if weighing and self.task.num_teachers.high < 2:
+            raise UserError(
+                f"methods: {weighing[0]} weighs several teachers, and task.num_teachers gives a task one; allowed with "
+                "task.num_teachers.high of 2 or more"
+            )
         if self.num_seeds < 1:
             raise UserError(f"num_seeds: got {self.num_seeds}; allowed: at least 1")
         if self.front_trials < 0 or (self.front_trials and self.policy is None):

@@ -180,11 +180,14 @@ class Episodes:
 
     def _task_facts(self) -> TaskFacts:
         signals = self.world.signals
-        teacher = torch.tensor([task.teacher for task in self.tasks])
-        agreement = [signals.agreement(task.teacher, task.samples, task.labels) for task in self.tasks]
+        teachers = [list(task.teachers) for task in self.tasks]  # figures of several are their means
+        agreement = [
+            torch.stack([signals.agreement(teacher, task.samples, task.labels) for teacher in task.teachers]).mean()
+            for task in self.tasks
+        ]
         return TaskFacts(
-            teacher_accuracy=signals.accuracy[teacher],
-            teacher_entropy=signals.entropy[teacher],
+            teacher_accuracy=torch.stack([signals.accuracy[some].mean() for some in teachers]),
+            teacher_entropy=torch.stack([signals.entropy[some].mean() for some in teachers]),
             teacher_label_agreement=torch.stack(agreement),
             num_labels=torch.tensor([float(len(task.samples)) for task in self.tasks]),
             landmarks=self._landmarks,

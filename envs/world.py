@@ -45,6 +45,11 @@ class EnvConfig:
         for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
             part.check()
         self.train.torch_device()
+        if self.task.num_teachers.high > len(self.teacher.num_samples):
+            raise UserError(
+                f"task.num_teachers: got high {self.task.num_teachers.high:g}; allowed: at most "
+                f"{len(self.teacher.num_samples)}, the teachers that teacher.num_samples lists"
+            )
 
 
 class EpisodeConfig(Protocol):
@@ -159,9 +164,12 @@ class World:
     def students(self, num_students: int) -> Students:
         """A lock-step population, or one plain student."""
         structure, c = self.new_structure(), self.config
+        max_teachers = round(c.task.num_teachers.high)
         if num_students == 1:
-            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost)
-        return Population(structure, self.data, self.signals, num_students, c.train, self.exit_cost)
+            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost, max_teachers)
+        return Population(
+            structure, self.data, self.signals, num_students, c.train, self.exit_cost, max_teachers=max_teachers
+        )
 
 
 def build_world(

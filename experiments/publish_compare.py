@@ -239,6 +239,7 @@ def page(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
     titles = {
         "in_family": "Searches that train every task many times",
         "dynamic": "Schedules, gradient followers, population-based training, the policy blind or maimed",
+        "multi_teacher": "Several teachers a task: MTKD-RL's weights, sample by sample",
         "tuned_exit": "The same with every method's exit tuned on validation afterwards",
         **{name: f"Never seen: {title}" for name, (title, _) in TRANSFERS.items()},
     }

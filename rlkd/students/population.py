@@ -23,8 +23,8 @@ from rlkd.compression.selection import importance, select
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.models.chain import draw_weights, drawn_names
 from rlkd.objectives import FAMILIES, family_losses
-from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
+from rlkd.students.fusion import TeacherMix
 from rlkd.students.gating import ExitCost, Stakes, gate_training
 from rlkd.students.interface import (
     PROBE_SIZE,
@@ -72,6 +72,7 @@ class Population:
         config: of the training, its device included.
         exit_cost: needed where the student has exit gates.
         record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same.
+        max_teachers: that a task may have.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Population:
         config: TrainConfig,
         exit_cost: ExitCost | None = None,
         record: bool = True,
+        max_teachers: int = 1,
     ) -> None:
         config.check()
         self._device = device = config.torch_device()
@@ -106,7 +108,7 @@ class Population:
         self._samples = torch.zeros(n, len(train), dtype=torch.int64, device=device)  # [N, L], padded
         self._labels = torch.zeros(n, len(train), dtype=torch.int64, device=device)  # [N, L], padded
         self._num_samples = [1] * n
-        self._teacher = torch.zeros(n, dtype=torch.int64, device=device)
+        self._teachers = TeacherMix(n, max_teachers, device)
         self._batches = [torch.Generator() for _ in range(n)]
         self._step = vmap(grad_and_value(self._loss, has_aux=True))
         self._family_gradients = vmap(self._gradients_of_one)
@@ -143,7 +145,7 @@ class Population:
         ):
             padded = pad_sequence(parts, batch_first=True)  # [R, L]
             store[rows, : padded.shape[1]] = padded.to(self._device)
-        self._teacher[rows] = torch.tensor([task.teacher for task in tasks], device=self._device)
+        self._teachers.reset(tasks, rows)
         self._rollbacks.reset(where)
 
     def copy_rows(self, sources: Tensor) -> None:
@@ -169,6 +171,10 @@ class Population:
     def set_exit(self, threshold: Tensor) -> None:
         """Set the exit threshold [N] alone; inputs and units stay as they were selected."""
         self._threshold = threshold.to(self._device)
+
+    def weigh_teachers(self, theta: Tensor) -> None:
+        """How each student's teachers are weighed from now on ([N, 3], `rlkd.students.fusion`); a reset forgets it."""
+        self._teachers.weigh(theta)
 
     def train_window(self, controls: Controls) -> Telemetry:
         """`steps_per_window` Adam steps for all students, each under its own controls.
@@ -239,7 +245,7 @@ class Population:
         """The fields of `Metrics`, on the device."""
         index = self._data.splits[split]  # [B]
         outputs = self._forward(self._parameters, masks, self._data.inputs[index])
-        log_p = log_probabilities(self._signals.logits[:, index])[self._teacher]  # [N, C, B]
+        log_p = self._teachers.answers(self._signals, index)  # [N, C, B]
         labels, scores = self._data.labels[index], self._scores()
         metrics = summarise(outputs.logits, labels, log_p, threshold, masks, scores, gates=outputs.gates)
         return tuple(getattr(metrics, field.name) for field in dataclasses.fields(metrics))
@@ -280,15 +286,8 @@ class Population:
 
     def _batch(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Inputs, labels and teacher signals of each student's samples at `positions` [N, B]."""
-        samples = self._samples.gather(1, positions)  # [N, B]
-        teacher = self._teacher[:, None]  # [N, 1]
-        return (
-            self._data.inputs[samples],  # [N, B, *shape]
-            self._labels.gather(1, positions),  # [N, B]
-            self._signals.logits[teacher, samples],  # [N, B, C]
-            self._signals.features[teacher, samples],  # [N, B, F]
-            self._signals.maps[teacher, samples],  # [N, B, P]
-        )
+        samples, labels = self._samples.gather(1, positions), self._labels.gather(1, positions)  # each [N, B]
+        return self._data.inputs[samples], labels, *self._teachers.of(self._signals, samples, labels)
 
     # The functions below see one student: vmap adds the leading dimension.
 

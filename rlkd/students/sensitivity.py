@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vjp, vmap
 
 from rlkd.models import ChainStudent
 from rlkd.objectives import FAMILIES, cross_entropy, family_losses
+from rlkd.students.fusion import TeacherMix
 from rlkd.students.interface import Controls, Students
 from rlkd.students.population import WithAdapter
 from rlkd.tasks import DataSet, Task
@@ -57,14 +58,11 @@ def sensitivity(
     positions = [torch.randint(len(task.samples), (NUM_SAMPLES,), generator=generator) for task in tasks]
     samples = torch.stack([task.samples[p] for task, p in zip(tasks, positions, strict=True)])  # [N, B]
     labels = torch.stack([task.labels[p] for task, p in zip(tasks, positions, strict=True)])  # [N, B]
-    teacher = torch.tensor([task.teacher for task in tasks])[:, None]  # [N, 1]
+    teachers = TeacherMix(len(tasks), max(len(task.teachers) for task in tasks))  # under their plain mean
+    teachers.reset(tasks, torch.arange(len(tasks)))
     validation = data.splits["validation"]
     chosen = validation[torch.randint(len(validation), (NUM_SAMPLES,), generator=generator)]  # [B]
-    batch = (
-        data.inputs[samples],
-        labels,
-        *(signal[teacher, samples] for signal in (signals.logits, signals.features, signals.maps)),
-    )
+    batch = (data.inputs[samples], labels, *teachers.of(signals, samples, labels))
 
     def losses(p: dict[str, Tensor], inputs: Tensor, *rest: Any) -> Tensor:
         *targets, masks, log_temperature = rest

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlkd.compression.selection import importance, select
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.objectives import FAMILIES, family_losses
-from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.evaluation import summarise
+from rlkd.students.fusion import TeacherMix
 from rlkd.students.gating import ExitCost, Stakes, gate_training
 from rlkd.students.interface import (
     PROBE_SIZE,
@@ -33,7 +33,10 @@ from rlkd.teachers import Signals
 
 
 class SoloStudent:
-    """Implements `Students` for one student; `exit_cost` is needed where it has exit gates."""
+    """Implements `Students` for one student; `exit_cost` is needed where it has exit gates.
+
+    Its task may have up to `max_teachers` teachers.
+    """
 
     num_students = 1
 
@@ -44,6 +47,7 @@ class SoloStudent:
         signals: Signals,
         config: TrainConfig,
         exit_cost: ExitCost | None = None,
+        max_teachers: int = 1,
     ) -> None:
         config.check()
         self._gate = gate_training(student, exit_cost, 1)
@@ -54,11 +58,13 @@ class SoloStudent:
         self._input_scale = data.inputs[data.splits["train"]].flatten(1).abs().mean(0)  # [D]
         self._masks = student.full_masks()
         self._threshold = torch.ones(1)
+        self._teachers = TeacherMix(1, max_teachers)
         self._rollbacks = Rollbacks(1, config.max_rollbacks)
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Fresh parameters, optimizer and batches for the one task."""
         (self._task,) = tasks
+        self._teachers.reset(tasks, torch.arange(1))
         initialise(self._module, task_generator(self._task.seed, "parameters"))
         self._optimizer = torch.optim.Adam(self._module.parameters())
         self._batches = task_generator(self._task.seed, "batches")
@@ -75,6 +81,10 @@ class SoloStudent:
     def set_exit(self, threshold: Tensor) -> None:
         """As `Population.set_exit`."""
         self._threshold = threshold
+
+    def weigh_teachers(self, theta: Tensor) -> None:
+        """As `Population.weigh_teachers`."""
+        self._teachers.weigh(theta)
 
     def train_window(self, controls: Controls) -> Telemetry:
         """As `Population.train_window`, step by step."""
@@ -114,7 +124,7 @@ class SoloStudent:
         return summarise(
             tuple(z[None] for z in outputs.logits),
             self._data.labels[index],
-            log_probabilities(self._signals.logits[self._task.teacher, index])[None],
+            self._teachers.answers(self._signals, index),
             self._threshold,
             self.masks(),
             tuple(s[None] for s in self._scores()),
@@ -153,18 +163,11 @@ class SoloStudent:
         return importance(self.student, named, self._input_scale)
 
     def _losses(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Outputs]:
-        samples = self._task.samples[positions]  # [B]
-        teacher = self._task.teacher
+        samples, labels = self._task.samples[positions], self._task.labels[positions]  # each [B]
+        told = self._teachers.of(self._signals, samples[None], labels[None])  # each [1, B, *]
         outputs, adapted = self._module(self._data.inputs[samples], self._masks)
-        losses = family_losses(
-            outputs,
-            adapted,
-            self._task.labels[positions],
-            self._signals.logits[teacher, samples],
-            self._signals.features[teacher, samples],
-            self._signals.maps[teacher, samples],
-            temperature,
-        )
+        logits, features, maps = (signal[0] for signal in told)
+        losses = family_losses(outputs, adapted, labels, logits, features, maps, temperature)
         return losses, outputs  # [4]
 
     def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

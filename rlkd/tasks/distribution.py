@@ -83,6 +83,9 @@ class TaskDistribution:
     class_imbalance: Range = field(default_factory=lambda: Range(0.0, 0.0))
     """1 less the share of its num_labels samples that the rarest class keeps; the other classes lie evenly between on a
     log scale, in an order drawn for each task. 0 keeps all; 0.9 makes the rarest a tenth of the commonest."""
+    num_teachers: Range = field(default_factory=lambda: Range(1.0, 1.0))
+    """How many teachers the student learns from, rounded, all different: from the mean of their answers, unless a
+    method weighs them."""
 
     def check(self) -> None:
         """Raises UserError for an unknown data set or an impossible range."""
@@ -92,6 +95,7 @@ class TaskDistribution:
         self.accuracy_weight.check("task.accuracy_weight", 0.0, 1.0)
         self.latency_share.check("task.latency_share", 0.0, 1.0)
         self.class_imbalance.check("task.class_imbalance", 0.0, 1.0)
+        self.num_teachers.check("task.num_teachers", 1, float("inf"))
 
     def with_preference(self, preference: Preference) -> "TaskDistribution":
         """The same distribution with the preference held fixed; all other draws of a seed stay the same."""
@@ -111,6 +115,12 @@ class Task:
     labels: Tensor  # [L] int64, corrupted labels of those samples
     preference: tuple[float, float, float]  # accuracy, latency, energy; sums to one
     class_imbalance: float
+    others: tuple[int, ...] = ()  # further teachers
+
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        """All teachers, k of them."""
+        return (self.teacher, *self.others)
 
 
 def task_generator(seed: int, purpose: str) -> torch.Generator:
@@ -163,5 +173,9 @@ def draw_task(seed: int, distribution: TaskDistribution, data: Labelled, num_tea
     imbalance = distribution.class_imbalance.draw(g)
     stay = thin_classes(labels, torch.randperm(data.num_classes, generator=g), imbalance)  # [L]
     labels = torch.where(flipped, wrong, labels)
+    # after all that was drawn before a task could have several teachers
+    count = min(round(distribution.num_teachers.draw(g)), num_teachers)
+    order = torch.randperm(num_teachers, generator=g).tolist() if count > 1 else []
+    others = tuple(t for t in order if t != teacher)[: count - 1]
     preference = (accuracy, latency, max(0.0, 1.0 - accuracy - latency))
-    return Task(seed, teacher, noise, samples[stay], labels[stay], preference, imbalance)
+    return Task(seed, teacher, noise, samples[stay], labels[stay], preference, imbalance, others)

@@ -6,6 +6,7 @@ the input is enough. None of this can be read off noise rates, which nobody know
 given labels, once from the teacher's answers, once from both, and from both on the first few principal directions.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +33,13 @@ def landmarks(logits: Tensor, features: Tensor, data: Labelled, tasks: Sequence[
         tasks: give teacher, samples and the labels that the student is given.
 
     Returns:
-        [N, 5], in the order of `LANDMARKS`.
+        [N, 5], in the order of `LANDMARKS`; of several teachers their mean.
     """
+    each = [dataclasses.replace(task, teacher=teacher, others=()) for task in tasks for teacher in task.teachers]
+    if len(each) > len(tasks):
+        counts = [len(task.teachers) for task in tasks]
+        reached = torch.split(landmarks(logits, features, data, each), counts)
+        return torch.stack([of_one.mean(0) for of_one in reached])
     used = sorted({task.teacher for task in tasks})
     directions = {teacher: _directions(features[teacher], data.splits["train"]) for teacher in used}
     parts = [tasks[i : i + NUM_TOGETHER] for i in range(0, len(tasks), NUM_TOGETHER)]

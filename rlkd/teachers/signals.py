@@ -35,6 +35,10 @@ class Signals:
         """[N, 5], what closed-form classifiers reach on each task's validation samples (`rlkd.teachers.landmarks`)."""
         return landmarks(self.logits, self.features, data, tasks)
 
+    def mean_logits(self, teachers: Sequence[int], samples: Tensor) -> Tensor:
+        """[B, C], what those teachers answer on average."""
+        return torch.stack([self.logits[teacher, samples] for teacher in teachers]).mean(0)
+
 
 @torch.no_grad()
 def compute_signals(teachers: Sequence[ChainStudent], data: DataSet) -> Signals:

@@ -30,6 +30,7 @@ NOT_SHOWN = {
     "rlkd/teachers/cache.py: said, and computed anew; tests/teachers/test_cache.py": "",
     "rlkd/teachers/training.py: said, and trained anew; tests/teachers/test_training_cache.py": "torn or altered",
     "agents/pbt.py: set from Python alone": "pbt: got group_size",
+    "agents/teacher_weights.py: set from Python alone": "teacher weights: got group_size",
     "rlkd/tasks/files.py: files of other people's packages; tests/tasks/test_files.py makes them": "",
     "envs/modules.py: real models need the extra hf; the tests beside it make them": "",
     "rlkd/compression/modules.py: real models need the extra hf; the tests beside it make them": "",

@@ -1,5 +1,6 @@
 """What a population does besides training: students copied from others, and exits moved without training."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,8 @@ from rlkd.envs import CONTROLS, OBSERVATIONS, World
 from rlkd.envs.episodes import Episodes, reference_savings
 from rlkd.envs.observation import REFERENCES, SAVINGS
 from rlkd.envs.plan import FACTS
+from rlkd.tasks import Range
+from rlkd.teachers.landmarks import LANDMARKS
 
 SEED = 2**60 + 5
 EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_keep", "learning_rate"))
@@ -122,3 +125,24 @@ def test_facts_are_those_of_each_students_own_task_however_it_was_reset(world: W
     resumed.load_training_state(episodes.training_state())
     position = settings(world, {}, {}, {})
     torch.testing.assert_close(resumed.step(position).observation, episodes.step(position).observation, atol=0, rtol=0)
+
+
+def test_facts_of_several_teachers_are_their_means(world: World) -> None:
+    task = dataclasses.replace(world.config.task, num_teachers=Range(2, 3))
+    several = dataclasses.replace(world, config=dataclasses.replace(world.config, task=task))
+    episodes = Episodes(several, 4)
+    observation, s = episodes.reset([3, 4, 5, 6]), world.signals
+    assert {len(t.teachers) for t in episodes.tasks} == {2, 3}
+    for row, drawn in enumerate(episodes.tasks):
+        who = list(drawn.teachers)
+        agreement = sum(float(s.agreement(t, drawn.samples, drawn.labels)) for t in who) / len(who)
+        expected = {
+            "teacher_accuracy": float(s.accuracy[who].mean()),
+            "teacher_entropy": float(s.entropy[who].mean()),
+            "teacher_label_agreement": agreement,
+        }
+        alone = [dataclasses.replace(drawn, teacher=t, others=()) for t in who]
+        reached = s.landmarks(world.data, alone).mean(0).tolist()
+        expected |= {f"landmark_{name}": value for name, value in zip(LANDMARKS, reached, strict=True)}
+        for name, value in expected.items():
+            assert float(observation[row, OBSERVATIONS.index(name)]) == pytest.approx(value, abs=1e-6), name

@@ -19,7 +19,7 @@ from rlkd.errors import UserError
 from rlkd.models import GateConfig, StudentConfig, build_student
 from rlkd.students import Controls, Population, TrainConfig
 from rlkd.students.recorded import Recorded
-from rlkd.tasks import draw_task
+from rlkd.tasks import Range, draw_task
 
 META = torch.device("meta")
 STUDENTS = {
@@ -36,15 +36,17 @@ def exit_cost(kept: Tensor) -> Tensor:
 
 @pytest.fixture(params=STUDENTS)
 def elsewhere(world: World, request: pytest.FixtureRequest) -> Iterator[Population]:
-    """Four students on another device."""
+    """Four students on another device; the gated ones have three teachers each."""
+    count = 3 if request.param == "gated" else 1
+    distribution = dataclasses.replace(world.config.task, num_teachers=Range(count, count))
     structure = build_student(STUDENTS[request.param], world.data.input_shape, world.data.num_classes)
-    tasks = [draw_task(seed, world.config.task, world.data, 3) for seed in range(4)]
+    tasks = [draw_task(seed, distribution, world.data, 3) for seed in range(4)]
     all_rows, some_rows = torch.arange(4), torch.tensor([1, 3])
     with (
         patch.object(TrainConfig, "torch_device", lambda self: META),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        students = Population(structure, world.data, world.signals, 4, TrainConfig(2, 8), exit_cost)
+        students = Population(structure, world.data, world.signals, 4, TrainConfig(2, 8), exit_cost, max_teachers=count)
         students.reset(tasks, all_rows)
         students.reset(tasks[:2], some_rows)
         yield students
@@ -74,6 +76,7 @@ def test_all_that_training_touches_is_on_the_device_and_all_that_goes_out_is_not
         return np.zeros(4, dtype=bool)  # a fake tensor has no values to look at
 
     with patch.object(elsewhere._rollbacks, "judge", judge):
+        elsewhere.weigh_teachers(torch.ones(4, 3))
         for _ in range(2):
             out = [elsewhere.train_window(controls()), elsewhere.evaluate("validation"), elsewhere.masks()]
     assert judged == ["cpu", "cpu"]
@@ -82,7 +85,7 @@ def test_all_that_training_touches_is_on_the_device_and_all_that_goes_out_is_not
     out += [elsewhere.evaluate("test"), elsewhere.state_dict(), elsewhere.training_state(), elsewhere.masks()]
     assert devices(out) == {"cpu"}
     inside = [elsewhere._trained(), elsewhere._masks, elsewhere._threshold, elsewhere._samples, elsewhere._labels]
-    inside += [elsewhere._data, elsewhere._teacher]
+    inside += [elsewhere._data, vars(elsewhere._teachers)]
     assert devices([part for part in inside if not dataclasses.is_dataclass(part)]) == {"meta"}
     assert devices([elsewhere._data.inputs, elsewhere._data.labels, elsewhere._data.splits]) == {"meta"}
     assert devices([elsewhere._signals.logits, elsewhere._signals.features, elsewhere._signals.maps]) == {"meta"}

@@ -125,3 +125,25 @@ def test_a_fixed_preference_keeps_the_imbalance() -> None:
     assert imbalanced(0.5).with_preference(Preference()).class_imbalance == Range(0.5, 0.5)
     with pytest.raises(UserError, match=r"task\.class_imbalance: got low 0, high 1\.5"):
         TaskDistribution(class_imbalance=Range(0.0, 1.5)).check()
+
+
+def test_further_teachers_change_nothing_else() -> None:
+    several = TaskDistribution(num_teachers=Range(2, 4))
+    counts = set()
+    for seed in range(30):
+        one, more = draw_task(seed, TaskDistribution(), DIGITS, 8), draw_task(seed, several, DIGITS, 8)
+        assert one.teachers == (one.teacher,)
+        assert more.teacher == one.teacher == more.teachers[0]
+        assert len(set(more.teachers)) == len(more.teachers)
+        assert set(more.teachers) <= set(range(8))
+        assert torch.equal(more.samples, one.samples)
+        assert torch.equal(more.labels, one.labels)
+        assert more.preference == one.preference
+        counts.add(len(more.teachers))
+    assert counts == {2, 3, 4}
+    assert sorted(draw_task(0, TaskDistribution(num_teachers=Range(5, 5)), DIGITS, 3).teachers) == [0, 1, 2]
+
+
+def test_no_teacher_is_refused() -> None:
+    with pytest.raises(UserError, match=r"task\.num_teachers: got low 0, high 1"):
+        TaskDistribution(num_teachers=Range(0.0, 1.0)).check()
