@@ -30,7 +30,7 @@ from rlkd.models.pretrained import (
     student_from_teacher,
     vocabulary_differences,
 )
-from rlkd.students import Metrics, Students
+from rlkd.students import Students
 from rlkd.students.causal import CausalStudent, TokenConfig
 from rlkd.students.module import ModuleStudent, ModuleTrainConfig
 from rlkd.students.processes import first_alone

@@ -19,7 +19,7 @@ from rlkd.teachers.landmarks import LANDMARKS
 
 VERSION = 3
 
-# What is saved, beside the dense student, if all samples leave at the first exit, with all inputs and units or a quarter.
+# What is saved, beside the dense student, if all samples leave at the first exit: shares of inputs and units kept.
 REFERENCES = {"exit": (1.0, 1.0), "exit_quarter_inputs": (0.25, 1.0), "exit_quarter_units": (1.0, 0.25)}
 SAVINGS = tuple(f"{cost}_saving_{name}" for cost in ("latency", "energy") for name in REFERENCES)
 
@@ -58,7 +58,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "num_classes": (0.0, 1.0),  # log10, divided by 5
     "mean_width": (0.0, 1.0),  # units of a block that can be left out; log10, divided by 4
     "num_blocks": (0.0, 1.0),  # divided by 32
-    **{name: (-1.0, 1.0) for name in SAVINGS},  # of the student as it would be, by the cost model
+    **dict.fromkeys(SAVINGS, (-1.0, 1.0)),  # of the student as it would be, by the cost model
     "preference_accuracy": (0.0, 1.0),
     "preference_latency": (0.0, 1.0),
     "preference_energy": (0.0, 1.0),

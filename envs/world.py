@@ -14,7 +14,7 @@ from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.plan import ControlPlan, fixed_plan
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, StudentConfig, build_student
-from rlkd.students import Metrics, Population, SoloStudent, Students, TrainConfig
+from rlkd.students import Population, SoloStudent, Students, TrainConfig
 from rlkd.tasks import DataSet, Labelled, TaskDistribution, load_dataset
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 

@@ -71,7 +71,8 @@ class Population:
         num_students: N.
         config: of the training, its device included.
         exit_cost: needed where the student has exit gates.
-        record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same.
+        record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same. Convolutional
+            students are never recorded: cuDNN broke the capture off (torch 2.11, H200).
         max_teachers: that a task may have.
     """
 
@@ -113,6 +114,7 @@ class Population:
         self._step = vmap(grad_and_value(self._loss, has_aux=True))
         self._family_gradients = vmap(self._gradients_of_one)
         self._forward = vmap(self._outputs, in_dims=(0, 0, None))
+        record = record and not student.is_conv
         self._window = Recorded(self._train, device, record)
         self._evaluations = {split: Recorded(partial(self._metrics, split), device, record) for split in data.splits}
 

@@ -42,7 +42,7 @@ class TokenSignals(Signals):
         return self.anchors.quality(self.mean(self.losses, samples))
 
     def landmarks(self, data: Labelled, tasks: Sequence[Task]) -> Tensor:
-        """[N, 5], the teacher's quality everywhere: a vocabulary is too large for closed forms, and texts hold no noise."""
+        """[N, 5], the teacher's quality everywhere: a vocabulary is too large for closed forms."""
         return self.accuracy.expand(len(tasks), len(LANDMARKS))
 
     def mean(self, values: Tensor, samples: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ def test_inputs_of_few_latent_dimensions_can_stand_for_one_another() -> None:
     plain, bent = (
         load_dataset(f"generated:seed=4,classes=4,inputs=30,difficulty=0.1{end}") for end in ("", ",latent=3")
     )
-    assert bent.name.endswith("difficulty=0.1,latent=3") and "latent" not in plain.name
+    assert bent.name.endswith("difficulty=0.1,latent=3")
+    assert "latent" not in plain.name
     shares, left = [], []
     for data in (plain, bent):
         inputs = data.inputs.double() - data.inputs.double().mean(0)

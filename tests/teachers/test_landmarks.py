@@ -34,9 +34,12 @@ def test_they_tell_good_labels_and_good_teachers_from_poor_ones() -> None:
     tasks = [make_task(data, 100), make_task(data, 100, teacher=1), make_task(data, 100, noise=1.0)]
     clean, poor_teacher, wrong_labels = landmarks(logits, features, data, tasks)
     by_name = LANDMARKS.index
-    assert clean[by_name("labels")] > 0.9 and clean[by_name("teacher")] > 0.9
-    assert poor_teacher[by_name("labels")] > 0.9 and poor_teacher[by_name("teacher")] < 0.6
-    assert wrong_labels[by_name("labels")] < 0.1 and wrong_labels[by_name("teacher")] > 0.9
+    assert clean[by_name("labels")] > 0.9
+    assert clean[by_name("teacher")] > 0.9
+    assert poor_teacher[by_name("labels")] > 0.9
+    assert poor_teacher[by_name("teacher")] < 0.6
+    assert wrong_labels[by_name("labels")] < 0.1
+    assert wrong_labels[by_name("teacher")] > 0.9
     assert wrong_labels[by_name("both")] < clean[by_name("both")]
 
 
@@ -71,7 +74,8 @@ def test_more_directions_tell_more_and_test_samples_tell_nothing() -> None:
     data, logits, features = make_data()
     task = make_task(data, 150)
     reached = landmarks(logits, features, data, [task])[0]
-    assert len(FEW) == 2 and reached[3] <= reached[2] + 0.1
+    assert len(FEW) == 2
+    assert reached[3] <= reached[2] + 0.1
     altered = features.clone()
     altered[:, data.splits["test"]] = 1e3
     torch.testing.assert_close(landmarks(logits, altered, data, [task])[0], reached)
