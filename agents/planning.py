@@ -33,9 +33,9 @@ Decide = Callable[[int, Tensor], Tensor]
 class PlanningConfig:
     """Learning of the plan that actions change."""
 
-    starts: tuple[float, ...] = (0.0, 1 / 6, 2 / 3)
+    starts: tuple[float, ...] = (0.0, 1 / 3)
     """Share of an episode after which each phase of a plan begins."""
-    num_decisions: int = 2
+    num_decisions: int = 1
     """Phases at whose beginning the rest of the plan is decided anew."""
     num_wide: int = 1024
     """Trainings under widely scattered settings before the first round."""

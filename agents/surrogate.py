@@ -37,6 +37,8 @@ from rlkd.errors import UserError
 
 NUM_TERMS = 3
 LEAST_DEVIATION = 0.02  # of an observation, which would otherwise blow up what hardly ever varies
+CONSTANT = 0.005  # a smaller deviation than this: students have taught nothing about other values
+UNSEEN = 1e6  # its deviation then, so that a network reads 0 whatever the value
 CHOICE_ENTROPY = 1e-3  # keeps the kinds of exit open while they score alike
 ACCURACY_WEIGHTS = (0.3, 0.98)  # of the preferences that plans are climbed for
 
@@ -138,7 +140,8 @@ class PhaseSurrogate:
         """Go on fitting the critic to all trainings, then the actors to the critic; returns figures for logs."""
         seen = trained.observations[self.index]  # [M, O]
         columns = [OBSERVATIONS.index(name) for name in phase_inputs(self.phase)]
-        self._mean, self._deviation = seen[:, columns].mean(0), seen[:, columns].std(0).clamp_min(LEAST_DEVIATION)
+        self._mean, deviation = seen[:, columns].mean(0), seen[:, columns].std(0)
+        self._deviation = deviation.clamp_min(LEAST_DEVIATION).where(deviation >= CONSTANT, torch.tensor(UNSEEN))
         self._centre, self._scale = trained.terms.mean(0), trained.terms.std(0) + 1e-3
         error = self._fit_critic(self._seen(seen), trained)
         bound = self._climb(seen, accuracy_weights)

@@ -23,10 +23,8 @@ FACTS = (
     "teacher_entropy",
     "teacher_label_agreement",
     *(f"landmark_{name}" for name in LANDMARKS),
-    "capacity_ratio",
     "labels_per_class",
     "num_classes",
-    "mean_width",
     *SAVINGS,
 )
 STATE = (

@@ -105,3 +105,17 @@ def test_networks_side_by_side_are_each_on_its_own() -> None:
     for e in range(3):
         alone = _forward([t[e : e + 1] for t in layers], x)[0]
         torch.testing.assert_close(together[e], alone)
+
+
+def test_a_fact_that_never_varied_does_not_move_the_plan() -> None:
+    surrogate = PhaseSurrogate(0, 0, 1, START, CONFIG, torch.Generator().manual_seed(1))
+    known, column = trainings(400), OBSERVATIONS.index("latency_saving_exit")
+    seen = known.observations[0].clone()
+    seen[:, column] = 0.42
+    surrogate.fit(Trained((seen,), known.settings, known.terms))
+    usual, unusual = asked(20, 0.6), asked(20, 0.6)
+    usual[:, column], unusual[:, column] = 0.42, 0.9
+    network = surrogate.network()
+    torch.testing.assert_close(network.decide(usual), network.decide(unusual), atol=1e-4, rtol=0.0)
+    unusual[:, TEACHER] += 0.5
+    assert (network.decide(usual) - network.decide(unusual)).abs().max() > 1e-3
