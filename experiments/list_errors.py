@@ -258,7 +258,6 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a data set that does not exist", "train --task.dataset digit"),
         Case("a generated data set of another form", "train --task.dataset generated:colour=3"),
         Case("a generated data set beyond its limits", "train --task.dataset generated:classes=1"),
-        Case("more hidden inputs than inputs", "train --task.dataset generated:inputs=8,latent=8"),
         Case("a range beyond its ends", "train --task.label_noise.high 1.5"),
         Case("a preference that weighs nothing", "replay --policy policy --preference.accuracy 2"),
         Case("no unit", "train --student.widths [0]"),

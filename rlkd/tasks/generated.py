@@ -26,15 +26,11 @@ class Recipe:
     inputs: int = 32
     difficulty: float = 0.2
     """Best possible error as a share of chance's: no classifier beats 1 - difficulty (1 - 1 / classes)."""
-    latent: int = 0
-    """Dimensions the clusters lie in; below inputs, every input is a bent mixture of all of them, as the pixels of
-    images are, and most inputs can be left out. 0: as many as inputs, each an input of its own."""
 
     @property
     def name(self) -> str:
         """The one full spelling, so that the same data set never has two names."""
-        parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return f"{PREFIX}:" + ",".join(f"{name}={value!r}" for name, value in parts if name != "latent" or value)
+        return f"{PREFIX}:" + ",".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
 
     @property
     def best_accuracy(self) -> float:
@@ -44,13 +40,7 @@ class Recipe:
 
 WHOLE = ("a whole number", r"\d{1,10}", int)
 NUMBER = ("a number", r"\d+(\.\d+)?(e-\d+)?", float)
-LIMITS = {
-    "seed": (0, 2**32 - 1),
-    "classes": (2, 100),
-    "inputs": (2, 1024),
-    "difficulty": (0.0, 0.9),
-    "latent": (0, 1024),
-}
+LIMITS = {"seed": (0, 2**32 - 1), "classes": (2, 100), "inputs": (2, 1024), "difficulty": (0.0, 0.9)}
 
 
 def parse_name(name: str) -> Recipe:
@@ -77,12 +67,7 @@ def parse_name(name: str) -> Recipe:
                 f"{Recipe().name}"
             )
         given[key] = value
-    recipe = Recipe(**given)  # type: ignore[arg-type]  # the loop gave every key its own type
-    if recipe.latent >= recipe.inputs:
-        raise UserError(
-            f"task.dataset: got latent={recipe.latent} in {name!r}; allowed: below its {recipe.inputs} inputs, or 0"
-        )
-    return recipe
+    return Recipe(**given)  # type: ignore[arg-type]  # the loop gave every key its own type
 
 
 def _posterior(noise: Tensor, picked: Tensor, means: Tensor, deviation: float) -> Tensor:
@@ -123,16 +108,10 @@ def generate(recipe: Recipe) -> DataSet:
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     num_samples, num_clusters = sum(MOST_SAMPLES.values()), recipe.classes * MODES
-    num_latent = recipe.latent or recipe.inputs
-    means = torch.randn(num_clusters, num_latent, generator=generator, dtype=torch.float64)
+    means = torch.randn(num_clusters, recipe.inputs, generator=generator, dtype=torch.float64)
     picked = torch.randint(num_clusters, (num_samples,), generator=generator)  # [S]
-    noise = torch.randn(num_samples, num_latent, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_samples, recipe.inputs, generator=generator, dtype=torch.float64)
     deviation = _find_deviation(recipe, noise, picked, means)
     splits = splits_in_order(MOST_SAMPLES["train"] + MOST_SAMPLES["validation"], MOST_SAMPLES["test"])
-    samples = means[picked] + deviation * noise  # [S, num_latent]
-    if recipe.latent:
-        mixture = torch.randn(num_latent, recipe.inputs, generator=generator, dtype=torch.float64)
-        # One to one, because there are more inputs than dimensions, so the best possible accuracy stays the same.
-        samples = torch.tanh(samples @ mixture / math.sqrt(num_latent * (1.0 + deviation**2)))  # [S, inputs]
-    inputs = standardise(samples, splits["train"])
+    inputs = standardise(means[picked] + deviation * noise, splits["train"])
     return DataSet(recipe.name, inputs, picked // MODES, recipe.classes, splits)

@@ -33,7 +33,11 @@ def small(profile_file: Path) -> ExperimentConfig:
         cost=CostConfig(profile=str(profile_file)),
         search=SearchConfig(3, 4, 2, 4),
         planning=PlanningConfig(
-            num_wide=6, num_rounds=2, tasks_per_round=4, surrogate=SurrogateConfig(2, 8, 8, num_steps=3)
+            num_decisions=2,
+            num_wide=6,
+            num_rounds=2,
+            tasks_per_round=4,
+            surrogate=SurrogateConfig(2, 8, 8, num_steps=3),
         ),
         ppo=PPOConfig(num_students=6, num_iterations=2, batch_size=9, num_epochs=1, hidden=8, num_gate_tasks=4),
         comparison=ComparisonConfig(8, (0.6, 0.9)),

@@ -12,7 +12,7 @@ from rlkd.envs.plan import EXIT, ControlPlan
 from rlkd.errors import UserError
 from rlkd.students import TrainConfig
 
-QUICK = PlanningConfig(num_wide=12, num_rounds=2, tasks_per_round=8, surrogate=SurrogateConfig(2, 8, 8, num_steps=3))
+QUICK = PlanningConfig((0.0, 0.25, 0.5), 2, 12, 2, 8, surrogate=SurrogateConfig(2, 8, 8, num_steps=3))
 PLAN = ControlPlan((0.0, 0.5), torch.full((2, 9), 0.5))
 SEEDS = [11, 12, 13]
 

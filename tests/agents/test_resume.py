@@ -72,7 +72,7 @@ def small(profile_file: Path) -> ExperimentConfig:
         train=TrainConfig(2, 8),
         cost=CostConfig(profile=str(profile_file)),
         search=SearchConfig(6, 2, 2, 2),
-        planning=PlanningConfig(num_wide=4, num_rounds=2, tasks_per_round=4, surrogate=SurrogateConfig(num_steps=3)),
+        planning=PlanningConfig((0.0, 0.5), 2, 4, 2, 4, surrogate=SurrogateConfig(num_steps=3)),
         ppo=PPOConfig(num_students=4, num_iterations=4, batch_size=4, num_epochs=1, hidden=8),
         comparison=ComparisonConfig(2, (0.6,)),
     )

@@ -70,7 +70,7 @@ def test_the_first_network_sees_the_task_alone_and_later_ones_the_training_too()
 def test_figures_are_clipped_so_that_a_strange_student_is_as_the_strangest_known() -> None:
     first, seen = PLAN.networks[0], observations(1)
     column = OBSERVATIONS.index("latency_saving_exit")
-    place = phase_inputs(0).index("mean_width")
+    place = phase_inputs(0).index("latency_saving_exit")
     limit = first.mean[place] + CLIP * first.deviation[place]
     far, farther = seen.clone(), seen.clone()
     far[0, column], farther[0, column] = limit + 1.0, limit + 100.0

@@ -34,7 +34,7 @@ def test_names_have_one_full_spelling() -> None:
     ("rest", "says"),
     [
         ("", "allowed: generated:key=value"),
-        ("noise=1", "seed, classes, inputs, difficulty, latent once at most"),
+        ("noise=1", "seed, classes, inputs, difficulty once at most"),
         ("seed=1,seed=2", "once at most"),
         ("seed=1,", "once at most"),
         ("seed", "got seed=''"),
@@ -47,8 +47,6 @@ def test_names_have_one_full_spelling() -> None:
         ("difficulty=0.1_5", r"a number from 0\.0 to 0\.9"),
         ("difficulty=nan", r"a number from 0\.0 to 0\.9"),
         ("difficulty=hard", r"a number from 0\.0 to 0\.9"),
-        ("inputs=12,latent=12", "latent=12 .* below its 12 inputs, or 0"),
-        ("latent=-1", "a whole number from 0 to 1024"),
     ],
 )
 def test_other_names_are_refused_in_one_line(rest: str, says: str) -> None:
@@ -89,35 +87,3 @@ def test_classes_are_about_equally_common_and_inputs_bounded() -> None:
     assert data.inputs.abs().max() <= 4
     assert data.inputs[data.splits["train"]].double().std(0).sub(1).abs().max() < 0.02
     assert MODES > 1
-
-
-def test_inputs_of_few_latent_dimensions_can_stand_for_one_another() -> None:
-    plain, bent = (
-        load_dataset(f"generated:seed=4,classes=4,inputs=30,difficulty=0.1{end}") for end in ("", ",latent=3")
-    )
-    assert bent.name.endswith("difficulty=0.1,latent=3")
-    assert "latent" not in plain.name
-    shares, left = [], []
-    for data in (plain, bent):
-        inputs = data.inputs.double() - data.inputs.double().mean(0)
-        variances = torch.linalg.svdvals(inputs).square()
-        shares.append(float(variances[:3].sum() / variances.sum()))
-        known, rest = inputs[:, :10], inputs[:, 10:]
-        unexplained = rest - known @ torch.linalg.lstsq(known, rest).solution
-        left.append(float(unexplained.square().mean() / rest.square().mean()))
-    assert shares[0] < 0.5 < 0.9 < shares[1]
-    assert left[1] < 0.1 < left[0]  # ten inputs tell what the other twenty are
-    assert bent.inputs.std(0).sub(1).abs().max() < 0.1
-
-
-def test_bending_leaves_the_best_accuracy_as_it_was() -> None:
-    recipe = Recipe(seed=2, classes=4, inputs=24, difficulty=0.2, latent=3)
-    data, g = generate(recipe), torch.Generator().manual_seed(recipe.seed)
-    torch.randn(recipe.classes * MODES, 3, generator=g, dtype=torch.float64)
-    picked = torch.randint(recipe.classes * MODES, (5000,), generator=g)
-    assert torch.equal(picked // MODES, data.labels)
-    train, test = data.splits["train"], data.splits["test"]
-    distance = torch.cdist(data.inputs[test].double(), data.inputs[train].double())  # neighbours in the bent space
-    votes = data.labels[train][distance.topk(25, largest=False).indices]  # [S_test, 25]
-    hits = (votes.mode(1).values == data.labels[test]).float().mean().item()
-    assert hits == pytest.approx(recipe.best_accuracy, abs=0.04)
