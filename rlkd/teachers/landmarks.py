@@ -83,5 +83,5 @@ def _accuracy(weights: Tensor, directions: dict[int, Tensor], data: Labelled, ta
     for teacher, along in directions.items():
         rows = torch.tensor([i for i, task in enumerate(tasks) if task.teacher == teacher], dtype=torch.int64)
         answers = (along[validation, : weights.shape[1]] @ weights[rows]).argmax(-1)  # [n, V]
-        reached[rows] = (answers == truth).float().mean(-1)
+        reached[rows] = (answers == truth).to(reached).mean(-1)
     return reached
