@@ -10,11 +10,11 @@ from rlkd.teachers.landmarks import FEW, LANDMARKS, RIDGE, landmarks
 NUM_FEATURES = 12
 
 
-def make_data() -> tuple[DataSet, Tensor, Tensor]:
+def make_data(spread: float = 0.5) -> tuple[DataSet, Tensor, Tensor]:
     """Three classes around centres; one teacher that knows them and one that answers at random."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (300,), generator=g)
-    features = torch.randn(3, NUM_FEATURES, generator=g)[labels] + 0.5 * torch.randn(300, NUM_FEATURES, generator=g)
+    features = torch.randn(3, NUM_FEATURES, generator=g)[labels] + spread * torch.randn(300, NUM_FEATURES, generator=g)
     good = 5.0 * torch.nn.functional.one_hot(labels, 3).float()
     poor = torch.randn(300, 3, generator=g)
     splits = {"train": torch.arange(150), "validation": torch.arange(150, 225), "test": torch.arange(225, 300)}
@@ -44,7 +44,7 @@ def test_they_tell_good_labels_and_good_teachers_from_poor_ones() -> None:
 
 
 def test_a_task_has_the_same_landmarks_alone_and_beside_longer_ones() -> None:
-    data, logits, features = make_data()
+    data, logits, features = make_data(2.0)
     tasks = [make_task(data, 20, noise=0.4), make_task(data, 150, teacher=1), make_task(data, 61)]
     together = landmarks(logits, features, data, tasks)
     alone = torch.cat([landmarks(logits, features, data, [task]) for task in tasks])
@@ -52,7 +52,7 @@ def test_a_task_has_the_same_landmarks_alone_and_beside_longer_ones() -> None:
 
 
 def test_no_shift_scale_or_rotation_of_the_features_changes_them() -> None:
-    data, logits, features = make_data()
+    data, logits, features = make_data(2.0)
     tasks = [make_task(data, 60, noise=0.3), make_task(data, 90, teacher=1)]
     rotation, _ = torch.linalg.qr(torch.randn(NUM_FEATURES, NUM_FEATURES, generator=torch.Generator().manual_seed(4)))
     other = 7.0 * features @ rotation + 3.0
@@ -60,7 +60,7 @@ def test_no_shift_scale_or_rotation_of_the_features_changes_them() -> None:
 
 
 def test_the_first_is_ridge_regression_on_centred_features() -> None:
-    data, logits, features = make_data()
+    data, logits, features = make_data(2.0)
     task = make_task(data, 40, noise=0.5)
     x = features[0].double() - features[0, :150].double().mean(0)
     x = torch.cat([torch.ones(300, 1), x / x[:150].square().mean().sqrt()], dim=1)
@@ -71,7 +71,7 @@ def test_the_first_is_ridge_regression_on_centred_features() -> None:
 
 
 def test_more_directions_tell_more_and_test_samples_tell_nothing() -> None:
-    data, logits, features = make_data()
+    data, logits, features = make_data(2.0)
     task = make_task(data, 150)
     reached = landmarks(logits, features, data, [task])[0]
     assert len(FEW) == 2
