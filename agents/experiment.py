@@ -137,7 +137,7 @@ def plan_ahead(
     lines = JsonLines(folder / "planning.jsonl", journal)
 
     def on_round(done: Round) -> None:
-        lines.write({"round": done.number, "num_trainings": done.num_trainings, **done.figures})
+        lines.write({"round": done.number, "num_trainings": done.num_trainings, "world": done.world, **done.figures})
         if not journal.replaying:
             tb.record_round(logger, done)
         progress.figures(score=done.figures["score"], accuracy=done.figures["accuracy"])

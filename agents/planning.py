@@ -80,6 +80,7 @@ class Round:
 
     number: int
     num_trainings: int
+    world: int  # whose tasks they were; 0 is the main data set and student
     figures: dict[str, float]
 
 
@@ -118,7 +119,8 @@ def learn_plan(
     assert trained is not None
     for number in range(config.num_rounds):
         figures = [phase.fit(trained) for phase in phases]
-        world = worlds[next(turns)]
+        turn = next(turns)
+        world = worlds[turn]
         done = number / max(1, config.num_rounds - 1)
         noise = config.first_noise + (config.last_noise - config.first_noise) * done
         parts = []
@@ -128,7 +130,7 @@ def learn_plan(
             parts.append(train_batch(world, plan, config.num_decisions, seeds, decide, on_window, journal))
         for batch in parts:
             trained = trained.join(batch)
-        on_round(Round(number + 1, len(trained.terms), _summary(parts, figures)))
+        on_round(Round(number + 1, len(trained.terms), turn, _summary(parts, figures)))
     for phase in phases:
         phase.fit(trained)
     return ControlPlan(config.starts, plan.settings, tuple(phase.network() for phase in phases))

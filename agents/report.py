@@ -116,6 +116,8 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
 def _against(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Values of `tag` over student trainings where the run counts them, else over its own steps."""
     steps, values = run.scalars.get(tag, ([], []))
+    if tag.startswith("planning/"):
+        return np.array(steps), np.array(values)  # their steps are trainings
     trainings = dict(zip(*run.scalars.get("student/num_trainings", ([], [])), strict=True))
     return np.array([trainings.get(s, s) for s in steps]), np.array(values)
 
@@ -125,6 +127,7 @@ def _grid(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.25)
+    axis.locator_params(axis="x", nbins=5)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -136,14 +139,19 @@ def _progress_name(runs: list[Run]) -> str:
 
 
 def reward_curves(runs: list[Run]) -> Figure:
-    """Return of an episode, and score and accuracy of the students at its end, one line a run."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    panels = (
+    """Return of an episode, and score and accuracy of the students at its end, one line a run.
+
+    Where a plan was learned a panel in front shows the scores of its trainings, exploration and all, on the main data.
+    """
+    panels = [
         ("reward/return", "return (gain in J, validation)", "J"),
         ("student/score", "final score (validation)", "J"),
         ("student/accuracy", "final accuracy (validation)", "share of samples"),
-    )
+    ]
+    if any("planning/score" in run.scalars for run in runs):
+        panels.insert(0, ("planning/score", "while planning: final score (validation)", "J"))
+    figure = Figure(figsize=(3.7 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for axis, (tag, title, unit) in zip(axes, panels, strict=True):
         for i, run in enumerate(runs):
             x, y = _against(run, tag)
@@ -152,8 +160,8 @@ def reward_curves(runs: list[Run]) -> Figure:
         _grid(axis, title, _progress_name(runs), unit)
         if not axis.lines:
             axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
-    if axes[1].lines:
-        axes[1].legend(fontsize=8, frameon=False)
+    if axes[-2].lines:
+        axes[-2].legend(fontsize=8, frameon=False)
     return figure
 
 

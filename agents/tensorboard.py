@@ -41,9 +41,10 @@ def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> No
 
 
 def record_round(logger: Logger, done: Round) -> None:
-    """Figures of one round of planning under `planning/`, against the trainings so far."""
+    """Figures of one round of planning against the trainings so far, under `planning/`, other worlds' apart."""
+    part = "planning" if done.world == 0 else "planning_also"
     for name, value in done.figures.items():
-        _writer(logger).add_scalar(f"planning/{name}", value, done.num_trainings)
+        _writer(logger).add_scalar(f"{part}/{name}", value, done.num_trainings)
 
 
 def write_config(logger: Logger, config: Any) -> None:

@@ -67,6 +67,7 @@ def test_a_plan_is_learned_from_the_trainings_that_were_counted(quick: World) ->
     )
     assert sum(windows) == quick.config.num_windows * QUICK.num_trainings == 4 * (12 + 2 * 8)
     assert [r.num_trainings for r in rounds] == [20, 28]
+    assert [r.world for r in rounds] == [0, 0]
     assert {"score", "accuracy", "critic_error_0", "promised_score_1"} <= set(rounds[0].figures)
     assert [network.phase for network in plan.networks] == [0, 1]
     seen = torch.rand(6, len(OBSERVATIONS), generator=torch.Generator().manual_seed(1))
@@ -77,6 +78,15 @@ def test_a_plan_is_learned_from_the_trainings_that_were_counted(quick: World) ->
         [quick], QUICK, torch.full((9,), 0.4), torch.Generator().manual_seed(0), lambda n: None, lambda r: None
     )
     assert all(torch.equal(a, b) for a, b in zip(plan.tensors().values(), again.tensors().values(), strict=True))
+
+
+def test_a_round_tells_whose_tasks_it_trained(quick: World) -> None:
+    rounds = []
+    config = dataclasses.replace(QUICK, num_rounds=4, main_share=0.5)
+    start, generator = torch.full((9,), 0.4), torch.Generator().manual_seed(0)
+    learn_plan([quick, quick], config, start, generator, lambda n: None, rounds.append)
+    assert [r.world for r in rounds] == list(islice(_turns(2, 0.5), 1, 5))  # the first turn was the wide trainings'
+    assert {r.world for r in rounds} == {0, 1}
 
 
 def test_turns_give_the_first_world_its_share_and_the_others_the_rest_evenly() -> None:

@@ -8,7 +8,9 @@ from matplotlib.image import imread
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from rlkd.agents.report import read_run, write_report
+from rlkd.agents.planning import Round
+from rlkd.agents.report import read_run, reward_curves, write_report
+from rlkd.agents.tensorboard import new_logger, record_round
 from rlkd.errors import UserError
 
 
@@ -49,6 +51,19 @@ def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
     assert "run &amp; &lt;b&gt;" in text
     assert "+0.0421" in text
     assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
+
+
+def test_the_plans_trainings_on_the_main_data_have_a_panel_of_their_own(folder: Path) -> None:
+    assert len(reward_curves([read_run(folder)]).axes) == 3
+    logger = new_logger(folder / "tensorboard")
+    for number, world, score in ((1, 0, 0.5), (2, 1, 0.2), (3, 0, 0.7)):
+        record_round(logger, Round(number, number, world, {"score": score}))
+    logger.close()
+    first, *rest = reward_curves([read_run(folder)]).axes
+    assert len(rest) == 3
+    (line,) = first.lines
+    assert list(line.get_xdata()) == [1, 3]  # trainings as they are, and not the round of another world
+    assert list(line.get_ydata()) == pytest.approx([0.5, 0.7])
 
 
 def test_a_run_without_a_result_is_drawn_and_says_so(folder: Path, tmp_path: Path) -> None:
