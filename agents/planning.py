@@ -2,7 +2,8 @@
 
 The first trainings follow widely scattered settings. After that half of every round goes to tasks on which the
 critic's members disagree most, half of the students follow an explorer instead of the actor, and all get noise that
-shrinks. Three in ten keep what was decided at the beginning: the first decision is judged by what it leads to alone.
+shrinks. Where a plan is decided more than once, three in ten keep what was decided at the beginning: the first decision is
+judged by what it leads to alone.
 """
 
 import math
@@ -39,8 +40,8 @@ class PlanningConfig:
     """Phases at whose beginning the rest of the plan is decided anew."""
     num_wide: int = 1024
     """Trainings under widely scattered settings before the first round."""
-    num_rounds: int = 40
-    tasks_per_round: int = 256
+    num_rounds: int = 108
+    tasks_per_round: int = 128
     first_noise: float = 0.25
     """Standard deviation of the noise on settings in the first round."""
     last_noise: float = 0.08
@@ -49,7 +50,7 @@ class PlanningConfig:
     """Share of students whose exit is drawn at random."""
     explorers: float = 0.5
     """Share of students that follow an explorer."""
-    main_share: float = 0.5
+    main_share: float = 0.65
     """Share of the trainings that the first data set gets when there are several."""
     surrogate: SurrogateConfig = field(default_factory=SurrogateConfig)
 

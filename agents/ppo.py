@@ -38,7 +38,7 @@ class PPOConfig:
     """Students in lock-step."""
     group_size: int = 1
     """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
-    num_iterations: int = 24
+    num_iterations: int = 12
     """Rollouts of one episode a student, each followed by an update of the policy."""
     learning_rate: float = 1e-3
     """Adam's step size for policy and value function; falls linearly to a tenth."""

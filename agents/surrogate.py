@@ -8,7 +8,7 @@ exact expectation over the kinds of exit, which have no gradient between them. B
 of the critic each: what they propose is best under a model that the trainings still allow (Thompson sampling).
 
 This is a deterministic actor and an ensemble critic (Silver et al. 2014; Osband et al. 2016) for a contextual bandit
-with two decisions an episode, not a temporal-difference method: every decision is judged by the end it led to.
+with one decision an episode, or a few, not a temporal-difference method: every decision is judged by the end it led to.
 """
 
 import itertools

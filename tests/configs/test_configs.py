@@ -37,7 +37,7 @@ def test_comparisons_parse_and_are_possible(name: str) -> None:
 def test_the_default_config_is_the_default_on_more_data_sets() -> None:
     config, _ = parse(new_parser("train", "", [""]), ["--config", "default"], ExperimentConfig)
     assert isinstance(config, ExperimentConfig)
-    assert len(config.also) == 5
+    assert len(config.also) == 11
     assert replace(config, also=()) == ExperimentConfig()
 
 
