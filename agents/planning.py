@@ -2,8 +2,8 @@
 
 The first trainings follow widely scattered settings. After that half of every round goes to tasks on which the
 critic's members disagree most, half of the students follow an explorer instead of the actor, and all get noise that
-shrinks. Where a plan is decided more than once, three in ten keep what was decided at the beginning: the first decision is
-judged by what it leads to alone.
+shrinks. Where a plan is decided more than once, three in ten keep what was decided at the beginning: the first decision
+is judged by what it leads to alone.
 """
 
 import math
