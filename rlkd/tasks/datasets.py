@@ -5,13 +5,15 @@ The split depends on the data set alone, never on a run's seed: whatever is tune
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from torch import Tensor
 
 from rlkd.errors import UserError
 from rlkd.tasks import files, generated
-from rlkd.tasks.samples import SPLIT_SEED, DataSet
+from rlkd.tasks.samples import SPLIT_SEED, DataSet, Split, standardise
 
 
 def _digits() -> DataSet:
@@ -22,6 +24,27 @@ def _digits() -> DataSet:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, validation, test = order[:897], order[897:1347], order[1347:]
     return DataSet("digits", inputs, labels, 10, {"train": train, "validation": validation, "test": test})
+
+
+def _breast_cancer() -> DataSet:
+    """scikit-learn's bundled tumours (Street et al. 1993), 30 features, 2 classes: 284 / 142 / 143 samples."""
+    return _bundled_table("breast_cancer", load_breast_cancer())
+
+
+def _wine() -> DataSet:
+    """scikit-learn's bundled wines (Aeberhard & Forina 1991), 13 features, 3 classes: 89 / 44 / 45 samples."""
+    return _bundled_table("wine", load_wine())
+
+
+def _bundled_table(name: str, bunch: Any) -> DataSet:
+    """Half of the rows train, a quarter each validate and test; features standardised by the train split."""
+    labels = torch.from_numpy(bunch.target).long()  # [S]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    half, quarter = len(labels) // 2, len(labels) // 4
+    train, validation, test = order[:half], order[half : half + quarter], order[half + quarter :]
+    inputs = standardise(torch.from_numpy(bunch.data), train)  # [S, D]
+    splits: dict[Split, Tensor] = {"train": train, "validation": validation, "test": test}
+    return DataSet(name, inputs, labels, len(bunch.target_names), splits)
 
 
 def _fashion_mnist() -> DataSet:
@@ -63,6 +86,8 @@ def _generated() -> DataSet:
 
 DATASETS: dict[str, Callable[[], DataSet]] = {
     "digits": _digits,
+    "breast_cancer": _breast_cancer,
+    "wine": _wine,
     "fashion_mnist": _fashion_mnist,
     "fashion_mnist_8x8": _fashion_mnist_8x8,
     "fashion_mnist_28x28": _fashion_mnist_28x28,

@@ -68,7 +68,7 @@ def test_impossible_distributions_are_named() -> None:
 
 
 def test_an_unknown_data_set_is_named() -> None:
-    with pytest.raises(UserError, match=r"got 'mnist'; allowed: digits"):
+    with pytest.raises(UserError, match=r"got 'mnist'; allowed: breast_cancer, digits"):
         load_dataset("mnist")
 
 
@@ -147,3 +147,20 @@ def test_further_teachers_change_nothing_else() -> None:
 def test_no_teacher_is_refused() -> None:
     with pytest.raises(UserError, match=r"task\.num_teachers: got low 0, high 1"):
         TaskDistribution(num_teachers=Range(0.0, 1.0)).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "num_features", "num_classes"),
+    [("breast_cancer", (284, 142, 143), 30, 2), ("wine", (89, 44, 45), 13, 3)],
+)
+def test_bundled_tables_are_cut_once_and_standardised_by_their_train_split(
+    name: str, sizes: tuple[int, int, int], num_features: int, num_classes: int
+) -> None:
+    data = load_dataset(name)
+    assert tuple(len(data.splits[split]) for split in ("train", "validation", "test")) == sizes
+    assert torch.cat(list(data.splits.values())).unique().numel() == len(data.labels) == sum(sizes)
+    assert data.inputs.shape == (sum(sizes), num_features)
+    assert data.labels.unique().tolist() == list(range(num_classes))
+    assert data.inputs[data.splits["train"]].mean(0).abs().max() < 0.1
+    other = data.inputs[data.splits["test"]].mean(0).abs().max()
+    assert other > data.inputs[data.splits["train"]].mean(0).abs().max()  # test samples shaped nothing
