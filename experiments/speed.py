@@ -91,7 +91,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"Command: `python experiments/speed.py RUN/policy`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}, {len(SEEDS)} seeds.",
         f"An MLP with widths {list(WIDTHS)} and one exit, 180 updates. Dense: whole, under the published fixed setting. Compacted: replay of the policy (learned on",
-        f"MLPs of at most 96 units, digits and generated data alone) at accuracy weight {ACCURACY_WEIGHT}, physically cut. Latencies: medians over seeds of medians over interleaved rounds (lowest to highest seed).",
+        f"MLPs of at most 128 units, digits and generated data alone) at accuracy weight {ACCURACY_WEIGHT}, physically cut. Latencies: medians over seeds of medians over interleaved rounds (lowest to highest seed).",
         "",
         "| data set | teacher | dense accuracy | compacted accuracy | share of dense (95 %) | MACs kept (most) | batch 1 | batch 64 | batch 1024 |",
         "|---|---|---|---|---|---|---|---|---|",
