@@ -41,9 +41,9 @@ def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> No
 
 
 def record_round(logger: Logger, done: Round) -> None:
-    """Figures of one round of planning against the trainings so far, under `planning/`, other worlds' apart."""
-    part = "planning" if done.world == 0 else "planning_also"
+    """Figures of one round of planning under `planning/`; students of other worlds apart."""
     for name, value in done.figures.items():
+        part = "planning_also" if done.world > 0 and name in _STUDENT else "planning"  # fits are to all trainings
         _writer(logger).add_scalar(f"{part}/{name}", value, done.num_trainings)
 
 

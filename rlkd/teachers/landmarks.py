@@ -18,7 +18,8 @@ from rlkd.tasks import Labelled, Task
 LANDMARKS = ("labels", "teacher", "both", "both_4", "both_10")
 FEW = (4, 10)  # principal directions
 RIDGE = 30.0  # samples that the penalty weighs as much as, at features of mean square one
-MAX_SAMPLES = 4096  # of a task; more would not change an accuracy by much
+MAX_SAMPLES = 4096  # of a task and of a split; more would not change an accuracy by much
+MAX_FEATURES = 1024  # the last ones, nearest to the answers; solving takes the cube of their number
 NUM_TOGETHER = 128  # tasks solved at once
 
 
@@ -40,31 +41,55 @@ def landmarks(logits: Tensor, features: Tensor, data: Labelled, tasks: Sequence[
         counts = [len(task.teachers) for task in tasks]
         reached = torch.split(landmarks(logits, features, data, each), counts)
         return torch.stack([of_one.mean(0) for of_one in reached])
+    train, validation = (data.splits[split][:MAX_SAMPLES] for split in ("train", "validation"))
+    rows = torch.unique(torch.cat([train, validation, *(task.samples[:MAX_SAMPLES] for task in tasks)]))  # [R]
     used = sorted({task.teacher for task in tasks})
-    directions = {teacher: _directions(features[teacher], data.splits["train"]) for teacher in used}
-    parts = [tasks[i : i + NUM_TOGETHER] for i in range(0, len(tasks), NUM_TOGETHER)]
-    return torch.cat([_solve(logits, directions, data, part) for part in parts])
+    directions = {teacher: _directions(features[teacher, rows], torch.searchsorted(rows, train)) for teacher in used}
+    known = _Known(logits, directions, rows, validation, data.labels, data.num_classes)
+    return torch.cat([_solve(known, tasks[i : i + NUM_TOGETHER]) for i in range(0, len(tasks), NUM_TOGETHER)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What all tasks share. Samples are looked up by their place in `rows`."""
+
+    logits: Tensor  # [T, S, C]
+    directions: dict[int, Tensor]  # by teacher, [R, 1 + F]
+    rows: Tensor  # [R] int64, ascending: the samples that count
+    validation: Tensor  # [V] int64
+    labels: Tensor  # [S]
+    num_classes: int
+
+    def inputs(self, teacher: int, samples: Tensor) -> Tensor:
+        """[B, 1 + F], of samples [B] among `rows`."""
+        return self.directions[teacher][torch.searchsorted(self.rows, samples)]
 
 
 def _directions(features: Tensor, train: Tensor) -> Tensor:
-    """[S, 1 + F]: a constant, then centred features at mean square one along their principal directions."""
-    centred = features.double() - features[train].double().mean(0)
+    """[R, 1 + F]: a constant, then centred features at mean square one along their principal directions.
+
+    A teacher may overflow on some sample; that is for the training to find, and reads as 0 here.
+    """
+    numbers = features[:, -MAX_FEATURES:].double().nan_to_num(0.0, 0.0, 0.0)
+    centred = numbers - numbers[train].mean(0)
     centred = centred / centred[train].square().mean().sqrt().clamp_min(1e-8)
     _, vectors = torch.linalg.eigh(centred[train].T @ centred[train])  # ascending
     along = (centred @ vectors.flip(1)).float()
     return torch.cat([torch.ones(len(along), 1), along], dim=1)
 
 
-def _solve(logits: Tensor, directions: dict[int, Tensor], data: Labelled, tasks: Sequence[Task]) -> Tensor:
+def _solve(known: _Known, tasks: Sequence[Task]) -> Tensor:
+    """[N, 5] of some tasks at once."""
     samples = [task.samples[:MAX_SAMPLES] for task in tasks]
-    most, num_classes = max(len(s) for s in samples), data.num_classes
-    size = next(iter(directions.values())).shape[1]
+    most, num_classes = max(len(s) for s in samples), known.num_classes
+    size = next(iter(known.directions.values())).shape[1]
     inputs = torch.zeros(len(tasks), most, size)  # rows beyond a task's samples stay zero and so do not count
     targets = torch.zeros(len(tasks), most, 2 * num_classes)
     for row, (task, seen) in enumerate(zip(tasks, samples, strict=True)):
-        inputs[row, : len(seen)] = directions[task.teacher][seen]
+        inputs[row, : len(seen)] = known.inputs(task.teacher, seen)
         given = F.one_hot(task.labels[: len(seen)], num_classes).float()
-        targets[row, : len(seen)] = torch.cat([given, logits[task.teacher, seen].softmax(-1)], dim=-1)
+        answers = known.logits[task.teacher, seen].softmax(-1).nan_to_num(0.0)
+        targets[row, : len(seen)] = torch.cat([given, answers], dim=-1)
     gram = inputs.transpose(1, 2) @ inputs + RIDGE * torch.eye(size)  # [N, 1 + F, 1 + F]
     moments = inputs.transpose(1, 2) @ targets  # [N, 1 + F, 2C]
     columns: list[Tensor] = []
@@ -72,16 +97,15 @@ def _solve(logits: Tensor, directions: dict[int, Tensor], data: Labelled, tasks:
         weights = torch.linalg.solve(gram[:, :kept, :kept], moments[:, :kept])  # [N, kept, 2C]
         labels, teacher = weights.split(num_classes, dim=-1)
         kinds = (labels, teacher, labels + teacher) if kept == size and not columns else (labels + teacher,)
-        columns += [_accuracy(kind, directions, data, tasks) for kind in kinds]
+        columns += [_accuracy(kind, known, tasks) for kind in kinds]
     return torch.stack(columns, dim=-1)
 
 
-def _accuracy(weights: Tensor, directions: dict[int, Tensor], data: Labelled, tasks: Sequence[Task]) -> Tensor:
+def _accuracy(weights: Tensor, known: _Known, tasks: Sequence[Task]) -> Tensor:
     """[N], on validation, of the linear classifiers [N, K, C]."""
-    validation = data.splits["validation"]
-    truth, reached = data.labels[validation], torch.zeros(len(tasks))
-    for teacher, along in directions.items():
+    truth, reached = known.labels[known.validation], torch.zeros(len(tasks))
+    for teacher in {task.teacher for task in tasks}:
         rows = torch.tensor([i for i, task in enumerate(tasks) if task.teacher == teacher], dtype=torch.int64)
-        answers = (along[validation, : weights.shape[1]] @ weights[rows]).argmax(-1)  # [n, V]
-        reached[rows] = (answers == truth).to(reached).mean(-1)
+        along = known.inputs(teacher, known.validation)[:, : weights.shape[1]]  # [V, K]
+        reached[rows] = ((along @ weights[rows]).argmax(-1) == truth).to(reached).mean(-1)
     return reached

@@ -79,3 +79,11 @@ def test_more_directions_tell_more_and_test_samples_tell_nothing() -> None:
     altered = features.clone()
     altered[:, data.splits["test"]] = 1e3
     torch.testing.assert_close(landmarks(logits, altered, data, [task])[0], reached)
+
+
+def test_a_teacher_that_overflows_on_a_sample_is_no_error_here() -> None:
+    data, logits, features = make_data(2.0)
+    task = make_task(data, 60)
+    features[0, task.samples[0], 3] = float("inf")
+    logits[0, task.samples[1]] = float("nan")
+    assert landmarks(logits, features, data, [task]).isfinite().all()
