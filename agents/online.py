@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from rlkd.agents.controllers import Controller
+from rlkd.agents.ppo import begin_unchanged
 from rlkd.agents.replay import window_row
 from rlkd.envs.action import NUM_CONTROLS, change
 from rlkd.envs.episodes import Episodes
@@ -152,8 +153,7 @@ def learn_online(run: OneRun, num_windows: int, config: OnlineAgentConfig, seed:
         seed=seed,
         device="cpu",
     )
-    for parameter in agent.policy.action_net.parameters():
-        torch.nn.init.zeros_(parameter)
+    begin_unchanged(agent)
     agent.policy.log_std.requires_grad_(False)
     if logger is not None:
         agent.set_logger(logger)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from rlkd.agents.controllers import hold_start
 from rlkd.agents.journal import Arrays, Journal, digest, recall
@@ -109,25 +110,32 @@ def observation_figures(
     return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
 
 
-def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> "_ResumablePPO":
-    """SB3's PPO with a zero-initialised head."""
-    agent = _ResumablePPO(
-        "MlpPolicy",
-        env,
-        learning_rate=lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
-        n_steps=num_windows,
-        batch_size=min(config.batch_size, config.num_students * num_windows),
-        n_epochs=config.num_epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
-        ent_coef=config.entropy_weight,
-        policy_kwargs={"net_arch": [config.hidden, config.hidden], "log_std_init": config.initial_log_std},
-        seed=seed,
-        device="cpu",
-    )
+def settings(config: PPOConfig, num_windows: int) -> dict[str, Any]:
+    """What an on-policy algorithm of SB3 is told for updates on whole episodes of `num_windows` decisions."""
+    return {
+        "learning_rate": lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
+        "n_steps": num_windows,
+        "batch_size": min(config.batch_size, config.num_students * num_windows),
+        "n_epochs": config.num_epochs,
+        "gamma": config.gamma,
+        "gae_lambda": config.gae_lambda,
+        "clip_range": config.clip_range,
+        "ent_coef": config.entropy_weight,
+        "policy_kwargs": {"net_arch": [config.hidden, config.hidden], "log_std_init": config.initial_log_std},
+        "device": "cpu",
+    }
+
+
+def begin_unchanged(agent: OnPolicyAlgorithm) -> None:
+    """Zero-initialise the actor's head: its mean action changes nothing until it has learned."""
     for parameter in agent.policy.action_net.parameters():
         torch.nn.init.zeros_(parameter)
+
+
+def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> "_ResumablePPO":
+    """SB3's PPO with a zero-initialised head."""
+    agent = _ResumablePPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
+    begin_unchanged(agent)
     agent.policy.log_std.requires_grad_(False)  # `_Watch` sets it
     return agent
 

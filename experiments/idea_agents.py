@@ -7,7 +7,7 @@ needs besides PPO's own trainings (reference students, rollouts to clone) comes 
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rlkd.agents.controllers import Controller, hold_start, run
 from rlkd.agents.held_out import TRAIN_STREAM, stream_seed
 from rlkd.agents.policy import Policy
-from rlkd.agents.ppo import PPOConfig
+from rlkd.agents.ppo import PPOConfig, begin_unchanged, settings
 from rlkd.envs.action import NUM_CONTROLS, change
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
@@ -213,7 +213,8 @@ def new_agent(
     env = make_env(populations, policy.mean.numpy(), policy.deviation.numpy(), seed)
     algorithm: Any = PPO
     kind: Any = AsymmetricPolicy if variant.privileged else "MlpPolicy"
-    networks: dict[str, Any] = {"net_arch": [config.hidden, config.hidden], "log_std_init": config.initial_log_std}
+    num_windows = worlds[0].config.num_windows
+    told = settings(replace(config, entropy_weight=variant.entropy_weight), num_windows)
     if variant.recurrent:
         try:
             algorithm, kind = importlib.import_module("sb3_contrib").RecurrentPPO, "MlpLstmPolicy"
@@ -221,26 +222,9 @@ def new_agent(
             raise UserError(
                 "--ideas recurrent: sb3-contrib is not installed; pip install it in stable-baselines3's version"
             ) from error
-        networks["lstm_hidden_size"] = LSTM_UNITS
-    num_windows = worlds[0].config.num_windows
-    agent: OnPolicyAlgorithm = algorithm(
-        kind,
-        env,
-        learning_rate=lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
-        n_steps=num_windows,
-        batch_size=min(config.batch_size, config.num_students * num_windows),
-        n_epochs=config.num_epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
-        ent_coef=variant.entropy_weight,
-        target_kl=variant.target_kl,
-        policy_kwargs=networks,
-        seed=seed,
-        device="cpu",
-    )
-    for parameter in agent.policy.action_net.parameters():
-        nn.init.zeros_(parameter)
+        told["policy_kwargs"]["lstm_hidden_size"] = LSTM_UNITS
+    agent: OnPolicyAlgorithm = algorithm(kind, env, target_kl=variant.target_kl, seed=seed, **told)
+    begin_unchanged(agent)
     agent.policy.log_std.requires_grad_(variant.learned_std)
     return agent, env
 

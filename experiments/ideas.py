@@ -191,7 +191,7 @@ def page(entries: Mapping[str, Any]) -> str:
         f"RUN is a run of `rlkd train`, here the one with the policy of sha256 {', '.join(sorted({e['policy_sha256'][:12] for e in entries.values()}))}.",
         f"Every lead is paired: the same {NUM_HELD_OUT} fresh tasks, initial weights and batches; mean difference in J, 95 % bootstrap interval over tasks.",
         f"What changes students is chosen on {NUM_CHOICE} training tasks' validation data and judged on test data of held-out tasks, at two accuracy weights.",
-        "What changes the agent learns changes to the plan on the run's six worlds and is judged as the run's own gate judges PPO: by its gain over the plan on fresh tasks,",
+        "What changes the agent learns changes to the plan on all of the run's worlds and is judged as the run's own gate judges PPO: by its gain over the plan on fresh tasks,",
         f"validation data, preferences drawn. Worth keeping: the interval above 0 in every row of one way, and a lead of at least {WORTH} in one. Costs: the run's cost profiles.",
     ]
     plain = entries.get("plain", {"rows": []})["rows"]
