@@ -3,18 +3,18 @@
 import difflib
 from dataclasses import dataclass, field, fields, replace
 
-from rlkd.agents.methods import METHODS, NEED_POLICY, WEIGH_TEACHERS
-from rlkd.agents.online import OnlineAgentConfig
-from rlkd.agents.planning import PlanningConfig
-from rlkd.agents.ppo import PPOConfig
-from rlkd.agents.search import SearchConfig
+from rlkd.agents.baselines.methods import METHODS, NEED_POLICY, WEIGH_TEACHERS
+from rlkd.agents.baselines.search import SearchConfig
+from rlkd.agents.planner.planning import PlanningConfig
+from rlkd.agents.ppo.online import OnlineAgentConfig
+from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cost import CostConfig
+from rlkd.data import Preference, Range, TaskDistribution, check_dataset
 from rlkd.envs.action import ControlConfig
-from rlkd.envs.world import EnvConfig, check_keep
+from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
-from rlkd.tasks import Preference, Range, TaskDistribution, check_dataset
 from rlkd.teachers import TeacherConfig
 
 
@@ -38,7 +38,7 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
-class WorldConfig:
+class ScenarioConfig:
     """A data set and a student structure."""
 
     dataset: str
@@ -50,7 +50,7 @@ class WorldConfig:
 class ExperimentConfig(EnvConfig):
     """`rlkd train`: learn a policy over a population and compare it on held-out tasks."""
 
-    also: tuple[WorldConfig, ...] = ()
+    also: tuple[ScenarioConfig, ...] = ()
     """Data sets and students that the policy is trained on besides task.dataset and student. PPO's students
     are shared evenly, and planning's as planning.main_share says."""
     task: TaskDistribution = field(default_factory=lambda: TaskDistribution(accuracy_weight=Range(0.3, 0.98)))
@@ -73,19 +73,19 @@ class ExperimentConfig(EnvConfig):
         shares = (len(self.also) + 1) * self.ppo.group_size
         if self.ppo.num_students % shares:
             raise UserError(
-                f"ppo.num_students: got {self.ppo.num_students} for {len(self.also) + 1} worlds and groups of "
+                f"ppo.num_students: got {self.ppo.num_students} for {len(self.also) + 1} scenarios and groups of "
                 f"{self.ppo.group_size}; allowed: multiples of {shares}"
             )
-        for world in self.also:
-            check_dataset(world.dataset)
-            world.student.check()
+        for scenario in self.also:
+            check_dataset(scenario.dataset)
+            scenario.student.check()
 
-    def worlds(self) -> list[EnvConfig]:
+    def scenarios(self) -> list[EnvConfig]:
         """What the policy is trained on: the main data set and student, then those of `also`."""
         shared = {f.name: getattr(self, f.name) for f in fields(EnvConfig)}
         return [
-            EnvConfig(**shared | {"task": replace(self.task, dataset=world.dataset), "student": world.student})
-            for world in (WorldConfig(self.task.dataset, self.student), *self.also)
+            EnvConfig(**shared | {"task": replace(self.task, dataset=scenario.dataset), "student": scenario.student})
+            for scenario in (ScenarioConfig(self.task.dataset, self.student), *self.also)
         ]
 
 

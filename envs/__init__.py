@@ -12,9 +12,9 @@ import gymnasium
 from rlkd.envs.action import CONTROLS, ControlConfig, FlattenAction
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.envs.single import DistillationEnv
 from rlkd.envs.vector import DistillationVectorEnv
-from rlkd.envs.world import EnvConfig, World, build_world
 
 ENV_ID = "rlkd/Distillation-v0"
 
@@ -36,6 +36,6 @@ __all__ = [
     "Episodes",
     "FlattenAction",
     "Outcome",
-    "World",
-    "build_world",
+    "Scenario",
+    "build_scenario",
 ]

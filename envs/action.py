@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkd.errors import UserError
-from rlkd.objectives import FAMILIES
+from rlkd.losses import FAMILIES
 from rlkd.students import Controls
 
 WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a factor of up to e^8, about 3,000

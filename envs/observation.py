@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlkd.cost import Cost
 from rlkd.envs.action import CONTROLS
-from rlkd.objectives import FAMILIES
+from rlkd.losses import FAMILIES
 from rlkd.students import Metrics, Telemetry
 from rlkd.teachers.landmarks import LANDMARKS
 
@@ -74,7 +74,7 @@ def observation_space() -> spaces.Box:
 
 
 @dataclass(frozen=True)
-class TaskFacts:
+class TaskFeatures:
     """What stays the same during an episode. Each [N] unless said otherwise."""
 
     teacher_accuracy: Tensor
@@ -86,7 +86,7 @@ class TaskFacts:
 
 
 def observe(
-    facts: TaskFacts,
+    features: TaskFeatures,
     progress: Tensor,
     position: Tensor,
     temperature: Tensor,
@@ -104,7 +104,7 @@ def observe(
     """[N, len(OBSERVATIONS)] float32 within bounds; non-finite values (of a diverged student) go to the upper bound.
 
     Args:
-        facts: of the tasks.
+        features: of the tasks.
         progress: [N], windows done over windows of the episode.
         position: [N, 9], current controls.
         temperature: [N], of the last window.
@@ -152,22 +152,22 @@ def observe(
         "gradient_cosine": cosine,
         "input_spread": metrics.spread[:, 0],
         "unit_spread": metrics.spread[:, 1],
-        "teacher_accuracy": facts.teacher_accuracy,
-        "teacher_entropy": facts.teacher_entropy,
-        "teacher_label_agreement": facts.teacher_label_agreement,
-        **{f"landmark_{name}": facts.landmarks[:, i] for i, name in enumerate(LANDMARKS)},
+        "teacher_accuracy": features.teacher_accuracy,
+        "teacher_entropy": features.teacher_entropy,
+        "teacher_label_agreement": features.teacher_label_agreement,
+        **{f"landmark_{name}": features.landmarks[:, i] for i, name in enumerate(LANDMARKS)},
         "teacher_agreement": metrics.agreement,
         "divergence": metrics.divergence / chance,
         "capacity_ratio": torch.full((num_students,), math.log10(capacity) / 4),
-        "label_fraction": facts.num_labels / num_train,
-        "labels_per_class": (facts.num_labels / num_classes).clamp_min(1.0).log10() / 4,
+        "label_fraction": features.num_labels / num_train,
+        "labels_per_class": (features.num_labels / num_classes).clamp_min(1.0).log10() / 4,
         "num_classes": torch.full((num_students,), math.log10(num_classes) / 5),
         "mean_width": torch.full((num_students,), math.log10(max(1.0, width)) / 4),
         "num_blocks": torch.full((num_students,), num_blocks / 32),
         **{name: savings[i].expand(num_students) for i, name in enumerate(SAVINGS)},
-        "preference_accuracy": facts.preference[:, 0],
-        "preference_latency": facts.preference[:, 1],
-        "preference_energy": facts.preference[:, 2],
+        "preference_accuracy": features.preference[:, 0],
+        "preference_latency": features.preference[:, 1],
+        "preference_energy": features.preference[:, 2],
         **{f"control_{name}": position[:, i] for i, name in enumerate(CONTROLS)},
     }
     stacked = torch.stack([values[name] for name in OBSERVATIONS], dim=-1).float()  # [N, O]

@@ -30,7 +30,7 @@ class SB3VecEnv(VecEnv):
     """A `VecEnv` of N students with a flat action Box [9]: one or several populations, one after the other.
 
     Observations and actions do not depend on the data set or the student's architecture, so populations of
-    different worlds stand side by side and one agent learns from all of them.
+    different scenarios stand side by side and one agent learns from all of them.
 
     Args:
         envs: the populations; their students are numbered in this order.

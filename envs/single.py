@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rlkd.envs.action import action_space, change, flat_action
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import observation_space
-from rlkd.envs.world import EnvConfig, World, build_world
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 
 Action = dict[str, NDArray[np.float32]]
 MAX_SEED = 2**60
@@ -37,19 +37,19 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
         the student diverges (a parameter or loss is not finite), with J = 0. Never truncated.
 
     Args:
-        config: the environment's parts; `world`, if given, takes its place.
-        world: data, teachers and cost profile, shared between environments.
+        config: the environment's parts; `scenario`, if given, takes its place.
+        scenario: data, teachers and cost profile, shared between environments.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own form
 
     def __init__(
-        self, config: EnvConfig | None = None, world: World | None = None, render_mode: str | None = None
+        self, config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None
     ) -> None:
         if render_mode is not None:
             raise ValueError(f"render_mode: got {render_mode!r}; allowed: None")
-        self._world = world or build_world(config or EnvConfig())
-        self._episodes = Episodes(self._world, 1)
+        self._scenario = scenario or build_scenario(config or EnvConfig())
+        self._episodes = Episodes(self._scenario, 1)
         self.action_space = action_space()  # type: ignore[assignment]
         self.observation_space = observation_space()  # type: ignore[assignment]
 
@@ -65,7 +65,7 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
     def step(self, action: Action) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Move the controls, train one window, evaluate on validation."""
         changes = torch.from_numpy(flat_action(action))[None]  # [1, 9]
-        outcome = self._episodes.step(change(self._episodes.start, changes, self._world.config.controls))
+        outcome = self._episodes.step(change(self._episodes.start, changes, self._scenario.config.controls))
         info = {name: float(values[0]) for name, values in figures(outcome).items()}
         return outcome.observation[0].numpy(), float(outcome.reward[0]), bool(outcome.terminated[0]), False, info
 

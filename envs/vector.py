@@ -14,8 +14,8 @@ from torch import Tensor
 from rlkd.envs.action import action_space, change, flat_action
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import observation_space
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.envs.single import MAX_SEED, Action, figures
-from rlkd.envs.world import EnvConfig, World, build_world
 
 
 class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]):
@@ -34,15 +34,15 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         self,
         num_envs: int = 128,
         config: EnvConfig | None = None,
-        world: World | None = None,
+        scenario: Scenario | None = None,
         render_mode: str | None = None,
     ) -> None:
         if render_mode is not None:
             raise ValueError(f"render_mode: got {render_mode!r}; allowed: None")
         self.num_envs = num_envs
         self.render_mode = None
-        self.world = world or build_world(config or EnvConfig())
-        self.episodes = Episodes(self.world, num_envs)
+        self.scenario = scenario or build_scenario(config or EnvConfig())
+        self.episodes = Episodes(self.scenario, num_envs)
         self.single_action_space = action_space()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.single_observation_space = observation_space()
@@ -77,7 +77,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         self, actions: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """As `step`, with the changes as one array [N, 9] in the order of `CONTROLS`."""
-        controls = self.world.config.controls
+        controls = self.scenario.config.controls
         outcome = self.episodes.step(change(self.episodes.start, torch.from_numpy(actions), controls))
         everyone = np.ones(self.num_envs, dtype=bool)
         info: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         return {"streams": streams, **{f"episodes.{k}": v for k, v in self.episodes.training_state().items()}}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `training_state` of as many students in the same world.
+        """Go on from a `training_state` of as many students in the same scenario.
 
         Raises:
             UserError: as of `Episodes.load_training_state`.

@@ -37,24 +37,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.comparison import compare
-from rlkd.agents.controllers import Controller, Results
-from rlkd.agents.replay_modules import distil_module
-from rlkd.agents.runs import use_one_thread, write_json
+from rlkd.agents.evaluation.comparison import compare
+from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.cost.profile import machine
+from rlkd.data import Preference
+from rlkd.data.anchors import Anchors
+from rlkd.data.tables import ColumnConfig, split_of
 from rlkd.envs.action import ControlConfig, published_setting, with_values
-from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, ModuleWorld, build_module_world
-from rlkd.envs.plan import ControlPlan
+from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.envs.schedule import ControlPlan
 from rlkd.errors import UserError
-from rlkd.models.plan import AttachConfig
-from rlkd.models.pretrained import quiet, transformers
-from rlkd.students.causal import TokenConfig
-from rlkd.students.module import ModuleTrainConfig
-from rlkd.tasks import Preference
-from rlkd.tasks.anchors import Anchors
-from rlkd.tasks.tables import ColumnConfig, split_of
-from rlkd.teachers.token_signals import TokenSignals
+from rlkd.io.records import write_json
+from rlkd.models.real.attachment import AttachConfig
+from rlkd.models.real.pretrained import quiet, transformers
+from rlkd.runs.distil_real import distil_module
+from rlkd.runs.folder import use_one_thread
+from rlkd.students.real.causal import TokenConfig
+from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.teachers.real.token_signals import TokenSignals
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_WORDS = {"train": 200, "validation": 50, "test": 150}  # of every document; about 1.3 tokens a word
@@ -135,12 +136,12 @@ def student_config(teacher: Path, work: Path, width: int, layers: int) -> Path:
     return path
 
 
-def study_config(options: argparse.Namespace, method: str, weight: float) -> ModuleConfig:
+def study_config(options: argparse.Namespace, method: str, weight: float) -> RealConfig:
     """Of one row; all methods share everything but the exit."""
     teacher, table = fetch(options.work)
     student = student_config(teacher, options.work, options.width, options.layers)
     profile = profile_path(student)
-    return ModuleConfig(
+    return RealConfig(
         teacher=str(teacher),
         data=str(table),
         student=str(student),
@@ -156,7 +157,7 @@ def study_config(options: argparse.Namespace, method: str, weight: float) -> Mod
             validation_size=0,  # all: a selection reads its perplexity
         ),
         tokens=TokenConfig(top_k=32, best_perplexity=options.best_perplexity if method == "policy_anchored" else 1.0),
-        cost=ModuleCostConfig(profile=str(profile) if profile.exists() else None),
+        cost=RealCostConfig(profile=str(profile) if profile.exists() else None),
         preference=Preference(weight),
     )
 
@@ -178,12 +179,12 @@ def controller_of(method: str, bundle: Bundle | None, controls: ControlConfig, w
 
 
 @functools.lru_cache(maxsize=1)
-def world_of(config: ModuleConfig, controls: ControlConfig, plan: ControlPlan | None, seed: int) -> ModuleWorld:
+def scenario_of(config: RealConfig, controls: ControlConfig, plan: ControlPlan | None, seed: int) -> RealScenario:
     """The last one is kept: methods that differ in their controller alone share it."""
-    world = build_module_world(config, controls, plan, seed)
+    scenario = build_real_scenario(config, controls, plan, seed)
     if config.cost.profile is None:  # one student, one speed: the rows that follow are scored by the same profile
-        world.profile.save(profile_path(Path(config.student)))
-    return world
+        scenario.profile.save(profile_path(Path(config.student)))
+    return scenario
 
 
 def profile_path(student: Path) -> Path:
@@ -199,13 +200,13 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
     began, cpu = time.perf_counter(), time.process_time()
     config = study_config(options, method, weight)
     controls = ControlConfig() if bundle is None else bundle.policy.controls
-    world = world_of(config, controls, None if bundle is None else bundle.policy.plan, seed)
+    scenario = scenario_of(config, controls, None if bundle is None else bundle.policy.plan, seed)
     windows: list[dict[str, float]] = []
     done = distil_module(
-        world, controller_of(method, bundle, controls, weight), seed, lambda row, _: windows.append(row)
+        scenario, controller_of(method, bundle, controls, weight), seed, lambda row, _: windows.append(row)
     )
-    own, common = done.figures["accuracy"], Anchors(world.data.num_classes, 1.0)
-    accuracy = float(common.quality(torch.tensor(anchors_of(world).perplexity(own)).log()))
+    own, common = done.figures["accuracy"], Anchors(scenario.data.num_classes, 1.0)
+    accuracy = float(common.quality(torch.tensor(anchors_of(scenario).perplexity(own)).log()))
     figures = {
         **done.figures,
         "accuracy": accuracy,
@@ -217,13 +218,13 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
         "accuracy_weight": weight,
         "seed": seed,
         "figures": figures,
-        "validation_perplexity": validation_perplexity(world, windows),
+        "validation_perplexity": validation_perplexity(scenario, windows),
         "measured": done.measured,
         "windows": windows,
         "policy_sha256": None if bundle is None or method not in NEED_POLICY else bundle.digest,
         "wall_s": time.perf_counter() - began,
         "cpu_s": time.process_time() - cpu,
-        "about": about(world, options),
+        "about": about(scenario, options),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, row)
@@ -233,25 +234,25 @@ def run_row(options: argparse.Namespace, method: str, weight: float, seed: int, 
     )
 
 
-def validation_perplexity(world: ModuleWorld, windows: list[dict[str, float]]) -> float:
+def validation_perplexity(scenario: RealScenario, windows: list[dict[str, float]]) -> float:
     """Of the student as the last window left it; what a selection would look at."""
-    return anchors_of(world).perplexity(windows[-1]["accuracy"])
+    return anchors_of(scenario).perplexity(windows[-1]["accuracy"])
 
 
-def anchors_of(world: ModuleWorld) -> Anchors:
+def anchors_of(scenario: RealScenario) -> Anchors:
     """What accuracy is measured between."""
-    assert isinstance(world.signals, TokenSignals)
-    return world.signals.anchors
+    assert isinstance(scenario.signals, TokenSignals)
+    return scenario.signals.anchors
 
 
-def about(world: ModuleWorld, options: argparse.Namespace) -> dict[str, Any]:
+def about(scenario: RealScenario, options: argparse.Namespace) -> dict[str, Any]:
     """The task in figures."""
-    counted: Any = getattr(world.data, "counted", torch.zeros(0, 1))
+    counted: Any = getattr(scenario.data, "counted", torch.zeros(0, 1))
     return {
-        "tokens": {name: int(counted[index].sum()) for name, index in world.data.splits.items()},
-        "texts": {name: len(index) for name, index in world.data.splits.items()},
+        "tokens": {name: int(counted[index].sum()) for name, index in scenario.data.splits.items()},
+        "texts": {name: len(index) for name, index in scenario.data.splits.items()},
         "steps": options.num_windows * options.steps_per_window,
-        "student_parameters": sum(p.numel() for p in world.student.model.parameters()),
+        "student_parameters": sum(p.numel() for p in scenario.student.model.parameters()),
         "width": options.width,
         "layers": options.layers,
         "torch": torch.__version__,

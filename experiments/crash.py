@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 import rlkd.cli.train  # noqa: F401 - not for this process: children are forked with it
-from rlkd.agents.checkpoints import Checkpoints
-from rlkd.agents.journal import FOLDER, NAME
 from rlkd.cli.main import main
-from rlkd.files import write_whole
+from rlkd.io.checkpoints import Checkpoints
+from rlkd.io.files import write_whole
+from rlkd.io.journal import FOLDER, NAME
 
 # every phase of the default job, on its data set, in seconds
 JOB = [

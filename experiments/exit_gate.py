@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkd.agents.comparison import compare, paired
-from rlkd.agents.controllers import Results, run
-from rlkd.agents.held_out import held_out_seeds
-from rlkd.agents.plans import follow
-from rlkd.agents.runs import use_one_thread
+from rlkd.agents.baselines.schedules import follow
+from rlkd.agents.evaluation.comparison import compare, paired
+from rlkd.agents.evaluation.held_out import held_out_seeds
+from rlkd.agents.policy.controllers import Results, run
 from rlkd.cost import CostConfig, save_profile
+from rlkd.data import Preference
 from rlkd.envs.action import CONTROLS, EXIT_DEAD_ZONE, published_setting
-from rlkd.envs.world import EnvConfig, World, build_world
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.io.cache import cache_dir
 from rlkd.models import GateConfig, StudentConfig
 from rlkd.models.gate import START
-from rlkd.tasks import Preference
-from rlkd.teachers import cache_dir
+from rlkd.runs.folder import use_one_thread
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 NUM_TASKS, ACCURACY_WEIGHTS = 64, (0.6, 0.9)
@@ -42,10 +42,10 @@ GATES = {
 }
 
 
-def setting(world: World) -> torch.Tensor:
+def setting(scenario: Scenario) -> torch.Tensor:
     """[1, 9]: the published weights, three fifths of the inputs, half of the units, exits at the gates' own start."""
-    position = published_setting(world.config.controls)
-    chance = 1.0 / world.data.num_classes
+    position = published_setting(scenario.config.controls)
+    chance = 1.0 / scenario.data.num_classes
     exit_position = EXIT_DEAD_ZONE + (1 - 2 * EXIT_DEAD_ZONE) * (START - chance) / (1 - chance)
     for name, value in (("feature_keep", 0.8), ("unit_keep", 0.77), ("learning_rate", 0.7)):
         position[CONTROLS.index(name)] = value
@@ -55,22 +55,22 @@ def setting(world: World) -> torch.Tensor:
 
 def of_student(student: StudentConfig) -> dict[str, dict[str, Results]]:
     """Results of every rule for each accuracy weight."""
-    plain = build_world(EnvConfig(student=student))
+    plain = build_scenario(EnvConfig(student=student))
     profile = cache_dir() / "exit_gate_profile.json"
     save_profile(plain.profile, profile)
     cost = CostConfig(profile=str(profile))
-    worlds = {"threshold": plain}
+    scenarios = {"threshold": plain}
     for name, gate in GATES.items():
-        worlds[name] = build_world(EnvConfig(student=dataclasses.replace(student, gate=gate), cost=cost))
+        scenarios[name] = build_scenario(EnvConfig(student=dataclasses.replace(student, gate=gate), cost=cost))
     seeds = held_out_seeds(0, NUM_TASKS)
     tables: dict[str, dict[str, Results]] = {}
     for weight in ACCURACY_WEIGHTS:
         tasks = plain.config.task.with_preference(Preference(weight))
         table = {}
-        for name, world in worlds.items():
-            controller = follow(setting(world))
-            table[name] = run(world, controller, seeds, tasks)
-            table[f"{name}, tuned"] = run(world, controller, seeds, tasks, tune_exit=True)
+        for name, scenario in scenarios.items():
+            controller = follow(setting(scenario))
+            table[name] = run(scenario, controller, seeds, tasks)
+            table[f"{name}, tuned"] = run(scenario, controller, seeds, tasks, tune_exit=True)
         tables[str(weight)] = table
     return tables
 

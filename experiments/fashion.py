@@ -18,14 +18,15 @@ import real_study
 import torch
 import torch.nn.functional as F
 
-from rlkd.agents.runs import use_one_thread, write_json
-from rlkd.envs.modules import ModuleConfig, ModuleCostConfig
+from rlkd.data.tables import ColumnConfig, make_examples, read_table
+from rlkd.envs.real import RealConfig, RealCostConfig
 from rlkd.errors import UserError
-from rlkd.models.plan import logits_of
-from rlkd.models.pretrained import StudentCut, new_model, quiet, transformers
-from rlkd.students.module import ModuleTrainConfig
+from rlkd.io.records import write_json
+from rlkd.models.real.attachment import logits_of
+from rlkd.models.real.pretrained import StudentCut, new_model, quiet, transformers
+from rlkd.runs.folder import use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
+from rlkd.students.real.module import ModuleTrainConfig
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 RATE, BATCH = 1e-3, 64
@@ -89,7 +90,7 @@ def main() -> int:
     teacher_folder = options.out / f"teacher-{options.teacher_steps}"
     teacher = train_teacher(options.data, teacher_folder, options.teacher_steps)
     print(f"teacher: {teacher}", flush=True)
-    config = ModuleConfig(
+    config = RealConfig(
         teacher=str(teacher_folder),
         data=str(options.data),
         cut=StudentCut(layers=options.layers),
@@ -101,7 +102,7 @@ def main() -> int:
             learning_rate=RATE,
             evaluation_batch_size=256,
         ),
-        cost=ModuleCostConfig(batch_size=32),
+        cost=RealCostConfig(batch_size=32),
     )
     rows = real_study.rows_of(config, options)
     if options.docs is not None:

@@ -37,8 +37,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from samples import TEACHERS, Samples
 
-from rlkd.agents.bundle import load_bundle
-from rlkd.agents.report import read_run
+from rlkd.agents.evaluation.report import read_run
+from rlkd.agents.policy.bundle import load_bundle
 from rlkd.cli.arguments import CONFIG_FOLDER, new_parser, parse
 from rlkd.compression import load_student
 from rlkd.configs import ExperimentConfig

@@ -12,10 +12,10 @@ import torch
 from damage import damaged_bytes, damaged_tensors, damaged_text
 from samples import Samples
 
-from rlkd.agents.checkpoints import Checkpoints
-from rlkd.agents.journal import Arrays, Journal, Shapes
 from rlkd.errors import UserError
-from rlkd.teachers.cache import Spec, cached_arrays
+from rlkd.io.cache import Spec, cached_arrays
+from rlkd.io.checkpoints import Checkpoints
+from rlkd.io.journal import Arrays, Journal, Shapes
 
 SHAPES: Shapes = {"score": ("float64", (3,)), "choice": ("int64", (2, 2))}
 SPECS: dict[str, Spec] = {"logits": ((6, 3), "float32"), "maps": ((6, 4), "float32")}
@@ -50,9 +50,9 @@ def make(folder: Path) -> None:
 def _make_student(folder: Path) -> None:
     import transformers
 
-    from rlkd.compression.modules import save_module_student, ship
-    from rlkd.models.instrumented import Instrumented
-    from rlkd.models.plan import AttachConfig, make_plan
+    from rlkd.compression.real.cut import save_module_student, ship
+    from rlkd.models.real.attachment import AttachConfig, make_plan
+    from rlkd.models.real.instrumented import Instrumented
 
     config = transformers.BertConfig(
         hidden_size=8,
@@ -157,7 +157,7 @@ def fuzz_signals(r: random.Random, s: Samples) -> Callable[[], None]:
 
 def fuzz_real_student(r: random.Random, s: Samples) -> Callable[[], None]:
     """The shipped student of a real model: its card, its exits, its weights or its configuration; often signed anew."""
-    from rlkd.compression.modules import WEIGHTS, load_module_student
+    from rlkd.compression.real.cut import WEIGHTS, load_module_student
 
     folder = s.place("real")
     name = r.choice(

@@ -30,14 +30,15 @@ import torch
 from torch import Tensor
 
 import rlkd.envs.episodes
-from rlkd.agents.comparison import interval, paired
-from rlkd.agents.controllers import run
-from rlkd.agents.runs import git_state, use_one_thread, write_json
+from rlkd.agents.evaluation.comparison import interval, paired
+from rlkd.agents.policy.controllers import run
 from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.world import EnvConfig, World, build_world
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.errors import UserError
-from rlkd.files import write_whole
+from rlkd.io.files import write_whole
+from rlkd.io.records import write_json
+from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.students import Population
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,10 +95,10 @@ class Way:
         kind = "" if self.device == "cpu" else ", recorded" if self.record else ", plain"
         return f"{self.device}{kind}"
 
-    def begin(self, world: World) -> None:
+    def begin(self, scenario: Scenario) -> None:
         """Build the population and train once, which loads kernels and records."""
-        with patch("rlkd.envs.world.Population", partial(Population, record=self.record)):
-            self.episodes = Episodes(world, self.num_students)
+        with patch("rlkd.envs.scenario.Population", partial(Population, record=self.record)):
+            self.episodes = Episodes(scenario, self.num_students)
         self.first_s = self.train(0)
 
     def measure(self, number: int) -> None:
@@ -110,7 +111,7 @@ class Way:
         first = FIRST_SEED + number * self.num_students
         began = time.perf_counter()
         self.episodes.reset(range(first, first + self.num_students))
-        for _ in range(self.episodes.world.config.num_windows):
+        for _ in range(self.episodes.scenario.config.num_windows):
             self.episodes.step(self.episodes.start)
         self.episodes.evaluate("test")
         wait(self.device)
@@ -127,7 +128,7 @@ class Way:
                 (students, "_draw", "drawing batches"),
                 (students, "train_window", "training steps"),
                 (students, "evaluate", "evaluation"),
-                (self.episodes, "_task_facts", "facts of tasks"),
+                (self.episodes, "_task_features", "task features of tasks"),
             ):
                 stack.enter_context(patch.object(owner, function, watch.timed(name, getattr(owner, function))))
             whole = self.train(number)
@@ -177,14 +178,14 @@ def attempt(way: Way, action: Callable[[], None]) -> None:
             torch.cuda.empty_cache()
 
 
-def measure(ways: list[Way], worlds: dict[str, World], num_rounds: int, save: Callable[[], None]) -> None:
+def measure(ways: list[Way], scenarios: dict[str, Scenario], num_rounds: int, save: Callable[[], None]) -> None:
     """Fill the ways in, round by round; `save` is called after each."""
     for way in ways:
         on_gpu = way.device != "cpu"
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        attempt(way, partial(way.begin, worlds[way.device]))
+        attempt(way, partial(way.begin, scenarios[way.device]))
         if on_gpu:
             way.memory_bytes = torch.cuda.max_memory_allocated() - before
         print(f"{way.name}, {way.num_students}: first training {way.first_s:.2f} s", flush=True)
@@ -222,28 +223,32 @@ def can_record(device: str) -> bool:
     return code == 0
 
 
-def moving_controller(world: World, seeds: range) -> Callable[[Tensor, Episodes, int], Tensor]:
+def moving_controller(scenario: Scenario, seeds: range) -> Callable[[Tensor, Episodes, int], Tensor]:
     """Controls that go, in a line and another one for every task, from the published setting to a drawn one."""
     ends = torch.stack([torch.rand(NUM_CONTROLS, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     by_seed = dict(zip(seeds, ends, strict=True))
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
         end = torch.stack([by_seed[task.seed] for task in episodes.tasks])  # [N, 9]
-        return torch.lerp(episodes.start, end, window / (world.config.num_windows - 1))
+        return torch.lerp(episodes.start, end, window / (scenario.config.num_windows - 1))
 
     return controller
 
 
-def agreement(worlds: dict[str, World], device: str, num_tasks: int) -> dict[str, Any]:
+def agreement(scenarios: dict[str, Scenario], device: str, num_tasks: int) -> dict[str, Any]:
     """Final J on test of the same tasks: GPU against CPU, and as a scale the CPU against itself in other company."""
     seeds = range(FIRST_SEED - num_tasks, FIRST_SEED)
-    cpu = worlds["cpu"]
+    cpu = scenarios["cpu"]
     controller = moving_controller(cpu, seeds)
 
-    def final(world: World, num_parallel: int) -> Any:
-        return run(world, controller, seeds, world.config.task, "test", num_parallel)
+    def final(scenario: Scenario, num_parallel: int) -> Any:
+        return run(scenario, controller, seeds, scenario.config.task, "test", num_parallel)
 
-    reference, gpu, again = final(cpu, num_tasks), final(worlds[device], num_tasks), final(worlds[device], num_tasks)
+    reference, gpu, again = (
+        final(cpu, num_tasks),
+        final(scenarios[device], num_tasks),
+        final(scenarios[device], num_tasks),
+    )
     halves = final(cpu, num_tasks // 2)
     generator = np.random.default_rng(0)
     rows = {}
@@ -372,21 +377,21 @@ def main() -> int:
             write_json(options.docs.with_suffix(".json"), result)
 
     if options.try_recording:
-        Way(device, 8, True).begin(build_world(there, say=lambda _: None))
+        Way(device, 8, True).begin(build_scenario(there, say=lambda _: None))
         return 0
     if not options.without_tests:
         result["tests"] = run_tests()
         save()
-    world = build_world(config, say=lambda line: print(line, flush=True))
-    worlds = {"cpu": world, device: replace(world, config=there)}
+    scenario = build_scenario(config, say=lambda line: print(line, flush=True))
+    scenarios = {"cpu": scenario, device: replace(scenario, config=there)}
     sizes, cpu_sizes = ((8, 16), (8,)) if options.quick else (SIZES, CPU_SIZES)
     modes = (True, False) if can_record(device) else (False,)
-    with patch("rlkd.envs.world.Population", partial(Population, record=modes[0])):
-        result["agreement"] = agreement(worlds, device, 8 if options.quick else NUM_AGREED)
+    with patch("rlkd.envs.scenario.Population", partial(Population, record=modes[0])):
+        result["agreement"] = agreement(scenarios, device, 8 if options.quick else NUM_AGREED)
     save()
     ways += [Way("cpu", n, False) for n in cpu_sizes]
     ways += [Way(device, n, record) for n in sizes for record in modes if record == modes[0] or n <= LARGEST_PLAIN]
-    measure(ways, worlds, 1 if options.quick else options.num_rounds, save)
+    measure(ways, scenarios, 1 if options.quick else options.num_rounds, save)
     print(page(result))
     return 0
 

@@ -18,27 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkd.agents.bundle import load_bundle
-from rlkd.agents.comparison import compare
-from rlkd.agents.controllers import Controller, Results, hold_start
-from rlkd.agents.held_out import held_out_seeds
-from rlkd.agents.online import OneRun, OnlineAgentConfig, hold_base, learn_online
-from rlkd.agents.plans import follow
-from rlkd.agents.runs import use_one_thread
-from rlkd.agents.schedules import published
-from rlkd.agents.search import SearchConfig, search_plans
+from rlkd.agents.baselines.published import published
+from rlkd.agents.baselines.schedules import follow
+from rlkd.agents.baselines.search import SearchConfig, search_plans
+from rlkd.agents.evaluation.comparison import compare
+from rlkd.agents.evaluation.held_out import held_out_seeds
+from rlkd.agents.policy.bundle import load_bundle
+from rlkd.agents.policy.controllers import Controller, Results, hold_start
+from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, hold_base, learn_online
 from rlkd.configs import OnlineConfig
-from rlkd.envs.world import EnvConfig, World, build_world
-from rlkd.tasks import Preference
+from rlkd.data import Preference
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.runs.folder import use_one_thread
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 NUM_TASKS, NUM_WINDOWS, ACCURACY_WEIGHT = 16, 96, 0.6
 SEARCH = SearchConfig(num_settings=40, tasks_per_setting=16, num_finalists=4, tasks_per_finalist=64)
 
 
-def one(world: World, base: Controller, seed: int, agent: OnlineAgentConfig | None) -> dict[str, float]:
+def one(scenario: Scenario, base: Controller, seed: int, agent: OnlineAgentConfig | None) -> dict[str, float]:
     """Test figures of the best validated student, and of the last one; without an agent the base is held."""
-    run = OneRun(world, base, seed, lambda row, observation, episodes: None)
+    run = OneRun(scenario, base, seed, lambda row, observation, episodes: None)
     if agent is None:
         hold_base(run, NUM_WINDOWS)
     else:
@@ -57,9 +57,11 @@ def one(world: World, base: Controller, seed: int, agent: OnlineAgentConfig | No
     }
 
 
-def many(world: World, base: Controller, seeds: list[int], agent: OnlineAgentConfig | None) -> tuple[Results, float]:
+def many(
+    scenario: Scenario, base: Controller, seeds: list[int], agent: OnlineAgentConfig | None
+) -> tuple[Results, float]:
     """Results over tasks, and the mean window of the student that ships."""
-    rows = [one(world, base, seed, agent) for seed in seeds]
+    rows = [one(scenario, base, seed, agent) for seed in seeds]
     columns = {f.name: np.array([row[f.name] for row in rows]) for f in dataclasses.fields(Results)}
     return Results(**columns), float(np.mean([row["best_window"] for row in rows]))
 
@@ -102,19 +104,19 @@ def main() -> int:
     began = time.perf_counter()
     bundle = load_bundle(Path(sys.argv[1])) if len(sys.argv) == 2 else None
     controls = bundle.policy.controls if bundle else EnvConfig().controls
-    short = build_world(EnvConfig(controls=controls), bundle.policy.plan if bundle else None)
+    short = build_scenario(EnvConfig(controls=controls), bundle.policy.plan if bundle else None)
     static = search_plans([short], SEARCH, torch.Generator().manual_seed(0))
     preference = Preference(ACCURACY_WEIGHT)
     setting = static.best(torch.tensor([preference.weights()]))  # [1, 9]
     tasks = short.config.task.with_preference(preference)
-    world = dataclasses.replace(short, config=dataclasses.replace(short.config, task=tasks, num_windows=NUM_WINDOWS))
+    scenario = dataclasses.replace(short, config=dataclasses.replace(short.config, task=tasks, num_windows=NUM_WINDOWS))
     bases: dict[str, Controller] = {"published": published(controls), "searched": follow(setting)}
     if bundle:
         bases |= {"policy": bundle.policy.controller(), "plan": hold_start}
     agents = {"online": OnlineConfig().agent, "untrained": OnlineAgentConfig(learning_rate=1e-12), "held": None}
     seeds = held_out_seeds(0, NUM_TASKS)
     found = {
-        f"{way} from {name}": many(world, base, seeds, agent)
+        f"{way} from {name}": many(scenario, base, seeds, agent)
         for name, base in bases.items()
         for way, agent in agents.items()
     }

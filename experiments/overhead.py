@@ -31,20 +31,21 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from rlkd.agents.bundle import load_bundle
-from rlkd.agents.controllers import Controller
-from rlkd.agents.replay import run_windows
-from rlkd.agents.runs import git_state, use_one_thread, write_json
+from rlkd.agents.policy.bundle import load_bundle
+from rlkd.agents.policy.controllers import Controller
+from rlkd.data import draw_task, task_generator
 from rlkd.envs.action import decode, published_setting
-from rlkd.envs.modules import ModuleConfig, ModuleCostConfig, ModuleWorld, build_module_world
+from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
 from rlkd.errors import UserError
-from rlkd.files import write_whole
+from rlkd.io.files import write_whole
+from rlkd.io.records import write_json
+from rlkd.losses import losses_of
 from rlkd.models.chain import initialise
-from rlkd.models.pretrained import StudentCut, new_model, quiet, transformers
-from rlkd.objectives import losses_of
-from rlkd.students.module import REFERENCE_RATE, ModuleTrainConfig
+from rlkd.models.real.pretrained import StudentCut, new_model, quiet, transformers
+from rlkd.runs.distil import run_windows
+from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.tasks import draw_task, task_generator
+from rlkd.students.real.module import REFERENCE_RATE, ModuleTrainConfig
 
 # steps of a window, validation samples; the first is the bar's
 SETTINGS = ((100, 128), (15, 512))
@@ -73,10 +74,10 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     return folder / "teacher", data
 
 
-def make_world(folder: Path, steps_per_window: int, validation_size: int, controls: Any) -> ModuleWorld:
-    """The world of the student, two of the teacher's four layers."""
+def make_scenario(folder: Path, steps_per_window: int, validation_size: int, controls: Any) -> RealScenario:
+    """The scenario of the student, two of the teacher's four layers."""
     teacher, data = make_files(folder)
-    config = ModuleConfig(
+    config = RealConfig(
         teacher=str(teacher),
         data=str(data),
         num_windows=NUM_WINDOWS,
@@ -84,9 +85,9 @@ def make_world(folder: Path, steps_per_window: int, validation_size: int, contro
         train=ModuleTrainConfig(
             steps_per_window=steps_per_window, learning_rate=3e-4, validation_size=validation_size, max_rollbacks=0
         ),
-        cost=ModuleCostConfig(batch_size=8),
+        cost=RealCostConfig(batch_size=8),
     )
-    return build_module_world(config, controls, say=lambda _: None)
+    return build_real_scenario(config, controls, say=lambda _: None)
 
 
 @dataclass
@@ -101,29 +102,29 @@ class Clock:
         return time.perf_counter() - self.wall_began, time.process_time() - self.cpu_began
 
 
-def under_agent(world: ModuleWorld, policy: Controller) -> tuple[tuple[float, float], dict[str, Tensor]]:
+def under_agent(scenario: RealScenario, policy: Controller) -> tuple[tuple[float, float], dict[str, Tensor]]:
     """Seconds of a run, wall and processor, and its final parameters."""
-    position = published_setting(world.config.controls)[None]
+    position = published_setting(scenario.config.controls)[None]
 
     def controller(observation: Tensor, episodes: Any, window: int) -> Tensor:
         policy(observation, episodes, window)
         return position.clone()
 
     clock = Clock()
-    episodes, last = run_windows(world, controller, 0, lambda row, observation: None)
+    episodes, last = run_windows(scenario, controller, 0, lambda row, observation: None)
     seconds = clock.read()
     assert not last["num_diverged"]
     return seconds, {name: value[0] for name, value in episodes.students.state_dict().items()}
 
 
-def bare(world: ModuleWorld) -> tuple[tuple[float, float], tuple[float, float], dict[str, Tensor]]:
+def bare(scenario: RealScenario) -> tuple[tuple[float, float], tuple[float, float], dict[str, Tensor]]:
     """Seconds (wall, processor) of the loop, of as many evaluations as a run has, and the final parameters."""
-    config, data, signals, plan = world.config.train, world.data, world.signals, world.student.plan
-    controls = decode(published_setting(world.config.controls)[None], world.config.controls, data.num_classes)
-    described: Any = world.student.model.config
-    model: Any = new_model(described, "image_classification", seed=0)  # the world's own has hooks on it
-    model.load_state_dict(world.initial)
-    task = draw_task(0, world.config.task, data, 1)
+    config, data, signals, plan = scenario.config.train, scenario.data, scenario.signals, scenario.student.plan
+    controls = decode(published_setting(scenario.config.controls)[None], scenario.config.controls, data.num_classes)
+    described: Any = scenario.student.model.config
+    model: Any = new_model(described, "image_classification", seed=0)  # the scenario's own has hooks on it
+    model.load_state_dict(scenario.initial)
+    task = draw_task(0, scenario.config.task, data, 1)
     heads = nn.ModuleList(nn.Linear(plan.widths[block - 1], plan.num_classes) for block in plan.exits)
     initialise(heads, task_generator(task.seed, "parameters"))
     batches = task_generator(task.seed, "batches")
@@ -174,20 +175,22 @@ def bare(world: ModuleWorld) -> tuple[tuple[float, float], tuple[float, float], 
     return trained, evaluated, {k.removeprefix("model."): p.detach().clone() for k, p in both.named_parameters()}
 
 
-def measure(world: ModuleWorld, policy: Controller, num_pairs: int) -> dict[str, Any]:
+def measure(scenario: RealScenario, policy: Controller, num_pairs: int) -> dict[str, Any]:
     """Seconds of every pair, and medians over pairs of the ratios."""
     rows = []
     for pair in range(num_pairs + 1):
         if pair % 2:
-            seconds, ours = under_agent(world, policy)
-            trained, evaluated, theirs = bare(world)
+            seconds, ours = under_agent(scenario, policy)
+            trained, evaluated, theirs = bare(scenario)
         else:
-            trained, evaluated, theirs = bare(world)
-            seconds, ours = under_agent(world, policy)
+            trained, evaluated, theirs = bare(scenario)
+            seconds, ours = under_agent(scenario, policy)
         if pair == 0:  # a warm-up; that both did the same updates is checked on it
             difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
             moved = max(
-                float((theirs[name] - world.initial[name]).abs().max()) for name in theirs if name in world.initial
+                float((theirs[name] - scenario.initial[name]).abs().max())
+                for name in theirs
+                if name in scenario.initial
             )
             assert difference < 0.05 * moved, f"the updates differ: {difference:g} after a way of {moved:g}"
             continue
@@ -200,8 +203,8 @@ def measure(world: ModuleWorld, policy: Controller, num_pairs: int) -> dict[str,
             }
         )
     return {
-        "steps_per_window": world.config.train.steps_per_window,
-        "validation_size": world.config.train.validation_size,
+        "steps_per_window": scenario.config.train.steps_per_window,
+        "validation_size": scenario.config.train.validation_size,
         "largest_difference": difference,
         **{f"overhead_{name}": statistics.median(overheads(rows, name)) for name in ("wall", "processor")},
         "overhead_over_same_evaluations": statistics.median(overheads(rows, "processor", with_evaluations=True)),
@@ -253,8 +256,8 @@ def main() -> int:
     results = []
     for steps, size in SETTINGS[: options.num_settings]:
         with tempfile.TemporaryDirectory() as folder:
-            world = make_world(Path(folder), steps, size, bundle.policy.controls)
-            results.append(measure(world, bundle.policy.controller(), options.num_pairs))
+            scenario = make_scenario(Path(folder), steps, size, bundle.policy.controls)
+            results.append(measure(scenario, bundle.policy.controller(), options.num_pairs))
         print(json.dumps({k: v for k, v in results[-1].items() if k != "pairs"}), flush=True)
     page = table(results, shlex.join(["python", *sys.argv]))
     print(page)

@@ -91,9 +91,9 @@ student. Latency is the cost profile's (measured on this machine, batch {profile
 
 ![Reward curves](reward_curves.png)
 
-The first panel is the plan's trainings on digits, exploration and all; the others are PPO's students on all of the run's worlds.
+The first panel is the plan's trainings on digits, exploration and all; the others are PPO's students on all of the run's scenarios.
 
-Stronger rivals, the policy's own ablations and data sets that it never saw: [compare.md](compare.md).
+Stronger baselines, the policy's own ablations and data sets that it never saw: [compare.md](compare.md).
 
 ## The student that ships
 

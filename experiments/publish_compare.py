@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import trim_mean
 
-from rlkd.tasks import TaskDistribution, draw_task, load_dataset
+from rlkd.data import TaskDistribution, draw_task, load_dataset
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 NUM_RESAMPLES = 5000
@@ -41,15 +41,15 @@ SCHEDULES = (
 )
 
 
-def lead(entry: dict[str, Any], rival: str) -> str:
-    """The policy's lead over a rival with its interval."""
-    row = entry["paired"][f"policy-{rival}"]
+def lead(entry: dict[str, Any], baseline: str) -> str:
+    """The policy's lead over a baseline with its interval."""
+    row = entry["paired"][f"policy-{baseline}"]
     return f"{row['difference']:+.4f} ({row['ci95'][0]:+.4f} to {row['ci95'][1]:+.4f})"
 
 
-def above(entry: dict[str, Any], rival: str) -> bool:
+def above(entry: dict[str, Any], baseline: str) -> bool:
     """Whether the interval of the lead lies above 0."""
-    return bool(entry["paired"][f"policy-{rival}"]["ci95"][0] > 0)
+    return bool(entry["paired"][f"policy-{baseline}"]["ci95"][0] > 0)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -97,8 +97,8 @@ def bars(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
         lines.append(f"| {bar} | {measured} | {'yes' if met else '**no**'} |")
 
     for weight, entry in found.get("in_family", {}).get("preferences", {}).items():
-        for rival in ("tpe_100", "tpe_linear_50"):
-            add(f"above {rival} at accuracy weight {weight}", lead(entry, rival), above(entry, rival))
+        for baseline in ("tpe_100", "tpe_linear_50"):
+            add(f"above {baseline} at accuracy weight {weight}", lead(entry, baseline), above(entry, baseline))
     for name in (name for name in found if name.startswith("further")):
         for weight, entry in found[name]["preferences"].items():
             bar = f"above tpe_100 at accuracy weight {weight}, {found[name]['num_tasks']} further tasks"
@@ -113,8 +113,8 @@ def bars(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
             text + ("; not above: " + ", ".join(missed) if missed else ""),
             not missed,
         )
-        for rival in ("open_loop", "mean_action"):
-            add(f"above own {rival} at {weight}", lead(entry, rival), above(entry, rival))
+        for baseline in ("open_loop", "mean_action"):
+            add(f"above own {baseline} at {weight}", lead(entry, baseline), above(entry, baseline))
     for name, (title, bar) in TRANSFERS.items():
         for weight in found.get(name, {}).get("preferences", {}):
             value, low, high = share_of_search(folder / name, weight)
@@ -125,12 +125,12 @@ def bars(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) ->
             )
     front = found.get("front", {}).get("front")
     if front:
-        rival = next(name for name in front["methods"] if name.startswith("search"))
-        spent = front["methods"][rival]["trainings_per_task"]
+        baseline = next(name for name in front["methods"] if name.startswith("search"))
+        spent = front["methods"][baseline]["trainings_per_task"]
         add(
             f"hypervolume of 9 preferences at least that of a multi-objective search with {spent} trainings a task",
-            lead(front, rival),
-            front["paired"][f"policy-{rival}"]["difference"] >= 0,
+            lead(front, baseline),
+            front["paired"][f"policy-{baseline}"]["difference"] >= 0,
         )
     cost = run["cost"]
     parts = {name: cost[f"{name}_trainings"] for name in ("search", "planning", "agent", "gate")}
@@ -185,20 +185,20 @@ def by_teacher(folder: Path) -> str:
 
 
 def forest(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Leads over every rival with their intervals, one panel a preference."""
+    """Leads over every baseline with their intervals, one panel a preference."""
     weights = list(dict.fromkeys(w for name in LEADS if name in found for w in found[name]["preferences"]))
-    rows: dict[str, dict[str, dict[str, Any]]] = {weight: {} for weight in weights}  # by preference, by rival
+    rows: dict[str, dict[str, dict[str, Any]]] = {weight: {} for weight in weights}  # by preference, by baseline
     for name in LEADS:
         for weight, entry in found.get(name, {}).get("preferences", {}).items():
-            rows[weight] |= {rival.removeprefix("policy-"): row for rival, row in entry["paired"].items()}
+            rows[weight] |= {baseline.removeprefix("policy-"): row for baseline, row in entry["paired"].items()}
     names = list(
-        dict.fromkeys(rival for panel in rows.values() for rival in panel)
-    )  # a line is one rival in all panels
+        dict.fromkeys(baseline for panel in rows.values() for baseline in panel)
+    )  # a line is one baseline in all panels
     figure = Figure(figsize=(4.2 * len(weights), 1.5 + 0.22 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
     for ax, (weight, panel) in zip(axes, rows.items(), strict=True):
-        for rival, row in panel.items():
-            (low, high), y = row["ci95"], names.index(rival)
+        for baseline, row in panel.items():
+            (low, high), y = row["ci95"], names.index(baseline)
             colour = "tab:green" if low > 0 else "tab:red" if high < 0 else "tab:gray"
             ax.plot([low, high], [y, y], color=colour, lw=2)
             ax.plot([row["difference"]], [y], "o", color=colour, ms=4)
@@ -235,12 +235,12 @@ def plane(front: dict[str, Any], path: Path) -> None:
 def page(run: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) -> str:
     """The whole of compare.md."""
     parts = [
-        "# Against its rivals",
+        "# Against its baselines",
         "",
         f"Commands: `rlkd train --config default --out RUN`, `rlkd compare configs/compare/*.yaml --policy RUN/policy --seed 4000 --out COMPARED`, "
         f"`python experiments/publish_compare.py RUN COMPARED`, {time.strftime('%Y-%m-%d')}, two cores, one torch thread a process. One policy, of seed 0, learned on digits and seven generated sets, MLPs alone (configs/default.yaml).",
         "Every task has a seed of its own (teacher, corrupted labels, initial weights, batches), the same for all methods. Test data; searches select on",
-        "validation. Intervals: percentile bootstrap over tasks, paired. The agent's settings (facts, phases, training data) were chosen on the tasks of seed 3000: test figures of digits, Fashion-MNIST 8x8, letter and the convolutional student. Satellite was not looked at.",
+        "validation. Intervals: percentile bootstrap over tasks, paired. The agent's settings (features, phases, training data) were chosen on the tasks of seed 3000: test figures of digits, Fashion-MNIST 8x8, letter and the convolutional student. Satellite was not looked at.",
         *(FURTHER if any(name.startswith("further") for name in found) else ()),
         "",
         bars(run, found, folder),

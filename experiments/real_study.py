@@ -20,19 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.controllers import Controller
-from rlkd.agents.replay_modules import distil_module
-from rlkd.agents.runs import git_state, write_json
-from rlkd.compression.modules import ship
+from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.agents.policy.controllers import Controller
+from rlkd.compression.real.cut import ship
 from rlkd.compression.selection import exit_ends, keep_top
+from rlkd.data import Preference
 from rlkd.envs.action import ControlConfig, published_setting, with_values
-from rlkd.envs.modules import ModuleConfig, ModuleWorld, build_module_world
+from rlkd.envs.real import RealConfig, RealScenario, build_real_scenario
 from rlkd.errors import UserError
-from rlkd.files import read_json, write_whole
-from rlkd.models.plan import AttachConfig
-from rlkd.students.module import ModuleTrainConfig
-from rlkd.tasks import Preference
+from rlkd.io.files import read_json, write_whole
+from rlkd.io.records import write_json
+from rlkd.models.real.attachment import AttachConfig
+from rlkd.runs.distil_real import distil_module
+from rlkd.runs.folder import git_state
+from rlkd.students.real.module import ModuleTrainConfig
 
 FAMILIES = ("hard_label", "response", "feature", "attention")
 WEIGHTS = (0.9, 0.6)  # accuracy weights that are reported
@@ -111,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--docs", type=Path, default=None, help="write the tables to this path with .md and .json")
 
 
-def rows_of(config: ModuleConfig, options: Any) -> dict[str, list[dict[str, Any]]]:
+def rows_of(config: RealConfig, options: Any) -> dict[str, list[dict[str, Any]]]:
     """Every chosen method on every seed, from files where they are there, else trained now."""
     methods = [*baselines(), *(learned(load_bundle(options.policy), WEIGHTS) if options.policy else [])]
     if options.methods:
@@ -122,52 +123,52 @@ def rows_of(config: ModuleConfig, options: Any) -> dict[str, list[dict[str, Any]
         methods = [method for method in methods if method.name in names]
     options.out.mkdir(parents=True, exist_ok=True)
     profile = options.out / "cost_profile.json"
-    worlds: dict[str, ModuleWorld] = {}
+    scenarios: dict[str, RealScenario] = {}
 
-    def world_for(method: Method) -> ModuleWorld:
+    def scenario_for(method: Method) -> RealScenario:
         key = f"{method.source} {method.weight} {method.attach}"
-        if key not in worlds:
-            worlds.clear()  # one model at a time in memory
+        if key not in scenarios:
+            scenarios.clear()  # one model at a time in memory
             told = replace(_for(config, method), preference=Preference(method.weight or WEIGHTS[0]))
             if profile.exists():
                 told = replace(told, cost=replace(config.cost, profile=str(profile)))
-            worlds[key] = build_module_world(told, method.controls, method.plan)
+            scenarios[key] = build_real_scenario(told, method.controls, method.plan)
             if not profile.exists():
-                worlds[key].profile.save(profile)
-            write_whole(options.out / f"mapping-{method.source}.txt", worlds[key].tables)
-        return worlds[key]
+                scenarios[key].profile.save(profile)
+            write_whole(options.out / f"mapping-{method.source}.txt", scenarios[key].tables)
+        return scenarios[key]
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for method in methods:
         for seed in range(options.first_seed, options.first_seed + options.num_seeds):
-            row = _row(config, method, seed, options.out, lambda method=method: world_for(method))
+            row = _row(config, method, seed, options.out, lambda method=method: scenario_for(method))
             if options.retime and seed == options.first_seed:
-                times = _retimed(world_for(method), row)
+                times = _retimed(scenario_for(method), row)
             rows.setdefault(method.name, []).append({**row, "measured": times} if options.retime else row)
             print(f"seed {seed} {method.name}: accuracy {row['accuracy']:.4f} MACs {row['macs_ratio']:.3f}", flush=True)
     return rows
 
 
-def _retimed(world: ModuleWorld, row: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _retimed(scenario: RealScenario, row: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Latencies at batch 1 and 32 of a student cut as the row's and of the dense one, in turn, medians of 21 rounds.
 
     Time depends on what is kept and not on what was learned, so the weights are those from before the training; where
     samples leave at a threshold between its ends it would depend on both, and the row's own times are kept.
     """
     last = row["windows"][-1]
-    always, never = (bool(end) for end in exit_ends(torch.tensor([last["exit_threshold"]]), world.data.num_classes))
+    always, never = (bool(end) for end in exit_ends(torch.tensor([last["exit_threshold"]]), scenario.data.num_classes))
     if not (always or never):
         return dict(row["measured"])
-    groups = world.student.plan.groups
+    groups = scenario.student.plan.groups
     masks = tuple(keep_top(torch.rand(g.size), torch.tensor(last["unit_keep"])) for g in groups)
-    keep = last["feature_keep"] if world.student.plan.select_after is not None else 1.0
+    keep = last["feature_keep"] if scenario.student.plan.select_after is not None else 1.0
     students = [
-        ship(world.student, world.kind, masks, keep, last["exit_threshold"]),
-        ship(world.student, world.kind, tuple(torch.ones(g.size) for g in groups), 1.0, 1.0),
+        ship(scenario.student, scenario.kind, masks, keep, last["exit_threshold"]),
+        ship(scenario.student, scenario.kind, tuple(torch.ones(g.size) for g in groups), 1.0, 1.0),
     ]
-    test, measured = world.data.splits["test"], {}
+    test, measured = scenario.data.splits["test"], {}
     for size in (1, 32):
-        inputs = world.data.batch(test[torch.arange(size) % len(test)])
+        inputs = scenario.data.batch(test[torch.arange(size) % len(test)])
         seconds: list[list[float]] = [[], []]
         with torch.inference_mode():
             for _ in range(22):
@@ -180,7 +181,7 @@ def _retimed(world: ModuleWorld, row: dict[str, Any]) -> dict[str, dict[str, flo
     return measured
 
 
-def _for(config: ModuleConfig, method: Method) -> ModuleConfig:
+def _for(config: RealConfig, method: Method) -> RealConfig:
     """`config` with the method's exits; what holds the published learning rate needs no exponent."""
     plain = replace(config.train, rate_exponent=ModuleTrainConfig().rate_exponent)
     train = config.train if method.weight is not None else plain
@@ -188,10 +189,10 @@ def _for(config: ModuleConfig, method: Method) -> ModuleConfig:
 
 
 def _row(
-    config: ModuleConfig, method: Method, seed: int, out: Path, world: Callable[[], ModuleWorld]
+    config: RealConfig, method: Method, seed: int, out: Path, scenario: Callable[[], RealScenario]
 ) -> dict[str, Any]:
     """One training's figures, from its file where it is there and was made under the same configuration."""
-    settings = {"config": _changed(asdict(_for(config, method)), asdict(ModuleConfig(teacher="", data="")))}
+    settings = {"config": _changed(asdict(_for(config, method)), asdict(RealConfig(teacher="", data="")))}
     settings |= {"preference": method.weight, "controls": asdict(method.controls), "by": method.source}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = out / "rows" / f"{method.name}-{seed}.json"
@@ -200,7 +201,7 @@ def _row(
         if row["key"] == key:
             return row
     windows: list[dict[str, Any]] = []
-    made = world()
+    made = scenario()
     began = time.perf_counter()
     done = distil_module(made, method.controller, seed, lambda row, observation: windows.append(row))
     row = {

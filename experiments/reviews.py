@@ -23,14 +23,15 @@ import real_study
 import torch
 import torch.nn.functional as F
 
-from rlkd.agents.runs import use_one_thread, write_json
-from rlkd.envs.modules import ModuleConfig, ModuleCostConfig
+from rlkd.data.tables import ColumnConfig, make_examples, read_table
+from rlkd.envs.real import RealConfig, RealCostConfig
 from rlkd.errors import UserError
-from rlkd.models.plan import logits_of
-from rlkd.models.pretrained import StudentCut, load_model, load_processor, quiet
-from rlkd.students.module import ModuleTrainConfig
+from rlkd.io.records import write_json
+from rlkd.models.real.attachment import logits_of
+from rlkd.models.real.pretrained import StudentCut, load_model, load_processor, quiet
+from rlkd.runs.folder import use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
+from rlkd.students.real.module import ModuleTrainConfig
 
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LEAST_RATING = 0.5  # snippets that people were undecided about are left out
@@ -133,7 +134,7 @@ def main() -> int:
     teacher_folder = options.work / f"teacher-{table.stem}-{options.teacher_steps}"
     teacher = fine_tune_teacher(model_folder, table, teacher_folder, options.teacher_steps)
     print(f"teacher: {teacher}", flush=True)
-    config = ModuleConfig(
+    config = RealConfig(
         teacher=str(teacher_folder),
         data=str(table),
         cut=StudentCut(layers=options.layers),
@@ -145,7 +146,7 @@ def main() -> int:
             batch_size=BATCH,
             learning_rate=2e-4,
         ),
-        cost=ModuleCostConfig(batch_size=32),
+        cost=RealCostConfig(batch_size=32),
     )
     rows = real_study.rows_of(config, options)
     if options.docs is not None:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from rlkd.agents.bundle import save_bundle
-from rlkd.agents.policy import TENSORS, Policy
-from rlkd.agents.search import Shortlist
+from rlkd.agents.baselines.search import Shortlist
+from rlkd.agents.policy.bundle import save_bundle
+from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.compression import compact, save_student
 from rlkd.cost import CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
+from rlkd.data import load_dataset
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
-from rlkd.envs.plan import ControlPlan, PhaseNetwork, network_shapes
+from rlkd.envs.schedule import ControlPlan, PhaseNetwork, network_shapes
 from rlkd.models import StudentConfig, build_student, initialise
-from rlkd.tasks import load_dataset
 from rlkd.teachers import TeacherConfig, load_teachers
 
 TEACHERS = TeacherConfig(widths=(6,), num_samples=(24, 40), num_steps=1)

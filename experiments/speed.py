@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkd.agents.bundle import load_bundle
-from rlkd.agents.comparison import interval
-from rlkd.agents.replay import distil
-from rlkd.agents.runs import use_one_thread
-from rlkd.agents.schedules import published
+from rlkd.agents.baselines.published import published
+from rlkd.agents.evaluation.comparison import interval
+from rlkd.agents.policy.bundle import load_bundle
 from rlkd.configs import ReplayConfig
-from rlkd.envs.world import build_world
+from rlkd.data import Preference, Range
+from rlkd.envs.scenario import build_scenario
 from rlkd.models import StudentConfig
-from rlkd.tasks import Preference, Range
+from rlkd.runs.distil import distil
+from rlkd.runs.folder import use_one_thread
 from rlkd.teachers import TeacherConfig
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
@@ -46,9 +46,9 @@ def one(data_set: str, num_labels: int, seed: int, policy_folder: Path) -> dict[
     )
     samples = Range(num_labels, num_labels)
     config = dataclasses.replace(base, task=dataclasses.replace(base.task, dataset=data_set, num_labels=samples))
-    world = build_world(config.env(policy.controls), policy.plan)
-    small = distil(world, policy.controller(), seed, lambda row, observation: None)
-    dense = distil(world, published(policy.controls), seed, lambda row, observation: None)
+    scenario = build_scenario(config.env(policy.controls), policy.plan)
+    small = distil(scenario, policy.controller(), seed, lambda row, observation: None)
+    dense = distil(scenario, published(policy.controls), seed, lambda row, observation: None)
     return {
         "teacher_accuracy": small.figures["teacher_accuracy"],
         "accuracy": small.figures["compacted_accuracy"],

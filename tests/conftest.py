@@ -1,4 +1,4 @@
-"""A small world on real digits: three quick teachers and a cost profile written by hand, so nothing is timed."""
+"""A small scenario on real digits: three quick teachers and a cost profile written by hand, so nothing is timed."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ import torch
 
 from rlkd.cost import CostConfig, CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
-from rlkd.envs import EnvConfig, World, build_world
+from rlkd.envs import EnvConfig, Scenario, build_scenario
 from rlkd.teachers import TeacherConfig
 
 TEACHERS = TeacherConfig(num_samples=(40, 300, 897), num_steps=100)
@@ -38,19 +38,19 @@ def config(profile_file: Path) -> EnvConfig:
 
 
 @pytest.fixture(scope="session")
-def world(config: EnvConfig) -> World:
-    return build_world(config)
+def scenario(config: EnvConfig) -> Scenario:
+    return build_scenario(config)
 
 
 @pytest.fixture
-def double_world(world: World) -> Iterator[World]:
-    """The same world in double precision, where Adam cannot blow rounding up to something visible."""
-    s = world.signals
+def double_scenario(scenario: Scenario) -> Iterator[Scenario]:
+    """The same scenario in double precision, where Adam cannot blow rounding up to something visible."""
+    s = scenario.signals
     signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
-    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
-    template = copy.deepcopy(world.template).double()
-    doubled = dataclasses.replace(world.plan, settings=world.plan.settings.double())
-    double = dataclasses.replace(world, data=data, signals=signals, template=template, plan=doubled)
+    data = dataclasses.replace(scenario.data, inputs=scenario.data.inputs.double())
+    template = copy.deepcopy(scenario.template).double()
+    doubled = dataclasses.replace(scenario.plan, settings=scenario.plan.settings.double())
+    double = dataclasses.replace(scenario, data=data, signals=signals, template=template, plan=doubled)
     torch.set_default_dtype(torch.float64)
     yield double
     torch.set_default_dtype(torch.float32)

@@ -3,7 +3,7 @@
 import torch
 
 from rlkd.envs.action import NUM_CONTROLS
-from rlkd.envs.plan import ControlPlan, PhaseNetwork, network_shapes
+from rlkd.envs.schedule import ControlPlan, PhaseNetwork, network_shapes
 
 
 def network_plan(starts: tuple[float, ...], num_networks: int, hidden: int = 6, seed: int = 0) -> ControlPlan:

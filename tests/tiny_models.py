@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from rlkd.agents.bundle import save_bundle
-from rlkd.agents.policy import TENSORS, Policy
-from rlkd.agents.search import Shortlist
+from rlkd.agents.baselines.search import Shortlist
+from rlkd.agents.policy.bundle import save_bundle
+from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
 from rlkd.envs.action import published_setting
-from rlkd.envs.plan import fixed_plan
+from rlkd.envs.schedule import fixed_plan
 
 WORDS = ["good", "bad", "fine", "dull", "bright", "slow", "great", "poor", "film", "plot", "actor", "the", "was", "not"]
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlkd.agents.report import read_run, write_report
+from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.cli.arguments import new_parser, parse
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlkd.agents.benchmark import bench
-from rlkd.agents.runs import use_one_thread, write_json
+from rlkd.agents.evaluation.benchmark import bench
 from rlkd.cli.arguments import new_parser, parse
-from rlkd.envs.world import EnvConfig
+from rlkd.envs.scenario import EnvConfig
 from rlkd.errors import UserError
+from rlkd.io.records import write_json
+from rlkd.runs.folder import use_one_thread
 
 
 def run(argv: list[str]) -> int:

@@ -6,14 +6,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlkd.agents.runs import use_one_thread
 from rlkd.cli.arguments import new_parser, parse
 from rlkd.cost import calibrate, save_profile
 from rlkd.cost.profile import MAX_BATCH
 from rlkd.cost.workload import REGRESSORS
+from rlkd.data import load_dataset
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig, build_student
-from rlkd.tasks import load_dataset
+from rlkd.runs.folder import use_one_thread
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from rlkd.agents.bundle import load_bundle
-from rlkd.agents.journal import Journal
-from rlkd.agents.runs import use_one_thread
-from rlkd.agents.study import compare_methods
+from rlkd.agents.policy.bundle import load_bundle
 from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.progress import Bar, comparison_table, front_table
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
 from rlkd.configs import CompareConfig
 from rlkd.errors import UserError
+from rlkd.io.journal import Journal
+from rlkd.runs.compare import compare_methods
+from rlkd.runs.folder import use_one_thread
 
 
 def run(argv: list[str]) -> int:
@@ -58,7 +58,7 @@ def _parser() -> ArgumentParser:
             "--methods static,published,annealed --num_seeds 2",
             "--policy runs/first/policy --methods policy,static,open_loop,tpe_25 --num_seeds 5",
             "configs/compare/*.yaml --policy runs/first/policy --out runs/compare  (one folder a file)",
-            "--resume runs/compare/rivals",
+            "--resume runs/compare/baselines",
         ],
     )
     add_run_options(parser)

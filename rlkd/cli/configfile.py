@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from rlkd.errors import UserError
-from rlkd.files import MAX_DEPTH, read_bytes
+from rlkd.io.files import MAX_DEPTH, read_bytes
 
 MAX_CONFIG_BYTES = 16 * 2**10  # ours have less than 1 KiB; the parser takes a second for 64
 LARGEST = 2**31 - 1

@@ -1,11 +1,11 @@
 """`rlkd list`."""
 
-from rlkd.agents.methods import METHODS
+from rlkd.agents.baselines.methods import METHODS
 from rlkd.cli.arguments import CONFIG_FOLDER, config_names, new_parser, parse
+from rlkd.data import DATASETS
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.observation import OBSERVATIONS
-from rlkd.objectives import attention_transfer, cross_entropy, hint, response
-from rlkd.tasks import DATASETS
+from rlkd.losses import attention_transfer, cross_entropy, hint, response
 
 
 def run(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import rlkd
 from rlkd.errors import UserError
-from rlkd.files import write_error
+from rlkd.io.files import write_error
 
 VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
@@ -18,7 +18,7 @@ VERBS = {
     "verify": "compute a run's final table again from what it saved, and compare",
     "analyze": "figures and one HTML page from the event files of runs",
     "calibrate": "time compacted students on this machine and write a cost profile",
-    "bench": "student updates per second: lock-step population against its rivals",
+    "bench": "student updates per second: lock-step population against its baselines",
     "list": "tasks, models, terms, controllers, configs",
 }
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143

@@ -4,13 +4,10 @@ from pathlib import Path
 
 import torch
 
-from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.controllers import hold_start
-from rlkd.agents.held_out import TRAIN_STREAM, stream_seed
-from rlkd.agents.journal import Journal
-from rlkd.agents.online import OneRun, learn_online
-from rlkd.agents.replay import compact_now, ship, write_student
-from rlkd.agents.runs import describe_run, plain, run_folder, use_one_thread
+from rlkd.agents.evaluation.held_out import TRAIN_STREAM, stream_seed
+from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.agents.policy.controllers import hold_start
+from rlkd.agents.ppo.online import OneRun, learn_online
 from rlkd.cli.arguments import check_seed, new_parser, parse
 from rlkd.cli.progress import Bar
 from rlkd.cli.replay import Watch, finish
@@ -19,7 +16,11 @@ from rlkd.configs import OnlineConfig
 from rlkd.cost import save_profile
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.world import build_world
+from rlkd.envs.scenario import build_scenario
+from rlkd.io.journal import Journal
+from rlkd.io.records import plain
+from rlkd.runs.distil import compact_now, ship, write_student
+from rlkd.runs.folder import describe_run, run_folder, use_one_thread
 
 
 def run(argv: list[str]) -> int:
@@ -51,8 +52,8 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
         journal = Journal(folder, say=bar.say)  # of the time alone: a run of this kind does not resume
         describe_run(folder, config, seed)
         controls, plan = (bundle.policy.controls, bundle.policy.plan) if bundle else (ControlConfig(), None)
-        world = build_world(config.env(controls), plan, bar.say)
-        save_profile(world.profile, folder / "cost_profile.json")
+        scenario = build_scenario(config.env(controls), plan, bar.say)
+        save_profile(scenario.profile, folder / "cost_profile.json")
         bar.phase("distilling while the agent learns", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
 
@@ -63,11 +64,11 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
                 save_student(compact_now(episodes), folder / "students" / f"window-{window:04d}", {"window": row})
 
         base = bundle.policy.controller() if bundle else hold_start
-        one = OneRun(world, base, seed, on_window)
+        one = OneRun(scenario, base, seed, on_window)
         num_updates = learn_online(one, config.num_windows, config.agent, stream_seed(seed, TRAIN_STREAM), watch.logger)
         watch.close(config)
     one.bring_back_best()
-    done = ship(world, one.episodes, {**one.last, "num_diverged": 0.0})
+    done = ship(scenario, one.episodes, {**one.last, "num_diverged": 0.0})
     done.figures.update(best_window=one.best_window, agent_updates=num_updates, num_windows=len(watch.positions))
     write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")
     if one.diverged:

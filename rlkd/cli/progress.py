@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class Bar:
-    """Implements `rlkd.agents.runs.Progress` on a terminal; on a pipe it prints a line a phase instead."""
+    """Implements `rlkd.runs.folder.Progress` on a terminal; on a pipe it prints a line a phase instead."""
 
     def __init__(self, updates_per_window: int) -> None:
         self.console = Console(stderr=True)

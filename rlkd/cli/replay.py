@@ -8,13 +8,9 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from rlkd.agents import tensorboard as tb
-from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.journal import Journal
-from rlkd.agents.replay import distil, write_student
-from rlkd.agents.report import read_run, write_report
-from rlkd.agents.resume import PROFILE, describe, remember, with_own_profile
-from rlkd.agents.runs import JsonLines, plain, use_one_thread, write_json
+from rlkd.agents.evaluation import tensorboard as tb
+from rlkd.agents.evaluation.report import read_run, write_report
+from rlkd.agents.policy.bundle import Bundle, load_bundle
 from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.cli.progress import Bar
@@ -22,9 +18,14 @@ from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
 from rlkd.configs import ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.action import CONTROLS
-from rlkd.envs.world import build_world
+from rlkd.envs.scenario import build_scenario
 from rlkd.errors import UserError
-from rlkd.files import read_bytes
+from rlkd.io.files import read_bytes
+from rlkd.io.journal import Journal
+from rlkd.io.records import JsonLines, plain, write_json
+from rlkd.runs.distil import distil, write_student
+from rlkd.runs.folder import use_one_thread
+from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
 FAR = 5.0  # training deviations; a bundle's own tasks stay below this nearly always
 
@@ -80,12 +81,12 @@ def _replay(config: ReplayConfig, bundle: Bundle, options: Namespace, folder: Pa
             return 0
         describe(journal, folder, config, options.seed, bar.say, options={"policy": str(options.policy)})
         env = with_own_profile(config.env(bundle.policy.controls), folder)
-        world = build_world(env, bundle.policy.plan, bar.say)
-        save_profile(world.profile, folder / f"{PROFILE}.json")
-        remember(journal, "replay", world.tensors(), costs=plain(world.profile), policy=bundle.digest)
+        scenario = build_scenario(env, bundle.policy.plan, bar.say)
+        save_profile(scenario.profile, folder / f"{PROFILE}.json")
+        remember(journal, "replay", scenario.tensors(), costs=plain(scenario.profile), policy=bundle.digest)
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
-        done = distil(world, bundle.policy.controller(), options.seed, watch.window, journal)
+        done = distil(scenario, bundle.policy.controller(), options.seed, watch.window, journal)
         watch.close(config)
     write_student(folder / "student", done, config.preference, bundle.digest)
     return finish(folder, config, plain(config.task), watch, done.figures, done.measured, done.diverged)

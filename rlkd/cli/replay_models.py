@@ -8,26 +8,26 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from rlkd.agents.bundle import Bundle, load_bundle
-from rlkd.agents.journal import Journal
-from rlkd.agents.replay import student_card
-from rlkd.agents.replay_modules import distil_module
-from rlkd.agents.resume import PROFILE, describe, remember, with_own_profile
-from rlkd.agents.runs import use_one_thread
+from rlkd.agents.policy.bundle import Bundle, load_bundle
 from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.progress import Bar
 from rlkd.cli.replay import Watch, finish
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
-from rlkd.compression.modules import save_module_student
-from rlkd.envs.modules import ModuleConfig, build_module_world
+from rlkd.compression.real.cut import save_module_student
+from rlkd.envs.real import RealConfig, build_real_scenario
 from rlkd.errors import UserError
-from rlkd.files import write_whole
-from rlkd.students import processes
+from rlkd.io.files import write_whole
+from rlkd.io.journal import Journal
+from rlkd.runs.distil import student_card
+from rlkd.runs.distil_real import distil_module
+from rlkd.runs.folder import use_one_thread
+from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.students.real import processes
 
 
 def run(argv: list[str]) -> int:
     """Distil one real model, write it, and print its figures."""
-    config, options = parse_run(_parser, argv, ModuleConfig)
+    config, options = parse_run(_parser, argv, RealConfig)
     bundle = load_bundle(options.policy)
     processes.join(config.train.device)
     config.check()
@@ -65,7 +65,7 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _replay(config: ModuleConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
+def _replay(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
     """Distil into `folder`; returns the exit code."""
     with Bar(config.train.steps_per_window) as bar:
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
@@ -74,17 +74,17 @@ def _replay(config: ModuleConfig, bundle: Bundle, options: Namespace, folder: Pa
         packages = ("transformers", "tokenizers", "datasets")
         describe(journal, folder, config, options.seed, bar.say, packages, {"policy": str(options.policy)})
         controls, plan = bundle.policy.controls, bundle.policy.plan
-        world = build_module_world(with_own_profile(config, folder), controls, plan, options.seed, bar.say)
-        write_whole(folder / "mapping.txt", world.tables)
-        bar.say(world.tables)
+        scenario = build_real_scenario(with_own_profile(config, folder), controls, plan, options.seed, bar.say)
+        write_whole(folder / "mapping.txt", scenario.tables)
+        bar.say(scenario.tables)
         if not (folder / f"{PROFILE}.json").exists():
-            world.profile.save(folder / f"{PROFILE}.json")
-        remember(journal, "replay --data", world.tensors(), policy=bundle.digest)
+            scenario.profile.save(folder / f"{PROFILE}.json")
+        remember(journal, "replay --data", scenario.tensors(), policy=bundle.digest)
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
-        done = distil_module(world, bundle.policy.controller(), options.seed, watch.window, journal)
+        done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal)
         watch.close(config)
     card = student_card(done.figures, config.preference, bundle.digest)
-    save_module_student(done.student, folder / "student", world.processor, card)
-    task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": world.kind}
+    save_module_student(done.student, folder / "student", scenario.processor, card)
+    task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
     return finish(folder, config, task, watch, done.figures, done.measured, done.diverged)

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
-from rlkd.agents.runs import plain, run_folder
 from rlkd.cli.arguments import check_seed, parse
 from rlkd.errors import UserError
+from rlkd.io.records import plain
+from rlkd.runs.folder import run_folder
 
 Config = TypeVar("Config")
 ELSEWHERE = ("policy", "config", "resume", "out")  # options that say where something is, not what the run does

@@ -3,14 +3,14 @@
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from rlkd.agents.experiment import train_experiment
-from rlkd.agents.journal import Journal
-from rlkd.agents.runs import use_one_thread
 from rlkd.cli.arguments import add_run_options, closest, new_parser
 from rlkd.cli.progress import Bar, comparison_table
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
 from rlkd.errors import UserError
+from rlkd.io.journal import Journal
+from rlkd.runs.folder import use_one_thread
+from rlkd.runs.train import train_experiment
 
 MODES = ("across", "online")  # over many students, or within the run of one
 

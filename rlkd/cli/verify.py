@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlkd.agents.runs import use_one_thread
-from rlkd.agents.verify import Row, read_result, verify_compare, verify_module_replay, verify_replay, verify_train
 from rlkd.cli.arguments import check_seed, new_parser, parse
 from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.cli.main import FAILED, OK, one_line
 from rlkd.cli.progress import Bar
 from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
 from rlkd.errors import UserError
-from rlkd.files import inside, read_bytes
+from rlkd.io.files import inside, read_bytes
+from rlkd.runs.folder import use_one_thread
+from rlkd.runs.verify import Row, read_result, verify_compare, verify_module_replay, verify_replay, verify_train
 
 NUM_SHOWN = 3  # differences of one row
 
@@ -54,9 +54,9 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
     read_result(folder)
     tree = _config_tree(folder)
     if "data" in tree:
-        from rlkd.envs.modules import ModuleConfig  # the extra hf
+        from rlkd.envs.real import RealConfig  # the extra hf
 
-        return verify_module_replay(folder, _config(folder, ModuleConfig)[0])
+        return verify_module_replay(folder, _config(folder, RealConfig)[0])
     if "methods" in tree:
         compared, seed = _config(folder, CompareConfig)
         with Bar(compared.train.steps_per_window) as bar:

@@ -18,9 +18,19 @@ from torch import Tensor, nn
 
 from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
-from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, number, read_bytes, read_json, reason, whole, write_whole
+from rlkd.io.files import (
+    MAX_TENSOR_BYTES,
+    inside,
+    load_tensors,
+    number,
+    read_bytes,
+    read_json,
+    reason,
+    whole,
+    write_whole,
+)
+from rlkd.losses.hard_label import log_probabilities
 from rlkd.models import ChainStudent, ExitGate, Layer, Masks, layers_of, num_positions
-from rlkd.objectives.hard_label import log_probabilities
 
 FORMAT = 2
 MAX_SIZE = 2**20

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlkd.cost.workload import REGRESSORS, Workload, dense_workload, workload
 from rlkd.errors import UserError
-from rlkd.files import number, read_json, reason, whole, write_whole
+from rlkd.io.cache import cache_dir
+from rlkd.io.files import number, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent
-from rlkd.teachers import cache_dir
 
 FORMAT = 2
 MAX_BATCH = 65_536

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.compression.selection import exit_ends, exits_at, gated_exits, spread
+from rlkd.losses.hard_label import log_probabilities
 from rlkd.models import Masks
-from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students.interface import Metrics
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlkd.objectives.hard_label import log_probabilities
-from rlkd.tasks import Task
+from rlkd.data import Task
+from rlkd.losses.hard_label import log_probabilities
 from rlkd.teachers import Signals
 
 NUM_CUES = 3

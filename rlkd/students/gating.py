@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlkd.losses.exit_gate import exit_rewards, expected_reward
 from rlkd.models import ChainStudent, GateConfig, Masks, Outputs
-from rlkd.objectives.exit_gate import exit_rewards, expected_reward
 
 ExitCost = Callable[[Tensor], Tensor]
 """From kept units [N, G] to [N, E, 2]: latency and energy ratio of samples that all leave at one exit."""

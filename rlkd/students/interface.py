@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlkd.data import Split, Task
 from rlkd.errors import UserError
+from rlkd.losses import FAMILIES
 from rlkd.models import Masks
-from rlkd.objectives import FAMILIES
-from rlkd.tasks import Split, Task
 
 PROBE_SIZE = 16  # samples that each family's gradient is looked at on; a whole batch costs 6 % of a window more
 

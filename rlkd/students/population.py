@@ -20,9 +20,10 @@ from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from rlkd.compression.selection import importance, select
+from rlkd.data import DataSet, Split, Task, task_generator
+from rlkd.losses import FAMILIES, family_losses
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.models.chain import draw_weights, drawn_names
-from rlkd.objectives import FAMILIES, family_losses
 from rlkd.students.evaluation import summarise
 from rlkd.students.fusion import TeacherMix
 from rlkd.students.gating import ExitCost, Stakes, gate_training
@@ -38,7 +39,6 @@ from rlkd.students.interface import (
 )
 from rlkd.students.recorded import Recorded
 from rlkd.students.rollback import Rollbacks
-from rlkd.tasks import DataSet, Split, Task, task_generator
 from rlkd.teachers import Signals
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8

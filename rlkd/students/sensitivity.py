@@ -1,4 +1,4 @@
-"""How the losses answer to the controls: gradients that gradient-based rivals of a policy follow.
+"""How the losses answer to the controls: gradients that gradient-based baselines of a policy follow.
 
 Works on the stacked parameters of any `Students`, so a population and a solo student are treated alike.
 """
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
+from rlkd.data import DataSet, Task
+from rlkd.losses import FAMILIES, cross_entropy, family_losses
 from rlkd.models import ChainStudent
-from rlkd.objectives import FAMILIES, cross_entropy, family_losses
 from rlkd.students.fusion import TeacherMix
 from rlkd.students.interface import Controls, Students
 from rlkd.students.population import WithAdapter
-from rlkd.tasks import DataSet, Task
 from rlkd.teachers import Signals
 
 NUM_SAMPLES = 48  # of a student's own samples, and of the validation split

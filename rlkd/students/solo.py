@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rlkd.compression.selection import importance, select
+from rlkd.data import DataSet, Split, Task, task_generator
+from rlkd.losses import FAMILIES, family_losses
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
-from rlkd.objectives import FAMILIES, family_losses
 from rlkd.students.evaluation import summarise
 from rlkd.students.fusion import TeacherMix
 from rlkd.students.gating import ExitCost, Stakes, gate_training
@@ -28,7 +29,6 @@ from rlkd.students.interface import (
 from rlkd.students.optimizers import load_optimizer_state, optimizer_state
 from rlkd.students.population import WithAdapter
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
-from rlkd.tasks import DataSet, Split, Task, task_generator
 from rlkd.teachers import Signals
 
 

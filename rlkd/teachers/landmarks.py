@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlkd.tasks import Labelled, Task
+from rlkd.data import Labelled, Task
 
 LANDMARKS = ("labels", "teacher", "both", "both_4", "both_10")
 FEW = (4, 10)  # principal directions

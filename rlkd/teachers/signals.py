@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlkd.data import DataSet, Labelled, Task
 from rlkd.models import ChainStudent
-from rlkd.objectives import attention_map
-from rlkd.tasks import DataSet, Labelled, Task
+from rlkd.models.attention_map import attention_map
 from rlkd.teachers.landmarks import landmarks
 
 NUM_POSITIONS = 16

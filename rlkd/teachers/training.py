@@ -5,7 +5,6 @@ Teachers see true labels of the train split alone. Their quality is set by how m
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from rlkd.data import DataSet
 from rlkd.errors import UserError
-from rlkd.files import MAX_TENSOR_BYTES, inside, load_tensors, read_bytes, write_whole
+from rlkd.io.cache import cache_dir
+from rlkd.io.files import MAX_TENSOR_BYTES, inside, load_tensors, read_bytes, write_whole
 from rlkd.models import ChainStudent, StudentConfig, build_student, initialise
-from rlkd.tasks import DataSet
 
 TEACHER_SEED = 20_260_102
 FORMAT = 2
@@ -54,11 +54,6 @@ class TeacherConfig:
                 f"teacher.num_samples: got {max(self.num_samples)}; allowed: 1 to {available}, the train split of "
                 f"{data.name}"
             )
-
-
-def cache_dir() -> Path:
-    """Where trained teachers and cost profiles are kept: $RLKD_CACHE, else ~/.cache/rlkd."""
-    return Path(os.environ.get("RLKD_CACHE") or Path.home() / ".cache" / "rlkd")
 
 
 def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:

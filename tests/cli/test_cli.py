@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from rlkd.agents.report import read_run
+from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import VERBS, main
 from rlkd.compression import load_student
 from rlkd.cost import CostProfile
 from rlkd.cost.profile import ENERGY_MODEL
-from rlkd.tasks import load_dataset
+from rlkd.data import load_dataset
 
 Capture = pytest.CaptureFixture[str]
 

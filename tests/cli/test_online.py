@@ -9,7 +9,7 @@ import yaml
 from rlkd.cli.main import main
 from rlkd.cli.train import take_mode
 from rlkd.compression import load_student
-from rlkd.tasks import Split, load_dataset
+from rlkd.data import Split, load_dataset
 
 Capture = pytest.CaptureFixture[str]
 

@@ -10,11 +10,11 @@ import pytest
 import tiny_models
 import torch
 
-from rlkd.agents.report import read_run
+from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import main
-from rlkd.compression.modules import load_module_student
-from rlkd.tasks.tables import ColumnConfig
-from rlkd.tasks.texts import make_token_examples, read_texts
+from rlkd.compression.real.cut import load_module_student
+from rlkd.data.tables import ColumnConfig
+from rlkd.data.texts import make_token_examples, read_texts
 
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "4", "--cost.batch_size", "4"]
 FEW = ["--tokens.top_k", "5"]

@@ -10,10 +10,10 @@ import pytest
 import tiny_models
 import torch
 
-from rlkd.agents.report import read_run
+from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import main
-from rlkd.compression.modules import load_module_student
-from rlkd.tasks.tables import ColumnConfig, make_examples, read_table
+from rlkd.compression.real.cut import load_module_student
+from rlkd.data.tables import ColumnConfig, make_examples, read_table
 
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
 GOOD, BAD = ("good", "fine", "bright", "great"), ("bad", "dull", "slow", "poor")

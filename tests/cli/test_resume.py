@@ -12,7 +12,7 @@ import pytest
 from rlkd.cli.main import main
 from rlkd.cli.progress import Bar
 from rlkd.errors import UserError
-from rlkd.files import write_whole
+from rlkd.io.files import write_whole
 
 Capture = pytest.CaptureFixture[str]
 
@@ -67,7 +67,7 @@ def test_a_full_disk_and_sigterm_lose_nothing_and_say_how_to_go_on(
         write_whole(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("rlkd.agents.checkpoints.write_whole", full)
+        patch.setattr("rlkd.io.checkpoints.write_whole", full)
         assert main(["train", *tiny, "--ppo.num_iterations", "2", "--out", "cut"]) == 2
     assert capsys.readouterr().err.endswith("the disk is full; go on with: rlkd train --resume cut\n")
     assert not (here / "cut" / "run.lock").exists()

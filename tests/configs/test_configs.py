@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from rlkd.agents.ppo import PPOConfig
-from rlkd.agents.runs import describe_run, plain
+from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cli.arguments import add_run_options, config_names, new_parser, parse
 from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
-from rlkd.envs.modules import ModuleConfig
+from rlkd.envs.real import RealConfig
 from rlkd.errors import UserError
+from rlkd.io.records import plain
+from rlkd.runs.folder import describe_run
 
 KINDS = {"conv": ReplayConfig, "wide": ReplayConfig, "default": ExperimentConfig, "smoke": ExperimentConfig}
 COMPARISONS = [name for name in config_names() if name.startswith("compare/")]
@@ -43,7 +44,7 @@ def test_the_default_config_is_the_default_on_more_data_sets() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [ExperimentConfig(), CompareConfig(policy="some"), ReplayConfig(), ModuleConfig("models/bert", "reviews.csv")],
+    [ExperimentConfig(), CompareConfig(policy="some"), ReplayConfig(), RealConfig("models/bert", "reviews.csv")],
     ids=lambda config: type(config).__name__,
 )
 def test_what_a_run_writes_of_its_config_reads_back_to_the_letter(config: Any, tmp_path: Path) -> None:

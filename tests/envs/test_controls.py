@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkd.envs import CONTROLS, ControlConfig, DistillationEnv, World
+from rlkd.envs import CONTROLS, ControlConfig, DistillationEnv, Scenario
 from rlkd.envs.action import SCALARS, change, decode, dict_action, encode, with_values
-from rlkd.objectives import FAMILIES
+from rlkd.losses import FAMILIES
 
 CONFIG = ControlConfig()
 positions = st.lists(st.floats(0, 1, width=32), min_size=len(CONTROLS), max_size=len(CONTROLS))
@@ -55,13 +55,13 @@ def test_a_change_is_at_most_a_step_and_stays_inside(start: list[float], action:
     assert torch.equal(change(before, torch.zeros(1, len(CONTROLS)), CONFIG), before)
 
 
-def test_actions_move_from_the_start_and_do_not_add_up(world: World) -> None:
-    env = DistillationEnv(world=world)
+def test_actions_move_from_the_start_and_do_not_add_up(scenario: Scenario) -> None:
+    env = DistillationEnv(scenario=scenario)
     env.reset(seed=1)
     action = dict_action(np.full(len(CONTROLS), -0.5, dtype=np.float32))
     first, second = (env.step(action)[0][-len(CONTROLS) :] for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    expected = (world.plan.settings[0] - 0.5 * world.config.controls.step).clamp(0, 1)
+    expected = (scenario.plan.settings[0] - 0.5 * scenario.config.controls.step).clamp(0, 1)
     np.testing.assert_allclose(first, expected.numpy(), atol=1e-6)
 
 

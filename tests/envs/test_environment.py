@@ -9,10 +9,10 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from rlkd.envs import ENV_ID, OBSERVATIONS, ControlConfig, EnvConfig, Episodes, FlattenAction, World, build_world
+from rlkd.data import Split
+from rlkd.envs import ENV_ID, OBSERVATIONS, ControlConfig, EnvConfig, Episodes, FlattenAction, Scenario, build_scenario
 from rlkd.envs.action import CONTROLS, decode, dict_action, encode, flat_action, published_setting
 from rlkd.errors import UserError
-from rlkd.tasks import Split
 
 SCORE = OBSERVATIONS.index("score")
 
@@ -23,9 +23,11 @@ def actions(num: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.uniform(-1, 1, len(CONTROLS)).astype(np.float32) for _ in range(num)]
 
 
-def play(world: World, steps: list[np.ndarray], seed: int = 3) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+def play(
+    scenario: Scenario, steps: list[np.ndarray], seed: int = 3
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
     """Observations [1 + W, O], rewards [W] and infos of one episode."""
-    env = gymnasium.make(ENV_ID, world=world)
+    env = gymnasium.make(ENV_ID, scenario=scenario)
     observation, _ = env.reset(seed=seed)
     seen, rewards, infos = [observation], [], []
     for step in steps:
@@ -36,27 +38,27 @@ def play(world: World, steps: list[np.ndarray], seed: int = 3) -> tuple[np.ndarr
     return np.stack(seen), np.array(rewards), infos
 
 
-def test_gymnasium_and_sb3_find_nothing_to_warn_of(world: World) -> None:
+def test_gymnasium_and_sb3_find_nothing_to_warn_of(scenario: Scenario) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gymnasium.make(ENV_ID, world=world).unwrapped)
-        sb3_check_env(FlattenAction(gymnasium.make(ENV_ID, world=world)))
+        check_env(gymnasium.make(ENV_ID, scenario=scenario).unwrapped)
+        sb3_check_env(FlattenAction(gymnasium.make(ENV_ID, scenario=scenario)))
 
 
-def test_vector_environment_agrees_with_single_ones_step_by_step(double_world: World) -> None:
-    world = double_world
-    vector = gymnasium.make_vec(ENV_ID, num_envs=3, vectorization_mode="vector_entry_point", world=world)
-    singles = [gymnasium.make(ENV_ID, world=world) for _ in range(3)]
+def test_vector_environment_agrees_with_single_ones_step_by_step(double_scenario: Scenario) -> None:
+    scenario = double_scenario
+    vector = gymnasium.make_vec(ENV_ID, num_envs=3, vectorization_mode="vector_entry_point", scenario=scenario)
+    singles = [gymnasium.make(ENV_ID, scenario=scenario) for _ in range(3)]
     observations, _ = vector.reset(seed=20)
     for i, env in enumerate(singles):
         np.testing.assert_allclose(env.reset(seed=20 + i)[0], observations[i], atol=1e-6)
-    for step in range(2 * world.config.num_windows):
+    for step in range(2 * scenario.config.num_windows):
         flat = np.stack(actions(3, seed=step))
         observations, rewards, terminated, truncated, info = vector.step(dict_action(flat))
         assert not truncated.any()
         for i, env in enumerate(singles):
             observation, reward, done, _, single_info = env.step(dict_action(flat[i]))
-            assert done == terminated[i] == ((step + 1) % world.config.num_windows == 0)
+            assert done == terminated[i] == ((step + 1) % scenario.config.num_windows == 0)
             last = info["final_obs"][i] if done else observations[i]
             figures = info["final_info"] if done else info
             np.testing.assert_allclose(observation, last, atol=1e-6)
@@ -66,102 +68,102 @@ def test_vector_environment_agrees_with_single_ones_step_by_step(double_world: W
                 np.testing.assert_allclose(env.reset()[0], observations[i], atol=1e-6)
 
 
-def test_seeds_repeat_and_differ(world: World) -> None:
+def test_seeds_repeat_and_differ(scenario: Scenario) -> None:
     steps = actions(2)
-    first, again, other = play(world, steps), play(world, steps), play(world, steps, seed=4)
+    first, again, other = play(scenario, steps), play(scenario, steps), play(scenario, steps, seed=4)
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
     assert not np.array_equal(first[0], other[0])
-    vector = gymnasium.make_vec(ENV_ID, num_envs=2, vectorization_mode="vector_entry_point", world=world)
+    vector = gymnasium.make_vec(ENV_ID, num_envs=2, vectorization_mode="vector_entry_point", scenario=scenario)
     assert np.array_equal(vector.reset(seed=[5, 6])[0], vector.reset(seed=5)[0])
     with pytest.raises(ValueError, match="1 seeds for 2 students"):
         vector.reset(seed=[5])
 
 
-def test_rewards_are_the_changes_of_the_score(world: World) -> None:
-    seen, rewards, infos = play(world, actions(4))
+def test_rewards_are_the_changes_of_the_score(scenario: Scenario) -> None:
+    seen, rewards, infos = play(scenario, actions(4))
     np.testing.assert_allclose(rewards, np.diff(seen[:, SCORE]), atol=1e-6)
     np.testing.assert_allclose(seen[1:, SCORE], [info["score"] for info in infos], atol=1e-6)
     assert rewards.sum() == pytest.approx(seen[-1, SCORE] - seen[0, SCORE], abs=1e-6)
 
 
-def test_score_by_hand(world: World) -> None:
-    _, _, infos = play(world, actions(2))
+def test_score_by_hand(scenario: Scenario) -> None:
+    _, _, infos = play(scenario, actions(2))
     names = ("preference_accuracy", "preference_latency", "preference_energy")
-    seen, _, _ = play(world, actions(1))
+    seen, _, _ = play(scenario, actions(1))
     w = [seen[0, OBSERVATIONS.index(name)] for name in names]
     i = infos[0]
     expected = w[0] * i["accuracy"] + w[1] * (1 - i["latency_ratio"]) + w[2] * (1 - i["energy_ratio"])
     assert i["score"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_reward_belongs_to_the_action_that_caused_it(world: World) -> None:
+def test_a_reward_belongs_to_the_action_that_caused_it(scenario: Scenario) -> None:
     common, ending = actions(2), actions(2, seed=9)
-    one = play(world, [*common, ending[0]])
-    two = play(world, [*common, ending[1]])
+    one = play(scenario, [*common, ending[0]])
+    two = play(scenario, [*common, ending[1]])
     np.testing.assert_array_equal(one[1][:2], two[1][:2])
     assert one[1][2] != two[1][2]
     # nothing but pruning harder: the window that prunes is the one whose cost falls
     hold, prune = np.zeros(9, dtype=np.float32), np.zeros(9, dtype=np.float32)
     prune[CONTROLS.index("unit_keep")] = -1.0
-    ratios = [info["macs_ratio"] for info in play(world, [hold, prune, prune])[2]]
+    ratios = [info["macs_ratio"] for info in play(scenario, [hold, prune, prune])[2]]
     assert ratios[0] == pytest.approx(1.0)
     assert ratios[1] < 0.5
 
 
-def with_split_changed(world: World, split: Split, what: str) -> World:
-    """The same world with every label, or every input, of one split replaced."""
-    index = world.data.splits[split]
-    labels, inputs = world.data.labels.clone(), world.data.inputs.clone()
+def with_split_changed(scenario: Scenario, split: Split, what: str) -> Scenario:
+    """The same scenario with every label, or every input, of one split replaced."""
+    index = scenario.data.splits[split]
+    labels, inputs = scenario.data.labels.clone(), scenario.data.inputs.clone()
     if what == "labels":
-        labels[index] = (labels[index] + 1) % world.data.num_classes
+        labels[index] = (labels[index] + 1) % scenario.data.num_classes
     else:
         inputs[index] = 1.0 - inputs[index]
-    return dataclasses.replace(world, data=dataclasses.replace(world.data, labels=labels, inputs=inputs))
+    return dataclasses.replace(scenario, data=dataclasses.replace(scenario.data, labels=labels, inputs=inputs))
 
 
-def test_test_data_changes_nothing_that_is_seen_or_rewarded(world: World) -> None:
+def test_test_data_changes_nothing_that_is_seen_or_rewarded(scenario: Scenario) -> None:
     steps = actions(3)
-    plain = play(world, steps)
+    plain = play(scenario, steps)
     for what in ("labels", "inputs"):
-        other = play(with_split_changed(world, "test", what), steps)
+        other = play(with_split_changed(scenario, "test", what), steps)
         np.testing.assert_array_equal(plain[0], other[0])
         np.testing.assert_array_equal(plain[1], other[1])
-    assert not np.array_equal(plain[1], play(with_split_changed(world, "validation", "labels"), steps)[1])
+    assert not np.array_equal(plain[1], play(with_split_changed(scenario, "validation", "labels"), steps)[1])
 
 
-def test_students_train_on_the_train_split_alone(world: World) -> None:
-    def trained(w: World) -> dict[str, torch.Tensor]:
+def test_students_train_on_the_train_split_alone(scenario: Scenario) -> None:
+    def trained(w: Scenario) -> dict[str, torch.Tensor]:
         episodes = Episodes(w, 2)
         episodes.reset([1, 2])
         episodes.step(episodes.start)
         return episodes.students.state_dict()
 
-    plain = trained(world)
+    plain = trained(scenario)
     for split in ("validation", "test"):
-        other = trained(with_split_changed(world, split, "inputs"))  # type: ignore[arg-type]
+        other = trained(with_split_changed(scenario, split, "inputs"))  # type: ignore[arg-type]
         assert all(torch.equal(plain[name], other[name]) for name in plain)
     assert not torch.equal(
-        plain["layers.0.weight"], trained(with_split_changed(world, "train", "inputs"))["layers.0.weight"]
+        plain["layers.0.weight"], trained(with_split_changed(scenario, "train", "inputs"))["layers.0.weight"]
     )
 
 
-def test_no_action_holds_the_start(world: World) -> None:
-    seen, _, _ = play(world, [np.zeros(9, dtype=np.float32)] * 2)
+def test_no_action_holds_the_start(scenario: Scenario) -> None:
+    seen, _, _ = play(scenario, [np.zeros(9, dtype=np.float32)] * 2)
     controls = [OBSERVATIONS.index(f"control_{name}") for name in CONTROLS]
-    np.testing.assert_allclose(seen[:, controls], np.stack([published_setting(world.config.controls).numpy()] * 3))
+    np.testing.assert_allclose(seen[:, controls], np.stack([published_setting(scenario.config.controls).numpy()] * 3))
 
 
-def test_observations_stay_in_bounds(world: World) -> None:
-    space = gymnasium.make(ENV_ID, world=world).observation_space
+def test_observations_stay_in_bounds(scenario: Scenario) -> None:
+    space = gymnasium.make(ENV_ID, scenario=scenario).observation_space
     assert space.shape == (len(OBSERVATIONS),) == (len(set(OBSERVATIONS)),)
-    for observation in play(world, actions(4, seed=2))[0]:
+    for observation in play(scenario, actions(4, seed=2))[0]:
         assert space.contains(observation)
 
 
 def test_a_diverged_student_ends_with_the_worst_score(config: EnvConfig) -> None:
-    hot = build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e30, 1e30))))
-    env = gymnasium.make(ENV_ID, world=hot)
+    hot = build_scenario(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e30, 1e30))))
+    env = gymnasium.make(ENV_ID, scenario=hot)
     observation, _ = env.reset(seed=0)
     for num_rollbacks in (1, 2):
         observation, _, terminated, _, info = env.step(dict_action(np.zeros(9, dtype=np.float32)))

@@ -7,44 +7,44 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.agents.controllers import run
-from rlkd.envs import CONTROLS, OBSERVATIONS, World
+from rlkd.agents.policy.controllers import run
+from rlkd.data import Range
+from rlkd.envs import CONTROLS, OBSERVATIONS, Scenario
 from rlkd.envs.episodes import Episodes, reference_savings
 from rlkd.envs.observation import REFERENCES, SAVINGS
-from rlkd.envs.plan import FACTS
-from rlkd.tasks import Range
+from rlkd.envs.schedule import FACTS
 from rlkd.teachers.landmarks import LANDMARKS
 
 SEED = 2**60 + 5
 EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_keep", "learning_rate"))
 
 
-def settings(world: World, *changes: dict[int, float]) -> Tensor:
+def settings(scenario: Scenario, *changes: dict[int, float]) -> Tensor:
     """The start setting of each student with some positions changed."""
-    position = world.plan.settings[0].expand(len(changes), -1).clone()
+    position = scenario.plan.settings[0].expand(len(changes), -1).clone()
     for row, changed in enumerate(changes):
         for column, value in changed.items():
             position[row, column] = value
     return position
 
 
-def trained(world: World, position: Tensor, num_windows: int, seeds: list[int] | None = None) -> Episodes:
-    episodes = Episodes(world, len(position))
+def trained(scenario: Scenario, position: Tensor, num_windows: int, seeds: list[int] | None = None) -> Episodes:
+    episodes = Episodes(scenario, len(position))
     episodes.reset(seeds or [SEED] * len(position))
     for _ in range(num_windows):
         episodes.step(position)
     return episodes
 
 
-def test_a_copy_goes_on_exactly_as_its_source(world: World) -> None:
-    different = settings(world, {KEEP: 0.6, EXIT: 0.0}, {RATE: 0.2, EXIT: 0.6}, {RATE: 0.9})
-    copied, untouched = trained(world, different, 2), trained(world, different, 2)
+def test_a_copy_goes_on_exactly_as_its_source(scenario: Scenario) -> None:
+    different = settings(scenario, {KEEP: 0.6, EXIT: 0.0}, {RATE: 0.2, EXIT: 0.6}, {RATE: 0.9})
+    copied, untouched = trained(scenario, different, 2), trained(scenario, different, 2)
     before = untouched.evaluate("validation")[2]
     assert len(set(before.tolist())) == 3
     copied.copy_rows(torch.tensor([0, 0, 2]))
     assert torch.equal(copied.position, different[[0, 0, 2]])
     assert torch.equal(copied.evaluate("validation")[2], before[[0, 0, 2]])
-    same = settings(world, *({KEEP: 0.8, EXIT: 0.4, RATE: 0.5},) * 3)
+    same = settings(scenario, *({KEEP: 0.8, EXIT: 0.4, RATE: 0.5},) * 3)
     for _ in range(2):
         now, reference = copied.step(same), untouched.step(same)
         for field in ("observation", "reward", "score"):
@@ -56,9 +56,9 @@ def test_a_copy_goes_on_exactly_as_its_source(world: World) -> None:
         assert torch.equal(stacked[[0, 2]], untouched.students.state_dict()[name][[0, 2]]), name
 
 
-def test_a_copy_keeps_its_own_task_and_batches(world: World) -> None:
-    position = settings(world, {}, {})
-    episodes = trained(world, position, 1, [SEED, SEED + 1])
+def test_a_copy_keeps_its_own_task_and_batches(scenario: Scenario) -> None:
+    position = settings(scenario, {}, {})
+    episodes = trained(scenario, position, 1, [SEED, SEED + 1])
     tasks = list(episodes.tasks)
     episodes.copy_rows(torch.tensor([0, 0]))
     assert episodes.tasks == tasks
@@ -67,15 +67,15 @@ def test_a_copy_keeps_its_own_task_and_batches(world: World) -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_one_student_has_nobody_to_copy(world: World) -> None:
+def test_one_student_has_nobody_to_copy(scenario: Scenario) -> None:
     with pytest.raises(ValueError, match="got one student"):
-        trained(world, settings(world, {}), 0).copy_rows(torch.tensor([0]))
+        trained(scenario, settings(scenario, {}), 0).copy_rows(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("num_students", [1, 3])
-def test_moving_the_exit_changes_nothing_else(world: World, num_students: int) -> None:
-    pruned = settings(world, *({KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.5},) * num_students)
-    episodes = trained(world, pruned, 3, [SEED + i for i in range(num_students)])
+def test_moving_the_exit_changes_nothing_else(scenario: Scenario, num_students: int) -> None:
+    pruned = settings(scenario, *({KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.5},) * num_students)
+    episodes = trained(scenario, pruned, 3, [SEED + i for i in range(num_students)])
     before, masks = episodes.evaluate("validation"), episodes.students.masks()
     parameters = episodes.students.state_dict()
     episodes.set_exit(torch.full((num_students,), 1.0))
@@ -91,47 +91,47 @@ def test_moving_the_exit_changes_nothing_else(world: World, num_students: int) -
     assert torch.equal(episodes.evaluate("validation")[2], before[2])
 
 
-def test_tuning_the_exit_of_pruned_students_never_costs_validation_score(world: World) -> None:
+def test_tuning_the_exit_of_pruned_students_never_costs_validation_score(scenario: Scenario) -> None:
     seeds = [SEED + i for i in range(6)]
-    pruned = settings(world, {KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.0})[0]
+    pruned = settings(scenario, {KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.0})[0]
     fixed, tuned = (
-        run(world, lambda o, e, w: pruned.expand_as(e.start), seeds, world.config.task, "validation", tune_exit=t)
+        run(scenario, lambda o, e, w: pruned.expand_as(e.start), seeds, scenario.config.task, "validation", tune_exit=t)
         for t in (False, True)
     )
     assert (tuned.score >= fixed.score).all()
 
 
-def test_savings_of_reference_students_are_those_of_students_that_really_look_like_them(world: World) -> None:
-    found = dict(zip(SAVINGS, reference_savings(world).tolist(), strict=True))
+def test_savings_of_reference_students_are_those_of_students_that_really_look_like_them(scenario: Scenario) -> None:
+    found = dict(zip(SAVINGS, reference_savings(scenario).tolist(), strict=True))
     for name, (feature_keep, unit_keep) in REFERENCES.items():
         row = {EXIT: 0.0}
         for control, wanted in (("feature_keep", feature_keep), ("unit_keep", unit_keep)):
-            low, high = getattr(world.config.controls, control)
+            low, high = getattr(scenario.config.controls, control)
             row[CONTROLS.index(control)] = math.log(wanted / low) / math.log(high / low)
-        episodes = trained(world, settings(world, row), 1)
+        episodes = trained(scenario, settings(scenario, row), 1)
         _, cost, _ = episodes.evaluate("validation")
         assert found[f"latency_saving_{name}"] == pytest.approx(float(1 - cost.latency_ratio), abs=1e-5)
         assert found[f"energy_saving_{name}"] == pytest.approx(float(1 - cost.energy_ratio), abs=1e-5)
 
 
-def test_facts_are_those_of_each_students_own_task_however_it_was_reset(world: World) -> None:
-    episodes, alone = Episodes(world, 3), Episodes(world, 1)
+def test_facts_are_those_of_each_students_own_task_however_it_was_reset(scenario: Scenario) -> None:
+    episodes, alone = Episodes(scenario, 3), Episodes(scenario, 1)
     episodes.reset([SEED, SEED + 1, SEED + 2])
     seen = episodes.reset([SEED + 7], torch.tensor([1]))
-    facts = [OBSERVATIONS.index(name) for name in FACTS]
+    features = [OBSERVATIONS.index(name) for name in FACTS]
     for row, seed in enumerate((SEED, SEED + 7, SEED + 2)):
-        torch.testing.assert_close(seen[row, facts], alone.reset([seed])[0, facts])
-    resumed = Episodes(world, 3)
+        torch.testing.assert_close(seen[row, features], alone.reset([seed])[0, features])
+    resumed = Episodes(scenario, 3)
     resumed.load_training_state(episodes.training_state())
-    position = settings(world, {}, {}, {})
+    position = settings(scenario, {}, {}, {})
     torch.testing.assert_close(resumed.step(position).observation, episodes.step(position).observation, atol=0, rtol=0)
 
 
-def test_facts_of_several_teachers_are_their_means(world: World) -> None:
-    task = dataclasses.replace(world.config.task, num_teachers=Range(2, 3))
-    several = dataclasses.replace(world, config=dataclasses.replace(world.config, task=task))
+def test_facts_of_several_teachers_are_their_means(scenario: Scenario) -> None:
+    task = dataclasses.replace(scenario.config.task, num_teachers=Range(2, 3))
+    several = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, task=task))
     episodes = Episodes(several, 4)
-    observation, s = episodes.reset([3, 4, 5, 6]), world.signals
+    observation, s = episodes.reset([3, 4, 5, 6]), scenario.signals
     assert {len(t.teachers) for t in episodes.tasks} == {2, 3}
     for row, drawn in enumerate(episodes.tasks):
         who = list(drawn.teachers)
@@ -142,7 +142,7 @@ def test_facts_of_several_teachers_are_their_means(world: World) -> None:
             "teacher_label_agreement": agreement,
         }
         alone = [dataclasses.replace(drawn, teacher=t, others=()) for t in who]
-        reached = s.landmarks(world.data, alone).mean(0).tolist()
+        reached = s.landmarks(scenario.data, alone).mean(0).tolist()
         expected |= {f"landmark_{name}": value for name, value in zip(LANDMARKS, reached, strict=True)}
         for name, value in expected.items():
             assert float(observation[row, OBSERVATIONS.index(name)]) == pytest.approx(value, abs=1e-6), name

@@ -1,27 +1,27 @@
-"""Exit gates from the world to the student that ships."""
+"""Exit gates from the scenario to the student that ships."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from rlkd.agents.controllers import run
-from rlkd.agents.plans import follow
-from rlkd.agents.replay import distil
-from rlkd.envs import CONTROLS, EnvConfig, World, build_world
+from rlkd.agents.baselines.schedules import follow
+from rlkd.agents.policy.controllers import run
+from rlkd.data import Preference
+from rlkd.envs import CONTROLS, EnvConfig, Scenario, build_scenario
 from rlkd.models import GateConfig, StudentConfig
-from rlkd.tasks import Preference
+from rlkd.runs.distil import distil
 
 EXIT, RATE = CONTROLS.index("exit_threshold"), CONTROLS.index("learning_rate")
 
 
 @pytest.fixture(scope="module")
-def gated(config: EnvConfig) -> World:
+def gated(config: EnvConfig) -> Scenario:
     student = StudentConfig(widths=(24, 24, 24), exits=(1, 2), gate=GateConfig(enabled=True, beta_end=0.1))
-    return build_world(dataclasses.replace(config, student=student))
+    return build_scenario(dataclasses.replace(config, student=student))
 
 
-def test_leaving_costs_what_a_batch_that_all_leaves_there_costs(gated: World) -> None:
+def test_leaving_costs_what_a_batch_that_all_leaves_there_costs(gated: Scenario) -> None:
     kept = torch.tensor([[64.0, 24.0, 24.0, 24.0], [20.0, 6.0, 8.0, 4.0]])
     cost = gated.exit_cost(kept)
     assert cost.shape == (2, 3, 2)
@@ -34,7 +34,7 @@ def test_leaving_costs_what_a_batch_that_all_leaves_there_costs(gated: World) ->
     assert float(first.macs) == 20 * 6 + 6 * 10 + 11
 
 
-def test_the_student_that_ships_answers_as_its_gates_decided(gated: World) -> None:
+def test_the_student_that_ships_answers_as_its_gates_decided(gated: Scenario) -> None:
     plan = gated.plan.settings[0].clone()
     plan[EXIT], plan[RATE] = 0.5, 0.8
     done = distil(gated, follow(plan[None]), 3, lambda row, observation: None)
@@ -45,7 +45,7 @@ def test_the_student_that_ships_answers_as_its_gates_decided(gated: World) -> No
     assert done.figures["accuracy"] > 0.3
 
 
-def test_gates_train_in_lock_step_under_any_controller(gated: World) -> None:
+def test_gates_train_in_lock_step_under_any_controller(gated: Scenario) -> None:
     plan = gated.plan.settings[0].clone()
     plan[EXIT], plan[RATE] = 0.5, 0.8
     tasks = gated.config.task.with_preference(Preference(0.3))

@@ -15,8 +15,8 @@ from rlkd.envs import (
     DistillationEnv,
     DistillationVectorEnv,
     EnvConfig,
-    World,
-    build_world,
+    Scenario,
+    build_scenario,
 )
 from rlkd.envs.action import dict_action
 from rlkd.students import TrainConfig
@@ -26,27 +26,30 @@ RATE = CONTROLS.index("learning_rate")
 
 
 @pytest.fixture
-def double_world(world: World) -> Iterator[World]:
-    """The same world in double precision, so that rounding does not grow to something visible in an episode."""
-    s = world.signals
+def double_scenario(scenario: Scenario) -> Iterator[Scenario]:
+    """The same scenario in double precision, so that rounding does not grow to something visible in an episode."""
+    s = scenario.signals
     signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
-    data = dataclasses.replace(world.data, inputs=world.data.inputs.double())
+    data = dataclasses.replace(scenario.data, inputs=scenario.data.inputs.double())
     torch.set_default_dtype(torch.float64)
     try:
-        template = copy.deepcopy(world.template).double()
-        plan = dataclasses.replace(world.plan, settings=world.plan.settings.double())
-        yield dataclasses.replace(world, data=data, signals=signals, plan=plan, template=template)
+        template = copy.deepcopy(scenario.template).double()
+        plan = dataclasses.replace(scenario.plan, settings=scenario.plan.settings.double())
+        yield dataclasses.replace(scenario, data=data, signals=signals, plan=plan, template=template)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def test_vector_environment_agrees_with_single_ones_closely(double_world: World) -> None:
-    world, rng = double_world, np.random.default_rng(1)
-    vector, singles = DistillationVectorEnv(3, world=world), [DistillationEnv(world=world) for _ in range(3)]
+def test_vector_environment_agrees_with_single_ones_closely(double_scenario: Scenario) -> None:
+    scenario, rng = double_scenario, np.random.default_rng(1)
+    vector, singles = (
+        DistillationVectorEnv(3, scenario=scenario),
+        [DistillationEnv(scenario=scenario) for _ in range(3)],
+    )
     observations, _ = vector.reset(seed=20)
     for i, env in enumerate(singles):
         np.testing.assert_allclose(env.reset(seed=20 + i)[0], observations[i], atol=1e-6)
-    for _ in range(2 * world.config.num_windows):
+    for _ in range(2 * scenario.config.num_windows):
         flat = rng.uniform(-1, 1, (3, len(CONTROLS))).astype(np.float32)
         observations, rewards, terminated, _, info = vector.step(dict_action(flat))
         for i, env in enumerate(singles):
@@ -59,10 +62,10 @@ def test_vector_environment_agrees_with_single_ones_closely(double_world: World)
 
 
 @pytest.fixture(scope="module")
-def hot_world(config: EnvConfig) -> World:
+def hot_scenario(config: EnvConfig) -> Scenario:
     """Learning rates up to one that breaks a student at once, so that a test can choose who diverges."""
     train = TrainConfig(max_rollbacks=0)
-    return build_world(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e-3, 1e30)), train=train))
+    return build_scenario(dataclasses.replace(config, controls=ControlConfig(learning_rate=(1e-3, 1e30)), train=train))
 
 
 def held(unit_keep: float) -> np.ndarray:
@@ -73,10 +76,10 @@ def held(unit_keep: float) -> np.ndarray:
 
 
 def episode_beside_a_diverging_student(
-    world: World, keep: float, breaks_at: int | None
+    scenario: Scenario, keep: float, breaks_at: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores [4, 3], rewards [3, 3] and ends [3, 3] of three windows; the middle student may break in one of them."""
-    vector = DistillationVectorEnv(3, world=world)
+    vector = DistillationVectorEnv(3, scenario=scenario)
     observation, _ = vector.reset(seed=5)
     scores, rewards, ends = [observation[:, SCORE]], [], []
     for window in range(3):
@@ -96,24 +99,24 @@ def episode_beside_a_diverging_student(
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5], ids=["dense", "pruned"])
-def test_a_diverging_student_restarts_alone(hot_world: World, keep: float) -> None:
-    scores, rewards, ends = episode_beside_a_diverging_student(hot_world, keep, 1)
+def test_a_diverging_student_restarts_alone(hot_scenario: Scenario, keep: float) -> None:
+    scores, rewards, ends = episode_beside_a_diverging_student(hot_scenario, keep, 1)
     assert ends.tolist() == [[False] * 3, [False, True, False], [False] * 3]
     assert rewards[1, 1] == pytest.approx(-scores[1, 1], abs=1e-6)  # from its score down to 0
     assert rewards[2, 1] == pytest.approx(scores[3, 1] - scores[2, 1], abs=1e-6)  # of the new episode
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5], ids=["dense", "pruned"])
-def test_rewards_beside_a_restarted_student_stay_what_they_were(hot_world: World, keep: float) -> None:
-    scores, rewards, _ = episode_beside_a_diverging_student(hot_world, keep, 1)
-    calm_scores, calm_rewards, _ = episode_beside_a_diverging_student(hot_world, keep, None)
+def test_rewards_beside_a_restarted_student_stay_what_they_were(hot_scenario: Scenario, keep: float) -> None:
+    scores, rewards, _ = episode_beside_a_diverging_student(hot_scenario, keep, 1)
+    calm_scores, calm_rewards, _ = episode_beside_a_diverging_student(hot_scenario, keep, None)
     np.testing.assert_array_equal(scores[:, [0, 2]], calm_scores[:, [0, 2]])
     np.testing.assert_allclose(rewards[:, [0, 2]], np.diff(scores, axis=0)[:, [0, 2]], atol=1e-6)
     np.testing.assert_array_equal(rewards[:, [0, 2]], calm_rewards[:, [0, 2]])
 
 
-def test_those_who_go_on_keep_their_figures_when_another_ends(hot_world: World) -> None:
-    vector, alone = DistillationVectorEnv(3, world=hot_world), DistillationEnv(world=hot_world)
+def test_those_who_go_on_keep_their_figures_when_another_ends(hot_scenario: Scenario) -> None:
+    vector, alone = DistillationVectorEnv(3, scenario=hot_scenario), DistillationEnv(scenario=hot_scenario)
     vector.reset(seed=5)
     alone.reset(seed=5)
     actions = held(0.0)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlkd.envs import EnvConfig, World
+from rlkd.data import Range, draw_task
+from rlkd.envs import EnvConfig, Scenario
 from rlkd.errors import UserError
 from rlkd.models import GateConfig, StudentConfig, build_student
 from rlkd.students import Controls, Population, TrainConfig
 from rlkd.students.recorded import Recorded
-from rlkd.tasks import Range, draw_task
 
 META = torch.device("meta")
 STUDENTS = {
@@ -35,18 +35,20 @@ def exit_cost(kept: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=STUDENTS)
-def elsewhere(world: World, request: pytest.FixtureRequest) -> Iterator[Population]:
+def elsewhere(scenario: Scenario, request: pytest.FixtureRequest) -> Iterator[Population]:
     """Four students on another device; the gated ones have three teachers each."""
     count = 3 if request.param == "gated" else 1
-    distribution = dataclasses.replace(world.config.task, num_teachers=Range(count, count))
-    structure = build_student(STUDENTS[request.param], world.data.input_shape, world.data.num_classes)
-    tasks = [draw_task(seed, distribution, world.data, 3) for seed in range(4)]
+    distribution = dataclasses.replace(scenario.config.task, num_teachers=Range(count, count))
+    structure = build_student(STUDENTS[request.param], scenario.data.input_shape, scenario.data.num_classes)
+    tasks = [draw_task(seed, distribution, scenario.data, 3) for seed in range(4)]
     all_rows, some_rows = torch.arange(4), torch.tensor([1, 3])
     with (
         patch.object(TrainConfig, "torch_device", lambda self: META),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        students = Population(structure, world.data, world.signals, 4, TrainConfig(2, 8), exit_cost, max_teachers=count)
+        students = Population(
+            structure, scenario.data, scenario.signals, 4, TrainConfig(2, 8), exit_cost, max_teachers=count
+        )
         students.reset(tasks, all_rows)
         students.reset(tasks[:2], some_rows)
         yield students

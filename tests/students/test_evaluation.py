@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.objectives.hard_label import log_probabilities
+from rlkd.losses.hard_label import log_probabilities
 from rlkd.students import Metrics
 from rlkd.students.evaluation import exits_by_class, summarise
 

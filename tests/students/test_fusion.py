@@ -5,19 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.envs import World
+from rlkd.data import Range, Task, TaskDistribution, draw_task
+from rlkd.envs import Scenario
+from rlkd.losses.hard_label import log_probabilities
 from rlkd.models import StudentConfig, build_student
-from rlkd.objectives.hard_label import log_probabilities
 from rlkd.students import Controls, Population, SoloStudent, TrainConfig
 from rlkd.students.fusion import LEAST_LOG_P, TeacherMix, cues
-from rlkd.tasks import Range, Task, TaskDistribution, draw_task
 
 TRAIN = TrainConfig(steps_per_window=10, batch_size=24)
 
 
-def task_of(world: World, seed: int, count: float) -> Task:
+def task_of(scenario: Scenario, seed: int, count: float) -> Task:
     distribution = TaskDistribution(num_teachers=Range(count, count))
-    return draw_task(seed, distribution, world.data, len(world.signals.accuracy))
+    return draw_task(seed, distribution, scenario.data, len(scenario.signals.accuracy))
 
 
 def controls(n: int) -> Controls:
@@ -34,7 +34,7 @@ def test_cues_by_hand() -> None:
     torch.testing.assert_close(seen, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
-def mix(world: World, tasks: list[Task], max_teachers: int, theta: Tensor | None = None) -> TeacherMix:
+def mix(scenario: Scenario, tasks: list[Task], max_teachers: int, theta: Tensor | None = None) -> TeacherMix:
     made = TeacherMix(len(tasks), max_teachers)
     made.reset(tasks, torch.arange(len(tasks)))
     if theta is not None:
@@ -42,13 +42,13 @@ def mix(world: World, tasks: list[Task], max_teachers: int, theta: Tensor | None
     return made
 
 
-def test_several_teachers_are_their_mean_until_somebody_weighs_them(world: World) -> None:
-    tasks = [task_of(world, 1, 3), task_of(world, 2, 2), task_of(world, 3, 1)]
-    s, samples = world.signals, torch.stack([task.samples[:5] for task in tasks])
+def test_several_teachers_are_their_mean_until_somebody_weighs_them(scenario: Scenario) -> None:
+    tasks = [task_of(scenario, 1, 3), task_of(scenario, 2, 2), task_of(scenario, 3, 1)]
+    s, samples = scenario.signals, torch.stack([task.samples[:5] for task in tasks])
     labels = torch.stack([task.labels[:5] for task in tasks])
-    logits, features, maps = mix(world, tasks, 3).of(s, samples, labels)
-    validation = world.data.splits["validation"]
-    answers = mix(world, tasks, 3, torch.ones(3, 3)).answers(s, validation)  # labels are not read, so nor is theta
+    logits, features, maps = mix(scenario, tasks, 3).of(s, samples, labels)
+    validation = scenario.data.splits["validation"]
+    answers = mix(scenario, tasks, 3, torch.ones(3, 3)).answers(s, validation)  # labels are not read, so nor is theta
     for row, task in enumerate(tasks):
         who = list(task.teachers)
         assert len(who) == 3 - row
@@ -59,13 +59,13 @@ def test_several_teachers_are_their_mean_until_somebody_weighs_them(world: World
         torch.testing.assert_close(answers[row], log_probabilities(s.mean_logits(who, validation)))
 
 
-def test_weights_by_hand(world: World) -> None:
-    task = dataclasses.replace(task_of(world, 1, 1), teacher=2, others=(0,))
+def test_weights_by_hand(scenario: Scenario) -> None:
+    task = dataclasses.replace(task_of(scenario, 1, 1), teacher=2, others=(0,))
     samples, labels = task.samples[:6], task.labels[:6]
     theta = torch.tensor([[0.7, 2.0, -1.5]])
-    logits = mix(world, [task], 3, theta).of(world.signals, samples[None], labels[None])[0][0]
+    logits = mix(scenario, [task], 3, theta).of(scenario.signals, samples[None], labels[None])[0][0]
     for i in range(6):
-        told = world.signals.logits[[2, 0], samples[i]]  # [2, C]
+        told = scenario.signals.logits[[2, 0], samples[i]]  # [2, C]
         p = told.softmax(-1)
         entropy = -(p * p.log()).sum(-1) / math.log(10)
         label = p[:, labels[i]].log().clamp_min(LEAST_LOG_P)
@@ -73,31 +73,39 @@ def test_weights_by_hand(world: World) -> None:
         torch.testing.assert_close(logits[i], weights @ told, atol=1e-5, rtol=1e-5)
 
 
-def test_one_teacher_is_what_it_was(world: World) -> None:
-    tasks = [task_of(world, seed, 1) for seed in range(4)]
-    s, samples = world.signals, torch.stack([task.samples[:5] for task in tasks])
+def test_one_teacher_is_what_it_was(scenario: Scenario) -> None:
+    tasks = [task_of(scenario, seed, 1) for seed in range(4)]
+    s, samples = scenario.signals, torch.stack([task.samples[:5] for task in tasks])
     labels = torch.stack([task.labels[:5] for task in tasks])
     teacher = torch.tensor([task.teacher for task in tasks])
     for theta in (None, torch.ones(4, 3)):  # nothing to weigh
-        told = mix(world, tasks, 1, theta).of(s, samples, labels)
+        told = mix(scenario, tasks, 1, theta).of(s, samples, labels)
         for mine, signal in zip(told, (s.logits, s.features, s.maps), strict=True):
             assert torch.equal(mine, signal[teacher[:, None], samples])
-    index = world.data.splits["validation"]
-    assert torch.equal(mix(world, tasks, 1).answers(s, index), log_probabilities(s.logits[:, index])[teacher])
+    index = scenario.data.splits["validation"]
+    assert torch.equal(mix(scenario, tasks, 1).answers(s, index), log_probabilities(s.logits[:, index])[teacher])
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_population_and_solo_student_agree_on_several_teachers(double_world: World, count: int) -> None:
-    world, student, theta = double_world, StudentConfig(widths=(12, 12)), torch.tensor([[0.5, 1.0, -2.0], [0, 0, 0.0]])
-    structure = build_student(student, world.data.input_shape, world.data.num_classes)
-    tasks = [task_of(world, seed, count) for seed in (5, 6)]
-    together = Population(structure, world.data, world.signals, 2, TRAIN, max_teachers=3)
+def test_population_and_solo_student_agree_on_several_teachers(double_scenario: Scenario, count: int) -> None:
+    scenario, student, theta = (
+        double_scenario,
+        StudentConfig(widths=(12, 12)),
+        torch.tensor([[0.5, 1.0, -2.0], [0, 0, 0.0]]),
+    )
+    structure = build_student(student, scenario.data.input_shape, scenario.data.num_classes)
+    tasks = [task_of(scenario, seed, count) for seed in (5, 6)]
+    together = Population(structure, scenario.data, scenario.signals, 2, TRAIN, max_teachers=3)
     together.reset(tasks)
     together.weigh_teachers(theta)
     told = together.train_window(controls(2))
     for row, task in enumerate(tasks):
         alone = SoloStudent(
-            build_student(student, world.data.input_shape, 10), world.data, world.signals, TRAIN, max_teachers=3
+            build_student(student, scenario.data.input_shape, 10),
+            scenario.data,
+            scenario.signals,
+            TRAIN,
+            max_teachers=3,
         )
         alone.reset([task])
         alone.weigh_teachers(theta[[row]])
@@ -111,12 +119,12 @@ def test_population_and_solo_student_agree_on_several_teachers(double_world: Wor
             torch.testing.assert_close(mine.agreement[0], ours.agreement[row])
 
 
-def test_theta_changes_a_student_of_several_teachers_and_a_reset_forgets_it(world: World) -> None:
+def test_theta_changes_a_student_of_several_teachers_and_a_reset_forgets_it(scenario: Scenario) -> None:
     def losses(theta: float | None, count: float) -> Tensor:
         students = Population(
-            world.new_structure(), world.data, world.signals, 2, TRAIN, world.exit_cost, max_teachers=3
+            scenario.new_structure(), scenario.data, scenario.signals, 2, TRAIN, scenario.exit_cost, max_teachers=3
         )
-        tasks = [task_of(world, seed, count) for seed in (5, 6)]
+        tasks = [task_of(scenario, seed, count) for seed in (5, 6)]
         students.reset(tasks)
         if theta is None:
             students.weigh_teachers(torch.full((2, 3), 2.0))
@@ -130,8 +138,8 @@ def test_theta_changes_a_student_of_several_teachers_and_a_reset_forgets_it(worl
     assert torch.equal(losses(2.0, 1), losses(0.0, 1))
 
 
-def test_more_teachers_than_room_are_refused(world: World) -> None:
+def test_more_teachers_than_room_are_refused(scenario: Scenario) -> None:
     with pytest.raises(ValueError, match="a task of 3 teachers; allowed: up to max_teachers, 2"):
-        mix(world, [task_of(world, 1, 3)], 2)
+        mix(scenario, [task_of(scenario, 1, 3)], 2)
     with pytest.raises(ValueError, match="max_teachers: got 0"):
         TeacherMix(1, 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.envs import CONTROLS, World
+from rlkd.envs import CONTROLS, Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.models import GateConfig, Outputs, StudentConfig, build_student
 from rlkd.students.gating import GateTraining, Stakes
@@ -43,10 +43,10 @@ def test_the_loss_is_alpha_distillation_less_beta_expected_reward() -> None:
 
 
 @pytest.mark.parametrize("num_students", [1, 2])
-def test_a_resumed_gated_student_goes_on_with_its_own_beta(world: World, num_students: int) -> None:
+def test_a_resumed_gated_student_goes_on_with_its_own_beta(scenario: Scenario, num_students: int) -> None:
     gate = GateConfig(enabled=True, beta_step=0.1, steps_per_rise=15)  # beta is 0.1, 0.2, 0.3 in the first windows
-    config = dataclasses.replace(world.config, student=StudentConfig(widths=(8, 8), gate=gate))
-    gated = dataclasses.replace(world, config=config, template=build_student(config.student, (8, 8), 10))
+    config = dataclasses.replace(scenario.config, student=StudentConfig(widths=(8, 8), gate=gate))
+    gated = dataclasses.replace(scenario, config=config, template=build_student(config.student, (8, 8), 10))
     first, second = Episodes(gated, num_students), Episodes(gated, num_students)
     seeds = [2**60 + i for i in range(num_students)]
     first.reset(seeds)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.envs import World
+from rlkd.data import draw_task
+from rlkd.envs import Scenario
 from rlkd.models import GateConfig, StudentConfig, build_student
 from rlkd.students import Controls, Metrics, Population, SoloStudent, TrainConfig
-from rlkd.tasks import draw_task
 
 TRAIN = TrainConfig(steps_per_window=15, batch_size=24, max_rollbacks=0)
 
@@ -22,10 +22,10 @@ def controls_of(rows: list[int]) -> Controls:
     )
 
 
-def population(world: World, student: StudentConfig, seeds: list[int]) -> Population:
-    structure = build_student(student, world.data.input_shape, world.data.num_classes)
-    students = Population(structure, world.data, world.signals, len(seeds), TRAIN, exit_cost)
-    students.reset([draw_task(seed, world.config.task, world.data, 3) for seed in seeds])
+def population(scenario: Scenario, student: StudentConfig, seeds: list[int]) -> Population:
+    structure = build_student(student, scenario.data.input_shape, scenario.data.num_classes)
+    students = Population(structure, scenario.data, scenario.signals, len(seeds), TRAIN, exit_cost)
+    students.reset([draw_task(seed, scenario.config.task, scenario.data, 3) for seed in seeds])
     return students
 
 
@@ -44,16 +44,18 @@ def exit_cost(kept: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
-def test_population_and_solo_student_agree_after_sixty_updates(double_world: World, student: StudentConfig) -> None:
-    world = double_world
-    together = population(world, student, [0, 1, 2])
+def test_population_and_solo_student_agree_after_sixty_updates(
+    double_scenario: Scenario, student: StudentConfig
+) -> None:
+    scenario = double_scenario
+    together = population(scenario, student, [0, 1, 2])
     for _ in range(4):
         telemetry = together.train_window(controls_of([0, 1, 2]))
     metrics = together.evaluate("validation")
     for row in range(3):
-        structure = build_student(student, world.data.input_shape, world.data.num_classes)
-        alone = SoloStudent(structure, world.data, world.signals, TRAIN, exit_cost)
-        alone.reset([draw_task(row, world.config.task, world.data, 3)])
+        structure = build_student(student, scenario.data.input_shape, scenario.data.num_classes)
+        alone = SoloStudent(structure, scenario.data, scenario.signals, TRAIN, exit_cost)
+        alone.reset([draw_task(row, scenario.config.task, scenario.data, 3)])
         for _ in range(4):
             single = alone.train_window(controls_of([row]))
         for name, parameter in alone.state_dict().items():
@@ -71,8 +73,8 @@ def test_population_and_solo_student_agree_after_sixty_updates(double_world: Wor
         assert not telemetry.diverged[row]
 
 
-def test_training_learns_something(world: World) -> None:
-    students = population(world, StudentConfig(), [5])
+def test_training_learns_something(scenario: Scenario) -> None:
+    students = population(scenario, StudentConfig(), [5])
     before = float(students.evaluate("validation").exit_accuracy[0, -1])
     controls = Controls(
         torch.tensor([[0.5, 0.5, 0.0, 0.0]]),
@@ -87,8 +89,11 @@ def test_training_learns_something(world: World) -> None:
     assert float(students.evaluate("validation").exit_accuracy[0, -1]) > before + 0.2
 
 
-def test_a_student_learns_the_same_whoever_stands_beside_it(world: World) -> None:
-    first, second = population(world, StudentConfig(), [7, 1, 2]), population(world, StudentConfig(), [3, 9, 7, 4])
+def test_a_student_learns_the_same_whoever_stands_beside_it(scenario: Scenario) -> None:
+    first, second = (
+        population(scenario, StudentConfig(), [7, 1, 2]),
+        population(scenario, StudentConfig(), [3, 9, 7, 4]),
+    )
     first.train_window(controls_of([0, 1, 2]))
     second.train_window(controls_of([3, 1, 0, 2]))
     for name, stacked in first.state_dict().items():
@@ -96,8 +101,8 @@ def test_a_student_learns_the_same_whoever_stands_beside_it(world: World) -> Non
 
 
 @pytest.mark.parametrize("rate", [1e30, math.nan])
-def test_a_diverged_neighbour_is_flagged_and_touches_nobody(world: World, rate: float) -> None:
-    healthy, mixed = population(world, StudentConfig(), [0, 1, 2]), population(world, StudentConfig(), [0, 1, 2])
+def test_a_diverged_neighbour_is_flagged_and_touches_nobody(scenario: Scenario, rate: float) -> None:
+    healthy, mixed = population(scenario, StudentConfig(), [0, 1, 2]), population(scenario, StudentConfig(), [0, 1, 2])
     good = controls_of([0, 1, 2])
     rates = good.learning_rate.clone()
     rates[1] = rate
@@ -109,29 +114,29 @@ def test_a_diverged_neighbour_is_flagged_and_touches_nobody(world: World, rate: 
     assert_rows_equal(healthy.state_dict(), mixed.state_dict(), [0, 2], [0, 2])
 
 
-def test_resetting_some_students_leaves_the_others_alone(world: World) -> None:
-    kept, reset = population(world, StudentConfig(), [0, 1, 2]), population(world, StudentConfig(), [0, 1, 2])
+def test_resetting_some_students_leaves_the_others_alone(scenario: Scenario) -> None:
+    kept, reset = population(scenario, StudentConfig(), [0, 1, 2]), population(scenario, StudentConfig(), [0, 1, 2])
     for students in (kept, reset):
         students.train_window(controls_of([0, 1, 2]))
-    reset.reset([draw_task(8, world.config.task, world.data, 3)], torch.tensor([1]))
+    reset.reset([draw_task(8, scenario.config.task, scenario.data, 3)], torch.tensor([1]))
     assert not torch.equal(kept.state_dict()["layers.0.weight"][1], reset.state_dict()["layers.0.weight"][1])
     for students in (kept, reset):
         students.train_window(controls_of([0, 1, 2]))
     assert_rows_equal(kept.state_dict(), reset.state_dict(), [0, 2], [0, 2])
-    fresh = population(world, StudentConfig(), [0, 8, 2])
+    fresh = population(scenario, StudentConfig(), [0, 8, 2])
     fresh.train_window(controls_of([0, 1, 2]))
     assert_rows_equal(fresh.state_dict(), reset.state_dict(), [1], [1])
 
 
-def test_reset_wants_a_task_for_each_student(world: World) -> None:
+def test_reset_wants_a_task_for_each_student(scenario: Scenario) -> None:
     with pytest.raises(ValueError, match="1 tasks for 2 students"):
-        population(world, StudentConfig(), [0, 1]).reset([draw_task(0, world.config.task, world.data, 3)])
+        population(scenario, StudentConfig(), [0, 1]).reset([draw_task(0, scenario.config.task, scenario.data, 3)])
 
 
-def test_a_weight_of_an_unavailable_family_goes_to_the_others(world: World) -> None:
+def test_a_weight_of_an_unavailable_family_goes_to_the_others(scenario: Scenario) -> None:
     # the teachers are MLPs: a convolutional student has no attention to match, so this weight changes nothing
     conv = StudentConfig("conv", (4, 8), (1,))
-    with_it, without = population(world, conv, [0]), population(world, conv, [0])
+    with_it, without = population(scenario, conv, [0]), population(scenario, conv, [0])
     a, b = torch.tensor([[0.4, 0.1, 0.0, 0.5]]), torch.tensor([[0.8, 0.2, 0.0, 0.0]])
     rest = (torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1), torch.full((1,), 1e-3))
     with_it.train_window(Controls(a, *rest))
@@ -140,9 +145,9 @@ def test_a_weight_of_an_unavailable_family_goes_to_the_others(world: World) -> N
         torch.testing.assert_close(parameter, without.state_dict()[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_student_of_three_equals_itself_among_two_others_after_four_windows(double_world: World) -> None:
-    three = population(double_world, StudentConfig(), [7, 1, 2])
-    two = population(double_world, StudentConfig(), [9, 7])
+def test_a_student_of_three_equals_itself_among_two_others_after_four_windows(double_scenario: Scenario) -> None:
+    three = population(double_scenario, StudentConfig(), [7, 1, 2])
+    two = population(double_scenario, StudentConfig(), [9, 7])
     for _ in range(4):
         three.train_window(controls_of([1, 0, 2]))
         two.train_window(controls_of([3, 1]))
@@ -152,19 +157,19 @@ def test_a_student_of_three_equals_itself_among_two_others_after_four_windows(do
         assert torch.equal(mine[0], other[1])
 
 
-def test_the_same_seeds_give_the_same_students_to_the_bit(world: World) -> None:
-    first, second = (population(world, StudentConfig(), [4, 5]) for _ in range(2))
+def test_the_same_seeds_give_the_same_students_to_the_bit(scenario: Scenario) -> None:
+    first, second = (population(scenario, StudentConfig(), [4, 5]) for _ in range(2))
     for _ in range(2):
         one, two = first.train_window(controls_of([0, 1])), second.train_window(controls_of([0, 1]))
     assert_rows_equal(first.state_dict(), second.state_dict(), [0, 1], [0, 1])
     assert torch.equal(one.losses, two.losses)
-    other = population(world, StudentConfig(), [4, 6])
+    other = population(scenario, StudentConfig(), [4, 6])
     assert not torch.equal(first.state_dict()["layers.0.weight"][1], other.state_dict()["layers.0.weight"][1])
 
 
-def test_a_student_alone_is_flagged_when_it_diverges(world: World) -> None:
-    alone = SoloStudent(build_student(StudentConfig(), (8, 8), 10), world.data, world.signals, TRAIN)
-    task = draw_task(0, world.config.task, world.data, 3)
+def test_a_student_alone_is_flagged_when_it_diverges(scenario: Scenario) -> None:
+    alone = SoloStudent(build_student(StudentConfig(), (8, 8), 10), scenario.data, scenario.signals, TRAIN)
+    task = draw_task(0, scenario.config.task, scenario.data, 3)
     alone.reset([task])
     good = controls_of([0])
     assert alone.train_window(good).diverged.tolist() == [False]
@@ -173,7 +178,7 @@ def test_a_student_alone_is_flagged_when_it_diverges(world: World) -> None:
     assert alone.train_window(good).diverged.tolist() == [False]
 
 
-def test_gates_learn_what_leaving_is_worth(world: World) -> None:
+def test_gates_learn_what_leaving_is_worth(scenario: Scenario) -> None:
     """Where leaving early is free and staying costs all, gates come to let more go, and the other way round."""
     config = StudentConfig(gate=GateConfig(enabled=True, beta_start=1.0, beta_end=1.0))
 
@@ -182,9 +187,9 @@ def test_gates_learn_what_leaving_is_worth(world: World) -> None:
             return torch.tensor(costs)[None, :, None].expand(len(kept), -1, 2)
 
         students = Population(
-            build_student(config, world.data.input_shape, 10), world.data, world.signals, 2, TRAIN, cost
+            build_student(config, scenario.data.input_shape, 10), scenario.data, scenario.signals, 2, TRAIN, cost
         )
-        students.reset([draw_task(seed, world.config.task, world.data, 3) for seed in (0, 1)])
+        students.reset([draw_task(seed, scenario.config.task, scenario.data, 3) for seed in (0, 1)])
         one = torch.ones(2)
         weights = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).expand(2, -1)
         for _ in range(6):
@@ -196,9 +201,9 @@ def test_gates_learn_what_leaving_is_worth(world: World) -> None:
     assert cheap_late < 0.1
 
 
-def test_a_gated_student_must_know_what_leaving_costs(world: World) -> None:
-    gated = build_student(GATED, world.data.input_shape, 10)
+def test_a_gated_student_must_know_what_leaving_costs(scenario: Scenario) -> None:
+    gated = build_student(GATED, scenario.data.input_shape, 10)
     with pytest.raises(ValueError, match="exit_cost: got None"):
-        Population(gated, world.data, world.signals, 2, TRAIN)
+        Population(gated, scenario.data, scenario.signals, 2, TRAIN)
     with pytest.raises(ValueError, match="exit_cost: got None"):
-        SoloStudent(gated, world.data, world.signals, TRAIN)
+        SoloStudent(gated, scenario.data, scenario.signals, TRAIN)

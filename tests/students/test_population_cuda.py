@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.envs import World
+from rlkd.data import draw_task
+from rlkd.envs import Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.models import GateConfig, StudentConfig, build_student
 from rlkd.students import Controls, Metrics, Population, Telemetry, TrainConfig
-from rlkd.tasks import draw_task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 
@@ -28,11 +28,11 @@ def exit_cost(kept: Tensor) -> Tensor:
     return torch.arange(1, 4)[None, :, None] * (kept.sum(-1) / 200)[:, None, None].expand(-1, 3, 2)
 
 
-def population(world: World, device: str, student: str = "mlp", record: bool = True, seed: int = 0) -> Population:
-    structure = build_student(STUDENTS[student], world.data.input_shape, world.data.num_classes)
+def population(scenario: Scenario, device: str, student: str = "mlp", record: bool = True, seed: int = 0) -> Population:
+    structure = build_student(STUDENTS[student], scenario.data.input_shape, scenario.data.num_classes)
     train = dataclasses.replace(TRAIN, device=device)
-    students = Population(structure, world.data, world.signals, NUM_STUDENTS, train, exit_cost, record)
-    students.reset([draw_task(seed + i, world.config.task, world.data, 3) for i in range(NUM_STUDENTS)])
+    students = Population(structure, scenario.data, scenario.signals, NUM_STUDENTS, train, exit_cost, record)
+    students.reset([draw_task(seed + i, scenario.config.task, scenario.data, 3) for i in range(NUM_STUDENTS)])
     return students
 
 
@@ -70,8 +70,8 @@ def assert_same(left: object, right: object) -> None:
 
 @pytest.mark.parametrize("record", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("student", STUDENTS)
-def test_a_gpu_gives_what_the_cpu_gives(double_world: World, student: str, record: bool) -> None:
-    here, there = population(double_world, "cpu", student), population(double_world, "cuda", student, record)
+def test_a_gpu_gives_what_the_cpu_gives(double_scenario: Scenario, student: str, record: bool) -> None:
+    here, there = population(double_scenario, "cpu", student), population(double_scenario, "cuda", student, record)
     for num_windows in (1, 1, 2):  # plain, recorded and replayed
         (said, ours), (told, theirs) = (trained(p, num_windows) for p in (here, there))
         assert_close(said, told, atol=1e-7, rtol=1e-6)
@@ -80,16 +80,16 @@ def test_a_gpu_gives_what_the_cpu_gives(double_world: World, student: str, recor
     assert all(torch.equal(one, two) for one, two in zip(here.masks(), there.masks(), strict=True))
 
 
-def test_single_precision_stays_close(world: World) -> None:
-    (said, ours), (told, theirs) = (trained(population(world, device), 4) for device in ("cpu", "cuda"))
+def test_single_precision_stays_close(scenario: Scenario) -> None:
+    (said, ours), (told, theirs) = (trained(population(scenario, device), 4) for device in ("cpu", "cuda"))
     torch.testing.assert_close(said.losses, told.losses, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(ours.exit_loss, theirs.exit_loss, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(ours.accuracy, theirs.accuracy, atol=0.02, rtol=0.0)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_a_recording_gives_the_bits_of_the_plain_path(world: World, student: str) -> None:
-    plain, recorded = (population(world, "cuda", student, record) for record in (False, True))
+def test_a_recording_gives_the_bits_of_the_plain_path(scenario: Scenario, student: str) -> None:
+    plain, recorded = (population(scenario, "cuda", student, record) for record in (False, True))
     for _ in range(4):
         (said, ours), (told, theirs) = (trained(p, 1) for p in (plain, recorded))
         if student == "conv":  # the pooling of its attention map, which only telemetry hears of, adds up in any order
@@ -102,20 +102,20 @@ def test_a_recording_gives_the_bits_of_the_plain_path(world: World, student: str
     assert_same(plain.training_state(), recorded.training_state())
 
 
-def test_the_same_seeds_give_the_same_bits_on_a_gpu(world: World) -> None:
-    first, second = (population(world, "cuda") for _ in range(2))
+def test_the_same_seeds_give_the_same_bits_on_a_gpu(scenario: Scenario) -> None:
+    first, second = (population(scenario, "cuda") for _ in range(2))
     for (one, two), (three, four) in [(trained(first, 3), trained(second, 3))]:
         assert_same(one, three)
         assert_same(two, four)
     assert_same(first.training_state(), second.training_state())
 
 
-def test_a_recording_follows_resets_copies_and_loaded_states(world: World) -> None:
-    plain, recorded = (population(world, "cuda", record=record) for record in (False, True))
+def test_a_recording_follows_resets_copies_and_loaded_states(scenario: Scenario) -> None:
+    plain, recorded = (population(scenario, "cuda", record=record) for record in (False, True))
     kept = recorded.training_state()
     for p in (plain, recorded):
         trained(p, 3)
-        p.reset([draw_task(77, world.config.task, world.data, 3)], torch.tensor([1]))
+        p.reset([draw_task(77, scenario.config.task, scenario.data, 3)], torch.tensor([1]))
         trained(p, 1)
         p.copy_rows(torch.tensor([0, 0, 1, 3]))
         p.set_exit(torch.full((NUM_STUDENTS,), 0.5))
@@ -128,8 +128,8 @@ def test_a_recording_follows_resets_copies_and_loaded_states(world: World) -> No
 
 
 @pytest.mark.parametrize(("source", "target"), [("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_training_goes_on_on_another_device(double_world: World, source: str, target: str) -> None:
-    old, new = population(double_world, source), population(double_world, target)
+def test_a_training_goes_on_on_another_device(double_scenario: Scenario, source: str, target: str) -> None:
+    old, new = population(double_scenario, source), population(double_scenario, target)
     trained(old, 2)
     trained(new, 3)  # what it holds is overwritten, recordings go on
     state = old.training_state()
@@ -142,8 +142,8 @@ def test_a_training_goes_on_on_another_device(double_world: World, source: str, 
 
 @pytest.mark.parametrize("record", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_neighbours_of_a_diverging_student_are_untouched_to_the_bit(world: World, at: int, record: bool) -> None:
-    calm, mixed = (population(world, "cuda", record=record) for _ in range(2))
+def test_neighbours_of_a_diverging_student_are_untouched_to_the_bit(scenario: Scenario, at: int, record: bool) -> None:
+    calm, mixed = (population(scenario, "cuda", record=record) for _ in range(2))
     others = [0, 1, 3]
     for window in range(4):
         before = mixed.training_state()
@@ -160,10 +160,10 @@ def test_neighbours_of_a_diverging_student_are_untouched_to_the_bit(world: World
     assert all(torch.isfinite(p).all() for p in mixed.state_dict().values())
 
 
-def test_episodes_know_of_no_device(world: World) -> None:
-    train = dataclasses.replace(world.config.train, device="cuda")
-    there = dataclasses.replace(world, config=dataclasses.replace(world.config, train=train))
-    mine, other = Episodes(world, 3), Episodes(there, 3)
+def test_episodes_know_of_no_device(scenario: Scenario) -> None:
+    train = dataclasses.replace(scenario.config.train, device="cuda")
+    there = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, train=train))
+    mine, other = Episodes(scenario, 3), Episodes(there, 3)
     torch.testing.assert_close(mine.reset([1, 2, 3]), other.reset([1, 2, 3]), atol=1e-4, rtol=1e-4)
     for _ in range(3):
         ours, theirs = mine.step(mine.start), other.step(other.start)

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlkd.envs import World
+from rlkd.data import Task, draw_task
+from rlkd.envs import Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.models import StudentConfig, build_student
 from rlkd.students import Controls, Population, SoloStudent, Telemetry, TrainConfig
 from rlkd.students.interface import family_weights
 from rlkd.students.rollback import STEP_SHRINK, Rollbacks
-from rlkd.tasks import Task, draw_task
 
 TRAIN = TrainConfig(steps_per_window=3, batch_size=8)
 INFECTED = 2  # the teacher whose signals a test spoils
@@ -34,27 +34,27 @@ def with_rate(c: Controls, row: int, rate: float) -> Controls:
     return dataclasses.replace(c, learning_rate=rates)
 
 
-def tasks(world: World, teachers: list[int]) -> list[Task]:
-    drawn = [draw_task(seed, world.config.task, world.data, 3) for seed in range(len(teachers))]
+def tasks(scenario: Scenario, teachers: list[int]) -> list[Task]:
+    drawn = [draw_task(seed, scenario.config.task, scenario.data, 3) for seed in range(len(teachers))]
     return [dataclasses.replace(task, teacher=teacher) for task, teacher in zip(drawn, teachers, strict=True)]
 
 
-def infected(world: World, field: str, value: float) -> World:
+def infected(scenario: Scenario, field: str, value: float) -> Scenario:
     """One teacher's signals hold `value`."""
-    spoiled = getattr(world.signals, field).clone()
+    spoiled = getattr(scenario.signals, field).clone()
     spoiled[INFECTED] = value
-    return dataclasses.replace(world, signals=dataclasses.replace(world.signals, **{field: spoiled}))
+    return dataclasses.replace(scenario, signals=dataclasses.replace(scenario.signals, **{field: spoiled}))
 
 
-def population(world: World, teachers: list[int], train: TrainConfig = TRAIN) -> Population:
-    made = Population(world.new_structure(), world.data, world.signals, len(teachers), train)
-    made.reset(tasks(world, teachers))
+def population(scenario: Scenario, teachers: list[int], train: TrainConfig = TRAIN) -> Population:
+    made = Population(scenario.new_structure(), scenario.data, scenario.signals, len(teachers), train)
+    made.reset(tasks(scenario, teachers))
     return made
 
 
-def solo(world: World, train: TrainConfig = TRAIN, seed: int = 0) -> SoloStudent:
-    made = SoloStudent(world.new_structure(), world.data, world.signals, train)
-    made.reset([dataclasses.replace(draw_task(seed, world.config.task, world.data, 3), teacher=0)])
+def solo(scenario: Scenario, train: TrainConfig = TRAIN, seed: int = 0) -> SoloStudent:
+    made = SoloStudent(scenario.new_structure(), scenario.data, scenario.signals, train)
+    made.reset([dataclasses.replace(draw_task(seed, scenario.config.task, scenario.data, 3), teacher=0)])
     return made
 
 
@@ -92,11 +92,11 @@ def huge_gradient(students: Population, row: int) -> None:
     limit=st.integers(0, 2),
 )
 def test_neighbours_of_a_diverging_student_are_untouched_to_the_bit(
-    world: World, row: int, at: int, harm: str, limit: int
+    scenario: Scenario, row: int, at: int, harm: str, limit: int
 ) -> None:
     train = dataclasses.replace(TRAIN, max_rollbacks=limit)
     what, value = harm.split()
-    ill = infected(world, what, float(value)) if what in ("logits", "features") else world
+    ill = infected(scenario, what, float(value)) if what in ("logits", "features") else scenario
     teachers = [0, 1, 0, 1]
     calm, mixed = population(ill, teachers, train), population(ill, teachers, train)
     if what in ("logits", "features"):
@@ -124,8 +124,8 @@ def test_neighbours_of_a_diverging_student_are_untouched_to_the_bit(
             assert torch.equal(getattr(left, field.name)[others], getattr(right, field.name)[others]), field.name
 
 
-def test_a_rolled_back_student_has_its_last_good_state_and_goes_on_with_smaller_steps(world: World) -> None:
-    students, reference = population(world, [0, 1]), population(world, [0, 1])
+def test_a_rolled_back_student_has_its_last_good_state_and_goes_on_with_smaller_steps(scenario: Scenario) -> None:
+    students, reference = population(scenario, [0, 1]), population(scenario, [0, 1])
     good = controls(2)
     for p in (students, reference):
         p.train_window(good)
@@ -148,15 +148,15 @@ def test_a_rolled_back_student_has_its_last_good_state_and_goes_on_with_smaller_
         assert torch.equal(mine[name][1], theirs[name][1]), name
 
 
-def test_a_new_episode_begins_with_whole_steps(world: World) -> None:
-    students = population(world, [0, 1])
+def test_a_new_episode_begins_with_whole_steps(scenario: Scenario) -> None:
+    students = population(scenario, [0, 1])
     told = [students.train_window(with_rate(controls(2), 1, 1e30)) for _ in range(3)]
     assert [t.num_rollbacks.tolist() for t in told] == [[0, 1], [0, 2], [0, 2]]
     assert [t.diverged.tolist() for t in told] == [[False, False], [False, False], [False, True]]
-    students.reset([tasks(world, [0, 1])[1]], torch.tensor([1]))
+    students.reset([tasks(scenario, [0, 1])[1]], torch.tensor([1]))
     assert told[-1].num_rollbacks.tolist() == [0, 2]  # what was told stays told
     assert told[-1].diverged.tolist() == [False, True]
-    fresh = population(world, [0, 1])
+    fresh = population(scenario, [0, 1])
     again, first = students.train_window(controls(2)), fresh.train_window(controls(2))
     assert again.num_rollbacks.tolist() == [0, 0]
     assert not again.diverged.any()
@@ -164,15 +164,15 @@ def test_a_new_episode_begins_with_whole_steps(world: World) -> None:
     assert_same(everything(students), everything(fresh), [1])
 
 
-def test_who_diverged_stays_so_even_if_its_numbers_would_be_finite_again(world: World) -> None:
-    students = population(world, [0, 1], dataclasses.replace(TRAIN, max_rollbacks=0))
+def test_who_diverged_stays_so_even_if_its_numbers_would_be_finite_again(scenario: Scenario) -> None:
+    students = population(scenario, [0, 1], dataclasses.replace(TRAIN, max_rollbacks=0))
     assert students.train_window(with_rate(controls(2), 0, math.nan)).diverged.tolist() == [True, False]
     assert students.train_window(controls(2)).diverged.tolist() == [True, False]
     assert all(torch.isfinite(p).all() for p in students.state_dict().values())
 
 
-def test_a_copy_takes_the_rollbacks_of_its_source_along(world: World) -> None:
-    students = population(world, [0, 0])
+def test_a_copy_takes_the_rollbacks_of_its_source_along(scenario: Scenario) -> None:
+    students = population(scenario, [0, 0])
     students.train_window(with_rate(controls(2), 1, 1e30))
     students.copy_rows(torch.tensor([1, 1]))
     assert students._rollbacks.count.tolist() == [1, 1]
@@ -186,8 +186,8 @@ def windows(students: Population | SoloStudent, row: Callable[[Controls], Contro
 
 
 @pytest.mark.parametrize("rates", [[3e-3, 1e300, 3e-3, 3e-3], [math.nan, 3e-3, 3e-3], [1e300] * 3, [1e300] * 5])
-def test_population_and_solo_student_roll_back_alike(double_world: World, rates: list[float]) -> None:
-    together, alone = population(double_world, [0, 0, 0]), solo(double_world, seed=1)
+def test_population_and_solo_student_roll_back_alike(double_scenario: Scenario, rates: list[float]) -> None:
+    together, alone = population(double_scenario, [0, 0, 0]), solo(double_scenario, seed=1)
     many, one = windows(together, lambda c: c, rates), windows(alone, lambda c: c.rows(slice(1, 2)), rates)
     assert many.num_rollbacks[1] == one.num_rollbacks[0] == min(2, sum(not rate < 1 for rate in rates))
     assert many.diverged[1] == one.diverged[0]
@@ -203,8 +203,8 @@ def test_population_and_solo_student_roll_back_alike(double_world: World, rates:
             assert not first[1].any()
 
 
-def test_a_gradient_whose_square_overflows_counts_alone_too(world: World) -> None:
-    alone = solo(world)
+def test_a_gradient_whose_square_overflows_counts_alone_too(scenario: Scenario) -> None:
+    alone = solo(scenario)
     parameter = next(alone._module.parameters())
     hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, 1e25))
     assert alone.train_window(controls(1)).num_rollbacks.tolist() == [1]
@@ -214,12 +214,12 @@ def test_a_gradient_whose_square_overflows_counts_alone_too(world: World) -> Non
 
 
 @pytest.mark.parametrize("student", [StudentConfig(), StudentConfig("conv", (4, 8), (1,))], ids=["mlp", "conv"])
-def test_nothing_changes_for_students_that_do_not_diverge(world: World, student: StudentConfig) -> None:
+def test_nothing_changes_for_students_that_do_not_diverge(scenario: Scenario, student: StudentConfig) -> None:
     """The plain loop of Adam steps, written out, gives the same bits and leaves the same random states."""
-    structure = build_student(student, world.data.input_shape, world.data.num_classes)
-    guarded, plain = (Population(structure, world.data, world.signals, 3, TRAIN) for _ in range(2))
+    structure = build_student(student, scenario.data.input_shape, scenario.data.num_classes)
+    guarded, plain = (Population(structure, scenario.data, scenario.signals, 3, TRAIN) for _ in range(2))
     for p in (guarded, plain):
-        p.reset(tasks(world, [0, 1, 2]))
+        p.reset(tasks(scenario, [0, 1, 2]))
     c = controls(3)
     for _ in range(3):
         guarded.train_window(c)
@@ -236,8 +236,8 @@ def test_nothing_changes_for_students_that_do_not_diverge(world: World, student:
         assert torch.equal(mine.get_state(), theirs.get_state())
 
 
-def test_an_episode_goes_on_after_a_rollback_and_its_reward_is_the_change_of_score(world: World) -> None:
-    episodes = Episodes(world, 2)
+def test_an_episode_goes_on_after_a_rollback_and_its_reward_is_the_change_of_score(scenario: Scenario) -> None:
+    episodes = Episodes(scenario, 2)
     episodes.reset([3, 4])
     before = episodes._score.clone()
     huge_gradient(episodes.students, 1)  # type: ignore[arg-type]

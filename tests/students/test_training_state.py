@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlkd.envs import DistillationVectorEnv, World
+from rlkd.data import draw_task
+from rlkd.envs import DistillationVectorEnv, Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig, build_student
 from rlkd.students import Controls, Population, SoloStudent, TrainConfig
-from rlkd.tasks import draw_task
 
 TRAIN = TrainConfig(steps_per_window=4, batch_size=12)
 
@@ -27,15 +27,15 @@ def controls_of(n: int, hot: int | None = None) -> Controls:
     return Controls(weights / weights.sum(-1, keepdim=True), 1 + i, 1 - 0.2 * i, 1 - 0.25 * i, 0.3 + 0.2 * i, rate)
 
 
-def made(world: World, n: int) -> Population | SoloStudent:
-    structure = build_student(StudentConfig(), world.data.input_shape, world.data.num_classes)
+def made(scenario: Scenario, n: int) -> Population | SoloStudent:
+    structure = build_student(StudentConfig(), scenario.data.input_shape, scenario.data.num_classes)
     if n == 1:
-        return SoloStudent(structure, world.data, world.signals, TRAIN)
-    return Population(structure, world.data, world.signals, n, TRAIN)
+        return SoloStudent(structure, scenario.data, scenario.signals, TRAIN)
+    return Population(structure, scenario.data, scenario.signals, n, TRAIN)
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:
-    """Names of what differs between two things, however deep; functions and the world's data are left out."""
+    """Names of what differs between two things, however deep; functions and the scenario's data are left out."""
     if type(a) is not type(b):
         return [name]
     if isinstance(a, torch.Tensor):
@@ -62,9 +62,9 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_students_go_on_as_if_they_had_not_stopped(world: World, n: int) -> None:
-    tasks = [draw_task(seed, world.config.task, world.data, 3) for seed in range(n)]
-    old, new = made(world, n), made(world, n)
+def test_students_go_on_as_if_they_had_not_stopped(scenario: Scenario, n: int) -> None:
+    tasks = [draw_task(seed, scenario.config.task, scenario.data, 3) for seed in range(n)]
+    old, new = made(scenario, n), made(scenario, n)
     old.reset(tasks)
     old.train_window(controls_of(n))
     old.train_window(controls_of(n, hot=n - 1))  # is rolled back
@@ -80,8 +80,8 @@ def test_students_go_on_as_if_they_had_not_stopped(world: World, n: int) -> None
     assert differences(kept, state) == []  # copies: no later training reaches into them
 
 
-def test_episodes_go_on_in_the_middle_of_their_plan(world: World) -> None:
-    old, new = DistillationVectorEnv(3, world=world), DistillationVectorEnv(3, world=world)
+def test_episodes_go_on_in_the_middle_of_their_plan(scenario: Scenario) -> None:
+    old, new = DistillationVectorEnv(3, scenario=scenario), DistillationVectorEnv(3, scenario=scenario)
     old.reset(seed=4)
     action = np.full((3, 9), 0.4, dtype=np.float32)
     old.step_flat(action)
@@ -92,12 +92,12 @@ def test_episodes_go_on_in_the_middle_of_their_plan(world: World) -> None:
 
     def different() -> list[str]:
         # what only ever lends its shape, and the padding behind a task's samples, is left over from earlier tasks
-        meaningless = ("world", "students._student", "students._module", "students._samples", "students._labels")
+        meaningless = ("scenario", "students._student", "students._module", "students._samples", "students._labels")
         found = differences([old.episodes, old._generators], [new.episodes, new._generators])
         return [name for name in found if not name.removeprefix(".0.").startswith(meaningless)]
 
     assert different() == []
-    for _ in range(world.config.num_windows):
+    for _ in range(scenario.config.num_windows):
         (seen, rewards, *_), (ours, theirs, *_) = old.step_flat(action), new.step_flat(action)
         np.testing.assert_array_equal(seen, ours)
         np.testing.assert_array_equal(rewards, theirs)
@@ -111,8 +111,8 @@ def test_episodes_go_on_in_the_middle_of_their_plan(world: World) -> None:
         ("students.batches", torch.full((2, 5056), 7, dtype=torch.uint8), "a random source cannot be restored"),
     ],
 )
-def test_an_impossible_state_is_refused(world: World, name: str, value: torch.Tensor, words: str) -> None:
-    episodes = Episodes(world, 2)
+def test_an_impossible_state_is_refused(scenario: Scenario, name: str, value: torch.Tensor, words: str) -> None:
+    episodes = Episodes(scenario, 2)
     episodes.reset([1, 2])
     state = episodes.training_state()
     with pytest.raises(UserError, match=words):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.tasks import DataSet, Task
+from rlkd.data import DataSet, Task
 from rlkd.teachers.landmarks import FEW, LANDMARKS, RIDGE, landmarks
 
 NUM_FEATURES = 12

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlkd.data import load_dataset
 from rlkd.errors import UserError
-from rlkd.tasks import load_dataset
 from rlkd.teachers import TeacherConfig, compute_signals, load_teachers
 
 DATA = load_dataset("generated:difficulty=0.1,classes=4,inputs=16")

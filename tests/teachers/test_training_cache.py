@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from rlkd.data import load_dataset
 from rlkd.errors import UserError
-from rlkd.tasks import load_dataset
 from rlkd.teachers import TeacherConfig, load_teachers
 
 CONFIG = TeacherConfig(widths=(6,), num_samples=(24, 40), num_steps=1)
 BOTH = """
-from rlkd.tasks import load_dataset
+from rlkd.data import load_dataset
 from rlkd.teachers import TeacherConfig, load_teachers
 data = load_dataset("digits")
 print("ready", flush=True)

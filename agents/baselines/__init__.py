@@ -1,0 +1,1 @@
+"""Other ways of setting controls, compared with the policy."""

@@ -1,0 +1,194 @@
+"""Search for the best controls of every single task: what an engineer with patience does instead of a policy.
+
+One trial is one full student training, scored on validation. The tasks are searched side by side: each has an
+Optuna study of its own, and trial k of all of them trains in lock-step. The first B trials of a search are the
+search with budget B, so one search answers for every smaller budget.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import optuna
+import torch
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution
+from torch import Tensor
+
+from rlkd.agents.baselines.schedules import Shape, as_point, follow_each, num_axes, run_plans, to_plan
+from rlkd.agents.policy.controllers import Controller, Results
+from rlkd.data import TaskDistribution
+from rlkd.envs.scenario import Scenario
+from rlkd.io.journal import Journal
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+Sampler = Literal["random", "tpe"]
+OnWindow = Callable[[int], object] | None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All trials of M tasks."""
+
+    seeds: tuple[int, ...]  # [M], of the tasks
+    plans: Tensor  # [M, B, W, 9], positions of the controls in every window
+    score: NDArray[np.float64]  # [M, B], J on validation
+    accuracy: NDArray[np.float64]  # [M, B]
+    latency_ratio: NDArray[np.float64]  # [M, B]
+    energy_ratio: NDArray[np.float64]  # [M, B]
+
+    def best(self, budget: int) -> Controller:
+        """Every task's best of its first `budget` trials, as a controller for those tasks."""
+        chosen = torch.from_numpy(self.score[:, :budget].argmax(1))  # [M]; ties go to the earlier trial
+        return follow_each(self.seeds, self.plans[torch.arange(len(self.seeds)), chosen])
+
+
+def search_tasks(
+    scenario: Scenario,
+    seeds: Sequence[int],
+    tasks: TaskDistribution,
+    sampler: Sampler,
+    shape: Shape,
+    num_trials: int,
+    first: Tensor,
+    seed: int,
+    on_window: OnWindow = None,
+    journal: Journal | None = None,
+) -> Trials:
+    """Search each task for itself.
+
+    Args:
+        scenario: what the tasks share.
+        seeds: M tasks.
+        tasks: the distribution that the seeds draw from, its preference fixed.
+        sampler: "random", or "tpe" (Bergstra et al. 2011), multivariate.
+        shape: of the plans.
+        num_trials: full trainings a task.
+        first: [9], the first trial of every task: the best setting known before the search.
+        seed: of the samplers.
+        on_window: called with the number of students after every window.
+        journal: as of `rlkd.agents.policy.controllers.run`.
+    """
+    studies = [
+        optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed + i)) for i in range(len(seeds))
+    ]
+    return _search(
+        scenario,
+        seeds,
+        tasks,
+        studies,
+        shape,
+        num_trials,
+        first,
+        on_window,
+        lambda r: r.score[:, None],
+        journal,
+        f"{sampler} search over {shape} plans",
+    )
+
+
+def search_fronts(
+    scenario: Scenario,
+    seeds: Sequence[int],
+    tasks: TaskDistribution,
+    num_trials: int,
+    first: Tensor,
+    seed: int,
+    on_window: OnWindow = None,
+    journal: Journal | None = None,
+) -> Trials:
+    """Search each task's static settings for the front of accuracy against cost (multi-objective TPE).
+
+    Ozaki et al. 2022, as Optuna has it; cost is 0.75 latency + 0.25 energy, both ratios to the dense student.
+    Arguments as in `search_tasks`.
+    """
+    studies = [
+        optuna.create_study(
+            directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed + i, multivariate=True)
+        )
+        for i in range(len(seeds))
+    ]
+    return _search(
+        scenario,
+        seeds,
+        tasks,
+        studies,
+        "static",
+        num_trials,
+        first,
+        on_window,
+        lambda r: np.stack([r.accuracy, cost_of(r.latency_ratio, r.energy_ratio)], axis=-1),
+        journal,
+        "search for fronts",
+    )
+
+
+def cost_of(latency_ratio: NDArray[np.float64], energy_ratio: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One cost from two ratios, in the proportion 3 : 1 of the default preference."""
+    return 0.75 * latency_ratio + 0.25 * energy_ratio
+
+
+def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+
+
+def _search(
+    scenario: Scenario,
+    seeds: Sequence[int],
+    tasks: TaskDistribution,
+    studies: Sequence[optuna.Study],
+    shape: Shape,
+    num_trials: int,
+    first: Tensor,
+    on_window: OnWindow,
+    values_of: Callable[[Results], NDArray[np.float64]],
+    journal: Journal | None,
+    label: str,
+) -> Trials:
+    """Ask every study, train all tasks, tell every study, `num_trials` times."""
+    names = [f"u{i}" for i in range(num_axes(shape))]
+    axes: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in names}
+    for study in studies:
+        study.enqueue_trial(dict(zip(names, as_point(first[None], shape)[0].tolist(), strict=True)))
+    plans, columns = [], []
+    for _ in range(num_trials):
+        asked = [study.ask(axes) for study in studies]
+        points = torch.tensor([[trial.params[name] for name in names] for trial in asked])  # [M, 9 or 18]
+        plan = to_plan(points, shape, scenario.config.num_windows)  # [M, W, 9]
+        results = run_plans(scenario, seeds, plan, tasks, "validation", on_window, journal=journal, label=label)
+        for study, trial, values in zip(studies, asked, values_of(results), strict=True):
+            study.tell(trial, [float(v) for v in values])
+        plans.append(plan)
+        columns.append(results)
+    stacked = {
+        name: np.stack([getattr(r, name) for r in columns], axis=1)
+        for name in ("score", "accuracy", "latency_ratio", "energy_ratio")
+    }
+    return Trials(tuple(seeds), torch.stack(plans, dim=1), **stacked)
+
+
+def hypervolume(
+    accuracy: NDArray[np.float64], cost: NDArray[np.float64], worst_accuracy: float = 0.0, worst_cost: float = 1.0
+) -> float:
+    """Area dominated by the points [P] in the plane of accuracy (up) and cost (down), beyond a reference point.
+
+    Formula: the union of the rectangles [worst_accuracy, a] x [c, worst_cost] (Zitzler & Thiele 1998).
+    Non-finite points raise ValueError.
+    """
+    if not (np.isfinite(accuracy).all() and np.isfinite(cost).all()):
+        raise ValueError("hypervolume: got a non-finite point")
+    area, right = 0.0, -math.inf
+    best = worst_accuracy
+    # from the cheapest on: between one cost and the next, the best accuracy so far counts
+    for c, a in sorted(zip(cost.tolist(), accuracy.tolist(), strict=True)):
+        if c >= worst_cost:
+            break
+        if right > -math.inf:
+            area += (c - right) * (best - worst_accuracy)
+        right, best = c, max(best, a)
+    return area if right == -math.inf else area + (worst_cost - right) * (best - worst_accuracy)

@@ -1,0 +1,138 @@
+"""Weights of several teachers, sample by sample, learned by REINFORCE: a baseline after MTKD-RL (Yang et al. 2025).
+
+In the paper an agent weighs each teacher's losses on every sample and learns within the one training that it guides.
+Here a training has a dozen rewards, and learning within it cost more than it brought (docs/decisions.md). So the three
+numbers that decide the weights (`rlkd.students.fusion`) are learned over training tasks, as a policy is, and then
+held: every student of a group trains the same task under weights of its own, drawn around the mean, and the mean moves
+towards those whose gain in J was above the others' (Williams 1992, with the leave-one-out baseline of Kool et al.
+2019). All other controls are a base controller's.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd.agents.policy.controllers import Controller
+from rlkd.data import TaskDistribution
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.scenario import Scenario
+from rlkd.errors import UserError
+from rlkd.io.journal import Arrays, Journal, recall
+from rlkd.students import Population, SoloStudent
+from rlkd.students.fusion import NUM_CUES
+
+SPREAD = (0.5, 2.0, 2.0)  # standard deviation of theta around its mean: labels' log-probability varies most
+
+
+@dataclass(frozen=True)
+class TeacherWeightsConfig:
+    """Learning of the weights."""
+
+    num_iterations: int = 12
+    num_groups: int = 32
+    """Tasks of an iteration."""
+    group_size: int = 4
+    """Students that train one task side by side."""
+    rate: float = 1.0
+    """Step of the mean, in units of the spread, for a correlation of one between draw and gain."""
+
+    def check(self) -> None:
+        """Raises UserError for a group that has nobody to compare with."""
+        if self.group_size < 2 or min(self.num_iterations, self.num_groups) < 1 or not self.rate > 0:
+            raise UserError(
+                f"teacher weights: got group_size {self.group_size}, num_groups {self.num_groups}, num_iterations "
+                f"{self.num_iterations}, rate {self.rate:g}; allowed: at least 2, 1, 1, and above 0"
+            )
+
+    @property
+    def num_trainings(self) -> int:
+        """Student trainings that learning costs."""
+        return self.num_iterations * self.num_groups * self.group_size
+
+
+def learn_teacher_weights(
+    scenario: Scenario,
+    config: TeacherWeightsConfig,
+    tasks: TaskDistribution,
+    base: Controller,
+    generator: torch.Generator,
+    on_window: Callable[[int], object] | None = None,
+    journal: Journal | None = None,
+) -> Tensor:
+    """[3], theta that raises J on validation, learned over training tasks.
+
+    Args:
+        scenario: what the tasks share.
+        config: checked here.
+        tasks: training tasks with several teachers, their preference fixed.
+        base: sets the controls.
+        generator: of tasks and draws.
+        on_window: called with the number of students after every window.
+        journal: as of `rlkd.agents.policy.controllers.run`.
+    """
+    config.check()
+    num_students = config.num_groups * config.group_size
+    # all of it before the training, so that the generator does not know whether that was done or is remembered
+    seeds = torch.randint(2**59, (config.num_iterations, config.num_groups), generator=generator).tolist()
+    draws = torch.randn(config.num_iterations, num_students, NUM_CUES, generator=generator)
+
+    def learn() -> Arrays:
+        mean = torch.zeros(NUM_CUES)  # in units of SPREAD
+        for some, drawn in zip(seeds, draws, strict=True):
+            each = [seed for seed in some for _ in range(config.group_size)]
+            theta = (mean + drawn) * torch.tensor(SPREAD)  # [N, 3]
+            gain = _gains(scenario, weighing(base, theta), each, tasks, on_window)  # [N]
+            mean = mean + config.rate * direction(drawn, gain, config.group_size)
+        return {"theta": (mean * torch.tensor(SPREAD)).numpy()}
+
+    inputs = {"config": asdict(config), "tasks": asdict(tasks), "seeds": seeds}
+    shapes = {"theta": ("float32", (NUM_CUES,))}
+    return torch.from_numpy(recall(journal, "teacher weights", inputs, shapes, learn)["theta"])
+
+
+def direction(drawn: Tensor, gain: Tensor, group_size: int) -> Tensor:
+    """[3], mean of `drawn` [N, 3] times the advantage of each `gain` [N] over the others of its group, standardised.
+
+    The score function of a normal distribution of unit deviation is the draw itself.
+    """
+    groups = gain.view(-1, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    advantage = (groups - others).flatten()  # [N]
+    return (drawn * (advantage / advantage.std().clamp_min(1e-8))[:, None]).mean(0)
+
+
+def weighing(base: Controller, theta: Tensor) -> Controller:
+    """`base`, with each student's teachers weighed by `theta` [N, 3] or [3].
+
+    Raises:
+        ValueError: a real model, which has one teacher.
+    """
+
+    def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        students = episodes.students
+        if not isinstance(students, Population | SoloStudent):
+            raise ValueError("mtkd_rl: got a real model, which has one teacher; allowed: students that are chains")
+        students.weigh_teachers(theta.expand(len(observation), NUM_CUES))
+        return base(observation, episodes, window)
+
+    return controller
+
+
+def _gains(
+    scenario: Scenario,
+    controller: Controller,
+    seeds: list[int],
+    tasks: TaskDistribution,
+    on_window: Callable[[int], object] | None,
+) -> Tensor:
+    """[N], what training brought in J on validation, divergence as its worst score."""
+    episodes = Episodes(scenario, len(seeds), tasks)
+    observation, total = episodes.reset(seeds), torch.zeros(len(seeds))
+    for window in range(scenario.config.num_windows):
+        outcome = episodes.step(controller(observation, episodes, window))
+        observation, total = outcome.observation, total + outcome.reward
+        if on_window:
+            on_window(len(seeds))
+    return total

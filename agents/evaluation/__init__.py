@@ -1,0 +1,1 @@
+"""Compares methods on held-out tasks; writes reports and TensorBoard events."""

@@ -1,0 +1,118 @@
+"""What goes to TensorBoard besides stable-baselines3's own keys."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure as Canvas
+from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat, configure
+from torch import Tensor
+
+from rlkd.agents.planner.planning import Round
+from rlkd.agents.policy.controllers import Controller, run
+from rlkd.agents.ppo.train import Rollout
+from rlkd.envs.action import CONTROLS
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.scenario import Scenario
+from rlkd.io.records import plain
+
+_STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged", "num_rollbacks")
+
+
+def new_logger(folder: Path) -> Logger:
+    """A stable-baselines3 logger that writes event files alone."""
+    return configure(str(folder), ["tensorboard"])
+
+
+def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> None:
+    """Figures of one iteration under `student/`, `action/`, `reward/`; SB3 writes them with its own."""
+    for name, value in rollout.figures.items():
+        if name in _STUDENT:
+            logger.record(f"student/{name}", value)
+        elif name.startswith("action/"):
+            logger.record(name, value)
+        elif name == "return":
+            logger.record("reward/return", value)
+    logger.record("student/num_trainings", rollout.num_trainings)
+    logger.record("student/updates_per_s", updates_per_s)
+
+
+def record_round(logger: Logger, done: Round) -> None:
+    """Figures of one round of planning under `planning/`; students of other scenarios apart."""
+    for name, value in done.figures.items():
+        part = "planning_also" if done.scenario > 0 and name in _STUDENT else "planning"  # fits are to all trainings
+        _writer(logger).add_scalar(f"{part}/{name}", value, done.num_trainings)
+
+
+def write_config(logger: Logger, config: Any) -> None:
+    """The resolved config as text."""
+    text = yaml.safe_dump(plain(config), sort_keys=False)
+    _writer(logger).add_text("config", "\n".join("    " + line for line in text.splitlines()), 0)
+
+
+def write_controls(logger: Logger, scenario: Scenario, controller: Controller, seeds: Sequence[int]) -> None:
+    """A figure of the controls over an episode: mean and spread over held-out tasks."""
+    seen: list[Tensor] = []
+
+    def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        position = controller(observation, episodes, window)
+        seen.append(position)
+        return position
+
+    run(scenario, recorded, seeds, scenario.config.task, final_split="validation")
+    write_position_figure(logger, torch.stack(seen))
+
+
+def write_position_figure(logger: Logger, positions: Tensor) -> None:
+    """The figure of `controls_figure` for positions [windows, tasks, 9]."""
+    _writer(logger).add_figure("controls", controls_figure(positions.numpy()), 0)
+
+
+def record_window(logger: Logger, row: dict[str, float]) -> None:
+    """One window of a replay: its controls under `action/`, the student's figures under `student/`."""
+    for name, value in row.items():
+        if name.startswith("position_"):
+            logger.record(f"action/{name.removeprefix('position_')}", value)
+        elif name in _STUDENT:
+            logger.record(f"student/{name}", value)
+    logger.dump(int(row["window"]))
+
+
+def controls_figure(positions: np.ndarray) -> Canvas:
+    """One panel a control for positions [windows, tasks, 9]: mean line, band of one deviation."""
+    figure = Canvas(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(3, 3, sharex=True, sharey=True)
+    windows = np.arange(1, len(positions) + 1)
+    for axis, name, values in zip(axes.flat, CONTROLS, np.moveaxis(positions, 2, 0), strict=True):
+        mean, deviation = values.mean(1), values.std(1)
+        axis.fill_between(windows, mean - deviation, mean + deviation, alpha=0.2, color="#1f5fa8")
+        axis.plot(windows, mean, color="#1f5fa8")
+        axis.set_title(name, fontsize=9)
+        axis.set_ylim(-0.05, 1.05)
+    figure.supxlabel("window")
+    figure.supylabel("position in the control's range")
+    return figure
+
+
+def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]) -> None:
+    """Hyperparameters with the final test score."""
+    flat = {"seed": seed, **_flatten(plain(config))}
+    hparams = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}
+    metrics = {"hparam/test_score": result["methods"]["policy"]["score"]["mean"]}
+    metrics |= {f"hparam/{name}": row["difference"] for name, row in result["paired"].items()}
+    logger.record("hparams", HParam(hparams, metrics), exclude=("stdout", "log", "json", "csv"))
+    logger.dump(result["cost"]["agent_trainings"] * config.num_windows)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _writer(logger: Logger) -> Any:
+    return next(f.writer for f in logger.output_formats if isinstance(f, TensorBoardOutputFormat))

@@ -1,0 +1,1 @@
+"""Networks that decide a schedule before the training begins."""

@@ -1,0 +1,1 @@
+"""The policy as named tensors, its bundle on disk, and controllers."""

@@ -1,0 +1,79 @@
+"""The learned policy as a plain function of named tensors: what a bundle holds and a replay runs."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkd.agents.baselines.search import Shortlist
+from rlkd.agents.policy.controllers import Controller
+from rlkd.envs.action import CONTROLS, ControlConfig, change
+from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.sb3 import CLIP
+from rlkd.envs.schedule import ControlPlan
+
+TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias", "action.weight", "action.bias")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Two tanh layers from the standardised observation to the mean change of every control."""
+
+    weights: dict[str, Tensor]  # by TENSORS; hidden.0.weight is [H, O], action.weight [9, H]
+    mean: Tensor  # [O], of the observations, fixed before training
+    deviation: Tensor  # [O]
+    plan: ControlPlan  # what its actions change
+    static: Shortlist  # its baselines, from the same search
+    controls: ControlConfig
+
+    def act(self, observation: Tensor) -> Tensor:
+        """Changes [N, 9] in [-1, 1] for observations [N, O]."""
+        w = self.weights
+        x = ((observation - self.mean) / self.deviation).clamp(-CLIP, CLIP)  # [N, O]
+        for layer in range(2):
+            x = torch.tanh(x @ w[f"hidden.{layer}.weight"].T + w[f"hidden.{layer}.bias"])  # [N, H]
+        return (x @ w["action.weight"].T + w["action.bias"]).clamp(-1.0, 1.0)
+
+    def controller(self) -> Controller:
+        """Closed loop: every window's controls from what was just observed, without exploration."""
+        return lambda observation, episodes, window: change(episodes.start, self.act(observation), self.controls)
+
+    def spread_of(self, observation: Tensor) -> Tensor:
+        """[N], largest distance of an observation from the training mean, in training deviations."""
+        return torch.as_tensor(((observation - self.mean) / self.deviation).abs().amax(-1))
+
+
+def policy_from_sb3(
+    state: dict[str, Tensor],
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    plan: ControlPlan,
+    static: Shortlist,
+    controls: ControlConfig,
+) -> Policy:
+    """Take the actor out of a stable-baselines3 `MlpPolicy` state dict."""
+    names = {
+        "hidden.0": "mlp_extractor.policy_net.0",
+        "hidden.1": "mlp_extractor.policy_net.2",
+        "action": "action_net",
+    }
+    weights = {
+        f"{ours}.{part}": state[f"{theirs}.{part}"].detach().clone()
+        for ours, theirs in names.items()
+        for part in ("weight", "bias")
+    }
+    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), plan, static, controls)
+
+
+def unchanged(policy: Policy) -> Policy:
+    """The policy with the last layer of its actor at zero: its plan, without changes."""
+    last = {name: torch.zeros_like(policy.weights[name]) for name in ("action.weight", "action.bias")}
+    return replace(policy, weights={**policy.weights, **last})
+
+
+def actor_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a policy's `weights` with `hidden` units a layer."""
+    num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
+    rows = (hidden, num_seen), (hidden,), (hidden, hidden), (hidden,), (num_set, hidden), (num_set,)
+    return dict(zip(TENSORS, rows, strict=True))

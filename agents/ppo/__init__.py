@@ -1,0 +1,1 @@
+"""PPO over the lock-step population, and PPO within one training."""

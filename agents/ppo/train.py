@@ -1,0 +1,299 @@
+"""PPO (Schulman et al. 2017) over the lock-step population, by stable-baselines3.
+
+Unlike SB3's own set-up the head starts at zero, so that the untrained policy is the static setting, and
+observations are standardised by figures fixed before training instead of a running mean. SB3 seeds torch's and
+numpy's global generators for its exploration noise and minibatch order; the students never read those.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from rlkd.agents.baselines.search import Shortlist
+from rlkd.agents.policy.controllers import hold_start
+from rlkd.agents.policy.policy import Policy, actor_shapes, policy_from_sb3
+from rlkd.agents.ppo.state import capture, restore
+from rlkd.envs.action import CONTROLS
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.sb3 import SB3VecEnv
+from rlkd.envs.scenario import Scenario
+from rlkd.envs.vector import DistillationVectorEnv
+from rlkd.errors import UserError
+from rlkd.io.journal import Arrays, Journal, digest, recall
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The agent."""
+
+    num_students: int = 120
+    """Students in lock-step."""
+    group_size: int = 1
+    """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
+    num_iterations: int = 12
+    """Rollouts of one episode a student, each followed by an update of the policy."""
+    learning_rate: float = 1e-3
+    """Adam's step size for policy and value function; falls linearly to a tenth."""
+    batch_size: int = 512
+    num_epochs: int = 8
+    """Passes over a rollout in one update."""
+    gamma: float = 1.0
+    """Discount; 1 makes the return the gain of the final score."""
+    gae_lambda: float = 0.95
+    hidden: int = 64
+    """Units of each of the two layers, of the actor and of the critic."""
+    initial_log_std: float = -1.0
+    """Log of the standard deviation of exploration at the beginning, in units of an action."""
+    final_log_std: float = -2.2
+    """The same at the end; in between it falls in a line. It is set, not learned."""
+    clip_range: float = 0.2
+    entropy_weight: float = 0.0
+    num_gate_tasks: int = 256
+    """Fresh tasks on which the learned changes must gain over the plan alone to be kept."""
+
+    def check(self) -> None:
+        """Raises UserError for an impossible value."""
+        for name in ("num_students", "num_iterations", "batch_size", "num_epochs", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ppo.{name}: got {getattr(self, name)}; allowed: at least 1")
+        if self.num_gate_tasks < 2:
+            raise UserError(f"ppo.num_gate_tasks: got {self.num_gate_tasks}; allowed: at least 2")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"ppo.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
+        if not (self.learning_rate > 0 and self.clip_range > 0):
+            raise UserError("ppo: learning_rate and clip_range must be above 0")
+        if self.group_size < 1 or self.num_students % self.group_size:
+            raise UserError(
+                f"ppo.group_size: got {self.group_size}; allowed: divisors of num_students {self.num_students}"
+            )
+        if self.batch_size < 2:
+            raise UserError(f"ppo.batch_size: got {self.batch_size}; allowed: at least 2")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Summary of one iteration, for logs. Means over students that ended."""
+
+    iteration: int
+    num_trainings: int
+    figures: dict[str, float]
+
+
+def observation_figures(
+    scenarios: Sequence[Scenario], num_students: int, seed: int, on_window: Callable[[int], object] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation [O] of what is seen under random changes around the plan: one episode each."""
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for scenario in scenarios:
+        count = num_students // len(scenarios)
+        seeds = torch.randint(2**60, (count,), generator=generator).tolist()
+        episodes = Episodes(scenario, count)
+        seen.append(episodes.reset(seeds))
+        for window in range(scenario.config.num_windows):
+            held = hold_start(seen[-1], episodes, window)
+            noise = 0.2 * torch.randn(held.shape, generator=generator)
+            seen.append(episodes.step((held + noise).clamp(0.0, 1.0)).observation)
+            if on_window:
+                on_window(count)
+    stacked = torch.cat(seen)
+    return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
+
+
+def settings(config: PPOConfig, num_windows: int) -> dict[str, Any]:
+    """What an on-policy algorithm of SB3 is told for updates on whole episodes of `num_windows` decisions."""
+    return {
+        "learning_rate": lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
+        "n_steps": num_windows,
+        "batch_size": min(config.batch_size, config.num_students * num_windows),
+        "n_epochs": config.num_epochs,
+        "gamma": config.gamma,
+        "gae_lambda": config.gae_lambda,
+        "clip_range": config.clip_range,
+        "ent_coef": config.entropy_weight,
+        "policy_kwargs": {"net_arch": [config.hidden, config.hidden], "log_std_init": config.initial_log_std},
+        "device": "cpu",
+    }
+
+
+def begin_unchanged(agent: OnPolicyAlgorithm) -> None:
+    """Zero-initialise the actor's head: its mean action changes nothing until it has learned."""
+    for parameter in agent.policy.action_net.parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> "_ResumablePPO":
+    """SB3's PPO with a zero-initialised head."""
+    agent = _ResumablePPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
+    begin_unchanged(agent)
+    agent.policy.log_std.requires_grad_(False)  # `_Watch` sets it
+    return agent
+
+
+class _ResumablePPO(PPO):
+    """PPO that calls `after_update` after each update."""
+
+    after_update: Callable[[], object] = staticmethod(lambda: None)
+
+    def train(self) -> None:
+        """One update."""
+        super().train()
+        self.after_update()
+
+
+class _Watch(BaseCallback):
+    """Sets the exploration, collects what rollouts report, and hands a summary on after each."""
+
+    def __init__(
+        self, config: PPOConfig, on_window: Callable[[int], object], on_rollout: Callable[[Rollout, Logger], object]
+    ) -> None:
+        super().__init__()
+        self._config, self._on_window, self._on_rollout = config, on_window, on_rollout
+        self._ended: list[dict[str, float]] = []
+        self._sums: dict[str, list[float]] = {}
+        self.iteration = 0
+
+    def _on_step(self) -> bool:
+        infos = self.locals["infos"]
+        self._ended += [{**i["student"], "return": i["episode"]["r"]} for i in infos if "student" in i]
+        for name, value in self._controls().items():
+            self._sums.setdefault(name, []).append(value)
+        self._on_window(len(infos))
+        return True
+
+    def _on_rollout_start(self) -> None:
+        done = min(1.0, self.iteration / max(1, self._config.num_iterations - 1))
+        c = self._config
+        log_std = c.initial_log_std + (c.final_log_std - c.initial_log_std) * done
+        self.model.policy.log_std.data.fill_(log_std)  # type: ignore[operator]
+
+    def _controls(self) -> dict[str, float]:
+        position = self.training_env.positions  # type: ignore[attr-defined]
+        return {f"action/{name}": float(position[:, i].mean()) for i, name in enumerate(CONTROLS)}
+
+    def _on_rollout_end(self) -> None:
+        self.iteration += 1
+        figures = {k: float(np.mean([e[k] for e in self._ended])) for k in (self._ended[0] if self._ended else ())}
+        for name, key in (("num_diverged", "diverged"), ("num_rollbacks", "num_rollbacks")):
+            figures[name] = float(sum(e[key] for e in self._ended))
+        controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
+        num_trainings = self.iteration * self.training_env.num_envs
+        self._on_rollout(Rollout(self.iteration, num_trainings, {**figures, **controls}), self.logger)
+        self._ended, self._sums = [], {}
+
+
+def train(
+    scenarios: Sequence[Scenario],
+    static: Shortlist,
+    config: PPOConfig,
+    seed: int,
+    on_window: Callable[[int], object],
+    on_rollout: Callable[[Rollout, Logger], object],
+    logger: Logger | None = None,
+    on_agent: Callable[[Callable[[], Policy]], object] | None = None,
+    journal: Journal | None = None,
+) -> Policy:
+    """Learn a policy; the plan of the scenarios is what its actions change.
+
+    Args:
+        scenarios: share the students evenly, and have one plan, one range of controls and one horizon.
+        static: kept with the policy, as what it was measured against.
+        config: the agent's.
+        seed: of the students' tasks, the exploration and the minibatches.
+        on_window: called with the number of students after every window.
+        on_rollout: called with each iteration's summary, before the update.
+        logger: SB3's, for TensorBoard.
+        on_agent: given a function that returns the policy as it is now, so that an interrupted run can be saved.
+        journal: keeps the state after every update, and goes on from the last one.
+    """
+    config.check()
+    if config.num_students % (len(scenarios) * config.group_size):
+        raise ValueError(
+            f"train: {len(scenarios)} scenarios and groups of {config.group_size} cannot share {config.num_students}"
+        )
+    scenario = scenarios[0]
+    mean, deviation = _figures(scenarios, config, seed, on_window, journal)
+
+    def learn() -> Arrays:
+        populations = [DistillationVectorEnv(config.num_students // len(scenarios), scenario=w) for w in scenarios]
+        env = SB3VecEnv(populations, mean, deviation, seed, config.group_size)
+        agent = new_agent(env, config, scenario.config.num_windows, seed)
+        if logger is not None:
+            agent.set_logger(logger)
+
+        def now() -> Policy:
+            state: dict[str, Any] = agent.policy.state_dict()
+            return policy_from_sb3(state, mean, deviation, scenario.plan, static, scenario.config.controls)
+
+        if on_agent:
+            on_agent(now)
+        _learn(agent, env, config, scenario.config.num_windows, _Watch(config, on_window, on_rollout), journal)
+        return {name: tensor.numpy() for name, tensor in now().weights.items()}
+
+    inputs = {
+        "ppo": asdict(config),
+        "seed": seed,
+        "scenarios": [
+            [list(w.group_sizes), asdict(w.config.task), digest(*w.plan.tensors().values())] for w in scenarios
+        ],
+        "static": digest(static.points, static.terms),
+    }
+    shapes = {name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()}
+    weights = {name: torch.from_numpy(a) for name, a in recall(journal, "PPO", inputs, shapes, learn).items()}
+    seen = torch.from_numpy(mean), torch.from_numpy(deviation)
+    return Policy(weights, *seen, scenario.plan, static, scenario.config.controls)
+
+
+def _figures(
+    scenarios: Sequence[Scenario],
+    config: PPOConfig,
+    seed: int,
+    on_window: Callable[[int], object],
+    journal: Journal | None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`observation_figures`, kept in the journal."""
+
+    def compute() -> Arrays:
+        mean, deviation = observation_figures(scenarios, config.num_students, seed, on_window)
+        return {"mean": mean, "deviation": deviation}
+
+    shapes = dict.fromkeys(("mean", "deviation"), ("float32", (len(OBSERVATIONS),)))
+    inputs = {
+        "seed": seed,
+        "num_students": config.num_students,
+        "plans": [digest(*w.plan.tensors().values()) for w in scenarios],
+    }
+    known = recall(journal, "observations", inputs, shapes, compute)
+    return known["mean"], known["deviation"]
+
+
+def _learn(
+    agent: "_ResumablePPO",
+    env: SB3VecEnv,
+    config: PPOConfig,
+    num_windows: int,
+    watch: "_Watch",
+    journal: Journal | None,
+) -> None:
+    """SB3's learning from the beginning, or from the journal's last state, to its end; saves the state as it goes."""
+    total = config.num_iterations * config.num_students * num_windows
+    saved = journal.take_state() if journal else None
+    if saved:
+        agent._setup_learn(total)  # the first observation and the counters, which `restore` then replaces
+        watch.iteration = restore(agent, env, saved)
+    if journal:
+        kept = journal  # for the type checker: it stays what it is
+        agent.after_update = lambda: kept.save_state(watch.iteration, *capture(agent, env, watch.iteration))
+    if agent.num_timesteps < total:
+        agent.learn(total - agent.num_timesteps, callback=watch, log_interval=1, reset_num_timesteps=saved is None)
+    agent.logger.dump(total + config.num_students * num_windows)  # the last update's, where the next rollout's would be

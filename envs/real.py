@@ -1,0 +1,372 @@
+"""The scenario of a real model: teacher, data, student with its attachments, signals and cost, for one student."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlkd.cost import Cost
+from rlkd.cost.real import ModuleProfile, count_work, load_speed, profile_module
+from rlkd.data import Preference, Range, TaskDistribution
+from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
+from rlkd.data.tables import ColumnConfig, Table, make_examples, read_table
+from rlkd.data.texts import DOCUMENTS, make_token_examples, read_texts
+from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.envs.scenario import check_keep
+from rlkd.envs.schedule import ControlPlan, fixed_plan
+from rlkd.errors import UserError
+from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
+from rlkd.models.real.hooks import link_places, link_table
+from rlkd.models.real.instrumented import Instrumented
+from rlkd.models.real.pretrained import (
+    Kind,
+    StudentCut,
+    check_same_tokenizer,
+    kind_of,
+    load_config,
+    load_model,
+    load_processor,
+    new_model,
+    student_from_teacher,
+    vocabulary_differences,
+)
+from rlkd.students import Students
+from rlkd.students.real.causal import CausalStudent, TokenConfig
+from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.processes import first_alone
+from rlkd.teachers import Signals
+from rlkd.teachers.real.module_signals import module_signals
+from rlkd.teachers.real.token_signals import TokenSignals, token_signals
+
+
+@dataclass(frozen=True)
+class RealCostConfig:
+    """Where costs come from."""
+
+    batch_size: int = 8
+    """Samples that one inference answers together, on one thread: the latency that the reward reads."""
+    profile: str | None = None
+    """cost_profile.json of an earlier run of the same student: its speed is taken and nothing is timed."""
+
+    def check(self) -> None:
+        """Raises UserError for a batch without a sample."""
+        if self.batch_size < 1:
+            raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: at least 1")
+
+
+@dataclass(frozen=True)
+class RealConfig:
+    """`rlkd replay --data ...`: distil a real model. Control ranges come from the policy."""
+
+    teacher: str
+    """Folder of a transformers classifier or causal language model (config.json, safetensors, tokenizer or image
+    processor), or a hub id."""
+    data: str
+    """A CSV, TSV, JSON lines, Parquet or .npz file, or a folder of such files named by split, or of images; for a
+    language model .txt files, too."""
+    student: str = ""
+    """Folder or hub id of a model, or a JSON configuration (fresh weights); by default it is cut from the teacher."""
+    teacher_device_map: str | None = None
+    """Spread a teacher that fits on no single device: auto or balanced (accelerate), or a JSON file of module paths and
+    devices, among them cpu and disk. Its signals are computed once, before any training."""
+    num_windows: int = 12
+    """Decisions; each trains the student for train.steps_per_window steps."""
+    cut: StudentCut = field(default_factory=StudentCut)
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    attach: AttachConfig = field(default_factory=AttachConfig)
+    train: ModuleTrainConfig = field(default_factory=ModuleTrainConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+    cost: RealCostConfig = field(default_factory=RealCostConfig)
+    preference: Preference = field(default_factory=Preference)
+    keep_checkpoints: int = 2
+    """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
+    allow_pickle: bool = False
+    """Read weight files that are pickles, too; they can run code."""
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        if self.num_windows < 1:
+            raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
+        check_keep(self.keep_checkpoints)
+        for part in (self.cut, self.columns, self.attach, self.train, self.tokens, self.cost):
+            part.check()
+        self.preference.weights()
+        self.train.torch_device()
+
+
+@dataclass(frozen=True)
+class RealEpisodeConfig:
+    """What an episode reads: `EpisodeConfig`."""
+
+    num_windows: int
+    task: TaskDistribution
+    train: ModuleTrainConfig
+    controls: ControlConfig
+
+
+@dataclass(frozen=True)
+class RealScenario:
+    """`EpisodeScenario` of one real student."""
+
+    config: RealEpisodeConfig
+    data: Examples
+    signals: Signals
+    profile: ModuleProfile
+    plan: ControlPlan  # what actions change
+    teacher_macs: float
+    student: Instrumented  # holds the weights that training starts from
+    initial: dict[str, Tensor]  # a copy of the model's weights before any training
+    kind: Kind
+    processor: Any  # tokenizer or image processor of the student; None for arrays
+    tables: str  # what was mapped to what, and which controls there are
+    is_reverse: bool = False  # of a language model's response term
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Token positions, then the units of every group."""
+        return self.student.plan.group_sizes
+
+    @property
+    def num_exits(self) -> int:
+        """Early exits and the end."""
+        return len(self.student.plan.exits) + 1
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes as the student's configuration calls them, in their order."""
+        names: Any = self.student.model.config.id2label  # type: ignore[union-attr]
+        return [str(names[i]) for i in range(self.data.num_classes)]
+
+    @property
+    def capacity(self) -> float:
+        """The dense student's MACs over the teacher's."""
+        return self.profile.work.dense_macs / self.teacher_macs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a training learns from, which its config only names: data, teacher's signals, first weights."""
+        signals = self.signals
+        told = {"logits": signals.logits, "features": signals.features, "maps": signals.maps}
+        if isinstance(signals, TokenSignals):
+            told |= {**signals.tokens._asdict(), "losses": signals.losses, "counted": signals.counted}
+        return {**self.data.inputs, "labels": self.data.labels, **told, **self.initial}
+
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """As `EpisodeScenario.cost`, for N = 1."""
+        return self.profile.cost(kept, exit_rates, exit_threshold)
+
+    def students(self, num_students: int) -> Students:
+        """The student, at its starting weights."""
+        if num_students != 1:
+            raise ValueError(f"students: got {num_students}; allowed: 1, real models train one at a time")
+        self.student.model.load_state_dict(self.initial)
+        c = self.config
+        if isinstance(self.signals, TokenSignals):
+            assert isinstance(self.data, TokenExamples)
+            return CausalStudent(self.student, self.data, self.signals, c.train, c.num_windows, self.is_reverse)
+        return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One model with its data."""
+
+    model: nn.Module
+    data: Examples
+    plan: Plan
+    processor: Any
+
+
+def build_real_scenario(
+    config: RealConfig,
+    controls: ControlConfig,
+    plan: ControlPlan | None = None,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> RealScenario:
+    """Load teacher and data, make the student, attach what it takes, get the teacher's signals, count and time.
+
+    Args:
+        config: checked here.
+        controls: ranges of the controls.
+        plan: what actions change; by default the published setting, held.
+        seed: of a fresh student's weights.
+        say: told in one line when something takes a while.
+
+    Raises:
+        UserError: a model or data that cannot be used.
+    """
+    config.check()
+    kind = kind_of(load_config(config.teacher), config.teacher)
+    teacher = _teacher(config, kind)
+    student = _student(config, kind, teacher, seed)
+    device = config.train.torch_device()
+    blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
+    few = student.data.splits["train"][:2]
+    links = link_places(
+        student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
+    )
+    places = [link.teacher for link in links]
+    if config.teacher_device_map is None:
+        teacher.model.to(device)
+    with first_alone():
+        signals = _signals(config, teacher, places, say)
+    if config.teacher_device_map is None:
+        teacher.model.cpu()
+    if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
+        signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
+    one = _typical(student.data)
+    profile = _profile(config, student, one, say)
+    teacher_macs = count_work(teacher.model, _typical(teacher.data), teacher.plan).dense_macs
+    task = TaskDistribution(
+        dataset=student.data.name,
+        label_noise=Range(0.0, 0.0),
+        num_labels=Range(len(student.data.splits["train"]), len(student.data.splits["train"])),
+    ).with_preference(config.preference)
+    return RealScenario(
+        RealEpisodeConfig(config.num_windows, task, config.train, controls),
+        student.data,
+        signals,
+        profile,
+        fixed_plan(published_setting(controls)[None]) if plan is None else plan,
+        teacher_macs,
+        Instrumented(student.model, student.plan, links),
+        {name: value.clone() for name, value in student.model.state_dict().items()},
+        kind,
+        student.processor,
+        f"{link_table(links)}\n\n{control_table(student.plan)}\n{_about_tokens(config, signals)}",
+        config.tokens.divergence == "reverse",
+    )
+
+
+def _signals(config: RealConfig, teacher: _Side, places: list[str], say: Callable[[str], object]) -> Signals:
+    model, plan, data, size = teacher.model, teacher.plan, teacher.data, config.train.evaluation_batch_size
+    if not isinstance(data, TokenExamples):
+        return module_signals(model, plan, places, data, size, say)
+    anchors = config.tokens.anchors(data.num_classes)
+    return token_signals(model, plan, places, data, config.tokens.top_k, anchors, size, say)
+
+
+def _about_tokens(config: RealConfig, signals: Signals) -> str:
+    """How a language model is scored and taught; "" for a classifier."""
+    if not isinstance(signals, TokenSignals):
+        return ""
+    a, k = signals.anchors, signals.tokens.values.shape[-1]
+    return (
+        f"\naccuracy is (log {a.worst:g} - cross entropy) / (log {a.worst:g} - log {a.best:g}) of the next token: "
+        f"perplexity {a.worst:g} counts as 0, {a.best:g} as 1\n"
+        f"response is the {config.tokens.divergence} KL over the teacher's {k} likeliest tokens and all others as one\n"
+    )
+
+
+def _teacher(config: RealConfig, kind: Kind) -> _Side:
+    model = load_model(config.teacher, kind, config.allow_pickle, device_map=config.teacher_device_map)
+    if kind == "causal_lm":
+        processor = load_processor(config.teacher, kind)
+        data: Examples = _examples(read_texts(Path(config.data), config.columns), processor, model, config)
+        _check_size(config.teacher, model, data)
+        return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor)
+    table = read_table(Path(config.data), config.columns)
+    if table.kind != ("text" if kind == "sequence_classification" else "image") and table.kind != "array":
+        raise UserError(f"{config.data}: got {table.kind}s for {config.teacher}, which is for {kind.replace('_', ' ')}")
+    processor = None if table.kind == "array" else load_processor(config.teacher, kind)
+    data = _examples(table, processor, model, config)
+    return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor)
+
+
+def _student(config: RealConfig, kind: Kind, teacher: _Side, seed: int) -> _Side:
+    """Cut from the teacher, loaded, or fresh from a configuration; with the teacher's inputs unless it has its own."""
+    processor, data = teacher.processor, teacher.data
+    described: Any = teacher.model.config
+    if not config.student:
+        model, _ = student_from_teacher(teacher.model, kind, config.cut)
+    elif Path(config.student).suffix == ".json":
+        fresh = load_config(config.student)
+        fresh.id2label, fresh.label2id = dict(described.id2label), dict(described.label2id)
+        model = new_model(fresh, kind, seed)
+    else:
+        is_causal = kind == "causal_lm"
+        model = load_model(config.student, kind, config.allow_pickle, None if is_causal else data.num_classes, seed)
+        own_config: Any = model.config
+        own_config.id2label, own_config.label2id = dict(described.id2label), dict(described.label2id)
+        own = None if processor is None else _own_processor(config.student, kind)
+        if own is not None and is_causal:
+            check_same_tokenizer(processor, own)
+        elif own is not None and _differ(processor, own):
+            processor, data = own, _examples(read_table(Path(config.data), config.columns), own, teacher.model, config)
+    _check_size(config.student or "student", model, data)
+    own_size = getattr(model.config, "vocab_size", None)
+    if kind == "causal_lm" and own_size != data.num_classes:
+        raise UserError(
+            f"{config.student or 'student'}: its vocabulary has {own_size} tokens, the teacher's {data.num_classes}; "
+            "token-level distillation needs one: give the student that vocab_size"
+        )
+    return _Side(model, data, _plan(model, data, config.attach), processor)
+
+
+def _own_processor(source: str, kind: Kind) -> Any:
+    """The student's own tokenizer or image processor; None where its folder has none."""
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json")
+    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in names):
+        return None
+    return load_processor(source, kind)
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    if hasattr(ours, "get_vocab"):
+        return vocabulary_differences(ours, theirs) is not None
+    return bool(ours.to_dict() != theirs.to_dict())
+
+
+def _examples(table: Table, processor: Any, teacher: nn.Module, config: RealConfig) -> Examples:
+    described: Any = teacher.config
+    if table.kind == DOCUMENTS:
+        return make_token_examples(table, processor, int(described.vocab_size), config.columns)
+    return make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
+
+
+def _check_size(name: str, model: nn.Module, data: Examples) -> None:
+    """Raises UserError for a vocabulary or positions that the inputs go beyond."""
+    described: Any = model.config
+    ids = data.inputs.get("input_ids")
+    if ids is None:
+        return
+    if int(ids.max()) >= described.vocab_size:
+        raise UserError(
+            f"{name}: its vocabulary has {described.vocab_size} tokens; the data have token {int(ids.max())}"
+        )
+    longest = getattr(described, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(f"{name}: takes {longest} tokens, the data have {ids.shape[1]}; lower --columns.max_length")
+
+
+def _plan(model: nn.Module, data: Examples, attach: AttachConfig) -> Plan:
+    try:
+        return make_plan(model, data.batch(data.splits["train"][:2]), attach, data.num_positions)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = {name: list(values.shape[1:]) for name, values in data.inputs.items()}
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{type(model).__name__} does not take inputs of shapes {shapes} ({reason})") from error
+
+
+def _typical(data: Examples) -> dict[str, Tensor]:
+    """The training sample of median length, without padding: [1, ...] each."""
+    train = data.splits["train"]
+    mask = data.inputs.get(PADDING_MASK)
+    if mask is None:
+        return data.batch(train[:1])
+    lengths = mask[train].sum(1).tolist()
+    where = lengths.index(statistics.median_low(lengths))
+    return data.batch(train[where : where + 1])
+
+
+def _profile(config: RealConfig, student: _Side, one: dict[str, Tensor], say: Callable[[str], object]) -> ModuleProfile:
+    if config.cost.profile is None:
+        say("timing the dense student at two batch sizes")
+        return profile_module(student.model, one, student.plan, config.cost.batch_size)
+    work = count_work(student.model, one, student.plan)
+    counted = ModuleProfile(student.plan, work, config.cost.batch_size, 0.0, 0.0, {}, {})
+    return load_speed(Path(config.cost.profile), counted)

@@ -1,0 +1,32 @@
+"""Rows of `windows.jsonl`: the controls and validation metrics of one student's window."""
+
+from torch import Tensor
+
+from rlkd.envs.action import CONTROLS, decode
+from rlkd.envs.episodes import Outcome
+from rlkd.envs.scenario import EpisodeScenario
+from rlkd.losses import FAMILIES
+from rlkd.students import Controls
+
+
+def window_row(window: int, position: Tensor, outcome: Outcome, scenario: EpisodeScenario) -> dict[str, float]:
+    """Controls at `position` [1, 9] and validation figures of one student's window, counted from 0."""
+    controls = decode(position, scenario.config.controls, scenario.data.num_classes)
+    return {
+        "window": window + 1,
+        **_named(controls),
+        **{f"position_{name}": float(position[0, i]) for i, name in enumerate(CONTROLS)},
+        "score": float(outcome.score[0]),
+        "accuracy": float(outcome.metrics.accuracy[0]),
+        "macs_ratio": float(outcome.cost.macs_ratio[0]),
+        "latency_ratio": float(outcome.cost.latency_ratio[0]),
+        "energy_ratio": float(outcome.cost.energy_ratio[0]),
+        "num_diverged": float(outcome.diverged[0]),
+        "num_rollbacks": float(outcome.telemetry.num_rollbacks[0]),
+    }
+
+
+def _named(controls: Controls) -> dict[str, float]:
+    named = {f"weight_{family}": float(controls.weights[0, i]) for i, family in enumerate(FAMILIES)}
+    others = ("temperature", "feature_keep", "unit_keep", "exit_threshold", "learning_rate")
+    return {**named, **{name: float(getattr(controls, name)[0]) for name in others}}

@@ -1,0 +1,204 @@
+"""Everything that does not change between episodes: data, teachers' signals, student structure, cost profile."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
+from rlkd.data import DataSet, Labelled, TaskDistribution, load_dataset
+from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.envs.schedule import ControlPlan, fixed_plan
+from rlkd.errors import UserError
+from rlkd.models import ChainStudent, StudentConfig, build_student
+from rlkd.students import Population, SoloStudent, Students, TrainConfig
+from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
+
+
+def check_keep(keep_checkpoints: int) -> None:
+    """Raises UserError for no checkpoint at all."""
+    if keep_checkpoints < 1:
+        raise UserError(f"keep_checkpoints: got {keep_checkpoints}; allowed: at least 1")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """All that defines the environment."""
+
+    num_windows: int = 12
+    """Decisions of one episode; each trains the student for train.steps_per_window steps."""
+    task: TaskDistribution = field(default_factory=TaskDistribution)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    controls: ControlConfig = field(default_factory=ControlConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+
+    def check(self) -> None:
+        """Raises UserError for the first impossible value."""
+        if self.num_windows < 1:
+            raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
+        for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
+            part.check()
+        self.train.torch_device()
+        if self.task.num_teachers.high > len(self.teacher.num_samples):
+            raise UserError(
+                f"task.num_teachers: got high {self.task.num_teachers.high:g}; allowed: at most "
+                f"{len(self.teacher.num_samples)}, the teachers that teacher.num_samples lists"
+            )
+
+
+class EpisodeConfig(Protocol):
+    """What an episode reads of its configuration."""
+
+    @property
+    def num_windows(self) -> int:
+        """Decisions of one episode."""
+
+    @property
+    def task(self) -> TaskDistribution:
+        """What tasks are drawn from."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Steps of a window."""
+
+    @property
+    def controls(self) -> ControlConfig:
+        """Ranges of the controls."""
+
+
+class EpisodeScenario(Protocol):
+    """What an episode needs of its scenario: `Scenario` for chains, `RealScenario` for real models."""
+
+    @property
+    def config(self) -> EpisodeConfig:
+        """The environment's configuration."""
+
+    @property
+    def data(self) -> Labelled:
+        """Labels and splits."""
+
+    @property
+    def signals(self) -> Signals:
+        """Of all teachers."""
+
+    @property
+    def plan(self) -> ControlPlan:
+        """What actions change."""
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Of the student: inputs, then the units of every group."""
+
+    @property
+    def num_exits(self) -> int:
+        """Of the student, its end included."""
+
+    @property
+    def capacity(self) -> float:
+        """The dense student's MACs over the teacher's."""
+
+    def students(self, num_students: int) -> Students:
+        """New students in training."""
+
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """Cost of N students that keep `kept` [N, G] and whose samples leave at `exit_rates` [N, E]; threshold [N]."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What all episodes share."""
+
+    config: EnvConfig
+    data: DataSet
+    signals: Signals
+    profile: CostProfile
+    plan: ControlPlan  # what actions change
+    teacher_macs: float
+    template: ChainStudent  # its structure is every student's; its parameters are nobody's
+
+    def new_structure(self) -> ChainStudent:
+        """A student of this scenario's architecture; its parameters mean nothing yet."""
+        return copy.deepcopy(self.template)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Inputs, then the units of every block."""
+        return self.template.group_sizes
+
+    @property
+    def num_exits(self) -> int:
+        """Early exits and the end."""
+        return len(self.template.exits)
+
+    @property
+    def capacity(self) -> float:
+        """The dense student's MACs over the teacher's."""
+        return float(dense_workload(self.template, self.profile.batch_size).macs) / self.teacher_macs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a training learns from, which its config only names: data and teachers' signals."""
+        told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
+        return {"inputs": self.data.inputs, "labels": self.data.labels, **told}
+
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """As `EpisodeScenario.cost`."""
+        return self.profile.cost(self.template, kept, exit_rates, exit_threshold)
+
+    def exit_cost(self, kept: Tensor) -> Tensor:
+        """[N, E, 2], latency and energy ratio of N students that keep `kept` [N, G], were all to leave at one exit.
+
+        Decisions on the way count. Real batches run a block as soon as one sample needs it; that fixed part is shared.
+        """
+        num_exits = len(self.template.exits)
+        deciding = torch.full((len(kept),), 0.5 + 0.5 / self.data.num_classes)  # at neither end
+        rates = torch.eye(num_exits)[:, None].expand(num_exits, len(kept), num_exits)
+        costs = [self.profile.cost(self.template, kept, rate, deciding) for rate in rates]
+        return torch.stack([torch.stack([c.latency_ratio, c.energy_ratio], dim=-1) for c in costs], dim=1)
+
+    def students(self, num_students: int) -> Students:
+        """A lock-step population, or one plain student."""
+        structure, c = self.new_structure(), self.config
+        max_teachers = round(c.task.num_teachers.high)
+        if num_students == 1:
+            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost, max_teachers)
+        return Population(
+            structure, self.data, self.signals, num_students, c.train, self.exit_cost, max_teachers=max_teachers
+        )
+
+
+def build_scenario(
+    config: EnvConfig,
+    plan: ControlPlan | None = None,
+    say: Callable[[str], object] = print,
+    student: ChainStudent | None = None,
+) -> Scenario:
+    """Load the data, train or load the teachers, calibrate or load the cost profile.
+
+    Args:
+        config: checked here.
+        plan: what actions change; by default the published setting, held.
+        say: told in one line when something takes a while.
+        student: a structure of your own; by default the one that config.student describes.
+    """
+    config.check()
+    data = load_dataset(config.task.dataset)
+    teachers = load_teachers(config.teacher, data)
+    signals = compute_signals(teachers, data)
+    if student is None:
+        student = build_student(config.student, data.input_shape, data.num_classes)
+    if student.num_classes != data.num_classes or math.prod(student.input_shape) != math.prod(data.input_shape):
+        raise UserError(
+            f"student: {student.num_classes} classes for inputs of shape {list(student.input_shape)}; "
+            f"{data.name} has {data.num_classes} for {list(data.input_shape)}"
+        )
+    profile = load_or_calibrate(config.cost, student, say)
+    if plan is None:
+        plan = fixed_plan(published_setting(config.controls)[None])
+    weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
+    return Scenario(config, data, signals, profile, plan, float(weights), student)

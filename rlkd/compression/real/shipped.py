@@ -1,0 +1,202 @@
+"""How a shipped student of a real model answers: samples, or a language model's tokens, leave at exits as trained.
+
+Other than in training, blocks that nothing waits for are not run.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlkd.compression.selection import exit_ends, exits_at
+from rlkd.data.examples import PADDING_MASK
+from rlkd.models.real.attachment import logits_of
+from rlkd.models.real.hooks import pool, tensor_at
+from rlkd.models.real.instrumented import choose_tokens, exit_answer
+from rlkd.models.real.pretrained import Kind
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What `student.json` says of how a student answers; block numbers count from 1."""
+
+    kind: Kind
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...]
+    exits: tuple[int, ...]
+    patience: int
+    threshold: float
+    select_after: int | None
+    keep: float  # share of tokens
+    num_classes: int  # of a language model the size of its vocabulary
+    drops_rows: bool  # samples that left are taken out of the batch; else a batch stops once all have left
+
+
+class _AllLeft(Exception):
+    """Every sample has its answer: the blocks that follow are not run."""
+
+
+@dataclass
+class _Batch:
+    """One batch on its way through the blocks."""
+
+    rows: Tensor  # [R] int64, samples that still wait
+    waiting: Tensor  # [R] bool; samples that left may stay in the batch
+    valid: Tensor | None  # [R, L] bool
+    answers: Tensor  # [B, C], filled as samples leave
+    keep_mask: bool = False  # tokens were left out: the model's own attention mask no longer fits
+    mask: Tensor | None = None  # [R, 1, 1, L']
+    weights: Tensor | None = None  # [R, heads, L, L] of the selecting block
+    history: list[Tensor] = field(default_factory=list)  # answers of the exits so far, each [R]
+
+
+class ShippedStudent(nn.Module):
+    """A trained student that leaves early and leaves tokens out as it was trained to.
+
+    Call it by keyword with what the model takes; it gives logits [B, C], each sample's from the exit that it left at.
+    """
+
+    def __init__(self, model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> None:
+        super().__init__()
+        self.model, self.heads, self.shipment = model, heads, shipment
+        self._batch: _Batch | None = None
+        s = shipment
+        always, never = exit_ends(torch.tensor([s.threshold]), s.num_classes)
+        self._always, self._never = bool(always), bool(never)
+        for block, path in enumerate(s.blocks[1:], start=2):
+            model.get_submodule(path).register_forward_pre_hook(self._enter(block), with_kwargs=True)
+        if s.select_after is not None and s.keep < 1.0:
+            place = s.attention[s.select_after - 1]
+            model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits [B, C]."""
+        size = len(next(iter(inputs.values())))
+        padding = inputs.get(PADDING_MASK)
+        now = self._batch = _Batch(
+            torch.arange(size),
+            torch.ones(size, dtype=torch.bool),
+            None if padding is None else padding.bool(),
+            torch.zeros(size, self.shipment.num_classes),
+        )
+        try:
+            logits = logits_of(self.model(**inputs)).float()
+            now.answers[now.rows[now.waiting]] = logits[now.waiting]
+        except _AllLeft:
+            pass  # every answer is in place
+        finally:
+            self._batch = None
+        return now.answers
+
+    def _look(self, number: int, place: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if self._batch is not None:
+                self._batch.weights = tensor_at(output, 1, place)
+
+        return hook
+
+    def _enter(self, number: int) -> Any:
+        """Ahead of block `number`: let samples leave that the exit before it answers, then leave tokens out."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            now, s = self._batch, self.shipment
+            if now is None:
+                return None
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            first = next(iter(bound.arguments))
+            hidden = bound.arguments[first]
+            if number - 1 in s.exits and not self._never:
+                hidden = self._leave(now, hidden, s.exits.index(number - 1))
+            mask = bound.arguments.get("attention_mask")
+            if isinstance(mask, Tensor) and len(mask) == len(now.answers) and not now.keep_mask:
+                bound.arguments["attention_mask"] = mask[now.rows]
+            if number - 1 == s.select_after and s.keep < 1.0:
+                hidden = self._select(now, hidden)
+            if now.keep_mask:
+                bound.arguments["attention_mask"] = now.mask
+            bound.arguments[first] = hidden
+            return bound.args, bound.kwargs
+
+        return hook
+
+    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
+        """Answer the samples that leave here; returns the hidden values of those that stay in the batch."""
+        s = self.shipment
+        logits = self.heads[index](pool(hidden, now.valid)).float()  # [R, C]
+        confidence, answer = logits.softmax(-1).max(-1)  # [R]
+        now.history.append(answer)
+        leave = exits_at(confidence, torch.tensor(s.threshold), s.num_classes)
+        if 0 < s.patience <= len(now.history) and not self._always:
+            recent = torch.stack(now.history[-s.patience :])  # [patience, R]
+            leave = leave | (recent == recent[0]).all(0)
+        leave = leave & now.waiting
+        now.answers[now.rows[leave]] = logits[leave]
+        now.waiting = now.waiting & ~leave
+        if not bool(now.waiting.any()):
+            raise _AllLeft
+        if not s.drops_rows:
+            return hidden
+        stay = now.waiting
+        now.rows, now.waiting = now.rows[stay], now.waiting[stay]
+        now.history = [answers[stay] for answers in now.history]
+        now.valid = None if now.valid is None else now.valid[stay]
+        now.weights = None if now.weights is None else now.weights[stay]
+        now.mask = None if now.mask is None else now.mask[stay]
+        return hidden[stay]
+
+    def _select(self, now: _Batch, hidden: Tensor) -> Tensor:
+        assert now.weights is not None
+        chosen, now.valid = choose_tokens(now.weights, now.valid, self.shipment.keep)
+        now.mask = (~now.valid)[:, None, None].to(hidden.dtype) * torch.finfo(hidden.dtype).min
+        now.keep_mask = True
+        return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+class ShippedCausal(ShippedStudent):
+    """A trained language model; it gives logits [B, L, V], each token's from the exit that it left at.
+
+    Later blocks run unless all tokens of the batch have left, for those that go on attend to all before them.
+    """
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits [B, L, V]; at padding anything."""
+        ids = inputs["input_ids"]
+        padding = inputs.get(PADDING_MASK)
+        waiting = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()  # [B, L]
+        now = self._batch = _Batch(torch.arange(len(ids)), waiting, waiting, torch.empty(0))
+        try:
+            logits = logits_of(self.model(**inputs)).float()  # [B, L, V]
+        except _AllLeft:
+            return now.answers
+        finally:
+            self._batch = None
+        return torch.where(now.waiting[..., None], logits, now.answers) if len(now.answers) else logits
+
+    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
+        """Answer the tokens that leave here; all stay in the batch."""
+        s = self.shipment
+        logits = exit_answer(self.model, self.heads[index], hidden, now.valid, True).float()  # [B, L, V]
+        if self._always:  # nothing to decide, which over a vocabulary would cost more than a block
+            now.answers = logits
+            raise _AllLeft
+        total = logits.logsumexp(-1)  # [B, L]
+        best, answer = logits.max(-1)  # [B, L]
+        now.history.append(answer)
+        leave = exits_at((best - total).exp(), torch.tensor(s.threshold), s.num_classes)
+        if 0 < s.patience <= len(now.history):
+            recent = torch.stack(now.history[-s.patience :])  # [patience, B, L]
+            leave = leave | (recent == recent[0]).all(0)
+        leave = leave & now.waiting
+        now.answers = torch.where(leave[..., None], logits, now.answers) if len(now.answers) else logits
+        now.waiting = now.waiting & ~leave
+        if not bool(now.waiting.any()):
+            raise _AllLeft
+        return hidden
+
+
+def shipped_student(model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> ShippedStudent:
+    """In evaluation mode, of the class that its kind needs."""
+    made = ShippedCausal if shipment.kind == "causal_lm" else ShippedStudent
+    return made(model, heads, shipment).eval()

@@ -1,0 +1,293 @@
+"""What one inference of a real student costs: MACs counted in a dry pass, latency from two measured points.
+
+MACs of linear layers and convolutions come from hooks, those of attention from torch's operation counter. Units and
+heads that are masked count as cut out, tokens that are left out as absent from later blocks (attention's own products
+shrink with their square), blocks behind an exit only for the samples that get there, in a language model for whole
+texts unless every token has left. Latency is a line through two
+measured batch sizes of the dense student, overhead and time a MAC: what pruning saves in it is modelled, not measured.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlkd.compression.selection import exit_ends
+from rlkd.cost.profile import ENERGY_MODEL, MAX_FIGURE, Cost, machine
+from rlkd.cost.timing import NUM_ROUNDS, one_thread
+from rlkd.errors import UserError
+from rlkd.io.files import number, read_json, reason, write_whole
+from rlkd.models.real.attachment import Plan
+from rlkd.models.real.blocks import Group
+
+FORMAT = 1
+NONE_LEFT = 1e-6  # rates are single precision
+COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Work(NamedTuple):
+    """MACs, values written, weights read."""
+
+    macs: float
+    activations: float
+    weights: float
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """Work of one block for one sample, apart by what it shrinks with."""
+
+    fixed: Work
+    units: Work  # shrinks with the kept hidden units or inner channels
+    heads: Work  # with the kept heads
+    products_macs: float  # attention's two products: with the kept heads and the square of the kept tokens
+
+
+@dataclass(frozen=True)
+class ModuleWork:
+    """Work of a whole student for one sample."""
+
+    before: Work  # ahead of the blocks
+    blocks: tuple[BlockWork, ...]
+    after: Work  # behind the blocks: the model's own head
+    exits: tuple[Work, ...]
+
+    @property
+    def dense_macs(self) -> float:
+        """Of the student with everything kept and no early exit."""
+        inner = sum(b.fixed.macs + b.units.macs + b.heads.macs + b.products_macs for b in self.blocks)
+        return self.before.macs + inner + self.after.macs
+
+
+@torch.no_grad()
+def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> ModuleWork:
+    """Count one dry pass.
+
+    Args:
+        model: the student without its attachments.
+        inputs: of one sample, unpadded: [1, ...].
+        plan: of the student.
+    """
+    leaves: dict[str, Work] = {}
+    order: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, COUNTED) or type(module).__name__ == "Conv1D":
+
+            def hook(module: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
+                leaves[name] = _leaf_work(module, output)
+                order.append(name)
+
+            handles.append(module.register_forward_hook(hook))
+    was_training = model.training
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(**inputs)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    counts = counter.get_flop_counts()
+    inside = {name for name in leaves if any(name.startswith(f"{block}.") or name == block for block in plan.blocks)}
+    first = min((order.index(name) for name in inside), default=len(order))
+    before = [leaves[n] for n in leaves if n not in inside and order.index(n) < first]
+    after = [leaves[n] for n in leaves if n not in inside and order.index(n) > first]
+    blocks = []
+    for index, path in enumerate(plan.blocks):
+        total = sum(counts.get(f"{type(model).__name__}.{path}", {}).values()) / 2
+        blocks.append(_block_work(path, index, plan, leaves, total))
+    answers = next(iter(inputs.values())).shape[1] if plan.per_token else 1
+    exits = tuple(
+        Work(
+            answers * plan.widths[b - 1] * plan.num_classes,
+            answers * plan.num_classes,
+            (plan.widths[b - 1] + 1) * plan.num_classes,
+        )
+        for b in plan.exits
+    )
+    return ModuleWork(_sum(before), tuple(blocks), _sum(after), exits)
+
+
+def _leaf_work(module: nn.Module, output: Tensor) -> Work:
+    weight = torch.as_tensor(module.weight)
+    per_output = weight[0].numel() if isinstance(module, COUNTED) else weight.shape[0]  # Conv1D is [in, out]
+    return Work(output.numel() * per_output, output.numel(), sum(p.numel() for p in module.parameters()))
+
+
+def _block_work(path: str, number: int, plan: Plan, leaves: Mapping[str, Work], total_macs: float) -> BlockWork:
+    inside = {name: work for name, work in leaves.items() if name == path or name.startswith(f"{path}.")}
+    shares: dict[str, list[str]] = {"units": [], "heads": []}
+    for group in plan.groups:
+        if group.block == number:
+            shares[_shrinks_as(group)] += [n for n in inside if n in group.writers or n == group.reader]
+    grouped = {name for names in shares.values() for name in names}
+    fixed = [work for name, work in inside.items() if name not in grouped]
+    products = max(0.0, total_macs - sum(work.macs for work in inside.values()))
+    units, heads = (_sum([inside[n] for n in shares[kind]]) for kind in ("units", "heads"))
+    return BlockWork(_sum(fixed), units, heads, products)
+
+
+def _shrinks_as(group: Group) -> str:
+    """Inner channels count as hidden units do; all layers of a block keep the same share of them."""
+    return "heads" if group.kind == "heads" else "units"
+
+
+def _sum(parts: Sequence[Work]) -> Work:
+    return Work(*(float(sum(part[i] for part in parts)) for i in range(3)))
+
+
+@dataclass(frozen=True)
+class ModuleProfile:
+    """Work and speed of one student; every figure of the reward's cost comes from here."""
+
+    plan: Plan
+    work: ModuleWork
+    batch_size: int
+    overhead_s: float  # of a call with all blocks
+    mac_s: float
+    energy: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
+        """Cost beside the dense student's, fields [1].
+
+        Args:
+            kept: [1, G], token positions and units of every group that are kept.
+            exit_rates: [1, E].
+            exit_threshold: [1].
+        """
+        now = self._figures(kept[0].double(), exit_rates[0].double(), exit_threshold)
+        sizes = torch.tensor(self.plan.group_sizes, dtype=torch.float64)
+        dense = self._figures(sizes, torch.zeros(len(self.plan.exits) + 1), torch.ones(1))
+        ratios = [a / b for a, b in zip(now, dense, strict=True)]
+        return Cost(*(torch.tensor([float(value)]) for value in (*now, *ratios)))
+
+    def _figures(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[float, float, float]:
+        """Seconds of a batch, joules and MACs of a sample."""
+        work, runs = self._work(kept, exit_rates, threshold)
+        seconds = self.overhead_s * runs / len(self.work.blocks) + self.mac_s * work.macs * self.batch_size
+        e = self.energy
+        joules = (
+            work.macs * e["mac_j"]
+            + work.activations * e["activation_j"]
+            + work.weights * e["weight_j"] / self.batch_size
+        )
+        return seconds, joules, work.macs
+
+    def _work(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[Work, float]:
+        """Work of a sample on average (weights: of a batch), and how many blocks a batch runs through on average."""
+        always, never = (bool(end) for end in exit_ends(threshold, self.plan.num_classes))
+        share = {(_shrinks_as(g), g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
+        tokens_kept = float(kept[0]) / self.plan.num_positions
+        parts, reach, total_runs = [self.work.before], 1.0, 0.0
+        for position, block in enumerate(self.work.blocks):
+            runs = 1.0 - (1.0 - reach) ** self.batch_size
+            total_runs += runs
+            selected = self.plan.select_after is not None and position >= self.plan.select_after
+            tokens = tokens_kept if selected else 1.0
+            units, heads = share.get(("units", position), 1.0), share.get(("heads", position), 1.0)
+            macs = tokens * (
+                block.fixed.macs + units * block.units.macs + heads * (block.heads.macs + tokens * block.products_macs)
+            )
+            written = block.fixed.activations + units * block.units.activations + heads * block.heads.activations
+            read = block.fixed.weights + units * block.units.weights + heads * block.heads.weights
+            parts.append(Work(reach * macs, reach * tokens * written, runs * read))
+            if position + 1 in self.plan.exits and not never:
+                index = self.plan.exits.index(position + 1)
+                head = self.work.exits[index]
+                parts.append(Work(reach * head.macs, reach * head.activations, runs * head.weights))
+                reach = 0.0 if always else max(0.0, reach - float(exit_rates[index]))
+                if self.plan.per_token:  # tokens that left stay in the text: the others attend to them
+                    reach = float(reach > NONE_LEFT)
+        runs = 1.0 - (1.0 - reach) ** self.batch_size
+        after = self.work.after
+        parts.append(Work(reach * after.macs, reach * after.activations, runs * after.weights))
+        return _sum(parts), total_runs
+
+    def save(self, path: Path) -> None:
+        """Write speed and counts as JSON."""
+        card = {
+            "format": FORMAT,
+            "batch_size": self.batch_size,
+            "overhead_s": self.overhead_s,
+            "mac_s": self.mac_s,
+            "energy": self.energy,
+            "provenance": self.provenance,
+            "dense_macs": self.work.dense_macs,
+            "work": asdict(self.work),
+        }
+        write_whole(path, json.dumps(card, indent=1) + "\n")
+
+
+def measure(call: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+    """(median, interquartile range) in seconds of `call(inputs)` over NUM_ROUNDS, one thread, warmed up."""
+    seconds = []
+    with one_thread(), torch.inference_mode():
+        call(inputs)
+        for _ in range(NUM_ROUNDS):
+            start = time.perf_counter()
+            call(inputs)
+            seconds.append(time.perf_counter() - start)
+    seconds.sort()
+    return statistics.median(seconds), seconds[3 * NUM_ROUNDS // 4] - seconds[NUM_ROUNDS // 4]
+
+
+def profile_module(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, batch_size: int) -> ModuleProfile:
+    """Count the student's work on one sample and time it at two batch sizes.
+
+    Args:
+        model: the student without its attachments, in evaluation mode.
+        inputs: of one sample, [1, ...].
+        plan: of the student.
+        batch_size: samples of one inference; the second point is at a quarter of it, or at four times it below 4.
+    """
+    work = count_work(model, inputs, plan)
+    sizes = (batch_size, batch_size // 4 if batch_size >= 4 else 4 * batch_size)
+    points = []
+    for size in sizes:
+        rows = {name: values.repeat_interleave(size, dim=0) for name, values in inputs.items()}
+        points.append((size * work.dense_macs, measure(lambda x: model(**x), rows)[0]))
+    (x1, y1), (x2, y2) = points
+    mac_s = max((y1 - y2) / (x1 - x2), 0.0)
+    overhead_s = max(y1 - mac_s * x1, 0.0) if mac_s else y1
+    if overhead_s == 0.0:
+        mac_s = y1 / x1
+    provenance = {
+        "machine": machine(),
+        "latency": "a line through two measured batch sizes of the dense student",
+        "points": [{"batch_size": size, "latency_s": y} for size, (_, y) in zip(sizes, points, strict=True)],
+    }
+    return ModuleProfile(plan, work, batch_size, overhead_s, mac_s, dict(ENERGY_MODEL), provenance)
+
+
+def load_speed(path: Path, fresh: ModuleProfile) -> ModuleProfile:
+    """`fresh` with the speed that an earlier run wrote for the same student: the same seed then gives the same figures.
+
+    Raises:
+        UserError: no such file, or of another student or batch size.
+    """
+    try:
+        card = read_json(path, "a cost profile of a real student")
+        given = (card["format"], card["batch_size"], card["dense_macs"])
+        overhead_s, mac_s = (number(card[name], name, 0.0, MAX_FIGURE) for name in ("overhead_s", "mac_s"))
+        if overhead_s + mac_s <= 0:
+            raise ValueError("overhead_s and mac_s are 0")
+        provenance = {**dict(card["provenance"]), "read_from": path.name}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a cost profile of a real student, or a damaged one ({reason(error):.120})"
+        ) from error
+    wanted = (FORMAT, fresh.batch_size, fresh.work.dense_macs)
+    if given != wanted:
+        raise UserError(
+            f"{path}: got format, batch size and dense MACs {list(given)!s:.80}; allowed: {list(wanted)}, this "
+            "student's"
+        )
+    return ModuleProfile(fresh.plan, fresh.work, fresh.batch_size, overhead_s, mac_s, dict(ENERGY_MODEL), provenance)

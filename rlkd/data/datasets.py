@@ -1,0 +1,120 @@
+"""Data sets by name, each cut once into train, validation and test.
+
+The split depends on the data set alone, never on a run's seed: whatever is tuned, test samples stay unseen.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from torch import Tensor
+
+from rlkd.data import files, generated
+from rlkd.data.samples import SPLIT_SEED, DataSet, Split, standardise
+from rlkd.errors import UserError
+
+
+def _digits() -> DataSet:
+    """scikit-learn's bundled 1,797 grey 8x8 digits (Alpaydin & Kaynak 1998): 897 / 450 / 450 samples."""
+    bunch = load_digits()
+    inputs = torch.from_numpy(bunch.images).float() / 16.0  # [1797, 8, 8]
+    labels = torch.from_numpy(bunch.target).long()  # [1797]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    train, validation, test = order[:897], order[897:1347], order[1347:]
+    return DataSet("digits", inputs, labels, 10, {"train": train, "validation": validation, "test": test})
+
+
+def _breast_cancer() -> DataSet:
+    """scikit-learn's bundled tumours (Street et al. 1993), 30 features, 2 classes: 284 / 142 / 143 samples."""
+    return _bundled_table("breast_cancer", load_breast_cancer())
+
+
+def _wine() -> DataSet:
+    """scikit-learn's bundled wines (Aeberhard & Forina 1991), 13 features, 3 classes: 89 / 44 / 45 samples."""
+    return _bundled_table("wine", load_wine())
+
+
+def _bundled_table(name: str, bunch: Any) -> DataSet:
+    """Half of the rows train, a quarter each validate and test; features standardised by the train split."""
+    labels = torch.from_numpy(bunch.target).long()  # [S]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    half, quarter = len(labels) // 2, len(labels) // 4
+    train, validation, test = order[:half], order[half : half + quarter], order[half + quarter :]
+    inputs = standardise(torch.from_numpy(bunch.data), train)  # [S, D]
+    splits: dict[Split, Tensor] = {"train": train, "validation": validation, "test": test}
+    return DataSet(name, inputs, labels, len(bunch.target_names), splits)
+
+
+def _fashion_mnist() -> DataSet:
+    """Fashion-MNIST pooled to 14x14, 10 classes: 2,000 / 1,000 / 2,000 samples (Debian: dataset-fashion-mnist)."""
+    return files.fashion_mnist("fashion_mnist", 14)
+
+
+def _fashion_mnist_8x8() -> DataSet:
+    """The same samples pooled to 8x8, the size of digits."""
+    return files.fashion_mnist("fashion_mnist_8x8", 8)
+
+
+def _fashion_mnist_28x28() -> DataSet:
+    """The same samples at full size."""
+    return files.fashion_mnist("fashion_mnist_28x28", 28)
+
+
+def _letter() -> DataSet:
+    """Letter recognition (Frey & Slate 1991), 16 features, 26 classes: 2,000 / 1,000 / 2,000 (Debian: r-cran-mlbench).
+
+    The first 16,000 rows are the authors' training part.
+    """
+    return files.mlbench("letter", "LetterRecognition", "lettr", 16_000)
+
+
+def _satellite() -> DataSet:
+    """Statlog's Landsat pixels, 36 features, 6 classes: 2,000 / 1,000 / 2,000 samples (Debian: r-cran-mlbench).
+
+    The last 2,000 rows are Statlog's test part. A sample is a window of 3x3 pixels, and windows overlap: six of the
+    nine pixels of 60 % of the test windows stand in the training part, too. Accuracies are those within one scene.
+    """
+    return files.mlbench("satellite", "Satellite", "classes", 4435)
+
+
+def _generated() -> DataSet:
+    """Gaussian clusters, 2,000 / 1,000 / 2,000; generated:seed=0,classes=8,inputs=32,difficulty=0.2 says all parts."""
+    return generated.generate(generated.Recipe())
+
+
+DATASETS: dict[str, Callable[[], DataSet]] = {
+    "digits": _digits,
+    "breast_cancer": _breast_cancer,
+    "wine": _wine,
+    "fashion_mnist": _fashion_mnist,
+    "fashion_mnist_8x8": _fashion_mnist_8x8,
+    "fashion_mnist_28x28": _fashion_mnist_28x28,
+    "letter": _letter,
+    "satellite": _satellite,
+    "generated": _generated,
+}
+
+
+def check_dataset(name: str) -> None:
+    """Raises UserError, with the closest match, for a data set that does not exist. Looks at no file."""
+    if name.startswith(f"{generated.PREFIX}:"):
+        generated.parse_name(name)
+    elif name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        allowed = f"{', '.join(sorted(DATASETS))}, or {generated.PREFIX}:key=value,..."
+        raise UserError(f"task.dataset: got {name!r}; allowed: {allowed}{hint}")
+
+
+def load_dataset(name: str) -> DataSet:
+    """The data set called `name`.
+
+    Raises:
+        UserError: no such data set, or its files are missing or broken.
+    """
+    check_dataset(name)
+    if name.startswith(f"{generated.PREFIX}:"):
+        return generated.generate(generated.parse_name(name))
+    return DATASETS[name]()

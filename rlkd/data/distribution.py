@@ -1,0 +1,181 @@
+"""What a student may be asked to learn, and under which conditions: the distribution of tasks.
+
+A task is fully determined by its integer seed and the distribution, so that any two controllers can be
+given the same task: the same teacher, the same corrupted labels, the same initial weights, the same batches.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlkd.data.datasets import check_dataset
+from rlkd.data.samples import Labelled
+from rlkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """A closed interval from which a task's property is drawn uniformly; `low == high` fixes it."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def check(self, name: str, lowest: float, highest: float) -> None:
+        """Raises UserError unless lowest <= low <= high <= highest."""
+        if not lowest <= self.low <= self.high <= highest:
+            raise UserError(
+                f"{name}: got low {self.low:g}, high {self.high:g}; allowed: {lowest:g} <= low <= high <= {highest:g}"
+            )
+
+    def draw(self, generator: torch.Generator) -> float:
+        """One uniform draw."""
+        return self.low + (self.high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The user's weights on accuracy, latency and energy. They need not sum to one: they are normalised.
+
+    Latency and energy left out take what accuracy leaves, in the proportion 3 : 1.
+    """
+
+    accuracy: float = 0.6
+    """Weight of the accuracy term."""
+    latency: float | None = None
+    """Weight of the latency term; by default three quarters of what accuracy leaves of 1."""
+    energy: float | None = None
+    """Weight of the energy term; by default one quarter of what accuracy leaves of 1."""
+
+    def weights(self) -> tuple[float, float, float]:
+        """(accuracy, latency, energy), summing to one.
+
+        Raises:
+            UserError: a negative weight, an accuracy above 1 with nothing else given, or all zero.
+        """
+        rest = 1.0 - self.accuracy
+        latency = 0.75 * rest if self.latency is None else self.latency
+        energy = 0.25 * rest if self.energy is None else self.energy
+        total = self.accuracy + latency + energy
+        if not (min(self.accuracy, latency, energy) >= 0.0 and 0.0 < total < float("inf")):
+            raise UserError(
+                f"preference: got accuracy {self.accuracy:g}, latency {latency:g}, energy {energy:g}; "
+                "allowed: finite weights >= 0 that are not all 0 (accuracy in [0, 1] when it stands alone)"
+            )
+        return self.accuracy / total, latency / total, energy / total
+
+
+@dataclass(frozen=True)
+class TaskDistribution:
+    """From what tasks are drawn. Every student gets its own draw."""
+
+    dataset: str = "digits"
+    """Name of the data set (`rlkd list`)."""
+    label_noise: Range = field(default_factory=lambda: Range(0.0, 0.8))
+    """Share of training labels replaced by a uniformly drawn wrong class."""
+    num_labels: Range = field(default_factory=lambda: Range(60.0, 897.0))
+    """How many training samples the student gets at all, before class_imbalance; the others do not exist for it."""
+    accuracy_weight: Range = field(default_factory=lambda: Range(0.3, 0.95))
+    """Weight of accuracy in the student's preference."""
+    latency_share: Range = field(default_factory=lambda: Range(0.5, 1.0))
+    """Share of latency in what accuracy leaves of the preference; energy takes the rest."""
+    class_imbalance: Range = field(default_factory=lambda: Range(0.0, 0.0))
+    """1 less the share of its num_labels samples that the rarest class keeps; the other classes lie evenly between on a
+    log scale, in an order drawn for each task. 0 keeps all; 0.9 makes the rarest a tenth of the commonest."""
+    num_teachers: Range = field(default_factory=lambda: Range(1.0, 1.0))
+    """How many teachers the student learns from, rounded, all different: from the mean of their answers, unless a
+    method weighs them."""
+
+    def check(self) -> None:
+        """Raises UserError for an unknown data set or an impossible range."""
+        check_dataset(self.dataset)
+        self.label_noise.check("task.label_noise", 0.0, 1.0)
+        self.num_labels.check("task.num_labels", 1, float("inf"))
+        self.accuracy_weight.check("task.accuracy_weight", 0.0, 1.0)
+        self.latency_share.check("task.latency_share", 0.0, 1.0)
+        self.class_imbalance.check("task.class_imbalance", 0.0, 1.0)
+        self.num_teachers.check("task.num_teachers", 1, float("inf"))
+
+    def with_preference(self, preference: Preference) -> "TaskDistribution":
+        """The same distribution with the preference held fixed; all other draws of a seed stay the same."""
+        accuracy, latency, energy = preference.weights()
+        share = latency / (latency + energy) if latency + energy > 0 else 0.0
+        return replace(self, accuracy_weight=Range(accuracy, accuracy), latency_share=Range(share, share))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One draw: what a single student is given."""
+
+    seed: int
+    teacher: int
+    label_noise: float
+    samples: Tensor  # [L] int64, indices into the data set, all from the train split
+    labels: Tensor  # [L] int64, corrupted labels of those samples
+    preference: tuple[float, float, float]  # accuracy, latency, energy; sums to one
+    class_imbalance: float
+    others: tuple[int, ...] = ()  # further teachers
+
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        """All teachers, k of them."""
+        return (self.teacher, *self.others)
+
+
+def task_generator(seed: int, purpose: str) -> torch.Generator:
+    """An independent random source for one purpose ("task", "parameters" or "batches") of one task."""
+    offset = {"task": 0, "parameters": 1, "batches": 2}[purpose]
+    return torch.Generator().manual_seed(seed * 3 + offset)
+
+
+def thin_classes(labels: Tensor, order: Tensor, imbalance: float) -> Tensor:
+    """Which samples stay so that classes are geometrically rarer along `order`.
+
+    Of n samples whose class stands at place r of C (from 0), the first round(n (1 - imbalance)^(r / (C - 1))) stay, at
+    least one: the ratio of the last class to the first is 1 - imbalance where they were equally common before. The
+    long-tailed sets of Cui et al. 2019 (class-balanced loss) are thinned the same way.
+
+    Args:
+        labels: [L] int64, in the random order in which samples were drawn.
+        order: [C], a permutation of the classes, the commonest first.
+        imbalance: in [0, 1].
+
+    Returns:
+        [L] bool.
+    """
+    if imbalance == 0.0:  # all stay; a language model's vocabulary would be too many classes to count for nothing
+        return torch.ones_like(labels, dtype=torch.bool)
+    shares = (1.0 - imbalance) ** (torch.arange(len(order), dtype=torch.float64) / (len(order) - 1))  # [C], by place
+    counts = torch.bincount(labels, minlength=len(order))[order]  # [C], by place
+    kept = torch.empty_like(order)
+    kept[order] = (counts * shares).round().long().clamp_min(1)  # [C], by class
+    one_hot = F.one_hot(labels, len(order))  # [L, C]
+    number = one_hot.cumsum(dim=0).gather(1, labels[:, None])[:, 0]  # [L], 1 for the first sample of its class
+    return number <= kept[labels]
+
+
+def draw_task(seed: int, distribution: TaskDistribution, data: Labelled, num_teachers: int) -> Task:
+    """The task of this seed. Draws come in a fixed order, so a range held fixed leaves the others as they were."""
+    g = task_generator(seed, "task")
+    teacher = int(torch.randint(num_teachers, (), generator=g))
+    noise = distribution.label_noise.draw(g)
+    train = data.splits["train"]
+    num_labels = min(round(distribution.num_labels.draw(g)), len(train))
+    accuracy = distribution.accuracy_weight.draw(g)
+    latency = (1.0 - accuracy) * distribution.latency_share.draw(g)
+    samples = train[torch.randperm(len(train), generator=g)[:num_labels]]  # [L]
+    labels = data.labels[samples]  # [L]
+    wrong = (labels + torch.randint(1, data.num_classes, (num_labels,), generator=g)) % data.num_classes
+    flipped = torch.rand(num_labels, generator=g) < noise  # [L]
+    # Drawn last, so that balanced tasks are those that were drawn before there was an imbalance. Classes are thinned by
+    # their true labels: how common a class is and how often it is labelled wrongly are two properties.
+    imbalance = distribution.class_imbalance.draw(g)
+    stay = thin_classes(labels, torch.randperm(data.num_classes, generator=g), imbalance)  # [L]
+    labels = torch.where(flipped, wrong, labels)
+    # after all that was drawn before a task could have several teachers
+    count = min(round(distribution.num_teachers.draw(g)), num_teachers)
+    order = torch.randperm(num_teachers, generator=g).tolist() if count > 1 else []
+    others = tuple(t for t in order if t != teacher)[: count - 1]
+    preference = (accuracy, latency, max(0.0, 1.0 - accuracy - latency))
+    return Task(seed, teacher, noise, samples[stay], labels[stay], preference, imbalance, others)

@@ -1,0 +1,71 @@
+"""Samples of a real model's task: several input tensors by name, labels, three splits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd.data.samples import Split
+
+PADDING_MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """As `DataSet`, with the inputs that a model's forward takes by keyword."""
+
+    name: str
+    inputs: dict[str, Tensor]  # each [S, ...]; texts are padded on the right to one length, with an attention_mask
+    labels: Tensor  # [S] int64
+    num_classes: int
+    splits: dict[Split, Tensor]  # each [S_split] int64, disjoint
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """Inputs of the samples at `index` [B], their common padding cut off."""
+        chosen = {name: values[index] for name, values in self.inputs.items()}
+        mask = chosen.get(PADDING_MASK)
+        if mask is None:
+            return chosen
+        longest = int(mask.sum(1).max())
+        full = mask.shape[1]
+        return {k: v[:, :longest] if v.ndim > 1 and v.shape[1] == full else v for k, v in chosen.items()}
+
+    def by_length(self, index: Tensor) -> Tensor:
+        """[B] int64, places in `index` [B] from the shortest text to the longest: batches then hold little padding."""
+        mask = self.inputs.get(PADDING_MASK)
+        return torch.arange(len(index)) if mask is None else mask[index].sum(1).argsort(stable=True)
+
+    @property
+    def num_positions(self) -> int | None:
+        """Length of the padded texts; None where inputs are no texts."""
+        mask = self.inputs.get(PADDING_MASK)
+        return None if mask is None else mask.shape[1]
+
+
+@dataclass(frozen=True)
+class TokenExamples(Examples):
+    """Texts whose next tokens are learned: `num_classes` is the vocabulary V, and `labels` are zeros, for a text has
+    no class."""
+
+    counted: Tensor  # [S, L - 1] bool, positions whose next token is learned: real, and no part of a prompt
+
+    def counted_of(self, index: Tensor, length: int) -> Tensor:
+        """[B, length - 1] bool, of the samples at `index` [B], whose `batch` has `length` tokens."""
+        return self.counted[index, : length - 1]
+
+
+def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same inputs on `device`."""
+    return {name: values.to(device) for name, values in inputs.items()}
+
+
+def next_token_mask(attention_mask: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
+    """[B, L - 1] bool: positions whose next token is real and no part of the prompt.
+
+    Args:
+        attention_mask: [B, L], 0 at padding on either side.
+        prompt_mask: [B, L], 1 where a token is given rather than learned; by default none is.
+    """
+    real = attention_mask.bool()
+    counted = real[:, 1:] & real[:, :-1]
+    return counted if prompt_mask is None else counted & ~prompt_mask.bool()[:, 1:]

@@ -1,0 +1,1 @@
+"""Reads and writes files safely: limits, strict JSON, whole writes, journals, checkpoints, locks."""

@@ -1,0 +1,160 @@
+"""Arrays that are expensive to compute, kept as memory-mapped files with checksums, for teachers' signals.
+
+A folder holds one .npy file an array and a card: the key that says of what the arrays were computed, and each
+file's sha256. A file that is torn or was altered is named, and all are computed anew. Several processes may want the
+same arrays at once: each writes a folder of its own, the first to be done puts its folder in place, and what is
+returned is what was checked, since a file is mapped before it is checked.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlkd.errors import UserError
+from rlkd.io.files import inside, opened, read_json, write_error, write_whole
+
+FORMAT = 1
+Spec = tuple[tuple[int, ...], str]  # shape and numpy dtype
+Arrays = dict[str, "NDArray[np.generic]"]
+CHUNK_BYTES = 1 << 22
+NUM_TRIES = 5  # another process may take a broken folder away, and with it the whole one that took its place
+
+
+def cache_dir() -> Path:
+    """Where trained teachers and cost profiles are kept: $RLKD_CACHE, else ~/.cache/rlkd."""
+    return Path(os.environ.get("RLKD_CACHE") or Path.home() / ".cache" / "rlkd")
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cached_arrays(
+    name: str,
+    key: Mapping[str, str],
+    specs: Mapping[str, Spec],
+    fill: Callable[[Arrays], object],
+    say: Callable[[str], object] = print,
+) -> dict[str, Tensor]:
+    """The arrays of `key`, from the cache if they are there whole, else computed by `fill` and cached.
+
+    Args:
+        name: begins the folder's name.
+        key: all that the arrays depend on: teacher, data, preprocessing, versions.
+        specs: shape and type of every array.
+        fill: writes every array, in place, as many rows at a time as it likes.
+        say: told in one line when a cached file is broken.
+
+    Returns:
+        Tensors over memory-mapped files, private to this process: writing to one changes no file.
+
+    Raises:
+        UserError: the cache cannot be written, or somebody breaks it as often as it is written.
+    """
+    text = json.dumps([FORMAT, dict(key), {k: list(v) for k, v in specs.items()}], sort_keys=True)
+    folder = cache_dir() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    for _ in range(NUM_TRIES):
+        if not os.path.lexists(folder):
+            _write(folder, key, specs, fill)
+        try:
+            return {k: torch.from_numpy(v) for k, v in _map(folder, specs).items()}
+        except UserError as error:
+            say(f"{error}; computing the cached signals in {folder} anew")
+            _take_away(folder)
+    raise UserError(f"{folder}: was broken {NUM_TRIES} times in a row; give RLKD_CACHE a folder of this run alone")
+
+
+def _write(folder: Path, key: Mapping[str, str], specs: Mapping[str, Spec], fill: Callable[[Arrays], object]) -> None:
+    """Fill a folder of our own and put it in place, unless another process was faster."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        arrays: Arrays = {
+            k: np.lib.format.open_memmap(partial / f"{k}.npy", mode="w+", dtype=dtype, shape=shape)
+            for k, (shape, dtype) in specs.items()
+        }
+        fill(arrays)
+        for array in arrays.values():
+            assert isinstance(array, np.memmap)
+            array.flush()
+        sums = {}
+        for k in specs:
+            with opened(partial / f"{k}.npy") as (file, _):
+                sums[k] = _sha256(file)
+        card = {"format": FORMAT, "key": dict(key), "sha256": sums}
+        write_whole(partial / "card.json", json.dumps(card, indent=1) + "\n")
+        partial.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # not the other process's folder
+            raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _map(folder: Path, specs: Mapping[str, Spec]) -> Arrays:
+    """Map every file and check what was mapped; UserError that names the first one that is not what was written."""
+    card = read_json(inside(folder, "card.json"), "the card of cached signals")
+    sums = card.get("sha256")
+    if card.get("format") != FORMAT or not isinstance(sums, dict):
+        raise UserError(f"{folder / 'card.json'}: not the card of cached signals")
+    arrays: Arrays = {}
+    for name, (shape, dtype) in specs.items():
+        path = inside(folder, f"{name}.npy")
+        with opened(path) as (file, num_bytes):
+            header = _header(shape, dtype)
+            size = len(header) + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            if num_bytes != size or file.read(len(header)) != header:
+                raise UserError(f"{path}: torn or altered, its type or size is not {dtype} {list(shape)}")
+            arrays[name] = np.memmap(file, dtype, "c", len(header), shape)
+            if _sha256(file) != sums.get(name):
+                raise UserError(f"{path}: torn or altered, its checksum differs from card.json")
+    return arrays
+
+
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """What numpy writes in front of such an array; compared as it is, so that no parser sees a stranger's header."""
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a broken folder, link or file; whoever has mapped it keeps what was mapped."""
+    away = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.broken")
+    try:
+        folder.rename(away)
+    except FileNotFoundError:
+        return  # another process did
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if away.is_dir() and not away.is_symlink():
+        shutil.rmtree(away, ignore_errors=True)
+    else:
+        away.unlink(missing_ok=True)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()

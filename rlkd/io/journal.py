@@ -1,0 +1,268 @@
+"""The journal of a run: what its batches of trainings reached, so that none is trained again after the run was stopped.
+
+All of a run but PPO's inner state follows from its config, its seed and what its trainings reach. So a resumed run is
+the same code from its beginning, answered from the journal until that ends. An entry is a line: a checksum that covers
+the line and all lines before it, then strict JSON with the hash of what was asked (tasks, plans, split, ...) and the
+answer's arrays. A line that was torn or altered is dropped with all that follow it.
+
+A training with a state of its own (PPO, a replay) saves it in `rlkd.io.checkpoints`, through this journal, which
+knows of both how far they got. Either remembers how long the run's logs were; a resumed run cuts them back to that and
+keeps them silent (`replaying`) until it comes to what is new, so that no step is logged twice or missing.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlkd.errors import UserError
+from rlkd.io.cache import digest_tensors
+from rlkd.io.checkpoints import Checkpoint, Checkpoints
+from rlkd.io.files import inside, number, opened, parse_json, reason, whole, write_error
+
+FOLDER, NAME = "checkpoints", "journal.jsonl"
+LOGS = ("*.jsonl", "tensorboard/*tfevents*")
+MAX_ENTRY_BYTES, MAX_JOURNAL_BYTES = 2**26, 2**40  # a journal is read line by line
+MAX_LOG_BYTES = 2**40
+DTYPES = ("float64", "float32", "int64", "bool")
+
+Arrays = dict[str, NDArray[Any]]
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # numpy type and shape by name
+
+
+def digest(*tensors: Tensor) -> str:
+    """A hash of tensors, to tell in `inputs` what a batch was trained on."""
+    return digest_tensors((str(i), tensor) for i, tensor in enumerate(tensors))[:16]
+
+
+class Journal:
+    """Finished batches and saved states of the run in one folder.
+
+    Args:
+        folder: the run folder.
+        resume: go on with what stands there; else there must be nothing yet.
+        keep: states kept by `save_state`.
+        say: told in one line what is damaged and left out.
+    """
+
+    def __init__(self, folder: Path, resume: bool = False, keep: int = 2, say: Callable[[str], object] = print) -> None:
+        self._folder, self._path, self._say = folder, folder / FOLDER / NAME, say
+        self._checkpoints = Checkpoints(folder / FOLDER, keep)
+        self._began = time.perf_counter()
+        self._known: list[int] = []  # where each whole entry begins in the file
+        self._chain, self._end, self._next = "", 0, 0  # checksum and end of the last whole entry; the next to answer
+        self.pending: Checkpoint | None = None  # the state to go on with, until it is taken
+        self.resumes, self.finished = resume, False
+        self.last_entry_s = 0.0  # `elapsed_s` when the last entry was made: when what is done now began
+        if resume:
+            self._open()
+
+    def _open(self) -> None:
+        """Read how far the run got, and cut the logs back to there."""
+        last = self._read_entries()
+        self.last_entry_s = _elapsed_s(last, self._path)
+        saved = self._checkpoints.newest(self._say)
+        position = saved.note.get("position") if saved else None
+        if saved and position == len(self._known):
+            self.pending, last = saved, saved.note
+        elif saved and isinstance(position, int) and position > len(self._known):
+            self._say(f"{saved.path}: belongs to entries of the journal that are lost; computing anew")
+        self._began -= _elapsed_s(last, self._path)
+        try:
+            lengths = {str(k): whole(v, "a log's length", 0, MAX_LOG_BYTES) for k, v in last.get("logs", {}).items()}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{self._path}: not a journal, or a damaged one ({reason(error):.80})") from error
+        if not self.finished:
+            self._cut_logs(lengths)
+
+    def _read_entries(self) -> dict[str, Any]:
+        """Find the whole entries; returns the last one, or {}."""
+        last: dict[str, Any] = {}
+        if not self._path.exists():
+            return last
+        with opened(inside(self._folder, f"{FOLDER}/{NAME}"), MAX_JOURNAL_BYTES) as (file, size):
+            while self._end < size:
+                line = file.readline(MAX_ENTRY_BYTES)
+                check, _, body = line.partition(b" ")
+                if not line.endswith(b"\n") or check.decode("latin-1") != self._sum(body):
+                    self._say(f"{self._path}: entry {len(self._known) + 1} is torn or altered; computing it anew")
+                    break
+                last = parse_json(body, f"{self._path}: not a journal")
+                self._known.append(self._end)
+                self._chain, self._end = check.decode(), self._end + len(line)
+        self.finished = last.get("label") == "finished"
+        return last
+
+    def _sum(self, body: bytes) -> str:
+        return hashlib.sha256(self._chain.encode() + body).hexdigest()
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the run only repeats what was done before it was stopped; its logs have it already."""
+        return self.has_answer or self.pending is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the next batch was trained before the run was stopped."""
+        return self._next < len(self._known)
+
+    def elapsed_s(self) -> float:
+        """Seconds that the run has taken, over all its parts, without what was lost."""
+        return time.perf_counter() - self._began
+
+    def arrays(self, label: str, inputs: Mapping[str, Any], shapes: Shapes, compute: Callable[[], Arrays]) -> Arrays:
+        """The arrays of the next entry, or what `compute` gives, kept from then on.
+
+        Args:
+            label: for messages.
+            inputs: JSON-able; all that the answer depends on.
+            shapes: of the answer.
+            compute: called unless the journal has the answer.
+
+        Raises:
+            UserError: the next entry is of something else, or damaged; the disk is full.
+        """
+        key = hashlib.sha256(json.dumps([label, inputs], sort_keys=True).encode()).hexdigest()
+        if self.has_answer:
+            return self._answer(label, key, shapes)
+        arrays = compute()
+        for name, (dtype, shape) in shapes.items():
+            if (arrays[name].dtype.name, arrays[name].shape) != (dtype, shape):
+                raise ValueError(f"{label}: {name} is {arrays[name].dtype} {arrays[name].shape}; said {dtype} {shape}")
+        self._append(label, key, arrays)
+        return arrays
+
+    def _answer(self, label: str, key: str, shapes: Shapes) -> Arrays:
+        place = f"{self._path}: entry {self._next + 1}"
+        with opened(self._path, MAX_JOURNAL_BYTES) as (file, _):
+            file.seek(self._known[self._next])
+            body = file.readline(MAX_ENTRY_BYTES).partition(b" ")[2]
+        entry = parse_json(body, f"{place} is not an entry")
+        if entry.get("key") != key:
+            raise UserError(
+                f"{place} is {str(entry.get('label'))!r:.60}, this run asks for {label!r:.60} with other inputs: "
+                "config, data or rlkd itself have changed since; start anew in another folder"
+            )
+        try:
+            arrays = {name: _decode(entry["arrays"][name], name, *kind) for name, kind in shapes.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{place} is damaged ({reason(error):.100}); start anew in another folder") from error
+        self._next += 1
+        return arrays
+
+    def _append(self, label: str, key: str, arrays: Arrays) -> None:
+        entry: dict[str, Any] = {
+            "label": label,
+            "key": key,
+            "arrays": {name: _encode(array) for name, array in arrays.items()},
+            **self._progress(),
+        }
+        body = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        line = f"{self._sum(body)} ".encode() + body
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("r+b" if self._path.exists() else "xb") as file:
+                file.truncate(self._end)  # what was torn or altered goes
+                file.seek(self._end)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(self._path, error) from error
+        self._known.append(self._end)
+        self._chain, self._end, self._next = self._sum(body), self._end + len(line), self._next + 1
+        self.last_entry_s = entry["elapsed_s"]
+
+    def finish(self) -> None:
+        """The run is done; there is nothing to resume any more."""
+        if self.replaying:
+            raise AssertionError("the run ended before all that its journal knows")
+        self._append("finished", "", {})
+        self._checkpoints.clear()
+
+    def save_state(self, step: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Save the state of a training after `step`; entries that are added later make it obsolete.
+
+        Args:
+            step: counted within the training.
+            tensors: the state.
+            note: JSON-able; what else belongs to it.
+        """
+        self._checkpoints.save(step, tensors, {**self._progress(), "position": len(self._known), "state": dict(note)})
+
+    def take_state(self) -> Checkpoint | None:
+        """The state with which to go on, or None if the training begins anew; logs are written from now on."""
+        if self.has_answer:
+            raise AssertionError("a state comes after all entries of the journal")
+        saved, self.pending = self.pending, None
+        if saved is None:
+            self._checkpoints.clear()  # of a part of the run that is computed anew
+        return saved
+
+    def _progress(self) -> dict[str, Any]:
+        """How long run and logs are now; the logs are forced to the disk first."""
+        lengths = {}
+        for path in self._logs():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                lengths[str(path.relative_to(self._folder))] = file.seek(0, os.SEEK_END)
+        return {"elapsed_s": self.elapsed_s(), "logs": lengths}
+
+    def _logs(self) -> Iterable[Path]:
+        return sorted(path for pattern in LOGS for path in self._folder.glob(pattern))
+
+    def _cut_logs(self, lengths: Mapping[str, int]) -> None:
+        """Cut every log to its length in `lengths`; delete those that did not exist then."""
+        try:
+            for path in self._logs():
+                name = str(path.relative_to(self._folder))
+                place = inside(self._folder, name)
+                if name not in lengths:
+                    place.unlink()
+                elif place.stat().st_size >= lengths[name]:
+                    os.truncate(place, lengths[name])
+                else:
+                    self._say(f"{place}: {place.stat().st_size} bytes, once {lengths[name]}; its end stays missing")
+        except OSError as error:
+            raise write_error(error.filename or self._folder, error) from error
+
+
+def recall(
+    journal: Journal | None, label: str, inputs: Mapping[str, Any], shapes: Shapes, compute: Callable[[], Arrays]
+) -> Arrays:
+    """`Journal.arrays`, or `compute()` where no journal is kept."""
+    return compute() if journal is None else journal.arrays(label, inputs, shapes, compute)
+
+
+def _elapsed_s(entry: Mapping[str, Any], path: Path) -> float:
+    try:
+        return number(entry.get("elapsed_s", 0.0), "elapsed_s", 0.0)
+    except ValueError as error:
+        raise UserError(f"{path}: not a journal, or a damaged one ({error!s:.80})") from error
+
+
+def _encode(array: NDArray[Any]) -> dict[str, Any]:
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "base64": data}
+
+
+def _decode(entry: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The array of this type and shape; ValueError for another one or a value that is not finite."""
+    if (entry["dtype"], entry["shape"]) != (dtype, list(shape)) or dtype not in DTYPES:
+        raise ValueError(f"{name} is {entry['dtype']!r:.20} {entry['shape']!s:.40}; expected {dtype} {list(shape)}")
+    blob = base64.b64decode(entry["base64"], validate=True)
+    if len(blob) != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError(f"{name} has {len(blob)} bytes")
+    array = np.frombuffer(blob, dtype=dtype).reshape(shape).copy()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a non-finite value")
+    return array

@@ -1,0 +1,49 @@
+"""JSON records of a run: dataclasses as plain values, whole JSON files, and files of one JSON object a line."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rlkd.io.files import write_error, write_whole
+from rlkd.io.journal import Journal
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists, as YAML and JSON have them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all. Non-finite figures are an error: they belong in no result."""
+    write_whole(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+class JsonLines:
+    """Appends one JSON object a line; the file is closed after each, so whatever was written stays written.
+
+    Args:
+        path: of the file.
+        journal: while it says that the run only repeats itself, rows are in the file already.
+    """
+
+    def __init__(self, path: Path, journal: Journal | None = None) -> None:
+        self._path, self._journal = path, journal
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append `row`."""
+        if self._journal and self._journal.replaying:
+            return
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise write_error(self._path, error) from error

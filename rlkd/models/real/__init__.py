@@ -1,0 +1,1 @@
+"""Attaches exits, masks and adapters to transformers models."""

@@ -1,0 +1,200 @@
+"""A real student with early exits, masked units, left-out tokens and adapters, all attached by hooks.
+
+Exits are linear heads on the mean over a block's positions; those of a language model answer every position by a norm
+of their own and the model's output embeddings (cf. CALM, Schuster et al. 2022). Tokens are left out once, after an
+early block, by how much attention they received there (cf. PoWER-BERT, Goyal et al. 2020, which drops in every block):
+later blocks compute fewer positions, in training as at inference. The first token stays, for the model's head reads it.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlkd.data.examples import PADDING_MASK
+from rlkd.models.attention_map import attention_map
+from rlkd.models.chain import Masks
+from rlkd.models.real.attachment import Plan, logits_of
+from rlkd.models.real.blocks import mask_groups
+from rlkd.models.real.hooks import Link, build_adapters, pool, tensor_at
+
+NUM_PIXELS = 16  # positions of a convolutional attention map
+
+
+class ModuleOutputs(NamedTuple):
+    """What one forward pass gives."""
+
+    logits: tuple[Tensor, ...]  # one [B, C], or [B, L, V] a token, an exit, the last being the model's own
+    features: Tensor  # [B, F], hint features through the adapters, side by side
+    map: Tensor | None  # [B, P], unit norm: attention received in the last block, or activation over pixels
+    positions: Tensor | None  # [B, P] which tokens the map is over, where some were left out
+    valid: Tensor | None  # [B, P] bool, which of the map's tokens are real
+    token_scores: Tensor | None  # [L], attention received after the selecting block, sorted, mean over the batch
+
+
+@dataclass
+class _Pass:
+    """One forward pass under way."""
+
+    masks: Masks
+    keep: float
+    valid: Tensor | None  # [B, L] bool
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # by block from 1
+    weights: dict[int, Tensor] = field(default_factory=dict)  # [B, heads, L, L], by block from 1
+    chosen: Tensor | None = None  # [B, L'] int64
+    mask: Tensor | None = None  # [B, 1, 1, L'], additive
+
+
+class Instrumented(nn.Module):
+    """A model with what `Plan` says attached to it.
+
+    Args:
+        model: any module; called by keyword, its own forward pass is untouched while this one is not running.
+        plan: of `make_plan`.
+        links: places of the hints, among the plan's blocks.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, links: list[Link]) -> None:
+        super().__init__()
+        self.model, self.plan, self.links = model, plan, links
+        self.heads = nn.ModuleList(new_head(plan.widths[block - 1], plan) for block in plan.exits)
+        self.adapters = build_adapters(links)
+        self._pass: _Pass | None = None
+        for number, path in enumerate(plan.blocks, start=1):
+            block = model.get_submodule(path)
+            block.register_forward_pre_hook(self._selector(number), with_kwargs=True)
+            block.register_forward_hook(self._keeper(number, "hidden", 0, path))
+        for number, place in enumerate(plan.attention, start=1):
+            module = model.get_submodule(place.partition(":")[0])
+            module.register_forward_hook(self._keeper(number, "weights", 1, place))
+        ones = tuple(torch.ones(group.size) for group in plan.groups)
+        mask_groups(model, plan.groups, lambda: self._pass.masks if self._pass else ones)
+
+    def forward(self, inputs: Mapping[str, Tensor], masks: Masks, keep: float = 1.0) -> ModuleOutputs:
+        """Logits of every exit, adapted features and the attention map.
+
+        Args:
+            inputs: by keyword, as the model takes them.
+            masks: one [size] a group of the plan.
+            keep: share of each sample's tokens that blocks after `plan.select_after` see.
+        """
+        padding = inputs.get(PADDING_MASK)
+        now = self._pass = _Pass(masks, keep, None if padding is None else padding.bool())
+        all_valid = now.valid
+        try:
+            last = logits_of(self.model(**inputs))
+        finally:
+            self._pass = None
+        plan = self.plan
+        valid = {b: now.valid if self._selected(now, b) else all_valid for b in now.hidden}
+        early = [
+            exit_answer(self.model, head, now.hidden[b], valid[b], plan.per_token)
+            for b, head in zip(plan.exits, self.heads, strict=True)
+        ]
+        places = [plan.blocks.index(link.student) + 1 for link in self.links]
+        adapted = [a(pool(now.hidden[b], valid[b])) for b, a in zip(places, self.adapters, strict=True)]
+        features = torch.cat(adapted, dim=-1) if adapted else last.new_zeros(len(last), 0)  # [B, F]
+        return ModuleOutputs(
+            (*early, last), features, self._map(now), now.chosen, now.valid, self._token_scores(now, all_valid)
+        )
+
+    def _selected(self, now: _Pass, block: int) -> bool:
+        return now.chosen is not None and self.plan.select_after is not None and block > self.plan.select_after
+
+    def _map(self, now: _Pass) -> Tensor | None:
+        last = len(self.plan.blocks)
+        if self.plan.is_conv:
+            return attention_map(now.hidden[last].float(), NUM_PIXELS)
+        if not self.plan.attention:
+            return None
+        return F.normalize(received(now.weights[last].float(), now.valid), dim=-1, eps=1e-8)
+
+    def _token_scores(self, now: _Pass, valid: Tensor | None) -> Tensor | None:
+        if self.plan.select_after is None:
+            return None
+        scores = received(now.weights[self.plan.select_after].detach().float(), valid)  # [B, L]
+        ordered = scores.sort(dim=-1, descending=True).values.mean(0)  # [L]
+        return F.pad(ordered, (0, self.plan.num_positions - len(ordered)))
+
+    def _keeper(self, number: int, store: str, item: int, place: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if self._pass is not None:
+                getattr(self._pass, store)[number] = tensor_at(output, item, place)
+
+        return hook
+
+    def _selector(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            now, after = self._pass, self.plan.select_after
+            if now is None or after is None or number <= after or now.keep >= 1.0:
+                return None
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            if number == after + 1:
+                hidden = bound.arguments["hidden_states"]  # [B, L, D]
+                now.chosen, now.valid = choose_tokens(now.weights[after], now.valid, now.keep)
+                now.mask = (~now.valid)[:, None, None].to(hidden.dtype) * torch.finfo(hidden.dtype).min
+                index = now.chosen[..., None].expand(-1, -1, hidden.shape[-1])
+                bound.arguments["hidden_states"] = hidden.gather(1, index)  # [B, L', D]
+            bound.arguments["attention_mask"] = now.mask
+            return bound.args, bound.kwargs
+
+        return hook
+
+
+def new_head(width: int, plan: Plan) -> nn.Module:
+    """What an exit adds to the model: a linear head, or the norm ahead of a language model's own head."""
+    return nn.RMSNorm(width) if plan.per_token else nn.Linear(width, plan.num_classes)
+
+
+def exit_answer(model: nn.Module, head: nn.Module, hidden: Tensor, valid: Tensor | None, per_token: bool) -> Tensor:
+    """Logits [B, C] of an exit, or [B, L, V] of a language model's.
+
+    Args:
+        model: has the output embeddings.
+        head: of `new_head`.
+        hidden: [B, L, D] or [B, C, H, W], a block's output.
+        valid: [B, L] bool, which positions are real; by default all.
+        per_token: whether it is a language model.
+    """
+    if not per_token:
+        return torch.as_tensor(head(pool(hidden, valid)))
+    return torch.as_tensor(model.get_output_embeddings()(head(hidden)))  # type: ignore[operator]
+
+
+def received(weights: Tensor, valid: Tensor | None) -> Tensor:
+    """Attention that every position receives: mean over heads and real queries, [B, heads, L, L] gives [B, L].
+
+    Args:
+        weights: rows (queries) sum to one.
+        valid: [B, L] bool, which positions are real; by default all.
+    """
+    mean = weights.mean(1)  # [B, L, L]
+    if valid is None:
+        return mean.mean(1)
+    real = valid.to(mean.dtype)  # [B, L]
+    return (mean * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1.0) * real
+
+
+def choose_tokens(weights: Tensor, valid: Tensor | None, keep: float) -> tuple[Tensor, Tensor]:
+    """Of every sample's n real tokens, the round(keep n), at least one, that received most attention; the first always.
+
+    Args:
+        weights: [B, heads, L, L].
+        valid: [B, L] bool; by default all.
+        keep: in (0, 1].
+
+    Returns:
+        Positions [B, L'] int64, the first token's at 0, and whether each slot is used, [B, L'] bool.
+    """
+    scores = received(weights.detach().float(), valid).clone()  # [B, L]
+    real = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    scores[~real] = -1.0
+    scores[:, 0] = float("inf")
+    count = (keep * real.sum(1)).round().long().clamp_min(1)  # [B]
+    longest = int(count.max())
+    chosen = scores.argsort(dim=-1, descending=True, stable=True)[:, :longest]  # [B, L']
+    return chosen, torch.arange(longest, device=chosen.device) < count[:, None]

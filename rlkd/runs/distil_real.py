@@ -1,0 +1,180 @@
+"""Replay on a real model: the same loop as on chains, then one evaluation on test data and a shipped student."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlkd.agents.policy.controllers import Controller
+from rlkd.io.journal import Journal
+from rlkd.runs.distil import run_windows
+from rlkd.compression.real.cut import ship
+from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.cost.real import measure
+from rlkd.envs.action import decode
+from rlkd.envs.real import RealScenario
+from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.students import Metrics
+from rlkd.students.evaluation import ExitsByClass
+from rlkd.students.real.module import ModuleStudent
+from rlkd.data.anchors import Anchors
+from rlkd.data.examples import Examples, TokenExamples
+from rlkd.teachers.real.token_signals import TokenSignals
+
+MEASURED_BATCHES = (1, 32)
+
+
+@dataclass(frozen=True)
+class DistilledModule:
+    """What one replay on a real model brings."""
+
+    student: ShippedStudent
+    figures: dict[str, Any]  # on test data
+    measured: dict[str, Any]  # latency by the clock, on the CPU
+    diverged: bool
+
+
+def distil_module(
+    scenario: RealScenario,
+    controller: Controller,
+    seed: int,
+    on_window: Callable[[dict[str, float], Tensor], object] = lambda row, observation: None,
+    journal: Journal | None = None,
+) -> DistilledModule:
+    """Train under `controller`, evaluate once on test data, ship the student and time it beside the dense one.
+
+    Args:
+        scenario: of the model.
+        controller: sets the controls before every window.
+        seed: fresh exits and adapters, batches and dropout.
+        on_window: given each window's row (controls and validation figures) and its observation [1, O].
+        journal: as of `run_windows`.
+    """
+    episodes, last = run_windows(scenario, controller, seed, on_window, journal)
+    diverged = bool(last["num_diverged"])
+    students = episodes.students
+    assert isinstance(students, ModuleStudent)
+    controls = decode(episodes.position, scenario.config.controls, scenario.data.num_classes)
+    metrics, cost, score = episodes.evaluate("test")
+    unit_masks = tuple(mask[0] for mask in students.masks()[1:]) if scenario.student.plan.groups else ()
+    keep = float(controls.feature_keep[0]) if scenario.student.plan.select_after is not None else 1.0
+    shipped = ship(scenario.student, scenario.kind, unit_masks, keep, float(controls.exit_threshold[0]))
+    full = tuple(torch.ones_like(mask) for mask in unit_masks)
+    dense = ship(scenario.student, scenario.kind, full, 1.0, 1.0)
+    test = scenario.data.splits["test"]
+    if scenario.kind == "causal_lm":
+        answers = token_figures(shipped, scenario, metrics)
+    else:
+        answers = class_figures(shipped, scenario, students)
+    figures = {
+        "score": DIVERGED_SCORE if diverged else float(score[0]),
+        "accuracy": float(metrics.accuracy[0]),
+        **answers,
+        "teacher_agreement": float(metrics.agreement[0]),
+        "exit_rates": [float(r) for r in metrics.exit_rates[0]],
+        "macs": float(cost.macs[0]),
+        "macs_ratio": float(cost.macs_ratio[0]),
+        "macs_of_dense_student": scenario.profile.work.dense_macs,
+        "macs_of_teacher": scenario.teacher_macs,
+        "latency_ratio": float(cost.latency_ratio[0]),
+        "energy_ratio": float(cost.energy_ratio[0]),
+        "energy_j": float(cost.energy_j[0]),
+        "energy_kind": scenario.profile.energy["kind"],
+        "num_diverged": int(diverged),
+        "num_rollbacks": int(last["num_rollbacks"]),
+    }
+    batches = sorted({*MEASURED_BATCHES, scenario.profile.batch_size})
+    measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, scenario.data, test, b) for b in batches}
+    measured["profile_batch"] = scenario.profile.batch_size
+    measured["profile_latency_s"] = float(cost.latency_s[0])
+    return DistilledModule(shipped, figures, measured, diverged)
+
+
+def _by_class(exits: ExitsByClass, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Exit statistics by the classes' names, for `result.json`."""
+    rows = zip(names, exits.num_samples.tolist(), exits.exit_rates.tolist(), exits.accuracy.tolist(), strict=True)
+    return {name: {"num_samples": n, "exit_rates": rates, "accuracy": acc} for name, n, rates, acc in rows}
+
+
+def class_figures(shipped: ShippedStudent, scenario: RealScenario, students: ModuleStudent) -> dict[str, Any]:
+    """Accuracy on test data of the shipped student and of the teacher, and where each class leaves."""
+    test = scenario.data.splits["test"]
+    right = scenario.signals.logits[0, test].argmax(-1) == scenario.data.labels[test]
+    return {
+        "compacted_accuracy": shipped_accuracy(shipped, scenario.data, test),
+        "teacher_accuracy": float(right.float().mean()),
+        "exits_by_class": _by_class(students.exits_by_class("test"), scenario.class_names),
+    }
+
+
+def token_figures(shipped: ShippedStudent, scenario: RealScenario, metrics: Metrics) -> dict[str, Any]:
+    """How the shipped language model, its exits and the teacher predict the next tokens of the test texts.
+
+    Args:
+        shipped: gives logits [B, L, V].
+        scenario: of the model.
+        metrics: of the student on test data, as it was trained.
+    """
+    data, signals = scenario.data, scenario.signals
+    assert isinstance(data, TokenExamples)
+    assert isinstance(signals, TokenSignals)
+    test = data.splits["test"]
+    teacher_nats = signals.mean(signals.losses, test)
+    return {
+        **shipped_perplexity(shipped, data, test, signals.anchors),
+        "teacher_accuracy": float(signals.anchors.quality(teacher_nats)),
+        "exit_perplexities": metrics.exit_loss[0].exp().tolist(),
+        "teacher_perplexity": float(teacher_nats.exp()),
+        "teacher_next_token_accuracy": float(signals.mean(signals.hits, test)),
+    }
+
+
+@torch.inference_mode()
+def shipped_perplexity(student: ShippedStudent, data: TokenExamples, index: Tensor, anchors: Anchors) -> dict[str, Any]:
+    """How the shipped language model predicts the counted tokens of the texts at `index` [B]."""
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, tokens
+    for rows in torch.split(index[data.by_length(index)], 16):
+        inputs = data.batch(rows)
+        ids = inputs["input_ids"]
+        counted = data.counted_of(rows, ids.shape[1])  # [B, L - 1]
+        logits, target = student(**inputs)[:, :-1][counted], ids[:, 1:][counted]  # [M, V], [M]
+        nats = F.cross_entropy(logits, target, reduction="sum")
+        sums += torch.stack([nats, (logits.argmax(-1) == target).sum(), counted.sum()]).double()
+    nats, hits = sums[0] / sums[2], sums[1] / sums[2]
+    return {
+        "compacted_accuracy": float(anchors.quality(nats)),
+        "perplexity": float(nats.exp()),
+        "next_token_accuracy": float(hits),
+        "num_test_tokens": int(sums[2]),
+    }
+
+
+@torch.inference_mode()
+def shipped_accuracy(student: ShippedStudent, data: Examples, index: Tensor, batch_size: int = 32) -> float:
+    """Share of the samples at `index` [B] that the shipped student answers rightly."""
+    right = 0
+    for rows in torch.split(index, batch_size):
+        right += int((student(**data.batch(rows)).argmax(-1) == data.labels[rows]).sum())
+    return right / len(index)
+
+
+def _timed(
+    small: ShippedStudent, dense: ShippedStudent, data: Examples, index: Tensor, batch_size: int
+) -> dict[str, float]:
+    """Latency of the shipped and of the dense student on the first samples at `index`, one thread, medians."""
+    inputs = data.batch(index[torch.arange(batch_size) % len(index)])
+
+    def call(student: ShippedStudent) -> Callable[[Mapping[str, Tensor]], object]:
+        return lambda batch: student(**batch)
+
+    (small_s, small_iqr), (dense_s, dense_iqr) = (measure(call(student), inputs) for student in (small, dense))
+    return {
+        "latency_s": small_s,
+        "spread_s": small_iqr,
+        "dense_latency_s": dense_s,
+        "dense_spread_s": dense_iqr,
+        "speedup": dense_s / small_s,
+    }

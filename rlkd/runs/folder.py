@@ -1,0 +1,132 @@
+"""The run folder: what every verb writes beside its result, and how figures get into it."""
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+import rlkd
+from rlkd.io.lock import hold
+from rlkd.errors import UserError
+from rlkd.io.files import write_whole
+from rlkd.io.records import plain, write_json
+
+
+class Progress(Protocol):
+    """Where long work reports to; the command line shows a bar."""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        """A new stretch of work: so many student trainings of so many windows each."""
+
+    def advance(self, num_students: int) -> None:
+        """One window is done for so many students."""
+
+    def figures(self, **values: float) -> None:
+        """The figures that matter now."""
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        """Nothing."""
+
+    def advance(self, num_students: int) -> None:
+        """Nothing."""
+
+    def figures(self, **values: float) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Iterator[Path]:
+    """Make the run folder, `out` or `runs/<verb>-<time>`, or take `resume`, and hold it alone until the run ends.
+
+    Raises:
+        UserError: it holds a run already, or another run works in it, or it cannot be written.
+    """
+    if resume is not None:
+        with hold(resume, resume=True):
+            yield resume
+        return
+    folder = out or _free(Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--out: {folder} exists and is no folder; choose another folder") from error
+    except OSError as error:
+        raise UserError(f"--out: cannot write {folder} ({error.strerror}); choose another folder") from error
+    with hold(folder):
+        yield folder
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or with a number behind it if runs began in the same second."""
+    names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))
+    return next((path for path in (folder, *names) if not path.exists()), folder)
+
+
+def describe_run(
+    folder: Path,
+    config: Any,
+    seed: int,
+    extra: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Write `config.yaml`, `command.txt` and `versions.json`, with those of `extra` packages; returns the versions.
+
+    Args:
+        folder: of the run.
+        config: with `seed` and `options` (other options of the verb) it tells all that the run needs to be resumed.
+        seed: of the run.
+        extra: packages that the run uses besides.
+        options: as above.
+        write: else the versions are only told.
+    """
+    names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn", *extra)
+    versions: dict[str, Any] = {
+        "rlkd": rlkd.__version__,
+        "python": platform.python_version(),
+        **{n: version(n) for n in names},
+    }
+    versions |= git_state(Path(rlkd.__file__).resolve().parent.parent)
+    if write:
+        resolved = {"seed": seed, **(options or {}), **plain(config)}
+        write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
+        write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        write_json(folder / "versions.json", versions)
+    return versions
+
+
+def git_state(root: Path) -> dict[str, Any]:
+    """`git_commit` of the checkout at `root`, and `git_changed`: whether it has changes; None outside of one."""
+    call = ["git", "-C", str(root)]
+    try:
+        if not (root / ".git").exists():
+            raise FileNotFoundError
+        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no checkout, no commit in it yet, or no git
+        return {"git_commit": None, "git_changed": None}
+    return {"git_commit": commit.strip(), "git_changed": bool(changes.strip())}
+
+
+def use_one_thread() -> None:
+    """One thread for torch: small students lose more to waiting threads than they gain (docs/decisions.md)."""
+    torch.set_num_threads(1)

@@ -1,0 +1,57 @@
+"""What a run does at its beginning, whether it is new or goes on after it was stopped (`--resume`)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from rlkd.io.journal import Journal, digest
+from rlkd.runs.folder import describe_run
+from rlkd.io.files import inside, read_json
+
+PROFILE = "cost_profile"
+Config = TypeVar("Config")
+
+
+def describe(
+    journal: Journal,
+    folder: Path,
+    config: Any,
+    seed: int,
+    say: Callable[[str], object],
+    extra: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`describe_run`; for a run that goes on the versions with which it began, and a line if they are others now."""
+    path = folder / "versions.json"
+    if not (journal.resumes and path.exists()):
+        return describe_run(folder, config, seed, extra, options)
+    began = read_json(inside(folder, path.name), "a run's versions")
+    now = describe_run(folder, config, seed, extra, options, write=False)
+    changed = [f"{name} {began.get(name)!s:.40} -> {now[name]!s:.40}" for name in now if began.get(name) != now[name]]
+    if changed:
+        say(f"note: not what the run began with, so that its end may differ: {', '.join(changed)}")
+    return began
+
+
+def with_own_profile(config: Config, folder: Path, name: str = PROFILE) -> Config:
+    """The config (a dataclass with a section `cost`) with the cost profile that the run has written, if it has."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return config
+    known: Any = config
+    cost = dataclasses.replace(known.cost, profile=str(inside(folder, path.name)))
+    changed: Config = dataclasses.replace(known, cost=cost)
+    return changed
+
+
+def remember(journal: Journal, verb: str, tensors: Mapping[str, Tensor], **features: Any) -> None:
+    """The journal's first entry: which verb, and what it found outside of its config (data, teachers, policy).
+
+    Raises:
+        UserError: the run that is resumed had begun with others.
+    """
+    inputs = {**features, **{name: digest(tensor) for name, tensor in tensors.items()}}
+    journal.arrays(f"rlkd {verb}, its data and models", inputs, {}, dict)

@@ -1,0 +1,339 @@
+"""`rlkd verify`: compute a run's final table again from what the run saved, and say row by row what holds.
+
+A `train` run's table comes again from its policy, static settings, config, seed and cost profile, by training the
+compared students anew; a `compare` run is done once more; a student is read from its folder and answers the test
+samples again. What a clock measured and what only the training itself could tell (rollbacks) is taken as recorded.
+"""
+
+import csv
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.runs.train import compare_on_held_out_tasks, keep_what_gains, replay_config, result_of
+from rlkd.runs.resume import with_own_profile
+from rlkd.io.records import plain
+from rlkd.runs.folder import Progress
+from rlkd.runs.compare import compare_methods
+from rlkd.compression import CompactStudent, load_student
+from rlkd.configs.schema import CompareConfig, ExperimentConfig, ReplayConfig
+from rlkd.envs.action import ControlConfig
+from rlkd.envs.reward import DIVERGED_SCORE, score
+from rlkd.envs.scenario import Scenario, build_scenario
+from rlkd.errors import UserError
+from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json
+from rlkd.data import Preference, draw_task
+
+RELATIVE, ABSOLUTE = 1e-5, 1e-8  # what float32 sums in another order may differ by; a changed answer is far above it
+CLOCK = ("wall_s", "updates_per_s")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a final table, or another figure of a run, beside the same computed again."""
+
+    name: str
+    differences: tuple[str, ...]  # each says what was recorded and what came out; none: the row holds
+
+
+def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Progress) -> list[Row]:
+    """Rows of a `train` run.
+
+    Args:
+        folder: of the run.
+        config, seed: as its config.yaml has them.
+        progress: told of every window.
+
+    Raises:
+        UserError: there is no result, or the config cannot be used.
+    """
+    recorded = read_result(folder)
+    bundle, failed = _load_policy(folder / "policy")
+    if bundle is None:
+        return failed
+    config = with_own_profile(config, folder)
+    scenario = build_scenario(config.scenarios()[0], bundle.policy.plan, progress.say)
+    tables = compare_on_held_out_tasks(scenario, bundle.policy.static, bundle.policy, config, seed, progress)
+    gain: Any = recorded.get("ppo_gain")
+    if isinstance(gain, Mapping) and gain.get("kept") is True:  # else the policy that was measured was not saved
+        gain = keep_what_gains(scenario, bundle.policy, config, seed, progress, None)[1]
+    computed = plain({**result_of(config, tables, gain, 1.0), "policy_sha256": bundle.digest})
+    theirs = {name: value for name, value in recorded.items() if name != "student"}
+    rows = compare_results(theirs, computed)
+    student_scenario = build_scenario(replay_config(config).env(bundle.policy.controls), say=progress.say)
+    preference = Preference(config.comparison.accuracy_weights[0])
+    return [*rows, *_student_rows(folder, student_scenario, seed, preference, recorded.get("student"), bundle.digest)]
+
+
+def verify_compare(
+    folder: Path, config: CompareConfig, seed: int, progress: Progress, policy: Path | None = None
+) -> list[Row]:
+    """Rows of a `compare` run, and of its result.csv; takes as long as the run did.
+
+    Args:
+        folder: of the run.
+        config, seed: as its config.yaml has them.
+        progress: told of every window.
+        policy: where its policy is now; by default where the config says.
+
+    Raises:
+        UserError: there is no result, or the config or the policy cannot be used.
+    """
+    recorded = read_result(folder)
+    place = policy or (Path(config.policy) if config.policy else None)
+    bundle = load_bundle(place) if place else None
+    config = with_own_profile(config, folder)
+    with tempfile.TemporaryDirectory() as again:
+        computed = compare_methods(config, bundle, Path(again), seed, progress)
+        table = read_csv(Path(again))
+    return [*compare_results(recorded, plain(computed)), *_csv_rows(read_csv(folder), table)]
+
+
+def verify_replay(folder: Path, config: ReplayConfig, seed: int, progress: Progress) -> list[Row]:
+    """Rows of a `replay` run on a chain; the student answers the test samples again, nothing is trained.
+
+    Raises:
+        UserError: there is no result, or the config cannot be used.
+    """
+    recorded = _replayed(read_result(folder))
+    config = with_own_profile(config, folder)
+    scenario = build_scenario(config.env(ControlConfig()), say=progress.say)
+    return _student_rows(folder, scenario, seed, config.preference, recorded)
+
+
+def verify_module_replay(folder: Path, config: Any) -> list[Row]:
+    """Rows of a `replay` run on a real model: answers of the shipped student on the test samples, and the score.
+
+    Args:
+        folder: of the run.
+        config: its `rlkd.envs.real.RealConfig`; the data must still be where it says.
+
+    Raises:
+        UserError: there is no result, or the data cannot be read.
+    """
+    from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
+    from rlkd.compression.real.cut import load_module_student
+    from rlkd.models.real.pretrained import load_processor
+    from rlkd.data.tables import make_examples, read_table
+    from rlkd.data.texts import make_token_examples, read_texts
+
+    recorded = _replayed(read_result(folder))
+    try:
+        student = load_module_student(folder / "student")
+        is_causal = student.shipment.kind == "causal_lm"
+        table = (read_texts if is_causal else read_table)(Path(config.data), config.columns)
+        model = str(folder / "student" / "model")
+        processor = None if table.kind == "array" else load_processor(model, student.shipment.kind)
+    except UserError as error:
+        return [Row("student", (str(error),))]
+    if is_causal:
+        texts = make_token_examples(table, processor, student.shipment.num_classes, config.columns)
+        anchors = config.tokens.anchors(texts.num_classes)
+        figures = shipped_perplexity(student, texts, texts.splits["test"], anchors)
+    else:
+        described: Any = student.model.config
+        data = make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
+        figures = {"compacted_accuracy": shipped_accuracy(student, data, data.splits["test"])}
+    names = ("accuracy", "latency_ratio", "energy_ratio")
+    if all(isinstance(recorded.get(name), float) for name in names):
+        accuracy, latency, energy = (recorded[name] for name in names)
+        terms = zip(config.preference.weights(), (accuracy, 1 - latency, 1 - energy), strict=True)
+        figures["score"] = DIVERGED_SCORE if recorded.get("num_diverged") else sum(w * term for w, term in terms)
+    return _figure_rows(recorded, figures)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json` of a finished run.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+    """
+    if not (folder / "result.json").exists():
+        raise UserError(f"{folder}: holds no result.json; give the folder of a finished train, compare or replay run")
+    return read_json(inside(folder, "result.json"), "a run's result")
+
+
+def compare_results(recorded: Mapping[str, Any], computed: Mapping[str, Any]) -> list[Row]:
+    """Every row of two results of the same kind, those of one alone included; without what a clock read."""
+    mine, theirs = (_named_rows(result) for result in (computed, recorded))
+    nothing = object()
+    rows = []
+    for name in [*mine, *(name for name in theirs if name not in mine)]:
+        a, b = theirs.get(name, nothing), mine.get(name, nothing)
+        if a is nothing or b is nothing:
+            rows.append(Row(name, ("is not in result.json" if a is nothing else "does not come out again",)))
+        else:
+            rows.append(Row(name, tuple(differences(a, b))))
+    return rows
+
+
+def differences(recorded: Any, computed: Any, path: str = "") -> list[str]:
+    """What differs between two JSON trees, each with its place; numbers may differ by rounding."""
+    if isinstance(recorded, Mapping) and isinstance(computed, Mapping):
+        found = [
+            f"{path}{key}: is {'missing' if key in computed else 'unknown'}" for key in set(recorded) ^ set(computed)
+        ]
+        for key in computed:
+            if key in recorded:
+                found += differences(recorded[key], computed[key], f"{path}{key}.")
+        return sorted(found)
+    if isinstance(recorded, list) and isinstance(computed, list) and len(recorded) == len(computed):
+        pairs = enumerate(zip(recorded, computed, strict=True))
+        return [found for i, (a, b) in pairs for found in differences(a, b, f"{path}{i}.")]
+    if _is_number(recorded) and _is_number(computed):
+        same = math.isclose(recorded, computed, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    else:
+        same = type(recorded) is type(computed) and recorded == computed
+    where = f"{path.removesuffix('.')}: " if path else ""
+    return [] if same else [f"{where}recorded {recorded!r:.70}, computed again {computed!r:.70}"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _named_rows(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a result that are compared, by the names that they are reported under."""
+    rows: dict[str, Any] = {}
+    tables = result.get("preferences")
+    groups = {f"accuracy weight {w}, ": table for w, table in tables.items()} if isinstance(tables, Mapping) else {}
+    for prefix, table in {"": result, **groups}.items():
+        for kind in ("methods", "paired"):
+            part = table.get(kind) if isinstance(table, Mapping) else None
+            rows |= {f"{prefix}{kind} {name}": row for name, row in part.items()} if isinstance(part, Mapping) else {}
+    others = {key: value for key, value in result.items() if key not in ("methods", "paired", "preferences")}
+    if isinstance(others.get("cost"), Mapping):
+        others["cost"] = {key: value for key, value in others["cost"].items() if key not in CLOCK}
+    return rows | others
+
+
+def _load_policy(folder: Path) -> tuple[Bundle | None, list[Row]]:
+    try:
+        return load_bundle(folder), []
+    except UserError as error:
+        return None, [Row("policy", (str(error),))]
+
+
+def _replayed(result: Mapping[str, Any]) -> dict[str, Any]:
+    methods = result.get("methods")
+    figures = methods.get("policy") if isinstance(methods, Mapping) else None
+    if not isinstance(figures, dict):
+        raise UserError("result.json: not a replay's result, or a damaged one (methods.policy is missing)")
+    return figures
+
+
+def _student_rows(
+    folder: Path, scenario: Scenario, seed: int, preference: Preference, recorded: Any, policy_sha256: str | None = None
+) -> list[Row]:
+    """The student that the run shipped, as it answers now, against what the run recorded and its card says."""
+    if not isinstance(recorded, dict):
+        return [Row("student", ("is not in result.json",))]
+    try:
+        student = load_student(folder / "student")
+        card = read_json(inside(folder / "student", "student.json"), "a student's card")
+        figures = _student_figures(student, scenario, seed, preference, bool(recorded.get("num_diverged")))
+    except UserError as error:
+        return [Row("student", (str(error),))]
+    named = card.get("figures")
+    shown = {key: recorded.get(key) for key in named} if isinstance(named, dict) else None
+    rows = [*_figure_rows(recorded, figures), Row("student's card", tuple(differences(named, shown)))]
+    if policy_sha256 is not None:
+        rows.append(Row("student's policy", tuple(differences(card.get("policy_sha256"), policy_sha256))))
+    return rows
+
+
+def _figure_rows(recorded: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Row]:
+    return [Row(f"student {name}", tuple(differences(recorded.get(name), v))) for name, v in figures.items()]
+
+
+@torch.inference_mode()
+def _student_figures(
+    student: CompactStudent, scenario: Scenario, seed: int, preference: Preference, diverged: bool
+) -> dict[str, Any]:
+    """What `rlkd.runs.distil.distil` reports of a student, from its file alone.
+
+    Raises:
+        UserError: it is no student of this scenario.
+    """
+    template, test, data = scenario.template, scenario.data.splits["test"], scenario.data
+    if not set(student.exits) <= set(template.exits) or len(student.layers) > len(template.group_sizes) - 1:
+        raise UserError(f"student: exits after blocks {list(student.exits)}; the run's config has {template.exits}")
+    answers, shares = _answer(student, data.inputs[test])
+    rates = torch.zeros(1, len(template.exits))
+    for block, share in zip(student.exits, shares, strict=True):
+        rates[0, template.exits.index(block)] = share
+    kept = list(template.group_sizes)  # blocks behind the last exit in use cost nothing, whatever they keep
+    if student.kept_inputs is not None:
+        kept[0] = len(student.kept_inputs)
+    widths = student.architecture()["widths"]
+    kept[1 : len(widths) + 1] = widths
+    cost = scenario.profile.cost(template, torch.tensor([kept]), rates, torch.tensor([student.threshold]))
+    right = (answers == data.labels[test]).float().mean()
+    task = draw_task(seed, scenario.config.task, data, len(scenario.signals.accuracy))
+    theirs = scenario.signals.mean_logits(task.teachers, test).argmax(-1)
+    now = score(right[None], cost, torch.tensor([preference.weights()]))
+    return {
+        "score": DIVERGED_SCORE if diverged else float(now[0]),
+        "accuracy": float(right),
+        "compacted_accuracy": float(right),
+        "teacher_agreement": float((answers == theirs).float().mean()),
+        "teacher_accuracy": float((theirs == data.labels[test]).float().mean()),
+        "exit_rates": [float(rate) for rate in rates[0]],
+        "macs": float(cost.macs[0]),
+        "macs_ratio": float(cost.macs_ratio[0]),
+        "latency_ratio": float(cost.latency_ratio[0]),
+        "energy_ratio": float(cost.energy_ratio[0]),
+        "energy_j": float(cost.energy_j[0]),
+        "energy_kind": scenario.profile.energy["kind"],
+    }
+
+
+def _answer(student: CompactStudent, inputs: Tensor) -> tuple[Tensor, list[float]]:
+    """Answers [B] to inputs [B, ...], and the share of samples that left at each of the student's exits."""
+    reached = dict.fromkeys(range(len(student.heads)), 0)
+
+    def count(index: int) -> Any:
+        return lambda module, given, output: reached.__setitem__(index, len(output))
+
+    hooks = [head.register_forward_hook(count(i)) for i, head in enumerate(student.heads)]
+    try:
+        answers = student(inputs).argmax(-1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    beyond = [*list(reached.values())[1:], 0]
+    return answers, [(now - later) / len(inputs) for now, later in zip(reached.values(), beyond, strict=True)]
+
+
+def read_csv(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Rows of result.csv by preference and method, then by task: texts in the order of the columns."""
+    path = inside(folder, "result.csv")
+    lines = read_bytes(path, MAX_TENSOR_BYTES).decode("utf-8", errors="replace").splitlines()
+    groups: dict[str, dict[str, list[str]]] = {}
+    try:
+        for weight, method, task, *figures in csv.reader(lines[1:]):
+            groups.setdefault(f"result.csv, accuracy weight {weight}, {method}", {})[task] = figures
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path}: not a table of a compare run, or a damaged one ({error!s:.80})") from error
+    return groups
+
+
+def _csv_rows(recorded: Mapping[str, Mapping[str, Sequence[str]]], computed: Mapping[str, Any]) -> list[Row]:
+    numbers = [
+        {name: {t: _numbers(f) for t, f in rows.items()} for name, rows in g.items()} for g in (recorded, computed)
+    ]
+    return compare_results(*numbers)
+
+
+def _numbers(figures: Sequence[str]) -> list[Any]:
+    try:
+        return [float(figure) for figure in figures]
+    except ValueError:
+        return list(figures)

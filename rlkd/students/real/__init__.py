@@ -1,0 +1,1 @@
+"""Trains transformers students window by window."""

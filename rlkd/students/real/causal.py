@@ -1,0 +1,212 @@
+"""A causal language model as the student: every counted token is a sample.
+
+It differs from other real students in three ways. Hard label and response are token-level losses on the teacher's top-k
+next tokens (`rlkd.losses.tokens`). Accuracy is the quality (`Anchors`) of the cross entropy of the next token, each
+predicted at the exit where it leaves, and so is every exit's. Evaluation adds up batch by batch: logits of a whole
+split over a vocabulary would not fit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlkd.compression.selection import spread
+from rlkd.data import Split, Task
+from rlkd.data.anchors import Anchors
+from rlkd.data.examples import TokenExamples
+from rlkd.errors import UserError
+from rlkd.io.memory import enough_memory
+from rlkd.losses.objective import token_losses_of
+from rlkd.losses.tokens import TopK, token_response_top_k
+from rlkd.models.real.instrumented import Instrumented
+from rlkd.students.evaluation import exits_taken
+from rlkd.students.interface import Metrics
+from rlkd.students.real.module import EVALUATE_LESS, ModuleStudent, ModuleTrainConfig
+from rlkd.teachers.real.token_signals import TokenSignals
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """Token-level distillation of language models."""
+
+    top_k: int = 32
+    """The teacher's likeliest next tokens that are kept a position; all others together are one more outcome."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), covers all that the teacher may say; reverse: KL(student || teacher), stays
+    where the teacher is."""
+    worst_perplexity: float | None = None
+    """Perplexity that counts as accuracy 0 in the score; by default the vocabulary's size, a guess."""
+    best_perplexity: float = 1.0
+    """Perplexity that counts as accuracy 1."""
+
+    def check(self) -> None:
+        """Raises UserError for an empty cache or anchors that are no range."""
+        if self.top_k < 1:
+            raise UserError(f"tokens.top_k: got {self.top_k}; allowed: at least 1")
+        if not self.best_perplexity >= 1.0:
+            raise UserError(f"tokens.best_perplexity: got {self.best_perplexity:g}; allowed: at least 1")
+        if self.worst_perplexity is not None and not self.worst_perplexity > self.best_perplexity:
+            raise UserError(
+                f"tokens.worst_perplexity: got {self.worst_perplexity:g}; allowed: above best_perplexity, "
+                f"{self.best_perplexity:g}"
+            )
+
+    def anchors(self, vocabulary: int) -> Anchors:
+        """For a vocabulary of that size.
+
+        Raises:
+            UserError: the best perplexity is not below the worst.
+        """
+        worst = float(vocabulary) if self.worst_perplexity is None else self.worst_perplexity
+        if not self.best_perplexity < worst:
+            raise UserError(f"tokens.best_perplexity: got {self.best_perplexity:g}; allowed: below {worst:g}")
+        return Anchors(worst, self.best_perplexity)
+
+
+class TokenSums(NamedTuple):
+    """Of one batch, summed over its counted tokens."""
+
+    num_tokens: Tensor  # scalar
+    nats: Tensor  # scalar, cross entropy at the exit taken
+    agreed: Tensor  # scalar, answers at the exit taken that are the teacher's
+    divergence: Tensor  # scalar, KL from teacher to the last exit, over its k + 1 outcomes
+    exit_nats: Tensor  # [E]
+    left: Tensor  # [E], tokens that left there
+
+
+@torch.no_grad()
+def token_sums(
+    logits: tuple[Tensor, ...],
+    tokens: Tensor,
+    counted: Tensor,
+    teacher: TopK,
+    exit_threshold: Tensor,
+    patience: int = 0,
+) -> TokenSums:
+    """How the counted tokens of one batch were predicted.
+
+    Args:
+        logits: one [B, L, V] an exit.
+        tokens: [B, L] int64.
+        counted: [B, L - 1] bool.
+        teacher: of the same [B, L].
+        exit_threshold: [1], of confidence; at 1/V or less all tokens leave at the first exit, at 1 or more none.
+        patience: as in `summarise`.
+    """
+    vocabulary = logits[0].shape[-1]
+    target = tokens[:, 1:][counted]  # [M]
+    nats, confidence, answer = [], [], []
+    for z in logits:
+        chosen = z[:, :-1][counted]  # [M, V]
+        total = chosen.logsumexp(-1)  # [M]
+        best = chosen.max(-1)
+        nats.append(total - chosen.gather(-1, target[:, None])[:, 0])
+        confidence.append((best.values - total).exp())
+        answer.append(best.indices)
+    each = torch.stack(nats)  # [E, M]
+    answers = torch.stack(answer)  # [E, M]
+    left_at = exits_taken(torch.stack(confidence)[None], answers[None], exit_threshold, vocabulary, patience)[0]
+    theirs = teacher.indices[:, :-1, 0][counted]  # [M], the likeliest: `top_k` sorts
+    count = counted.sum()
+    return TokenSums(
+        count,
+        each[left_at].sum(),
+        (left_at & (answers == theirs)).sum(),
+        token_response_top_k(logits[-1], teacher, counted, 1.0) * count,
+        each.sum(-1),
+        left_at.sum(-1),
+    )
+
+
+class CausalStudent(ModuleStudent):
+    """Implements `Students` for one causal language model.
+
+    Args:
+        student: as in `ModuleStudent`.
+        data: texts.
+        signals: of one teacher with the same tokenizer.
+        config: checked here.
+        num_windows: as in `ModuleStudent`.
+        reverse: the response term is KL(student || teacher).
+    """
+
+    def __init__(
+        self,
+        student: Instrumented,
+        data: TokenExamples,
+        signals: TokenSignals,
+        config: ModuleTrainConfig,
+        num_windows: int,
+        reverse: bool,
+    ) -> None:
+        super().__init__(student, data, signals, config, num_windows)
+        self._texts, self._teacher, self._reverse = data, signals, reverse
+
+    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+        """As of any real student; the exits' norms begin at one."""
+        super().reset(tasks, rows)
+        for head in self.student.heads:
+            head.reset_parameters()  # type: ignore[operator]
+
+    def _shares(self, part: Tensor, positions: Tensor) -> Tensor:
+        """Token losses are means over counted tokens, the others over texts."""
+        shares = super()._shares(part, positions)
+        counts = self._texts.counted.sum(1)[self._task.samples]  # [num samples]
+        shares[:2] = counts[part].sum() / counts[positions].sum()
+        return shares
+
+    def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
+        samples = self._task.samples[positions]  # [B]
+        device = self._device
+        outputs = self._forward(samples)
+        logits = tuple(z.float() for z in outputs.logits)  # [B, L, V] each
+        length = logits[0].shape[1]
+        features = self._signals.features[self._task.teacher, samples].to(device)  # [B, F]
+        return token_losses_of(
+            logits,
+            self._texts.inputs["input_ids"][samples, :length].to(device),
+            self._texts.counted_of(samples, length).to(device),
+            TopK(*(values.to(device) for values in self._teacher.top(samples, length))),
+            temperature,
+            self._reverse,
+            outputs.features.float() if self._available[2] else features,
+            features,
+            *self._maps(samples, outputs),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Metrics:
+        """As of any real student, each counted token being a sample; accuracies are qualities of cross entropies."""
+        self.student.eval()
+        index, size = self._evaluated(split), self._config.evaluation_batch_size
+        parts = []
+        with enough_memory(f"evaluating {size} samples at once", EVALUATE_LESS):
+            for rows in torch.split(index[self._data.by_length(index)], size):
+                logits = tuple(z.float() for z in self._forward(rows).logits)
+                length = logits[0].shape[1]
+                sums = token_sums(
+                    logits,
+                    self._texts.inputs["input_ids"][rows, :length].to(self._device),
+                    self._texts.counted_of(rows, length).to(self._device),
+                    TopK(*(values.to(self._device) for values in self._teacher.top(rows, length))),
+                    self._threshold.to(self._device),
+                    self.plan.patience,
+                )
+                parts.append([value.double().cpu() for value in sums])
+        count, nats, agreed, divergence, exit_nats, left = (
+            torch.stack(column).sum(0) for column in zip(*parts, strict=True)
+        )
+        quality, masks, scores = self._teacher.anchors.quality, self.masks(), self._scores()
+        return Metrics(
+            accuracy=quality(nats / count)[None].float(),
+            exit_accuracy=quality(exit_nats / count)[None].float(),
+            exit_loss=(exit_nats / count)[None].float(),
+            exit_rates=(left / count)[None].float(),
+            agreement=(agreed / count)[None].float(),
+            divergence=(divergence / count)[None].float(),
+            kept=torch.stack([mask.sum(-1) for mask in masks], dim=-1),
+            spread=torch.stack([spread(scores[0][None]), spread(scores[1][None])], dim=-1),
+        )

@@ -1,0 +1,383 @@
+"""One real student, any `nn.Module` with `Instrumented`'s attachments, trained under the same controls.
+
+Implements `Students` for N = 1 beside `SoloStudent`: what differs is what real models need, AdamW or Lion with warm-up
+and decay inside the policy's learning rate, accumulation, clipping, bfloat16, a device, and inputs by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlkd.compression.selection import keep_top
+from rlkd.data import Split, Task, task_generator
+from rlkd.data.examples import Examples, to_device
+from rlkd.errors import UserError
+from rlkd.io.memory import enough_memory
+from rlkd.losses import FAMILIES, losses_of
+from rlkd.losses.hard_label import log_probabilities
+from rlkd.models.chain import Masks, initialise
+from rlkd.models.real.blocks import group_importance
+from rlkd.models.real.instrumented import Instrumented, ModuleOutputs
+from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
+from rlkd.students.interface import (
+    PROBE_SIZE,
+    Controls,
+    Metrics,
+    Telemetry,
+    TrainConfig,
+    divergence_free,
+    family_weights,
+)
+from rlkd.students.optimizers import load_optimizer_state, new_optimizer, optimizer_state, schedule
+from rlkd.students.real import processes
+from rlkd.students.rollback import Rollbacks, Snapshot, moments
+from rlkd.teachers import Signals
+
+TRAIN_LESS = "raise --train.micro_batches, or lower --train.batch_size or --columns.max_length"
+EVALUATE_LESS = "lower --train.evaluation_batch_size"
+REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny students: `learning_rate` stands for it
+
+
+@dataclass(frozen=True)
+class ModuleTrainConfig(TrainConfig):
+    """How a real student is trained between two decisions."""
+
+    steps_per_window: int = 100
+    """Optimizer steps of one window, which is one environment step; what a window costs besides is then below 5 %."""
+    batch_size: int = 32
+    """Samples of one optimizer step, drawn with replacement from the training samples."""
+    micro_batches: int = 1
+    """Parts that a batch is computed in; the loss is the same, the memory smaller."""
+    optimizer: Literal["adamw", "lion"] = "adamw"
+    learning_rate: float = 5e-5
+    """Step size where the policy's control stands at 0.003, its published value."""
+    rate_exponent: float = 0.5
+    """How strongly the control moves the step size: by (control / 0.003) to this power; 0: not at all."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices alone."""
+    warmup: float = 0.06
+    """Share of all steps in which the learning rate rises in a line; then it falls along half a cosine."""
+    floor: float = 0.1
+    """Factor on the learning rate at the end of that."""
+    clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products (autocast); parameters and losses stay float32."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
+    evaluation_batch_size: int = 64
+    validation_size: int = 128
+    """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
+
+    def check(self) -> None:
+        """Raises UserError for an impossible value."""
+        super().check()
+        if not 1 <= self.micro_batches <= self.batch_size:
+            raise UserError(
+                f"train.micro_batches: got {self.micro_batches}; allowed: 1 to {self.batch_size}, the batch"
+            )
+        if not (self.learning_rate > 0 and self.clip_norm > 0 and self.weight_decay >= 0):
+            raise UserError(
+                f"train: got learning_rate {self.learning_rate:g}, clip_norm {self.clip_norm:g}, weight_decay "
+                f"{self.weight_decay:g}; allowed: above 0, above 0, at least 0"
+            )
+        if not 0 <= self.rate_exponent <= 1:
+            raise UserError(f"train.rate_exponent: got {self.rate_exponent:g}; allowed: 0 to 1")
+        if self.validation_size < 0:
+            raise UserError(f"train.validation_size: got {self.validation_size}; allowed: at least 1, or 0 for all")
+        if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.evaluation_batch_size >= 1):
+            raise UserError(
+                f"train: got warmup {self.warmup:g}, floor {self.floor:g}, evaluation_batch_size "
+                f"{self.evaluation_batch_size}; allowed: 0 to below 1, 0 to 1, at least 1"
+            )
+
+    def torch_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            UserError: it is not there, or lacks bfloat16.
+        """
+        try:
+            device = processes.placed() if self.device == "auto" else torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"train.device: got {self.device!r}, which torch cannot use here; try cpu") from error
+        if self.precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise UserError("train.precision: got bfloat16, which this GPU lacks; allowed here: float32")
+        return device
+
+
+class ModuleStudent:
+    """Implements `Students` for one real student.
+
+    Args:
+        student: the model with its attachments, holding the weights that every training starts from.
+        data: what it learns.
+        signals: of one teacher, for all samples; maps with P = 0 switch the attention family off.
+        config: checked here.
+        num_windows: of a whole training, for the course of the learning rate.
+    """
+
+    num_students = 1
+
+    def __init__(
+        self, student: Instrumented, data: Examples, signals: Signals, config: ModuleTrainConfig, num_windows: int
+    ) -> None:
+        config.check()
+        if config.batch_size < config.micro_batches * processes.num_processes():
+            raise UserError(
+                f"train.batch_size: got {config.batch_size}; allowed: at least {config.micro_batches} micro-batches a "
+                f"process for {processes.num_processes()} processes"
+            )
+        self._device = config.torch_device()
+        self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
+        self.student = student.to(self._device)
+        self.plan = student.plan
+        self._data, self._signals, self._config = data, signals, config
+        self._num_steps = num_windows * config.steps_per_window
+        self._available = torch.tensor([True, True, bool(student.links), self._has_maps()])
+        self._unit_masks: Masks = tuple(torch.ones(group.size) for group in self.plan.groups)
+        self._keep, self._threshold = 1.0, torch.ones(1)
+        self._token_scores = torch.ones(self.plan.num_positions)
+        self._rollbacks = Rollbacks(1, config.max_rollbacks)
+
+    @property
+    def available(self) -> dict[str, bool]:
+        """Which families of terms this student and its teacher have in common."""
+        return dict(zip(FAMILIES, self._available.tolist(), strict=True))
+
+    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+        """The starting weights again, fresh exits and adapters, a fresh optimizer and batches."""
+        (self._task,) = tasks
+        self.student.model.load_state_dict(self._initial)
+        generator = task_generator(self._task.seed, "parameters")
+        for part in (self.student.heads, self.student.adapters):
+            part.cpu()
+            initialise(part, generator)
+            part.to(self._device)
+        config = self._config
+        self._optimizer = new_optimizer(self.student, config.optimizer, config.learning_rate, config.weight_decay)
+        self._batches = task_generator(self._task.seed, "batches")
+        self._step = 0
+        self._rollbacks.reset(torch.arange(1))
+        self._token_scores = torch.ones(self.plan.num_positions)
+
+    def set_controls(self, controls: Controls) -> None:
+        """Choose units and heads by importance as it is now, the share of tokens, and the exit threshold."""
+        scores = group_importance(self.student.model, self.plan.groups)
+        self._unit_masks = tuple(keep_top(score, controls.unit_keep[0]) for score in scores)
+        self._keep = float(controls.feature_keep[0]) if self.plan.select_after is not None else 1.0
+        self._threshold = controls.exit_threshold
+
+    def set_exit(self, threshold: Tensor) -> None:
+        """As `Population.set_exit`."""
+        self._threshold = threshold
+
+    def train_window(self, controls: Controls) -> Telemetry:
+        """`steps_per_window` optimizer steps under `controls`.
+
+        If they are undone, the course of the learning rate goes on all the same: it counts steps taken.
+        """
+        controls = processes.agree(controls, self._device)
+        self.set_controls(controls)
+        before = Snapshot(self.student, self._optimizer)
+        weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
+        temperature = controls.temperature[0].to(self._device)
+        factor = (float(controls.learning_rate[0]) / REFERENCE_RATE) ** self._config.rate_exponent
+        scale = factor * float(self._rollbacks.step_scale[0])
+        num_steps, size = self._config.steps_per_window, self._config.batch_size
+        positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
+        total, worst_norm = torch.zeros(len(FAMILIES)), torch.zeros((), device=self._device)
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._task.seed % 2**48 + self._step + (processes.index() << 50))  # of dropout
+            self.student.train()
+            with enough_memory(f"batches of {size} in {self._config.micro_batches} parts", TRAIN_LESS):
+                for step in range(num_steps):
+                    losses, norm = self._train_step(positions[step], weights, temperature, scale)
+                    total += losses
+                    worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
+        self.student.eval()
+        norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
+        parameters = (p.detach()[None] for p in self.student.parameters())
+        on_device = divergence_free(worst_norm[None], *parameters, *moments(self._optimizer))
+        finite = on_device.cpu() & divergence_free(total[None], norms[None])
+        if self._rollbacks.judge(finite).any():
+            before.put_back(self.student, self._optimizer)
+        rollbacks = self._rollbacks
+        return Telemetry((total / num_steps)[None], norms[None], cosine[None], rollbacks.diverged, rollbacks.count)
+
+    def _train_step(
+        self, positions: Tensor, weights: Tensor, temperature: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the samples at `positions` [B].
+
+        Returns:
+            The families' losses [4] on the CPU, and the norm [] of the whole gradient before it is clipped.
+        """
+        config = self._config
+        factor = scale * schedule(self._step, self._num_steps, config.warmup, config.floor)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        self._optimizer.zero_grad()
+        total = torch.zeros(len(FAMILIES), device=self._device)
+        for part in processes.share(positions).tensor_split(config.micro_batches):
+            shares = self._shares(part, positions)  # [4]
+            losses = self._losses(part, temperature)
+            (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            total += shares * losses.detach()
+        processes.add_up([total, *(parameter.grad for parameter in self.student.parameters())])
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        self._optimizer.step()
+        self._step += 1
+        return total.cpu(), norm
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Metrics:
+        """Metrics under the current masks, tokens and exit threshold; on validation, of `validation_size` samples."""
+        index = self._evaluated(split)
+        logits, token_scores = self._answers(index)
+        if self.plan.select_after is not None:
+            self._token_scores = token_scores
+        return summarise(
+            tuple(z[None] for z in logits),
+            self._data.labels[index],
+            log_probabilities(self._signals.logits[self._task.teacher, index])[None],
+            self._threshold,
+            self.masks(),
+            tuple(score[None] for score in self._scores()),
+            self.plan.patience,
+        )
+
+    def _evaluated(self, split: Split) -> Tensor:
+        """The samples of a split that `evaluate` answers, [B]."""
+        index, count = self._data.splits[split], self._config.validation_size
+        if split == "validation" and 0 < count < len(index):
+            return index[torch.arange(count) * len(index) // count]
+        return index
+
+    @torch.no_grad()
+    def exits_by_class(self, split: Split) -> ExitsByClass:
+        """Where the samples of each class leave on one split, and how many are right, under the current controls."""
+        index = self._data.splits[split]
+        logits, _ = self._answers(index)
+        return exits_by_class(logits, self._data.labels[index], self._threshold, self.plan.patience)
+
+    def _answers(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Logits [B, C] of every exit for the samples at `index` [B], and their mean sorted token scores [P]."""
+        self.student.eval()
+        order = self._data.by_length(index)
+        parts, token_scores = [], torch.zeros(self.plan.num_positions)
+        with enough_memory(f"evaluating {self._config.evaluation_batch_size} samples at once", EVALUATE_LESS):
+            for rows in torch.split(order, self._config.evaluation_batch_size):
+                outputs = self._forward(index[rows])
+                parts.append([z.float().cpu() for z in outputs.logits])
+                if outputs.token_scores is not None:
+                    token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        back = order.argsort()
+        return tuple(torch.cat(columns)[back] for columns in zip(*parts, strict=True)), token_scores
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the parameters, exits and adapters included, each [1, ...]."""
+        return {k.removeprefix("model."): p.detach()[None].clone() for k, p in self.student.named_parameters()}
+
+    def masks(self) -> Masks:
+        """One [1, G] a group: tokens by rank of received attention, then hidden units and heads of every block."""
+        count = max(1, round(self._keep * self.plan.num_positions))
+        tokens = (torch.arange(self.plan.num_positions) < count).float()
+        return tuple(mask[None] for mask in (tokens, *(self._unit_masks or (torch.ones(1),))))
+
+    def training_state(self) -> dict[str, Tensor]:
+        """As `Students.training_state`, on the CPU."""
+        state = {f"module.{name}": value.detach().cpu().clone() for name, value in self.student.state_dict().items()}
+        state |= {f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self._unit_masks)}
+        state |= {"threshold": self._threshold.clone(), "token_scores": self._token_scores.clone()}
+        state |= {"keep": torch.tensor(self._keep, dtype=torch.float64), "step": torch.tensor(self._step)}
+        state["batches"] = self._batches.get_state()
+        return {**state, **optimizer_state(self._optimizer), **self._rollbacks.training_state()}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `Students.load_training_state`."""
+        self.student.load_state_dict({name: state[f"module.{name}"] for name in self.student.state_dict()})
+        self._unit_masks = tuple(state[f"mask.{i}"].clone().to(mask) for i, mask in enumerate(self._unit_masks))
+        self._threshold, self._token_scores = state["threshold"].clone(), state["token_scores"].clone()
+        self._keep, self._step = float(state["keep"]), int(state["step"])
+        self._batches.set_state(state["batches"].clone())
+        self._rollbacks.load_training_state(state)
+        load_optimizer_state(self._optimizer, state)
+
+    def _scores(self) -> Masks:
+        groups = group_importance(self.student.model, self.plan.groups)
+        return (self._token_scores, *(groups or (torch.ones(1),)))
+
+    def _has_maps(self) -> bool:
+        """Whether the student's attention map has the teacher's positions."""
+        if self.plan.is_conv or self._signals.are_conv:
+            return self.plan.is_conv and self._signals.are_conv
+        length = self._data.num_positions or self.plan.num_positions
+        return bool(self.plan.attention) and self._signals.maps.shape[-1] == length
+
+    def _forward(self, samples: Tensor) -> ModuleOutputs:
+        inputs = to_device(self._data.batch(samples), self._device)
+        masks = tuple(mask.to(self._device) for mask in self._unit_masks)
+        is_half = self._config.precision == "bfloat16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_half):
+            outputs: ModuleOutputs = self.student(inputs, masks, self._keep)
+        return outputs
+
+    def _shares(self, part: Tensor, positions: Tensor) -> Tensor:
+        """[4]: how much of each term's mean over the batch at `positions` [B] comes from those at `part`."""
+        return torch.full((len(FAMILIES),), len(part) / len(positions), device=self._device)
+
+    def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
+        """[4], of the samples at `positions` [B] of the task."""
+        samples = self._task.samples[positions]  # [B]
+        teacher, device = self._task.teacher, self._device
+        outputs = self._forward(samples)
+        features = self._signals.features[teacher, samples].to(device)  # [B, F]
+        ours, theirs = self._maps(samples, outputs)
+        return losses_of(
+            tuple(z.float() for z in outputs.logits),
+            outputs.features.float() if self._available[2] else features,
+            ours,
+            self._task.labels[positions].to(device),
+            self._signals.logits[teacher, samples].to(device),
+            features,
+            theirs,
+            temperature,
+        )
+
+    def _maps(self, samples: Tensor, outputs: ModuleOutputs) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's map of the samples [B], [B, P] each; one and the same without the family."""
+        theirs = self._teacher_map(samples, outputs)
+        return (theirs if outputs.map is None or not self._available[3] else outputs.map), theirs
+
+    def _teacher_map(self, samples: Tensor, outputs: ModuleOutputs) -> Tensor:
+        """[B, P]: the teacher's map over the tokens that the student still has, of unit norm."""
+        full = self._signals.maps[self._task.teacher, samples].to(self._device)  # [B, P]
+        if outputs.map is None or not self._available[3]:
+            return full
+        if outputs.positions is None or outputs.valid is None:
+            return full[:, : outputs.map.shape[-1]]  # what follows is padding
+        return F.normalize(full.gather(1, outputs.positions) * outputs.valid, dim=-1, eps=1e-8)
+
+    def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms [4] of each family's gradient on model and exits, and the cosine of the first two, on the CPU."""
+        losses = self._losses(positions, temperature)
+        own = [*self.student.model.parameters(), *self.student.heads.parameters()]
+        parameters = [p for p in own if p.requires_grad]
+        norms, first, product = torch.zeros(len(FAMILIES)), [], torch.zeros(())
+        for k in range(len(FAMILIES)):
+            if not self._available[k]:
+                continue
+            rows = torch.autograd.grad(losses[k], parameters, retain_graph=True, materialize_grads=True)
+            norms[k] = torch.stack([g.float().square().sum() for g in rows]).sum().sqrt().cpu()
+            if k == 0:
+                first = list(rows)
+            elif k == 1:
+                product = torch.stack([(a * b).sum() for a, b in zip(first, rows, strict=True)]).sum().cpu()
+        return norms, product / (norms[0] * norms[1]).clamp_min(1e-12)

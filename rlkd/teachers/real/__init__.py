@@ -1,0 +1,1 @@
+"""Computes and caches the signals of transformers teachers."""

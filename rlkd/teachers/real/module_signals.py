@@ -1,0 +1,125 @@
+"""Signals of a real teacher for all samples: one pass, cached as memory-mapped files."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rlkd.data.examples import PADDING_MASK, Examples, to_device
+from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
+from rlkd.io.memory import enough_memory
+from rlkd.models.attention_map import attention_map
+from rlkd.models.real.attachment import Plan, logits_of
+from rlkd.models.real.hooks import capture, pool
+from rlkd.models.real.instrumented import NUM_PIXELS, received
+from rlkd.models.real.pretrained import state_of
+from rlkd.teachers.signals import Signals
+
+Say = Callable[[str], object]
+
+TEACHER_LESS = "lower --train.evaluation_batch_size, or spread the teacher with --teacher_device_map auto"
+
+
+def module_signals(
+    teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int = 64, say: Say = print
+) -> Signals:
+    """Logits, pooled features and attention maps of one teacher, from the cache where it has them.
+
+    Features of several places lie side by side, each scaled to a mean square of one over the train split. Maps are
+    the attention that every token receives in the last block, or convolutional activation over pixels; P is 0 where
+    the teacher gives neither.
+
+    Args:
+        teacher: on its device.
+        plan: of the teacher.
+        places: blocks whose output the hints learn.
+        data: all samples, as the teacher takes them.
+        batch_size: of the pass.
+        say: told in one line before the pass, and when a cached file is broken.
+    """
+    size, width = len(data.labels), sum(plan.widths[plan.blocks.index(place)] for place in places)
+    num_positions = NUM_PIXELS if plan.is_conv else (data.num_positions or plan.num_positions) if plan.attention else 0
+    specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32"), "features": ((size, width), "float32")}
+    if num_positions:
+        specs["maps"] = ((size, num_positions), "float32")
+    key = {**signals_key(teacher, data), "places": " ".join(places)}
+
+    def fill(arrays: Arrays) -> None:
+        say(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
+        with enough_memory(f"the teacher's answers to {batch_size} samples at once", TEACHER_LESS):
+            _fill(arrays, teacher, plan, places, data, batch_size)
+
+    tensors = cached_arrays("signals", key, specs, fill, say)
+    logits = tensors["logits"]  # [S, C]
+    validation, train = data.splits["validation"], data.splits["train"]
+    accuracy = (logits[validation].argmax(-1) == data.labels[validation]).float().mean()
+    log_p = F.log_softmax(logits[train], dim=-1)  # [S_train, C]
+    entropy = -(log_p.exp() * log_p).sum(-1).mean() / math.log(data.num_classes)
+    maps = tensors.get("maps", torch.zeros(size, 0))
+    return Signals(logits[None], tensors["features"][None], maps[None], accuracy[None], entropy[None], plan.is_conv)
+
+
+def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
+    """What signals depend on; preprocessing is in the inputs."""
+    splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
+    return {
+        "teacher": digest_tensors(state_of(teacher).items()),
+        "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
+        "torch": torch.__version__,
+    }
+
+
+def device_of(teacher: nn.Module) -> torch.device:
+    """Where its inputs go: the device of its first part that is not on a disk."""
+    held = (p.device for p in teacher.parameters() if not p.is_meta)
+    return next(held, torch.device("cpu"))
+
+
+@torch.no_grad()
+def _fill(
+    arrays: Arrays, teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int
+) -> None:
+    device = device_of(teacher)
+    attention = plan.attention[-1:] if "maps" in arrays else ()
+    last = plan.blocks[-1:] if plan.is_conv else ()
+    with capture(teacher.eval(), [*places, *attention, *last]) as seen:
+        for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
+            inputs = to_device(data.batch(rows), device)
+            mask = inputs.get(PADDING_MASK)
+            logits = logits_of(teacher(**inputs))
+            where = rows.numpy()
+            arrays["logits"][where] = logits.float().cpu().numpy()
+            features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+            arrays["features"][where] = features.float().cpu().numpy()
+            if "maps" in arrays:
+                arrays["maps"][where] = _maps(seen, attention, last, mask, arrays["maps"].shape[1]).numpy()
+    scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+
+
+def scale_features(features: NDArray[Any], widths: Sequence[int], train: Tensor) -> None:
+    """Bring each place's columns of features [S, F], `widths` wide, to a mean square of one over the train split."""
+    start = 0
+    for width in widths:
+        block = features[:, start : start + width]
+        scale = max(float((block[train.numpy()].astype("float64") ** 2).mean()) ** 0.5, 1e-8)
+        features[:, start : start + width] = block / scale
+        start += width
+
+
+def _maps(
+    seen: dict[str, Tensor], attention: Sequence[str], last: Sequence[str], mask: Tensor | None, num_positions: int
+) -> Tensor:
+    """[B, P] float32 on the CPU, rows of unit norm."""
+    if last:
+        return attention_map(seen[last[0]].float(), num_positions).cpu()
+    return attention_maps(seen[attention[0]], mask, num_positions)
+
+
+def attention_maps(weights: Tensor, mask: Tensor | None, num_positions: int) -> Tensor:
+    """[B, P] float32 on the CPU: attention [B, heads, L, L] that each token receives, rows of unit norm, then zeros."""
+    maps = F.normalize(received(weights.float(), None if mask is None else mask.bool()), dim=-1)
+    return F.pad(maps, (0, num_positions - maps.shape[-1])).cpu()

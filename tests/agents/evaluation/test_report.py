@@ -1,0 +1,144 @@
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from torch.utils.tensorboard import SummaryWriter
+
+from rlkd.agents.evaluation.report import read_run, reward_curves, write_report
+from rlkd.agents.evaluation.tensorboard import new_logger, record_round
+from rlkd.agents.planner.planning import Round
+from rlkd.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = tmp_path / "run & <b>"
+    writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    for step in (1, 2, 3):
+        writer.add_scalar("student/score", step / 10, step)  # type: ignore[no-untyped-call]
+        writer.add_scalar("student/num_trainings", step * 8, step)  # type: ignore[no-untyped-call]
+    writer.close()  # type: ignore[no-untyped-call]
+    (run / "command.txt").write_text("rlkd train --out '<script>alert(1)</script>'\n")
+    figure = {"mean": 0.5, "iqm": 0.51, "ci95": [0.4, 0.6]}
+    entry = dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
+    pair = {"difference": 0.0421, "ci95": [0.03, 0.05], "probability_of_improvement": 0.9}
+    table = {"methods": {"policy": entry, "static": entry}, "paired": {"policy-static": pair}}
+    cost = {"agent_trainings": "<script>24", "wall_s": 3.0, "updates_per_s": 100.0}
+    result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": "<script>8", "split": "<script>test"}
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+def test_what_was_written_is_read_back(folder: Path) -> None:
+    steps, values = read_run(folder).scalars["student/score"]
+    assert steps == [1, 2, 3]
+    assert values == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
+    paths = write_report([read_run(folder)], tmp_path / "out")
+    assert [p.name for p in paths] == ["reward_curves.png", "controls.png", "accuracy_cost.png", "report.html"]
+    for path in paths[:3]:
+        image = imread(path)
+        assert image.shape[0] > 300
+        assert image.std() > 0.01  # not blank
+    text = paths[3].read_text()
+    assert "<script>" not in text
+    assert "run &amp; &lt;b&gt;" in text
+    assert "+0.0421" in text
+    assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
+
+
+def test_the_plans_trainings_on_the_main_data_have_a_panel_of_their_own(folder: Path) -> None:
+    assert len(reward_curves([read_run(folder)]).axes) == 3
+    logger = new_logger(folder / "tensorboard")
+    for number, scenario, score in ((1, 0, 0.5), (2, 1, 0.2), (3, 0, 0.7)):
+        record_round(logger, Round(number, number, scenario, {"score": score}))
+    logger.close()
+    first, *rest = reward_curves([read_run(folder)]).axes
+    assert len(rest) == 3
+    (line,) = first.lines
+    assert list(line.get_xdata()) == [1, 3]  # trainings as they are, and not the round of another scenario
+    assert list(line.get_ydata()) == pytest.approx([0.5, 0.7])
+
+
+def test_a_run_without_a_result_is_drawn_and_says_so(folder: Path, tmp_path: Path) -> None:
+    (folder / "result.json").unlink()
+    write_report([read_run(folder)], tmp_path / "out")
+    assert "no result" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_missing_and_damaged_runs_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such run folder"):
+        read_run(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no TensorBoard event file"):
+        read_run(tmp_path / "empty")
+    for text in ("{", "[]", "{}", '{"methods": {}}'):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(UserError, match=r"result\.json: not a run's result, or a damaged one"):
+            read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("preferences", "0.6", "methods", "policy", "score", "mean"), "high"),
+        (("preferences", "0.6", "methods", "policy", "accuracy"), 0.5),
+        (("preferences", "0.6", "methods", "static", "macs_ratio", "mean"), 1e300),
+        (("preferences", "0.6", "methods", "static", "score", "ci95"), [1.0]),
+        (("preferences", "0.6", "paired"), []),
+        (("preferences", "0.6", "paired"), {"policy": {}}),
+        (("preferences",), 3),
+        (("cost",), None),
+        (("cost", "wall_s"), "long"),
+    ],
+)
+def test_a_result_of_another_form_is_refused(folder: Path, keys: tuple[str, ...], value: object) -> None:
+    card = json.loads((folder / "result.json").read_text())
+    place = card
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / "result.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"result\.json: not a run's result"):
+        read_run(folder)
+
+
+def test_event_files_that_would_take_memory_or_wait_are_refused(folder: Path) -> None:
+    events = folder / "tensorboard"
+    damaged = events / "events.out.tfevents.0"
+    length = (2**40).to_bytes(8, "little")
+    damaged.write_bytes(length + struct.pack("<I", masked_crc32c(length)))  # the checksum is right
+    with pytest.raises(UserError, match=r"damaged \(a record of 1099511627776 bytes at 0\)"):
+        read_run(folder)
+    damaged.unlink()
+    os.mkfifo(damaged)
+    with pytest.raises(UserError, match="not a file"):
+        read_run(folder)
+    damaged.unlink()
+    damaged.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="leads out of"):
+        read_run(folder)
+    damaged.unlink()
+    with damaged.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="1099511627776 bytes; allowed"):
+        read_run(folder)
+    damaged.unlink()
+    sound = next(events.iterdir())
+    sound.write_bytes(sound.read_bytes()[:-7])  # a run that is going on: its last record is not whole yet
+    assert read_run(folder).scalars["student/score"][0] == [1, 2, 3]
+
+
+def test_figures_without_a_scale_are_drawn(folder: Path, tmp_path: Path) -> None:
+    writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=".more")  # type: ignore[no-untyped-call]
+    for tag in ("student/score", "reward/return", "student/accuracy", "student/num_trainings", "action/temperature"):
+        for step, value in ((4, float("nan")), (5, float("inf")), (6, 3e38), (2**62, -3e38)):
+            writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+    writer.close()  # type: ignore[no-untyped-call]
+    assert len(write_report([read_run(folder)], tmp_path / "out")) == 4

@@ -1,0 +1,289 @@
+"""A shipped student answers as the trained one did, is smaller, and survives its folder."""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save
+
+from rlkd.compression.real.cut import WEIGHTS, load_module_student, save_module_student, ship
+from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.errors import UserError
+from rlkd.models.real.attachment import AttachConfig, make_plan
+from rlkd.models.real.hooks import link_places
+from rlkd.models.real.instrumented import Instrumented
+from rlkd.models.real.pretrained import Kind
+
+KINDS: dict[str, Kind] = dict.fromkeys(tiny_models.IMAGE_FAMILIES, "image_classification")
+THRESHOLDS = {"never": 1.0, "always": 0.5, "some": 0.0}
+
+
+def trained(family: str, attach: AttachConfig) -> Instrumented:
+    model, inputs = (
+        tiny_models.tiny(family, layers=2 if family in tiny_models.CONV_FAMILIES else 3),
+        tiny_models.batch(family, size=12),
+    )
+    plan = make_plan(model, inputs, attach, None)
+    student = Instrumented(model, plan, link_places(model, model, plan.blocks[-1:], plan.blocks, inputs, inputs)).eval()
+    torch.manual_seed(0)
+    for head in student.heads:
+        torch.nn.init.normal_(head.weight, std=0.15)
+        head.bias.data.zero_()
+    return student
+
+
+def expected(
+    student: Instrumented,
+    masks: tuple[torch.Tensor, ...],
+    keep: float,
+    threshold: float,
+    inputs: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, list[int]]:
+    """Logits by the rule, sample by sample, and at which exit each left."""
+    patience = student.plan.patience
+    with torch.no_grad():
+        logits = student(inputs, masks, keep).logits
+    rows, left = [], []
+    for i in range(len(logits[0])):
+        answers = [int(z[i].argmax()) for z in logits]
+        for e, z in enumerate(logits):
+            confident = threshold <= 0.5 or (threshold < 1.0 and float(z[i].softmax(-1).max()) >= threshold)
+            agree = 0 < patience <= e + 1 and 0.5 < threshold < 1.0 and len(set(answers[e + 1 - patience : e + 1])) == 1
+            if confident or agree or e == len(logits) - 1:
+                rows.append(z[i])
+                left.append(e)
+                break
+    return torch.stack(rows), left
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "convnext", "llama_classifier"])
+@pytest.mark.parametrize("when", THRESHOLDS)
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_shipped_student_answers_as_the_trained_one(family: str, when: str, patience: int) -> None:
+    exits = (1,) if family in tiny_models.CONV_FAMILIES else (1, 2)
+    student = trained(family, AttachConfig(exits=exits, patience=patience))
+    inputs = tiny_models.batch(family, size=12)
+    masks = tuple((torch.arange(g.size) % 2).float() for g in student.plan.groups)
+    keep = 0.5 if student.plan.select_after else 1.0
+    threshold = THRESHOLDS[when]
+    if when == "some":
+        with torch.no_grad():
+            threshold = float(student(inputs, masks, keep).logits[0].softmax(-1).amax(-1).median()) - 1e-7
+    wanted, left = expected(student, masks, keep, threshold, inputs)
+    if when == "some":
+        assert len(set(left)) > 1  # the case is worth its name
+    shipped = ship(student, KINDS.get(family, "sequence_classification"), masks, keep, threshold)
+    with torch.no_grad():
+        torch.testing.assert_close(shipped(**inputs), wanted, atol=1e-5, rtol=1e-4)
+        for i in (0, 5):
+            one = {name: values[i : i + 1] for name, values in inputs.items()}
+            torch.testing.assert_close(shipped(**one)[0], wanted[i], atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_has_left_does_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = trained("bert", AttachConfig(exits=(1,)))
+    masks = tuple(torch.ones(g.size) for g in student.plan.groups)
+    shipped = ship(student, "sequence_classification", masks, 1.0, 0.5)
+    ran: list[int] = []
+    for number, path in enumerate(shipped.shipment.blocks, start=1):
+        shipped.model.get_submodule(path).register_forward_hook(lambda *_, n=number: ran.append(n))
+    shipped(**tiny_models.batch("bert"))
+    assert ran == [1]
+
+
+def test_hidden_units_are_gone_and_transformers_loads_the_folder(tmp_path: Path) -> None:
+    student = trained("bert", AttachConfig())
+    masks = tuple((torch.arange(g.size) % 4 == 0).float() for g in student.plan.groups)
+    shipped = ship(student, "sequence_classification", masks, 0.5, 0.55)
+    save_module_student(shipped, tmp_path / "s", None, {"figures": {"accuracy": 0.5}})
+    t = tiny_models.need_transformers()
+    plain = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "s" / "model")
+    assert plain.config.intermediate_size == 16
+    assert plain.bert.encoder.layer[0].intermediate.dense.weight.shape == (16, 32)
+    inputs = tiny_models.batch("bert", size=12)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, student(inputs, masks, 1.0).logits[-1])
+        loaded = load_module_student(tmp_path / "s")
+        torch.testing.assert_close(loaded(**inputs), shipped(**inputs))
+
+
+def test_units_that_differ_in_number_are_zeroed(tmp_path: Path) -> None:
+    student = trained("bert", AttachConfig())
+    masks = tuple((torch.arange(g.size) < 3 + i).float() for i, g in enumerate(student.plan.groups))
+    shipped = ship(student, "sequence_classification", masks, 1.0, 1.0)
+    assert shipped.model.config.intermediate_size == 64
+    inputs = tiny_models.batch("bert")
+    with torch.no_grad():
+        torch.testing.assert_close(shipped(**inputs), student(inputs, masks, 1.0).logits[-1])
+
+
+def saved(tmp_path: Path) -> Path:
+    student = trained("bert", AttachConfig())
+    masks = tuple(torch.ones(g.size) for g in student.plan.groups)
+    shipped: ShippedStudent = ship(copy.deepcopy(student), "sequence_classification", masks, 1.0, 0.6)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("name", ["student.json", "exits.safetensors", "model/model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_folder_is_one_line(tmp_path: Path, name: str, damage: str) -> None:
+    folder = saved(tmp_path)
+    path = folder / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, (f"open({str(self.marker)!r}, 'w').close()",))
+
+
+def signed(folder: Path, **changes: Any) -> None:
+    """Make the card's checksums right, then change entries of it."""
+    card = json.loads((folder / "student.json").read_text())
+    card["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in WEIGHTS}
+    (folder / "student.json").write_text(json.dumps(card | changes))
+
+
+@pytest.mark.parametrize("name", ["exits.safetensors", "model/model.safetensors"])
+@pytest.mark.parametrize("with_torch", [False, True])
+def test_a_pickle_by_another_name_runs_no_code(tmp_path: Path, name: str, with_torch: bool) -> None:
+    folder, marker = saved(tmp_path), tmp_path / "ran"
+    if with_torch:
+        torch.save({"0.weight": Bomb(marker)}, folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Bomb(marker)))
+    signed(folder)
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+    assert not marker.exists()
+    if with_torch:
+        torch.load(io.BytesIO((folder / name).read_bytes()), weights_only=False)
+    else:
+        pickle.loads((folder / name).read_bytes())
+    assert marker.exists()  # the bomb was live
+
+
+@pytest.mark.parametrize("name", ["student.json", "exits.safetensors", "model", "model/model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path)
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")  # sound, but elsewhere
+    with pytest.raises(UserError, match="leads out of"):
+        load_module_student(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("depths", [3, 10**9])])
+def test_a_model_that_claims_layers_without_end_is_not_built(tmp_path: Path, name: str, value: object) -> None:
+    folder = saved(tmp_path)
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError, match=f"{name} is 100000000.*the card has 3 blocks"):
+        load_module_student(folder)
+
+
+def test_a_name_in_the_card_that_climbs_out_is_not_followed(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    for name in ("../pipe", str(tmp_path / "pipe")):
+        signed(folder, sha256={"exits.safetensors": "0", name: "0"})
+        with pytest.raises(UserError, match="sha256 names"):
+            load_module_student(folder)
+    signed(folder, sha256={})  # no checksum is no way around the check
+    with pytest.raises(UserError, match="sha256 names"):
+        load_module_student(folder)
+
+
+WRONG: dict[str, Any] = {
+    "kind": "causal",
+    "blocks": [],
+    "attention": "all",
+    "exits": [3, 1],
+    "patience": -1,
+    "threshold": 10**400,
+    "select_after": 99,
+    "keep": None,
+    "num_classes": 2**40,
+    "drops_rows": 1,
+    "more": 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_impossible_card_is_one_line(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path)
+    load_module_student(folder)
+    card = json.loads((folder / "student.json").read_text())
+    signed(folder, shipment={**card["shipment"], name: WRONG[name]})
+    with pytest.raises(UserError, match=r"not a (real student's card|student of a real model), or a damaged one"):
+        load_module_student(folder)
+
+
+def saved_causal(tmp_path: Path) -> Path:
+    model, inputs = tiny_models.tiny("llama", layers=3), tiny_models.batch("llama")
+    plan = make_plan(model, inputs, AttachConfig(exits=(1, 2)), None)
+    masks = tuple(torch.ones(g.size) for g in plan.groups)
+    shipped = ship(Instrumented(model, plan, []), "causal_lm", masks, 1.0, 0.6)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    return tmp_path / "s"
+
+
+CAUSAL_WRONG: dict[str, Any] = {
+    "num_classes": 41,  # the vocabulary has 40
+    "select_after": 1,
+    "exits": [1],  # the file has two
+    "kind": "sequence_classification",
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL_WRONG)
+def test_an_impossible_card_of_a_language_model_is_one_line(tmp_path: Path, name: str) -> None:
+    folder = saved_causal(tmp_path)
+    load_module_student(folder)
+    card = json.loads((folder / "student.json").read_text())
+    attention = [f"{block}.self_attn:1" for block in card["shipment"]["blocks"]]
+    signed(folder, shipment={**card["shipment"], "attention": attention, name: CAUSAL_WRONG[name]})
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"1.weight": torch.ones(16)}, r"exit 2 has shape \(16,\); the model's head reads 32"),
+        ({"1.weight": torch.ones(40, 32)}, r"1.weight is torch.float32 \[40, 32\]; expected float32 \[32\]"),
+        ({"1.weight": torch.ones(32).half()}, r"1.weight is torch.float16"),
+        ({"1.weight": torch.full((32,), float("nan"))}, "non-finite"),
+        ({"1.bias": torch.ones(32)}, "does not belong in it"),
+    ],
+)
+def test_exits_of_a_language_model_are_norms_that_its_head_reads(
+    tmp_path: Path, changes: dict[str, torch.Tensor], words: str
+) -> None:
+    folder = saved_causal(tmp_path)
+    path = folder / "exits.safetensors"
+    path.write_bytes(save({**load_file(path), **changes}))
+    signed(folder)
+    with pytest.raises(UserError, match=words):
+        load_module_student(folder)

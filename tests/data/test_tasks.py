@@ -1,0 +1,166 @@
+import hashlib
+
+import pytest
+import torch
+
+from rlkd.data import Preference, Range, TaskDistribution, draw_task, load_dataset
+from rlkd.data.distribution import thin_classes
+from rlkd.errors import UserError
+
+DIGITS = load_dataset("digits")
+
+
+def test_splits_are_disjoint_and_complete() -> None:
+    sizes = {name: len(index) for name, index in DIGITS.splits.items()}
+    assert sizes == {"train": 897, "validation": 450, "test": 450}
+    assert torch.cat(list(DIGITS.splits.values())).sort().values.tolist() == list(range(1797))
+
+
+def test_the_same_seed_draws_the_same_task() -> None:
+    first, second = (draw_task(11, TaskDistribution(), DIGITS, 8) for _ in range(2))
+    assert torch.equal(first.samples, second.samples)
+    assert torch.equal(first.labels, second.labels)
+    assert first.preference == second.preference
+    assert not torch.equal(first.samples, draw_task(12, TaskDistribution(), DIGITS, 8).samples)
+
+
+def test_samples_come_from_the_train_split_without_repetition() -> None:
+    train = set(DIGITS.splits["train"].tolist())
+    for seed in range(20):
+        samples = draw_task(seed, TaskDistribution(), DIGITS, 8).samples.tolist()
+        assert set(samples) <= train
+        assert len(set(samples)) == len(samples)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_label_noise_replaces_that_share_by_other_classes(rate: float) -> None:
+    distribution = TaskDistribution(label_noise=Range(rate, rate), num_labels=Range(897, 897))
+    task = draw_task(0, distribution, DIGITS, 8)
+    wrong = (task.labels != DIGITS.labels[task.samples]).float().mean().item()
+    assert wrong == pytest.approx(rate, abs=0.0 if rate in (0.0, 1.0) else 0.06)
+    assert set(task.labels.tolist()) <= set(range(10))
+
+
+def test_a_fixed_preference_leaves_the_other_draws_alone() -> None:
+    free, fixed = TaskDistribution(), TaskDistribution().with_preference(Preference(0.9))
+    for seed in range(5):
+        a, b = draw_task(seed, free, DIGITS, 8), draw_task(seed, fixed, DIGITS, 8)
+        assert torch.equal(a.samples, b.samples)
+        assert torch.equal(a.labels, b.labels)
+        assert a.teacher == b.teacher
+        assert b.preference == pytest.approx((0.9, 0.075, 0.025))
+
+
+def test_preference_weights() -> None:
+    assert Preference().weights() == pytest.approx((0.6, 0.3, 0.1))
+    assert Preference(2, 1, 1).weights() == pytest.approx((0.5, 0.25, 0.25))
+    assert Preference(1.0).weights() == (1.0, 0.0, 0.0)
+    for bad in (Preference(-0.1), Preference(1.5), Preference(0, 0, 0), Preference(float("nan"))):
+        with pytest.raises(UserError, match="preference"):
+            bad.weights()
+
+
+def test_impossible_distributions_are_named() -> None:
+    with pytest.raises(UserError, match=r"task\.label_noise: got low 0\.5, high 0\.2"):
+        TaskDistribution(label_noise=Range(0.5, 0.2)).check()
+    with pytest.raises(UserError, match=r"task\.dataset: got 'digit'.*did you mean 'digits'"):
+        TaskDistribution(dataset="digit").check()
+
+
+def test_an_unknown_data_set_is_named() -> None:
+    with pytest.raises(UserError, match=r"got 'mnist'; allowed: breast_cancer, digits"):
+        load_dataset("mnist")
+
+
+def imbalanced(imbalance: float, noise: float = 0.0) -> TaskDistribution:
+    return TaskDistribution(
+        label_noise=Range(noise, noise), num_labels=Range(897, 897), class_imbalance=Range(imbalance, imbalance)
+    )
+
+
+def test_classes_are_thinned_geometrically_by_hand_worked_numbers() -> None:
+    labels = torch.arange(3).repeat(16)  # [48], 16 samples a class
+    stay = thin_classes(labels, torch.tensor([2, 0, 1]), imbalance=0.75)
+    assert torch.bincount(labels[stay]).tolist() == [8, 4, 16]  # 16 * 0.25 ** (r / 2) for places r = 1, 2, 0
+    assert stay.nonzero()[:, 0][labels[stay] == 1].tolist() == [1, 4, 7, 10]  # those drawn first
+    assert torch.bincount(labels[thin_classes(labels, torch.arange(3), 1.0)]).tolist() == [16, 1, 1]
+    assert thin_classes(labels, torch.arange(3), 0.0).all()
+    assert thin_classes(torch.tensor([1, 1, 1]), torch.arange(3), 1.0).tolist() == [True, False, False]  # others absent
+
+
+def test_an_imbalanced_task_is_a_part_of_the_balanced_one() -> None:
+    for seed in range(5):
+        whole = draw_task(seed, imbalanced(0.0, noise=0.3), DIGITS, 8)
+        part = draw_task(seed, imbalanced(0.9, noise=0.3), DIGITS, 8)
+        assert (part.teacher, part.preference, part.class_imbalance) == (whole.teacher, whole.preference, 0.9)
+        given = dict(zip(whole.samples.tolist(), whole.labels.tolist(), strict=True))
+        assert 10 < len(part.samples) < 0.6 * len(whole.samples)
+        assert [given[s] for s in part.samples.tolist()] == part.labels.tolist()
+
+
+def test_the_rarest_class_keeps_its_share_and_differs_between_tasks() -> None:
+    commonest = set()
+    for seed in range(10):
+        whole, part = (draw_task(seed, imbalanced(i), DIGITS, 8) for i in (0.0, 0.9))
+        shares = torch.bincount(part.labels, minlength=10) / torch.bincount(whole.labels, minlength=10)
+        expected = [0.1 ** (place / 9) for place in range(9, -1, -1)]
+        assert shares.sort().values.tolist() == pytest.approx(
+            expected, abs=0.5 / 80
+        )  # half a sample; classes have 80 or more
+        commonest.add(int(shares.argmax()))
+    assert len(commonest) > 3
+
+
+def test_balanced_draws_are_those_of_the_first_release() -> None:
+    digest = hashlib.sha256()
+    for seed in range(200):
+        task = draw_task(seed, TaskDistribution(), DIGITS, 8)
+        digest.update(task.samples.numpy().tobytes() + task.labels.numpy().tobytes())
+        digest.update(repr((task.teacher, task.label_noise, task.preference)).encode())
+    # Taken before class_imbalance was added: published comparisons stand on these tasks.
+    assert digest.hexdigest() == "02c8d00cc543002ddb7dd17858e71908c26ef67cd99960cfcd5d428462e6dbba"
+
+
+def test_a_fixed_preference_keeps_the_imbalance() -> None:
+    assert imbalanced(0.5).with_preference(Preference()).class_imbalance == Range(0.5, 0.5)
+    with pytest.raises(UserError, match=r"task\.class_imbalance: got low 0, high 1\.5"):
+        TaskDistribution(class_imbalance=Range(0.0, 1.5)).check()
+
+
+def test_further_teachers_change_nothing_else() -> None:
+    several = TaskDistribution(num_teachers=Range(2, 4))
+    counts = set()
+    for seed in range(30):
+        one, more = draw_task(seed, TaskDistribution(), DIGITS, 8), draw_task(seed, several, DIGITS, 8)
+        assert one.teachers == (one.teacher,)
+        assert more.teacher == one.teacher == more.teachers[0]
+        assert len(set(more.teachers)) == len(more.teachers)
+        assert set(more.teachers) <= set(range(8))
+        assert torch.equal(more.samples, one.samples)
+        assert torch.equal(more.labels, one.labels)
+        assert more.preference == one.preference
+        counts.add(len(more.teachers))
+    assert counts == {2, 3, 4}
+    assert sorted(draw_task(0, TaskDistribution(num_teachers=Range(5, 5)), DIGITS, 3).teachers) == [0, 1, 2]
+
+
+def test_no_teacher_is_refused() -> None:
+    with pytest.raises(UserError, match=r"task\.num_teachers: got low 0, high 1"):
+        TaskDistribution(num_teachers=Range(0.0, 1.0)).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "num_features", "num_classes"),
+    [("breast_cancer", (284, 142, 143), 30, 2), ("wine", (89, 44, 45), 13, 3)],
+)
+def test_bundled_tables_are_cut_once_and_standardised_by_their_train_split(
+    name: str, sizes: tuple[int, int, int], num_features: int, num_classes: int
+) -> None:
+    data = load_dataset(name)
+    assert tuple(len(data.splits[split]) for split in ("train", "validation", "test")) == sizes
+    assert torch.cat(list(data.splits.values())).unique().numel() == len(data.labels) == sum(sizes)
+    assert data.inputs.shape == (sum(sizes), num_features)
+    assert data.labels.unique().tolist() == list(range(num_classes))
+    assert data.inputs[data.splits["train"]].mean(0).abs().max() < 0.1
+    other = data.inputs[data.splits["test"]].mean(0).abs().max()
+    assert other > data.inputs[data.splits["train"]].mean(0).abs().max()  # test samples shaped nothing

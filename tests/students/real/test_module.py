@@ -1,0 +1,424 @@
+"""A tiny transformer as a student: gradients, accumulation, determinism, and that it learns."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+from rlkd.data import Task
+from rlkd.data.examples import Examples
+from rlkd.errors import UserError
+from rlkd.models.real.attachment import AttachConfig, make_plan
+from rlkd.models.real.hooks import link_places
+from rlkd.models.real.instrumented import Instrumented
+from rlkd.students import Controls
+from rlkd.students.optimizers import Lion, schedule
+from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+from rlkd.teachers.real.module_signals import module_signals
+
+TRAIN = ModuleTrainConfig(steps_per_window=3, batch_size=12, learning_rate=1e-3, warmup=0.0, rate_exponent=1.0)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLKD_CACHE", str(tmp_path / "cache"))
+
+
+def texts(size: int = 96, length: int = 9) -> Examples:
+    """The label says whether token 5 stands in the text."""
+    g = torch.Generator().manual_seed(4)
+    ids = torch.randint(6, 40, (size, length), generator=g)
+    ids[:, 0] = 2
+    labels = torch.arange(size) % 2
+    ids[labels == 1, 1 + torch.randint(3, ((size + 1) // 2,), generator=g)[: int(labels.sum())]] = 5
+    mask = (torch.arange(length) < torch.randint(5, length + 1, (size, 1), generator=g)).long()
+    order = torch.arange(size)
+    splits = {"train": order[:64], "validation": order[64:80], "test": order[80:]}
+    return Examples("toy", {"input_ids": ids * mask, "attention_mask": mask}, labels, 2, splits)  # type: ignore[arg-type]
+
+
+def images(size: int = 48) -> Examples:
+    pixels = torch.rand(size, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    order = torch.arange(size)
+    splits = {"train": order[:32], "validation": order[32:40], "test": order[40:]}
+    return Examples("toy", {"pixel_values": pixels}, order % 2, 2, splits)  # type: ignore[arg-type]
+
+
+def student_of(
+    family: str = "bert",
+    config: ModuleTrainConfig = TRAIN,
+    attach: AttachConfig | None = None,
+    teacher_family: str | None = None,
+    **changes: Any,
+) -> ModuleStudent:
+    data = images() if family in tiny_models.IMAGE_FAMILIES else texts()
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if family in ("bert", "vit") else {}
+    layers = 2 if family in tiny_models.CONV_FAMILIES else 3
+    student = tiny_models.tiny(family, layers=layers, **(dropout | changes))
+    teacher = tiny_models.tiny(teacher_family or family, seed=1, layers=layers)
+    inputs = data.batch(data.splits["train"][:2])
+    attach = attach or AttachConfig()
+    plan, theirs = (make_plan(m, inputs, attach, data.num_positions) for m in (student, teacher))
+    blocks = plan.blocks if attach.hints == "all" else plan.blocks[-1:]
+    links = link_places(student, teacher, blocks, theirs.blocks, inputs, inputs)
+    signals = module_signals(teacher, theirs, [k.teacher for k in links], data, say=lambda _: None)
+    made = ModuleStudent(Instrumented(student, plan, links), data, signals, config, num_windows=4)
+    made.reset([task(data)])
+    return made
+
+
+def task(data: Examples, seed: int = 0) -> Task:
+    train = data.splits["train"]
+    return Task(seed, 0, 0.0, train, data.labels[train], (0.6, 0.3, 0.1), 0.0)
+
+
+def controls(**changes: float | list[float]) -> Controls:
+    values: dict[str, Any] = {
+        "weights": [0.25] * 4,
+        "temperature": 2.0,
+        "feature_keep": 1.0,
+        "unit_keep": 1.0,
+        "exit_threshold": 1.0,
+        "learning_rate": 3e-3,
+    }
+    return Controls(**{k: torch.tensor([v]) for k, v in (values | changes).items()})
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "convnext", "mobilenet"])
+def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) -> None:
+    student = student_of(family, attach=AttachConfig(hints="all"))
+    telemetry = student.train_window(controls(feature_keep=0.5, unit_keep=0.5, exit_threshold=0.7))
+    assert not bool(telemetry.diverged)
+    assert student.available == {"hard_label": True, "response": True, "feature": True, "attention": True}
+    assert (telemetry.gradient_norms > 0).all()
+    assert telemetry.losses.shape == (1, 4)
+    assert -1.0 <= float(telemetry.gradient_cosine) <= 1.0
+    metrics = student.evaluate("validation")
+    assert metrics.exit_accuracy.shape == (1, 2)
+    assert float(metrics.exit_rates.sum()) == pytest.approx(1.0)
+    assert metrics.kept.shape == (1, len(student.plan.group_sizes))
+    assert metrics.spread.shape == (1, 2)
+    if family not in tiny_models.CONV_FAMILIES:
+        assert metrics.kept[0, 1:3].tolist() == [32.0, 2.0]
+        assert metrics.kept[0, 0] == round(0.5 * student.plan.num_positions)
+        assert 0 < float(metrics.spread[0, 0]) < 1
+
+
+@pytest.mark.parametrize("micro_batches", [2, 5])
+def test_accumulation_changes_neither_loss_nor_gradient_step(micro_batches: int) -> None:
+    whole, parts = student_of(), student_of(config=replace(TRAIN, micro_batches=micro_batches))
+    assert distance(whole.state_dict(), parts.state_dict()) == 0.0
+    for _ in range(2):
+        a, b = (s.train_window(controls(feature_keep=0.6, unit_keep=0.5)) for s in (whole, parts))
+        torch.testing.assert_close(a.losses, b.losses, rtol=1e-4, atol=1e-6)
+    assert distance(whole.state_dict(), parts.state_dict()) < 2e-4
+    assert distance(whole.state_dict(), student_of().state_dict()) > 1e-3
+
+
+def test_the_gradient_that_is_reported_is_the_gradient() -> None:
+    student = student_of()
+    telemetry = student.train_window(controls())
+    positions = torch.arange(16)
+    student.student.eval()
+    norms, cosine = student._family_gradients(positions, torch.tensor(2.0))
+    losses = student._losses(positions, torch.tensor(2.0))
+    own = [*student.student.model.parameters(), *student.student.heads.parameters()]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, own, retain_graph=True, materialize_grads=True)])
+        for x in losses
+    ]
+    torch.testing.assert_close(norms, torch.stack([r.norm() for r in rows]), rtol=1e-4, atol=1e-6)
+    expected = torch.dot(rows[0], rows[1]) / (rows[0].norm() * rows[1].norm())
+    torch.testing.assert_close(cosine, expected, rtol=1e-3, atol=1e-5)
+    assert telemetry.gradient_norms.shape == (1, 4)
+
+
+def test_the_same_seed_gives_the_same_student_and_another_does_not() -> None:
+    dropout = {"hidden_dropout_prob": 0.1}
+    a, b = student_of(**dropout), student_of(**dropout)
+    torch.manual_seed(99)  # the global stream plays no part
+    first, second = a.train_window(controls()), b.train_window(controls())
+    assert torch.equal(first.losses, second.losses)
+    assert distance(a.state_dict(), b.state_dict()) == 0.0
+    before = a.state_dict()
+    a.reset([task(texts())])
+    a.train_window(controls())
+    assert distance(a.state_dict(), before) == 0.0
+    b.reset([task(texts(), seed=1)])
+    b.train_window(controls())
+    assert distance(a.state_dict(), b.state_dict()) > 1e-4
+
+
+def test_a_student_learns_from_labels_and_from_its_teacher() -> None:
+    config = replace(TRAIN, steps_per_window=25, batch_size=32, learning_rate=3e-3)
+    student = student_of(config=config)
+    before = student.evaluate("train")
+    for _ in range(2):
+        student.train_window(controls(weights=[1.0, 0.0, 0.0, 0.0]))
+    after = student.evaluate("train")
+    assert float(after.exit_loss[0, -1]) < 0.5 * float(before.exit_loss[0, -1])
+    follower = student_of(config=config)
+    divergence = float(follower.evaluate("train").divergence)
+    for _ in range(2):
+        follower.train_window(controls(weights=[0.0, 1.0, 0.0, 0.0]))
+    assert float(follower.evaluate("train").divergence) < 0.5 * divergence
+
+
+def test_unavailable_families_get_no_weight() -> None:
+    student = student_of("vit", teacher_family="resnet")
+    assert student.available["attention"] is False
+    other = student_of("vit", teacher_family="resnet")
+    a = student.train_window(controls(weights=[0.5, 0.5, 0.0, 0.0]))
+    other.train_window(controls(weights=[0.25, 0.25, 0.0, 0.5]))
+    assert distance(student.state_dict(), other.state_dict()) < 1e-6
+    assert float(a.gradient_norms[0, 3]) == 0.0
+
+
+def test_exits_follow_the_threshold_and_the_ends_are_exact() -> None:
+    student = student_of()
+    student.set_controls(controls(exit_threshold=0.5))
+    assert student.evaluate("validation").exit_rates.tolist() == [[1.0, 0.0]]
+    student.set_controls(controls(exit_threshold=1.0))
+    assert student.evaluate("validation").exit_rates.tolist() == [[0.0, 1.0]]
+
+
+def test_patience_is_heard() -> None:
+    attach = AttachConfig(exits=(1, 2), patience=2)
+    student = student_of(attach=attach)
+    student.set_controls(controls(exit_threshold=0.999))
+    rates = student.evaluate("validation").exit_rates[0]
+    assert float(rates[1]) > 0
+    student_without = student_of(attach=AttachConfig(exits=(1, 2)))
+    student_without.set_controls(controls(exit_threshold=0.999))
+    assert float(student_without.evaluate("validation").exit_rates[0, 1]) == 0.0
+
+
+def test_bfloat16_stays_close_and_parameters_stay_float32() -> None:
+    half, full = student_of(config=replace(TRAIN, precision="bfloat16")), student_of()
+    a, b = (s.train_window(controls()) for s in (half, full))
+    torch.testing.assert_close(a.losses, b.losses, rtol=0.05, atol=0.02)
+    assert not torch.equal(a.losses, b.losses)
+    assert all(p.dtype == torch.float32 for p in half.student.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_student_that_diverges_goes_back_and_goes_on_with_smaller_steps(optimizer: Literal["adamw", "lion"]) -> None:
+    config = replace(TRAIN, optimizer=optimizer, learning_rate=1e-4)
+    student, reference = student_of("resnet", config), student_of("resnet", config)  # has buffers, too
+    for s in (student, reference):
+        s.train_window(controls())
+    before = {name: value.clone() for name, value in student.student.state_dict().items()}
+    moments = copy.deepcopy(student._optimizer.state_dict()["state"])
+    told = student.train_window(controls(learning_rate=1e38))
+    assert (told.num_rollbacks.tolist(), told.diverged.tolist()) == ([1], [False])
+    for name, value in student.student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for key, row in student._optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[key][name]) for name, value in row.items())
+    # by hand: the reference spends the batches and the steps of the schedule, then takes a tenth
+    torch.randint(len(reference._task.samples), (3, 12), generator=reference._batches)
+    reference._step += 3
+    student.train_window(controls())
+    reference.train_window(controls(learning_rate=float(torch.tensor(3e-3) * torch.tensor(0.1))))
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+
+
+def test_a_student_that_diverges_too_often_is_told() -> None:
+    student = student_of()
+    told = [student.train_window(controls(learning_rate=1e38)) for _ in range(3)]
+    assert [t.num_rollbacks.item() for t in told] == [1, 2, 2]
+    assert [t.diverged.item() for t in told] == [False, False, True]
+    student.reset([task(texts())])
+    assert not bool(student.train_window(controls()).diverged)
+
+
+def test_a_gradient_whose_norm_overflows_counts() -> None:
+    """Clipping would make zeros of it: the student would stand still and say nothing."""
+    student = student_of()
+    parameter = next(iter(student.student.model.parameters()))
+    spoils = iter([1e30])  # in the first of the window's steps alone
+    parameter.register_hook(lambda gradient: gradient + next(spoils, 0.0))
+    told = student.train_window(controls())
+    assert torch.isfinite(told.gradient_norms).all()
+    assert torch.isfinite(told.losses).all()
+    assert told.num_rollbacks.tolist() == [1]
+
+
+def test_lion_by_hand() -> None:
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Lion([p], lr=0.1, betas=(0.9, 0.5), weight_decay=0.5)
+    p.grad = torch.tensor([3.0, -0.1])
+    optimizer.step()  # momentum 0: u = sign(0.1 g); p (1 - 0.05) - 0.1 u; m = 0.5 g = (1.5, -0.05)
+    torch.testing.assert_close(p.data, torch.tensor([0.85, -1.8]))
+    p.grad = torch.tensor([-10.0, 0.0])
+    optimizer.step()  # 0.9 m + 0.1 g = (0.35, -0.045)
+    torch.testing.assert_close(p.data, torch.tensor([0.85 * 0.95 - 0.1, -1.8 * 0.95 + 0.1]))
+
+
+def test_lion_trains() -> None:
+    student = student_of(config=replace(TRAIN, optimizer="lion", learning_rate=1e-4))
+    before = student.state_dict()
+    assert not bool(student.train_window(controls()).diverged)
+    assert distance(before, student.state_dict()) > 1e-5
+
+
+def test_the_learning_rate_rises_and_falls_within_the_control() -> None:
+    factors = [schedule(step, 10, 0.2, 0.1) for step in range(10)]
+    assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert factors[6] == pytest.approx(0.55)  # half way down
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert all(f >= 0.1 for f in factors)
+    slow, fast = student_of(), student_of()
+    slow.train_window(controls(learning_rate=3e-3))
+    fast.train_window(controls(learning_rate=6e-3))
+    assert fast._optimizer.param_groups[0]["lr"] == pytest.approx(2 * slow._optimizer.param_groups[0]["lr"])
+
+
+def test_the_control_s_hold_on_the_learning_rate_can_be_loosened() -> None:
+    rates = []
+    for exponent in (1.0, 0.5, 0.0):
+        student = student_of(config=replace(TRAIN, rate_exponent=exponent))
+        student.train_window(controls(learning_rate=0.012))  # four times the published one
+        rates.append(student._optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(4 * rates[2])
+    assert rates[1] == pytest.approx(2 * rates[2])
+
+
+WRONG: dict[str, Callable[[], ModuleTrainConfig]] = {
+    "micro_batches": lambda: replace(TRAIN, micro_batches=13),
+    "learning_rate": lambda: replace(TRAIN, learning_rate=0.0),
+    "warmup": lambda: replace(TRAIN, warmup=1.0),
+    "rate_exponent": lambda: replace(TRAIN, rate_exponent=1.5),
+    "device": lambda: replace(TRAIN, device="gpu"),
+    "steps_per_window": lambda: replace(TRAIN, steps_per_window=0),
+    "max_rollbacks": lambda: replace(TRAIN, max_rollbacks=-1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_impossible_training(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        student_of(config=WRONG[name]())
+
+
+def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(tmp_path: Path) -> None:
+    data, teacher = texts(), tiny_models.tiny("bert", seed=1)
+    plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(), data.num_positions)
+    said: list[str] = []
+    first = module_signals(teacher, plan, plan.blocks, data, batch_size=7, say=said.append)
+    again = module_signals(teacher, plan, plan.blocks, data, batch_size=50, say=said.append)
+    assert len(said) == 1
+    with torch.no_grad():
+        logits = teacher(**data.inputs).logits
+    torch.testing.assert_close(first.logits[0], logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again.features, first.features)
+    train = data.splits["train"]
+    for k in range(2):
+        part = first.features[0, train, 32 * k : 32 * (k + 1)]
+        assert float(part.square().mean()) == pytest.approx(1.0, rel=1e-4)
+    maps = first.maps[0]
+    torch.testing.assert_close(maps.norm(dim=-1), torch.ones(96))
+    assert bool((maps[data.inputs["attention_mask"] == 0] == 0).all())
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(2.0)
+    module_signals(teacher, plan, plan.blocks, data, say=said.append)
+    assert len(said) == 2
+
+
+def test_evaluation_gives_every_sample_its_own_label() -> None:
+    """Batches are made by length; the answers come back in order."""
+    student = student_of(config=replace(TRAIN, evaluation_batch_size=5))
+    data = texts()
+    with torch.no_grad():
+        student.student.model.classifier.weight.mul_(200.0)  # answers that differ from sample to sample
+    for split in ("train", "validation"):
+        index = data.splits[split]  # type: ignore[index]
+        lengths = data.inputs["attention_mask"][index].sum(1)
+        assert lengths[data.by_length(index)].tolist() == sorted(lengths.tolist())
+        with torch.no_grad():
+            logits = student.student.model(**data.batch(index)).logits
+        expected = torch.nn.functional.cross_entropy(logits, data.labels[index])
+        student.set_controls(controls())
+        metrics = student.evaluate(split)  # type: ignore[arg-type]
+        assert float(metrics.exit_loss[0, -1]) == pytest.approx(float(expected), rel=1e-4)
+        theirs = student._signals.logits[0, index].argmax(-1)
+        assert float(metrics.agreement) == pytest.approx(float((logits.argmax(-1) == theirs).float().mean()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_real_student_goes_on_as_if_it_had_not_stopped(optimizer: Literal["adamw", "lion"]) -> None:
+    config = replace(TRAIN, optimizer=optimizer, warmup=0.3)
+    old, new = (student_of(config=config, hidden_dropout_prob=0.1) for _ in range(2))
+    old.train_window(controls(unit_keep=0.5))
+    old.train_window(controls(learning_rate=1e30))  # is rolled back
+    old.evaluate("validation")
+    new.reset([task(texts())])
+    new.load_training_state(old.training_state())
+    for _ in range(2):
+        for students in (old, new):
+            students.train_window(controls(unit_keep=0.7))
+            students.evaluate("validation")
+        ours, theirs = old.training_state(), new.training_state()
+        assert set(ours) == set(theirs)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert int(ours["rollbacks.count"]) == 1
+
+
+def test_the_teacher_is_no_part_of_what_is_saved() -> None:
+    student = student_of("vit", teacher_family="resnet")
+    own = {name for name, _ in student.student.model.named_parameters()}
+    attached = {f"heads.0.{part}" for part in ("weight", "bias")} | {
+        f"adapters.0.{part}" for part in ("weight", "bias")
+    }
+    assert set(student.state_dict()) == own | attached
+    assert not any("resnet" in name for name, _ in student.student.named_modules())
+
+
+def test_a_window_ends_with_an_evaluation_on_a_spread_of_validation() -> None:
+    few, whole = student_of(config=replace(TRAIN, validation_size=4)), student_of()
+    seen: list[Tensor] = []
+    answers = few._answers
+    few._answers = lambda index: (seen.append(index), answers(index))[1]  # type: ignore[method-assign, func-returns-value]
+    for student in (few, whole):
+        student.set_controls(controls())
+    accuracy = float(few.evaluate("validation").accuracy)
+    assert seen[0].tolist() == [64, 68, 72, 76]  # of 64 to 79
+    right = torch.stack([z.argmax(-1) for z in answers(seen[0])[0]])[-1] == texts().labels[seen[0]]
+    assert accuracy == pytest.approx(float(right.float().mean()))
+    few.evaluate("test")
+    assert len(seen[1]) == 16  # results come from all test samples
+    assert torch.equal(whole.evaluate("validation").exit_loss, student_of().evaluate("validation").exit_loss)
+    with pytest.raises(UserError, match=r"train\.validation_size: got -1"):
+        replace(TRAIN, validation_size=-1).check()
+
+
+def test_exits_of_each_class_sum_to_those_of_all() -> None:
+    student = student_of()
+    student.set_controls(controls(exit_threshold=0.52))
+    metrics, by_class = student.evaluate("test"), student.exits_by_class("test")
+    shares = by_class.num_samples / by_class.num_samples.sum()
+    torch.testing.assert_close((shares[:, None] * by_class.exit_rates).sum(0).float(), metrics.exit_rates[0])
+    assert float((shares * by_class.accuracy).sum()) == pytest.approx(float(metrics.accuracy))
+
+
+def test_auto_places_on_what_there_is() -> None:
+    pytest.importorskip("accelerate", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert replace(TRAIN, device="auto").torch_device().type == expected
+
+
+def test_a_batch_smaller_than_its_parts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkd.students.real.processes.num_processes", lambda: 5)
+    with pytest.raises(UserError, match=r"train\.batch_size: got 12; allowed: at least 3 micro-batches .* 5 processes"):
+        student_of(config=replace(TRAIN, micro_batches=3))
