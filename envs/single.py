@@ -1,18 +1,21 @@
-"""`rlkd/Distillation-v0`: one student's distillation as a Gymnasium environment."""
+"""One student's distillation as a Gymnasium environment: `rlkd/Distillation-v0`, and with flat actions."""
 
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 
-from rlkd.envs.action import action_space, change, flat_action
+from rlkd.envs.action import NUM_CONTROLS, action_space, change, flat_action
+from rlkd.envs.checks import check_options, check_parts, check_started, checked_changes, scenario_of
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import observation_space
-from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.envs.scenario import EnvConfig, Scenario
 
 Action = dict[str, NDArray[np.float32]]
+Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 MAX_SEED = 2**60
 
 
@@ -46,28 +49,73 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
     def __init__(
         self, config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None
     ) -> None:
-        if render_mode is not None:
-            raise ValueError(f"render_mode: got {render_mode!r}; allowed: None")
-        self._scenario = scenario or build_scenario(config or EnvConfig())
+        self._scenario = scenario_of(config, scenario, render_mode)
         self._episodes = Episodes(self._scenario, 1)
+        self._is_running = False
         self.action_space = action_space()  # type: ignore[assignment]
         self.observation_space = observation_space()  # type: ignore[assignment]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Draw a task and start its student; the same seed gives the same task, parameters and batches."""
+        """Draw a task and start its student; the same seed gives the same task, parameters and batches.
+
+        Raises:
+            ValueError: `options` holds anything; there are none.
+        """
+        check_options(options)
         super().reset(seed=seed)
         task_seed = int(self.np_random.integers(MAX_SEED))
         observation = self._episodes.reset([task_seed])
+        self._is_running = True
         return observation[0].numpy(), {"task_seed": task_seed}
 
-    def step(self, action: Action) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Move the controls, train one window, evaluate on validation."""
-        changes = torch.from_numpy(flat_action(action))[None]  # [1, 9]
-        outcome = self._episodes.step(change(self._episodes.start, changes, self._scenario.config.controls))
+    def step(self, action: Action) -> Step:
+        """Move the controls, train one window, evaluate on validation.
+
+        Raises:
+            ValueError: the action has another form, or holds a number that is not finite.
+            gymnasium.error.ResetNeeded: no episode is running.
+        """
+        check_started(self._is_running)
+        check_parts(action, self.action_space)  # type: ignore[arg-type]
+        return self.step_flat(flat_action(action))
+
+    def step_flat(self, changes: NDArray[np.float32]) -> Step:
+        """As `step`, with the changes as one array [9] in the order of `CONTROLS`."""
+        check_started(self._is_running)
+        rows = torch.from_numpy(checked_changes(np.asarray(changes)[None], 1))  # [1, 9]
+        outcome = self._episodes.step(change(self._episodes.start, rows, self._scenario.config.controls))
         info = {name: float(values[0]) for name, values in figures(outcome).items()}
-        return outcome.observation[0].numpy(), float(outcome.reward[0]), bool(outcome.terminated[0]), False, info
+        self._is_running = not bool(outcome.terminated[0])
+        return outcome.observation[0].numpy(), float(outcome.reward[0]), not self._is_running, False, info
+
+
+class FlatDistillationEnv(DistillationEnv):
+    """`DistillationEnv` with one Box [9] of changes in the order of `CONTROLS`, as stable-baselines3's PPO needs it."""
+
+    def __init__(
+        self, config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None
+    ) -> None:
+        super().__init__(config, scenario, render_mode)
+        self.action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)  # type: ignore[assignment]
+
+    def step(self, action: NDArray[np.float32]) -> Step:  # type: ignore[override]
+        """Move the controls by `action` [9], train one window, evaluate on validation; errors as of the parent's."""
+        return self.step_flat(action)
+
+
+def make_env(**arguments: Any) -> DistillationEnv:
+    """Make `rlkd/Distillation-v0`.
+
+    A function has no metadata, so Gymnasium does not warn where stable-baselines3 asks for a render mode at first.
+    """
+    return DistillationEnv(**arguments)
+
+
+def make_flat_env(**arguments: Any) -> FlatDistillationEnv:
+    """Make `rlkd/DistillationFlat-v0`, as `make_env` does."""
+    return FlatDistillationEnv(**arguments)
 
 
 def figures(outcome: Outcome) -> dict[str, NDArray[Any]]:

@@ -6,15 +6,17 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.envs.action import action_space, change, flat_action
+from rlkd.envs.action import NUM_CONTROLS, action_space, change, flat_action
+from rlkd.envs.checks import check_options, check_parts, check_started, checked_changes, scenario_of
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import observation_space
-from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.envs.scenario import EnvConfig, Scenario
 from rlkd.envs.single import MAX_SEED, Action, figures
 
 
@@ -37,11 +39,11 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         scenario: Scenario | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode is not None:
-            raise ValueError(f"render_mode: got {render_mode!r}; allowed: None")
+        self.scenario = scenario_of(config, scenario, render_mode)
+        if num_envs < 1:
+            raise ValueError(f"num_envs: got {num_envs}; allowed: at least 1")
         self.num_envs = num_envs
         self.render_mode = None
-        self.scenario = scenario or build_scenario(config or EnvConfig())
         self.episodes = Episodes(self.scenario, num_envs)
         self.single_action_space = action_space()
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -55,8 +57,13 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """New episodes for all. An integer seed gives student i the seed `seed + i`, as Gymnasium's SyncVectorEnv."""
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        """Begin new episodes for all. An integer seed gives student i the seed `seed + i`, as SyncVectorEnv does.
+
+        Raises:
+            ValueError: not one seed a student; `options` holds anything.
+        """
+        check_options(options)
+        seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None:
             if len(seeds) != self.num_envs:
                 raise ValueError(f"seed: got {len(seeds)} seeds for {self.num_envs} students; give one each")
@@ -70,15 +77,23 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
     def step(
         self, actions: Action
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Move every student's controls, train one window, evaluate, and restart those that ended."""
+        """Move every student's controls, train one window, evaluate, and restart those that ended.
+
+        Raises:
+            ValueError: the actions have another form, or hold a number that is not finite.
+            gymnasium.error.ResetNeeded: `reset` was never called.
+        """
+        check_started(bool(self.episodes.tasks))
+        check_parts(actions, self.action_space)  # type: ignore[arg-type]
         return self.step_flat(flat_action(actions))
 
     def step_flat(
         self, actions: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """As `step`, with the changes as one array [N, 9] in the order of `CONTROLS`."""
-        controls = self.scenario.config.controls
-        outcome = self.episodes.step(change(self.episodes.start, torch.from_numpy(actions), controls))
+        check_started(bool(self.episodes.tasks))
+        changes = torch.from_numpy(checked_changes(actions, self.num_envs))
+        outcome = self.episodes.step(change(self.episodes.start, changes, self.scenario.config.controls))
         everyone = np.ones(self.num_envs, dtype=bool)
         info: dict[str, Any] = {}
         for name, values in figures(outcome).items():
@@ -121,6 +136,27 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
 
     def _draw(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         return [int(self._generators[i].integers(MAX_SEED)) for i in rows]
+
+
+class FlatDistillationVectorEnv(DistillationVectorEnv):
+    """`DistillationVectorEnv` with one Box [N, 9] of changes in the order of `CONTROLS`."""
+
+    def __init__(
+        self,
+        num_envs: int = 128,
+        config: EnvConfig | None = None,
+        scenario: Scenario | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        super().__init__(num_envs, config, scenario, render_mode)
+        self.single_action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def step(  # type: ignore[override]
+        self, actions: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """As of the parent, with actions [N, 9]."""
+        return self.step_flat(actions)
 
 
 def _stream_state(generator: np.random.Generator) -> NDArray[np.int64]:
