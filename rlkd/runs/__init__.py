@@ -1,0 +1,1 @@
+"""Runs whole experiments in a run folder: train, compare, distil, resume, verify."""
