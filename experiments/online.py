@@ -25,15 +25,24 @@ from rlkd.agents.evaluation.comparison import compare
 from rlkd.agents.evaluation.held_out import held_out_seeds
 from rlkd.agents.policy.bundle import load_bundle
 from rlkd.agents.policy.controllers import Controller, Results, hold_start
-from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, hold_base, learn_online
+from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, learn_online
 from rlkd.configs import OnlineConfig
 from rlkd.data import Preference
+from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.runs.folder import use_one_thread
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 NUM_TASKS, NUM_WINDOWS, ACCURACY_WEIGHT = 16, 96, 0.6
 SEARCH = SearchConfig(num_settings=40, tasks_per_setting=16, num_finalists=4, tasks_per_finalist=64)
+
+
+def hold_base(run: OneRun, num_windows: int) -> None:
+    """Train `run`'s student for as many windows under its base alone: the agent's baseline."""
+    for _ in range(num_windows):
+        run.step(np.zeros(NUM_CONTROLS, dtype=np.float32))
+        if run.diverged:
+            break
 
 
 def one(scenario: Scenario, base: Controller, seed: int, agent: OnlineAgentConfig | None) -> dict[str, float]:

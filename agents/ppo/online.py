@@ -159,11 +159,3 @@ def learn_online(run: OneRun, num_windows: int, config: OnlineAgentConfig, seed:
         agent.set_logger(logger)
     agent.learn(num_windows, callback=_UntilDiverged(run), log_interval=1)
     return int(agent._n_updates) // config.num_epochs
-
-
-def hold_base(run: OneRun, num_windows: int) -> None:
-    """Train `run`'s student for as many windows under its base alone: the agent's baseline."""
-    for _ in range(num_windows):
-        run.step(np.zeros(NUM_CONTROLS, dtype=np.float32))
-        if run.diverged:
-            break

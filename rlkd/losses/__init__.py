@@ -8,7 +8,6 @@ from rlkd.losses.response import response
 from rlkd.losses.tokens import (
     TopK,
     token_cross_entropy,
-    token_response,
     token_response_top_k,
     top_k,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "response",
     "token_cross_entropy",
     "token_losses_of",
-    "token_response",
     "token_response_top_k",
     "top_k",
 ]

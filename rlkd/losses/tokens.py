@@ -35,27 +35,6 @@ def token_cross_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     return -masked_mean(picked, mask)
 
 
-def token_response(
-    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: Tensor | float, reverse: bool = False
-) -> Tensor:
-    """KL of next-token distributions at a temperature, times T squared, mean over `mask`, in nats.
-
-    Formula: T^2 (1/M) sum_(b,t in mask) KL(p_bt || q_bt), p = softmax(teacher / T), q = softmax(student / T); reverse:
-    KL(q || p), which punishes mass where the teacher has none (MiniLLM, Gu et al. 2024, on given text rather than on
-    samples of the student's).
-
-    Args:
-        student_logits: [B, L, V].
-        teacher_logits: [B, L, V], without gradient.
-        mask: [B, L - 1] of `next_token_mask`.
-        temperature: T > 0, a scalar.
-        reverse: KL(q || p).
-    """
-    log_p = F.log_softmax(teacher_logits[:, :-1].detach() / temperature, -1)  # [B, L - 1, V]
-    log_q = F.log_softmax(student_logits[:, :-1] / temperature, -1)  # [B, L - 1, V]
-    return masked_mean(_divergence(log_p, log_q, reverse), mask) * temperature**2
-
-
 def top_k(logits: Tensor, k: int) -> TopK:
     """The k largest of [B, L, V] logits and the logsumexp of the others.
 
@@ -76,7 +55,11 @@ def rest_of(logits: Tensor, indices: Tensor) -> Tensor:
 def token_response_top_k(
     student_logits: Tensor, teacher: TopK, mask: Tensor, temperature: Tensor | float, reverse: bool = False
 ) -> Tensor:
-    """As `token_response`, over the teacher's k tokens and one outcome for all others.
+    """Return the KL of next-token distributions at a temperature, times T squared, mean over `mask`, in nats.
+
+    Formula: T^2 (1/M) sum_(b,t in mask) KL(p_bt || q_bt) over k + 1 outcomes, the teacher's k tokens and all others
+    as one. `reverse` gives KL(q || p), which punishes mass where the teacher has none (MiniLLM, Gu et al. 2024, on
+    given text rather than on samples of the student's).
 
     The temperature softens the k + 1 outcomes: logits of the k tokens and the logsumexp of the others, on both sides,
     are divided by T. At T = 1 the outcomes have exactly the probabilities of the full distributions; at other

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from rlkd.agents.policy.bundle import Bundle
+from rlkd.agents.baselines.methods import Request, num_trainings, total_trainings
+from rlkd.agents.baselines.search import search_plans
 from rlkd.agents.evaluation.comparison import compare, csv_rows
 from rlkd.agents.evaluation.front import compare_fronts
 from rlkd.agents.evaluation.held_out import METHOD_STREAM, SEARCH_STREAM, held_out_seeds, run_methods, stream_seed
-from rlkd.io.journal import Journal
-from rlkd.agents.baselines.methods import Request, num_trainings, total_trainings
-from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
-from rlkd.io.records import plain, write_json
-from rlkd.runs.folder import Progress
-from rlkd.agents.baselines.search import search_plans
+from rlkd.agents.policy.bundle import Bundle
 from rlkd.configs.schema import CompareConfig
 from rlkd.cost import save_profile
 from rlkd.envs.scenario import build_scenario
 from rlkd.io.files import write_whole
+from rlkd.io.journal import Journal
+from rlkd.io.records import plain, write_json
+from rlkd.runs.folder import Progress
+from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
 
 def compare_methods(
@@ -64,7 +64,15 @@ def compare_methods(
     seeds = [s for k in range(config.num_seeds) for s in held_out_seeds(seed + k, num_tasks)]
     policy, method_seed = bundle.policy if bundle else None, stream_seed(seed, METHOD_STREAM)
     request = Request(
-        scenario, config.task, tuple(seeds), static, policy, config.search, method_seed, progress.advance, journal=journal
+        scenario,
+        config.task,
+        tuple(seeds),
+        static,
+        policy,
+        config.search,
+        method_seed,
+        progress.advance,
+        journal=journal,
     )
     trained = len(weights) * total_trainings(names, len(seeds))
     trained += config.search.num_trainings * len({"linear", "cosine"} & set(names))

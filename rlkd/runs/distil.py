@@ -8,19 +8,18 @@ from typing import Any
 import torch
 
 from rlkd.agents.policy.controllers import Controller
-from rlkd.io.journal import Journal
 from rlkd.compression import CompactStudent, compact, save_student
 from rlkd.cost import median_latency_s
-from rlkd.envs.action import CONTROLS, decode
-from rlkd.envs.episodes import Episodes, Outcome
+from rlkd.data import Preference
+from rlkd.envs.action import decode
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.reward import DIVERGED_SCORE
 from rlkd.envs.rows import window_row
 from rlkd.envs.scenario import EpisodeScenario, Scenario
 from rlkd.errors import UserError
 from rlkd.io.files import number, reason
-from rlkd.losses import FAMILIES
-from rlkd.students import Controls, SoloStudent
-from rlkd.data import Preference
+from rlkd.io.journal import Journal
+from rlkd.students import SoloStudent
 
 MEASURED_BATCHES = (1, 64)
 

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.agents.policy.controllers import Controller
-from rlkd.io.journal import Journal
-from rlkd.runs.distil import run_windows
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.cost.real import measure
+from rlkd.data.anchors import Anchors
+from rlkd.data.examples import Examples, TokenExamples
 from rlkd.envs.action import decode
 from rlkd.envs.real import RealScenario
 from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.io.journal import Journal
+from rlkd.runs.distil import run_windows
 from rlkd.students import Metrics
 from rlkd.students.evaluation import ExitsByClass
 from rlkd.students.real.module import ModuleStudent
-from rlkd.data.anchors import Anchors
-from rlkd.data.examples import Examples, TokenExamples
 from rlkd.teachers.real.token_signals import TokenSignals
 
 MEASURED_BATCHES = (1, 32)

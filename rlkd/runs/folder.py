@@ -15,9 +15,9 @@ import torch
 import yaml
 
 import rlkd
-from rlkd.io.lock import hold
 from rlkd.errors import UserError
 from rlkd.io.files import write_whole
+from rlkd.io.lock import hold
 from rlkd.io.records import plain, write_json
 
 
@@ -35,22 +35,6 @@ class Progress(Protocol):
 
     def say(self, line: str) -> None:
         """A line for the user."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
-        """Nothing."""
-
-    def advance(self, num_students: int) -> None:
-        """Nothing."""
-
-    def figures(self, **values: float) -> None:
-        """Nothing."""
-
-    def say(self, line: str) -> None:
-        """Nothing."""
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from rlkd.io.files import inside, read_json
 from rlkd.io.journal import Journal, digest
 from rlkd.runs.folder import describe_run
-from rlkd.io.files import inside, read_json
 
 PROFILE = "cost_profile"
 Config = TypeVar("Config")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
 
+from rlkd.agents.baselines.methods import Request
+from rlkd.agents.baselines.search import Shortlist, search_plans
 from rlkd.agents.evaluation import tensorboard as tb
-from rlkd.agents.policy.bundle import save_bundle
 from rlkd.agents.evaluation.comparison import compare, interval
-from rlkd.agents.policy.controllers import hold_start, run
 from rlkd.agents.evaluation.held_out import (
     GATE_STREAM,
     METHOD_STREAM,
@@ -23,22 +23,22 @@ from rlkd.agents.evaluation.held_out import (
     run_methods,
     stream_seed,
 )
-from rlkd.io.journal import Journal
-from rlkd.agents.baselines.methods import Request
+from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.agents.planner.planning import Round, learn_plan
+from rlkd.agents.policy.bundle import save_bundle
+from rlkd.agents.policy.controllers import hold_start, run
 from rlkd.agents.policy.policy import Policy, unchanged
 from rlkd.agents.ppo.train import Rollout, train
-from rlkd.runs.distil import Distilled, distil, write_student
-from rlkd.agents.evaluation.report import read_run, write_report
-from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
-from rlkd.io.records import JsonLines, plain, write_json
-from rlkd.runs.folder import Progress
-from rlkd.agents.baselines.search import Shortlist, search_plans
 from rlkd.configs.schema import ExperimentConfig, ReplayConfig
 from rlkd.cost import save_profile
-from rlkd.envs.schedule import ControlPlan
-from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.data import Preference
+from rlkd.envs.scenario import Scenario, build_scenario
+from rlkd.envs.schedule import ControlPlan
+from rlkd.io.journal import Journal
+from rlkd.io.records import JsonLines, plain, write_json
+from rlkd.runs.distil import Distilled, distil, write_student
+from rlkd.runs.folder import Progress
+from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
 COMPARED = ("policy", "static", "plan", "published", "annealed")
@@ -61,7 +61,9 @@ def train_experiment(
     scenarios = [build_scenario(part, say=progress.say) for part in parts]
     for scenario, name in zip(scenarios, names, strict=True):
         save_profile(scenario.profile, folder / f"{name}.json")
-    found = {f"{name} {i}": tensor for i, scenario in enumerate(scenarios) for name, tensor in scenario.tensors().items()}
+    found = {
+        f"{name} {i}": tensor for i, scenario in enumerate(scenarios) for name, tensor in scenario.tensors().items()
+    }
     remember(journal, "train", found, costs=[plain(scenario.profile) for scenario in scenarios])
     timing = JsonLines(folder / "timing.jsonl", journal)
 
@@ -138,7 +140,9 @@ def plan_ahead(
     lines = JsonLines(folder / "planning.jsonl", journal)
 
     def on_round(done: Round) -> None:
-        lines.write({"round": done.number, "num_trainings": done.num_trainings, "scenario": done.scenario, **done.figures})
+        lines.write(
+            {"round": done.number, "num_trainings": done.num_trainings, "scenario": done.scenario, **done.figures}
+        )
         if not journal.replaying:
             tb.record_round(logger, done)
         progress.figures(score=done.figures["score"], accuracy=done.figures["accuracy"])
@@ -230,7 +234,9 @@ def replay_config(config: ExperimentConfig) -> ReplayConfig:
 
 def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
     """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
-    scenario = build_scenario(with_own_profile(replay_config(config).env(policy.controls), folder), policy.plan, progress.say)
+    scenario = build_scenario(
+        with_own_profile(replay_config(config).env(policy.controls), folder), policy.plan, progress.say
+    )
     return distil(scenario, policy.controller(), seed, lambda row, observation: progress.advance(1))
 
 

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.policy.bundle import Bundle, load_bundle
-from rlkd.runs.train import compare_on_held_out_tasks, keep_what_gains, replay_config, result_of
-from rlkd.runs.resume import with_own_profile
-from rlkd.io.records import plain
-from rlkd.runs.folder import Progress
-from rlkd.runs.compare import compare_methods
 from rlkd.compression import CompactStudent, load_student
 from rlkd.configs.schema import CompareConfig, ExperimentConfig, ReplayConfig
+from rlkd.data import Preference, draw_task
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.reward import DIVERGED_SCORE, score
 from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json
-from rlkd.data import Preference, draw_task
+from rlkd.io.records import plain
+from rlkd.runs.compare import compare_methods
+from rlkd.runs.folder import Progress
+from rlkd.runs.resume import with_own_profile
+from rlkd.runs.train import compare_on_held_out_tasks, keep_what_gains, replay_config, result_of
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # what float32 sums in another order may differ by; a changed answer is far above it
 CLOCK = ("wall_s", "updates_per_s")
@@ -118,11 +118,11 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
     Raises:
         UserError: there is no result, or the data cannot be read.
     """
-    from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
     from rlkd.compression.real.cut import load_module_student
-    from rlkd.models.real.pretrained import load_processor
     from rlkd.data.tables import make_examples, read_table
     from rlkd.data.texts import make_token_examples, read_texts
+    from rlkd.models.real.pretrained import load_processor
+    from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
 
     recorded = _replayed(read_result(folder))
     try:

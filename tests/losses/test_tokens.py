@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from rlkd.data.examples import next_token_mask
 from rlkd.losses.tokens import (
     rest_of,
     token_cross_entropy,
-    token_response,
     token_response_top_k,
     top_k,
 )
@@ -20,6 +21,16 @@ TEACHER, STUDENT = P.log().repeat(1, 3, 1), torch.zeros(1, 3, 4)
 ALL = torch.tensor([[True, True]])
 FORWARD = 0.5 * math.log(2) + 0.0 + 2 * 0.125 * math.log(0.5)
 REVERSE = 0.25 * math.log(0.5) + 0.0 + 2 * 0.25 * math.log(2)
+
+
+def token_response(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float, reverse: bool = False
+) -> Tensor:
+    """The full divergence, written as the formula reads: T^2 times the mean of KL(p || q), or of KL(q || p)."""
+    p, q = ((z[:, :-1] / temperature).softmax(-1) for z in (teacher_logits.detach(), student_logits))
+    first, second = (q, p) if reverse else (p, q)
+    divergences = F.kl_div(second.log(), first, reduction="none").sum(-1)[mask]
+    return divergences.mean() * temperature**2 if mask.any() else divergences.sum()
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkd.runs.folder import describe_run, git_state
 from rlkd.configs import ReplayConfig
+from rlkd.runs.folder import describe_run, git_state
 
 NOBODY = ("-c", "user.name=nobody", "-c", "user.email=nobody@localhost", "-c", "commit.gpgsign=false")
 

@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from silent import Silent
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from rlkd.io.checkpoints import Checkpoint, Checkpoints
-from rlkd.runs.train import train_experiment
-from rlkd.io.journal import Journal
+from rlkd.agents.baselines.search import SearchConfig, Shortlist
 from rlkd.agents.planner.planning import PlanningConfig
+from rlkd.agents.planner.surrogate import SurrogateConfig
 from rlkd.agents.policy.policy import Policy
 from rlkd.agents.ppo.train import PPOConfig, Rollout, train
-from rlkd.runs.folder import Silent
-from rlkd.agents.baselines.search import SearchConfig, Shortlist
-from rlkd.agents.planner.surrogate import SurrogateConfig
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
 from rlkd.envs import Scenario
 from rlkd.errors import UserError
+from rlkd.io.checkpoints import Checkpoint, Checkpoints
 from rlkd.io.files import tensor_shapes
+from rlkd.io.journal import Journal
+from rlkd.runs.train import train_experiment
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 

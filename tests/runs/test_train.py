@@ -3,23 +3,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from silent import Silent
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlkd.agents.baselines.search import SearchConfig, Shortlist
+from rlkd.agents.planner.planning import PlanningConfig
+from rlkd.agents.planner.surrogate import SurrogateConfig
 from rlkd.agents.policy.bundle import load_bundle
 from rlkd.agents.policy.controllers import hold_start
-from rlkd.runs.train import held_out_seeds, train_experiment
-from rlkd.agents.planner.planning import PlanningConfig
 from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.agents.ppo.train import PPOConfig
-from rlkd.runs.distil import distil
-from rlkd.runs.folder import Silent
-from rlkd.agents.baselines.search import SearchConfig, Shortlist
-from rlkd.agents.planner.surrogate import SurrogateConfig
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.cost import CostConfig
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, Scenario, build_scenario
 from rlkd.envs.single import MAX_SEED
 from rlkd.models import StudentConfig
+from rlkd.runs.distil import distil
+from rlkd.runs.train import held_out_seeds, train_experiment
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from rlkd.runs.verify import compare_results, differences
 from rlkd.cli.main import main
+from rlkd.runs.verify import compare_results, differences
 
 Capture = pytest.CaptureFixture[str]
 

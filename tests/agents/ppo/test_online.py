@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlkd.agents.baselines.schedules import follow
 from rlkd.agents.policy.controllers import hold_start
-from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, hold_base, learn_online
+from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, learn_online
 from rlkd.configs import OnlineConfig
 from rlkd.envs import CONTROLS, Scenario
 from rlkd.envs.episodes import Episodes
@@ -36,6 +36,14 @@ def started(scenario: Scenario, base: Any = hold_start, seed: int = 3) -> tuple[
         rows.append(row)
 
     return OneRun(scenario, base, seed, on_window), rows
+
+
+def hold_base(run: OneRun, num_windows: int) -> None:
+    """Train `run`'s student for as many windows under its base alone."""
+    for _ in range(num_windows):
+        run.step(np.zeros(len(CONTROLS), dtype=np.float32))
+        if run.diverged:
+            break
 
 
 def test_no_action_is_the_base_and_the_base_is_a_replay(long: Scenario) -> None:
