@@ -1,7 +1,9 @@
 """Controls as numbers in [0, 1], settings of them, and actions as changes.
 
-Every control has a range; its *position* u in [0, 1] runs through the range linearly, in log steps, or, for
-the loss weights, in logits whose softmax gives the weights. A *setting* is a vector of all positions.
+Every control has a range; its unit control u in [0, 1] runs through the range linearly, in log steps, or, for the loss
+weights, in logits whose softmax gives the weights. A *setting* is a vector of all unit controls. Three of them choose
+the kind of exit: the largest decides whether no sample leaves early, all leave at the first exit if its validation
+accuracy meets the floor, or each sample leaves by its confidence.
 """
 
 import functools
@@ -23,14 +25,15 @@ from rlkd.students import Controls
 
 WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a factor of up to e^8, about 3,000
 
-# The lowest fifth of the exit control lets all samples leave at the first exit, the highest fifth none leave
-# early: these two cost no decision at inference, so a search must be able to hit them exactly.
-EXIT_DEAD_ZONE = 0.2
-
 HIGHEST = 1e30  # of a temperature or learning rate: nothing sensible, but still a float32
 
 SCALARS = ("temperature", "feature_keep", "unit_keep", "exit_threshold", "learning_rate")
-CONTROLS = (*(f"weight_{family}" for family in FAMILIES), *SCALARS)
+EXIT_KINDS = ("never", "first", "threshold")
+CONTROLS = (
+    *(f"weight_{family}" for family in FAMILIES),
+    *SCALARS,
+    *(f"exit_{kind}" for kind in EXIT_KINDS),
+)
 NUM_CONTROLS = len(CONTROLS)
 
 
@@ -38,7 +41,7 @@ NUM_CONTROLS = len(CONTROLS)
 class ControlConfig:
     """Ranges of the controls and the size of a change."""
 
-    step: float = 0.35
+    step: float = 0.5
     """Share of a control's range that an action of 1 moves it by."""
     temperature: tuple[float, float] = (1.0, 10.0)
     """Softening of teacher and student; log steps."""
@@ -60,47 +63,62 @@ class ControlConfig:
                 raise UserError(f"controls.{name}: got [{low:g}, {high:g}]; allowed: 0 < low <= high <= {highest:g}")
 
 
-def decode(position: Tensor, config: ControlConfig, num_classes: int) -> Controls:
-    """Controls at `position` [N, 9] in [0, 1]."""
+def exit_kind(u: Tensor) -> Tensor:
+    """[N] int64, index into EXIT_KINDS of the largest of the three exit controls in `u` [N, 12]; ties: the first."""
+    return u[:, -len(EXIT_KINDS) :].argmax(-1)
+
+
+def with_exit_kind(u: Tensor, kind: str) -> Tensor:
+    """`u` [N, 12] with the exit controls at 1 for `kind` and at 0 for the others."""
+    result = u.clone()
+    result[:, -len(EXIT_KINDS) :] = torch.eye(len(EXIT_KINDS))[EXIT_KINDS.index(kind)].to(u)
+    return result
+
+
+def decode(u: Tensor, config: ControlConfig, num_classes: int) -> Controls:
+    """Controls at `u` [N, 12] in [0, 1].
+
+    The exit threshold is above 1/C and below 1 by kind `threshold`, 1/C by kind `first` and 1 by kind `never`.
+    """
 
     def log_steps(name: str) -> Tensor:
         low, high = getattr(config, name)
-        u = position[:, CONTROLS.index(name)]
-        return torch.as_tensor(low * (high / low) ** u)
+        return torch.as_tensor(low * (high / low) ** u[:, CONTROLS.index(name)])
 
-    logits = (2 * position[:, : len(FAMILIES)] - 1) * WEIGHT_LOGIT  # [N, 4]
+    logits = (2 * u[:, : len(FAMILIES)] - 1) * WEIGHT_LOGIT  # [N, 4]
     chance = 1.0 / num_classes
-    exit_position = position[:, CONTROLS.index("exit_threshold")]
-    inner = ((exit_position - EXIT_DEAD_ZONE) / (1.0 - 2 * EXIT_DEAD_ZONE)).clamp(0.0, 1.0)  # [N]
+    inner = chance + (1.0 - chance) * (0.01 + 0.98 * u[:, CONTROLS.index("exit_threshold")])  # [N]
+    kind = exit_kind(u)
+    threshold = torch.where(kind == 0, torch.ones_like(inner), torch.where(kind == 1, chance, inner))
     return Controls(
         weights=logits.softmax(-1),
         temperature=log_steps("temperature"),
         feature_keep=log_steps("feature_keep"),
         unit_keep=log_steps("unit_keep"),
-        exit_threshold=chance + (1.0 - chance) * inner,
+        exit_threshold=threshold,
         learning_rate=log_steps("learning_rate"),
     )
 
 
-def encode(controls: Mapping[str, float | Tensor], config: ControlConfig) -> Tensor:
-    """Position [9] of named controls, every one given; values as in `with_values`."""
-    missing = [name for name in CONTROLS if name not in controls]
+def encode(controls: Mapping[str, float | Tensor], config: ControlConfig, exit_kind: str = "never") -> Tensor:
+    """Unit controls [12] of named controls; values as in `with_values`. `exit_kind` names the kind of exit."""
+    missing = [name for name in CONTROLS[: -len(EXIT_KINDS)] if name not in controls]
     if missing:
         raise ValueError(f"encode: no value for {', '.join(missing)}")
-    return with_values(torch.zeros(1, NUM_CONTROLS), controls, config)[0]
+    return with_exit_kind(with_values(torch.zeros(1, NUM_CONTROLS), controls, config), exit_kind)[0]
 
 
-def with_values(position: Tensor, controls: Mapping[str, float | Tensor], config: ControlConfig) -> Tensor:
-    """Positions [N, 9] with some controls set to values, clipped to their ranges; the others stay.
+def with_values(u: Tensor, controls: Mapping[str, float | Tensor], config: ControlConfig) -> Tensor:
+    """Unit controls [N, 12] with some controls set to values, clipped to their ranges; the others stay.
 
     Args:
-        position: [N, 9].
+        u: [N, 12].
         controls: numbers or [N] by name. Weights come all four or not at all, as `weight_<family>` >= 0, and are
-            scaled so that the largest has u = 1. `exit_threshold` is a position (0: all leave at once, 1: none
-            leaves early), because its range depends on the number of classes.
+            scaled so that the largest has u = 1. `exit_threshold` is given as its unit control, because its range
+            depends on the number of classes.
         config: ranges.
     """
-    result = position.clone()
+    result = u.clone()
     families = [f"weight_{family}" for family in FAMILIES]
     values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in controls.items()}
     given = [name for name in families if name in values]
@@ -110,18 +128,18 @@ def with_values(position: Tensor, controls: Mapping[str, float | Tensor], config
     for name, value in values.items():
         if largest is not None and name in families:
             logit = WEIGHT_LOGIT + (value / largest).clamp_min(1e-9).log()
-            u = (logit / WEIGHT_LOGIT + 1) / 2
+            column = (logit / WEIGHT_LOGIT + 1) / 2
         elif name == "exit_threshold":
-            u = value
+            column = value
         else:
             low, high = getattr(config, name)
-            u = (value / low).log() / math.log(high / low) if high > low else torch.zeros_like(value)
-        result[:, CONTROLS.index(name)] = u.clamp(0.0, 1.0)
+            column = (value / low).log() / math.log(high / low) if high > low else torch.zeros_like(value)
+        result[:, CONTROLS.index(name)] = column.clamp(0.0, 1.0)
     return result
 
 
 def published_setting(config: ControlConfig) -> Tensor:
-    """[9]: CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05 at T = 4, nothing pruned, no early exit."""
+    """[12]: CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05 at T = 4, nothing pruned, no early exit."""
     weights = dict(zip((f"weight_{f}" for f in FAMILIES), (0.5, 0.3, 0.15, 0.05), strict=True))
     rate = min(max(3e-3, config.learning_rate[0]), config.learning_rate[1])
     return encode(
@@ -130,7 +148,7 @@ def published_setting(config: ControlConfig) -> Tensor:
             "temperature": min(max(4.0, config.temperature[0]), config.temperature[1]),
             "feature_keep": 1.0,
             "unit_keep": 1.0,
-            "exit_threshold": 1.0,
+            "exit_threshold": 0.5,
             "learning_rate": rate,
         },
         config,
@@ -138,7 +156,7 @@ def published_setting(config: ControlConfig) -> Tensor:
 
 
 def change(start: Tensor, action: Tensor, config: ControlConfig) -> Tensor:
-    """Position [N, 9] after `action` [N, 9] in [-1, 1] moved the controls from `start` [N, 9]."""
+    """Unit controls [N, 12] after `action` [N, 12] in [-1, 1] moved them from `start` [N, 12]."""
     return (start + config.step * action.clamp(-1.0, 1.0)).clamp(0.0, 1.0)
 
 
@@ -147,24 +165,26 @@ def action_space() -> spaces.Dict:
     boxes: dict[str, spaces.Space[Any]] = {"loss_weights": spaces.Box(-1.0, 1.0, (len(FAMILIES),), np.float32)}
     for name in SCALARS:
         boxes[name] = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    boxes["exit_kind"] = spaces.Box(-1.0, 1.0, (len(EXIT_KINDS),), np.float32)
     # a list of pairs keeps this order; a dict would be sorted by name
     return spaces.Dict(list(boxes.items()))
 
 
 def flat_action(action: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-    """[*N, 9] from the values of `action_space`, each [*N, size]."""
-    return np.concatenate([action["loss_weights"], *(action[name] for name in SCALARS)], axis=-1, dtype=np.float32)
+    """[*N, 12] from the values of `action_space`, each [*N, size]."""
+    parts = [action["loss_weights"], *(action[name] for name in SCALARS), action["exit_kind"]]
+    return np.concatenate(parts, axis=-1, dtype=np.float32)
 
 
 def dict_action(flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
     """The inverse of `flat_action`."""
     split = len(FAMILIES)
     parts = {name: flat[..., split + i : split + i + 1] for i, name in enumerate(SCALARS)}
-    return {"loss_weights": flat[..., :split], **parts}
+    return {"loss_weights": flat[..., :split], **parts, "exit_kind": flat[..., -len(EXIT_KINDS) :]}
 
 
 class FlattenAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], Any]):
-    """Presents the Dict of changes as one Box [9] in the order of `CONTROLS`, as PPO needs it."""
+    """Presents the Dict of changes as one Box [12] in the order of `CONTROLS`, as PPO needs it."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)

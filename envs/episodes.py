@@ -1,23 +1,25 @@
 """N episodes side by side: the one place where controls meet students and become observations and rewards.
 
-The single and the vector environment and every baseline controller go through here, so all of them train the
-same students on the same batches and are scored alike. Setting a control is by position (`rlkd.envs.action`).
+The single and the vector environment and every baseline go through here, so all of them train the same students on the
+same batches and are scored alike. Controls are set by unit controls u (`rlkd.envs.action`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.cost import Cost
 from rlkd.data import Split, Task, TaskDistribution, draw_task
-from rlkd.envs.action import CONTROLS, NUM_CONTROLS, decode
-from rlkd.envs.observation import REFERENCES, TaskFeatures, observe
-from rlkd.envs.reward import DIVERGED_SCORE, score
+from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, decode, exit_kind
+from rlkd.envs.limits import within_limits
+from rlkd.envs.observation import PROBES, REFERENCES, Snapshot, TaskFeatures, observe
+from rlkd.envs.reward import score, worst_score
 from rlkd.envs.scenario import EpisodeScenario
 from rlkd.errors import UserError
-from rlkd.students import Metrics, Population, Students, Telemetry
+from rlkd.students import Controls, Metrics, Population, Students, Telemetry
 from rlkd.teachers.landmarks import LANDMARKS
 
 LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
@@ -32,6 +34,7 @@ class Outcome:
     terminated: Tensor  # bool, the horizon is reached or the student diverged
     diverged: Tensor  # bool
     score: Tensor
+    margin: Tensor  # validation accuracy less the floor, or less the reference accuracy where there is no floor
     metrics: Metrics  # on validation
     cost: Cost
     telemetry: Telemetry
@@ -45,63 +48,131 @@ class Episodes:
         self.num_students = num_students
         self.students: Students = scenario.students(num_students)
         self.tasks: list[Task] = []
-        self.position = torch.zeros(num_students, NUM_CONTROLS)
+        self.u = torch.zeros(num_students, NUM_CONTROLS)  # unit controls now
+        self.reference = torch.zeros(num_students, 2)  # reference accuracy on validation and test
         self._distribution = tasks or scenario.config.task
-        self._held = scenario.plan.begin(num_students)  # [N, K, 9], every student's plan as far as it is decided
         self._window = torch.zeros(num_students)
         self._score = torch.zeros(num_students)
+        self._threshold = torch.ones(num_students)  # of the exits, as they are now
         self._landmarks = torch.zeros(num_students, len(LANDMARKS))
-        self._capacity, self._savings = scenario.capacity, reference_savings(scenario)
+        self._previous: Metrics | None = None
+        self._savings = reference_savings(scenario)
 
-    def reset(self, seeds: Sequence[int], rows: Tensor | None = None) -> Tensor:
+    def reset(
+        self, seeds: Sequence[int], rows: Tensor | None = None, goal_seeds: Sequence[int] | None = None
+    ) -> Tensor:
         """Begin the episodes of `seeds` and return the observation [N, O], which is meant for those episodes alone.
 
         Args:
             seeds: one task a student, for all N or for those at `rows`.
             rows: [len(seeds)] int64.
+            goal_seeds: one a task, of its goal; by default `seeds`.
         """
         where = torch.arange(self.num_students) if rows is None else rows
-        num_teachers = len(self.scenario.signals.accuracy)
-        fresh = [draw_task(seed, self._distribution, self.scenario.data, num_teachers) for seed in seeds]
+        fresh = [self._draw(seed, goal) for seed, goal in zip(seeds, goal_seeds or seeds, strict=True)]
         self.students.reset(fresh, where)
+        self.scenario.warm_start(self.students, fresh, where)
         tasks = dict(zip(where.tolist(), fresh, strict=True))
         self.tasks = [tasks.get(i) or self.tasks[i] for i in range(self.num_students)]
         self._window[where] = 0.0
-        self._held[where] = self.scenario.plan.begin(len(where))
-        self.position[where] = self.start[where]
+        self.reference[where] = self.scenario.references(fresh)
         self._landmarks[where] = self.scenario.signals.landmarks(self.scenario.data, fresh)
         self._features = self._task_features()
-        self.students.set_controls(decode(self.position, self.scenario.config.controls, self.scenario.data.num_classes))
-        metrics, cost, now = self.evaluate("validation")
+        self.u[where] = within_limits(self.start, self._features.latency_limit, self.scenario)[where]
+        metrics, cost, now = self._settle()
         self._score = self._score.clone()
         self._score[where] = now[where]  # the others keep theirs: their next reward begins where their last one ended
-        observation = self._observe(metrics, cost, torch.zeros(self.num_students), None)
-        # not those of the others, who may stand at a phase that was decided on what they really looked like then
-        self._held[where] = self._revised(observation)[where]
-        return observation
+        return self._observe(metrics, cost, torch.zeros(self.num_students), None)
 
     @property
     def start(self) -> Tensor:
-        """[N, 9], what the scenario's plan has for each student's next window; what its action changes."""
-        return self.scenario.plan.now(self._held, self._window, self.scenario.config.num_windows)
+        """[N, 12], the setting that actions change."""
+        return self.scenario.start.expand(self.num_students, -1)
 
-    def _revised(self, observation: Tensor) -> Tensor:
-        return self.scenario.plan.revise(self._held, observation, self._window, self.scenario.config.num_windows)
+    @property
+    def window(self) -> Tensor:
+        """[N], windows done."""
+        return self._window
 
-    def step(self, position: Tensor) -> Outcome:
-        """Train one window with the controls at `position` [N, 9]; the reward is what that window changed."""
-        controls = decode(position, self.scenario.config.controls, self.scenario.data.num_classes)
-        telemetry = self.students.train_window(controls)
-        self.position = position.clone()
+    @property
+    def floors(self) -> Tensor:
+        """[N, 2], least accuracy on validation and test that meets the goal; 0 for no floor."""
+        keep = torch.tensor([task.keep for task in self.tasks])
+        return self.reference * keep[:, None]
+
+    @property
+    def threshold(self) -> Tensor:
+        """[N], exit thresholds as they are now."""
+        return self._threshold
+
+    @property
+    def latency_limit(self) -> Tensor:
+        """[N], greatest latency ratio that the goal allows; inf for no limit."""
+        return self._features.latency_limit
+
+    def step(self, u: Tensor) -> Outcome:
+        """Train one window with the unit controls `u` [N, 12]; the reward is what that window changed.
+
+        Raises:
+            ValueError: a value that is not finite.
+        """
+        if not torch.isfinite(u).all():
+            bad = [CONTROLS[i] for i in range(NUM_CONTROLS) if not torch.isfinite(u[:, i]).all()]
+            raise ValueError(f"step: {', '.join(bad)} is not finite; allowed: 0 to 1")
+        self.u = within_limits(u.clone(), self._features.latency_limit, self.scenario)
+        telemetry = self.students.train_window(self._controls())
         self._window += 1
-        metrics, cost, now = self.evaluate("validation")
-        now = torch.where(telemetry.diverged, torch.full_like(now, DIVERGED_SCORE), now)
+        metrics, cost, now = self._settle()
+        now = torch.where(telemetry.diverged, worst_score(self.floors[:, 0]), now)
         reward = now - self._score
         self._score = now
         done = (self._window >= self.scenario.config.num_windows) | telemetry.diverged
         observation = self._observe(metrics, cost, reward, telemetry)
-        self._held = self._revised(observation)
-        return Outcome(observation, reward, done, telemetry.diverged, now, metrics, cost, telemetry)
+        margin = metrics.accuracy - self._features.anchor
+        return Outcome(
+            observation=observation,
+            reward=reward,
+            terminated=done,
+            diverged=telemetry.diverged,
+            score=now,
+            margin=margin,
+            metrics=metrics,
+            cost=cost,
+            telemetry=telemetry,
+        )
+
+    def _controls(self) -> Controls:
+        return decode(self.u, self.scenario.config.controls, self.scenario.data.num_classes)
+
+    def _settle(self) -> tuple[Metrics, Cost, Tensor]:
+        """Select inputs and units, choose the exits, and evaluate on validation.
+
+        By the kind `first`, all samples leave at the first exit if its accuracy meets the floor, else at the end.
+        """
+        controls = self._controls()
+        self.students.set_controls(controls)
+        self._threshold = controls.exit_threshold
+        metrics = self.students.evaluate("validation")
+        asks_first = exit_kind(self.u) == EXIT_KINDS.index("first")
+        fails = asks_first & (metrics.exit_accuracy[:, 0] < self.floors[:, 0])
+        if self.scenario.num_exits > 1 and fails.any():
+            self._threshold = torch.where(fails, torch.ones_like(self._threshold), self._threshold)
+            self.students.set_exit(self._threshold)
+            last = F.one_hot(torch.full((self.num_students,), self.scenario.num_exits - 1), self.scenario.num_exits)
+            metrics = replace(
+                metrics,
+                accuracy=torch.where(fails, metrics.exit_accuracy[:, -1], metrics.accuracy),
+                exit_rates=torch.where(fails[:, None], last.to(metrics.exit_rates), metrics.exit_rates),
+            )
+        cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
+        return metrics, cost, self._scored(metrics.accuracy, cost, 0)
+
+    def _scored(self, accuracy: Tensor, cost: Cost, column: int) -> Tensor:
+        return score(accuracy, cost, self._features.preference, self.floors[:, column])
+
+    def _draw(self, seed: int, goal_seed: int) -> Task:
+        num_teachers = len(self.scenario.signals.accuracy)
+        return draw_task(seed, self._distribution, self.scenario.data, num_teachers, goal_seed=goal_seed)
 
     def copy_rows(self, sources: Tensor) -> None:
         """Student i goes on from where student `sources[i]` ([N] int64) is, on its own task and batches.
@@ -114,13 +185,14 @@ class Episodes:
         if not isinstance(self.students, Population):
             raise ValueError("copy_rows: got one student; allowed: a population of at least two")
         self.students.copy_rows(sources)
-        self.position, self._score = self.position[sources], self._score[sources]
+        self.u, self._score = self.u[sources], self._score[sources]
+        self._threshold = self._threshold[sources]
 
     def training_state(self) -> dict[str, Tensor]:
         """Copies of all that `load_training_state` needs to go on from here."""
-        own = {"position": self.position, "held": self._held, "window": self._window, "score": self._score}
+        own = {"u": self.u, "window": self._window, "score": self._score, "threshold": self._threshold}
         state = {name: tensor.clone() for name, tensor in own.items()}
-        state["tasks"] = torch.tensor([task.seed for task in self.tasks])  # [N] int64
+        state["tasks"] = torch.tensor([[task.seed, task.goal_seed] for task in self.tasks])  # [N, 2] int64
         return {**state, **{f"students.{name}": t for name, t in self.students.training_state().items()}}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -129,10 +201,11 @@ class Episodes:
         Raises:
             UserError: a task's seed or a random source is none.
         """
-        num_teachers, seeds = len(self.scenario.signals.accuracy), state["tasks"].tolist()
-        if not all(0 <= seed < LARGEST_SEED for seed in seeds):
-            raise UserError(f"training state: a task's seed is {min(seeds)} or {max(seeds)}; allowed: 0 to below 2**61")
-        self.tasks = [draw_task(seed, self._distribution, self.scenario.data, num_teachers) for seed in seeds]
+        seeds = state["tasks"].tolist()
+        flat = [seed for pair in seeds for seed in pair]
+        if not all(0 <= seed < LARGEST_SEED for seed in flat):
+            raise UserError(f"training state: a task's seed is {min(flat)} or {max(flat)}; allowed: 0 to below 2**61")
+        self.tasks = [self._draw(*pair) for pair in seeds]
         self.students.reset(self.tasks)
         begin = "students."
         try:
@@ -140,58 +213,71 @@ class Episodes:
             self.students.load_training_state(mine)
         except RuntimeError as error:
             raise UserError(f"training state: a random source cannot be restored ({error!s:.80})") from error
-        self.position, self._window = state["position"].clone(), state["window"].clone()
-        self._held, self._score = state["held"].clone(), state["score"].clone()
+        self.u, self._window = state["u"].clone(), state["window"].clone()
+        self._score, self._threshold = state["score"].clone(), state["threshold"].clone()
+        self.reference = self.scenario.references(self.tasks)
         self._landmarks = self.scenario.signals.landmarks(self.scenario.data, self.tasks)
         self._features = self._task_features()
 
-    def set_exit(self, exit_position: Tensor) -> None:
-        """Move the exit control to `exit_position` [N] without training; nothing else changes."""
-        self.position = self.position.clone()
-        self.position[:, CONTROLS.index("exit_threshold")] = exit_position
-        controls = decode(self.position, self.scenario.config.controls, self.scenario.data.num_classes)
-        self.students.set_exit(controls.exit_threshold)
+    def set_exit(self, threshold: Tensor) -> None:
+        """Set the exit threshold [N] without training; nothing else changes."""
+        self._threshold = threshold.clone()
+        self.students.set_exit(threshold)
 
     def evaluate(self, split: Split) -> tuple[Metrics, Cost, Tensor]:
         """Metrics, cost and score [N] of the students as they are."""
         metrics = self.students.evaluate(split)
-        threshold = decode(self.position, self.scenario.config.controls, self.scenario.data.num_classes).exit_threshold
-        cost = self.scenario.cost(metrics.kept, metrics.exit_rates, threshold)
-        return metrics, cost, score(metrics.accuracy, cost, self._features.preference)
+        cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
+        return metrics, cost, self._scored(metrics.accuracy, cost, 1 if split == "test" else 0)
+
+    def _probes(self, metrics: Metrics) -> dict[str, Tensor]:
+        """Accuracy that each student would lose now, by the names of PROBES; [N] each."""
+        controls = self._controls()
+
+        def accuracy(inputs: float, units: float) -> Tensor:
+            exits = self.students.probe(controls.feature_keep * inputs, controls.unit_keep * units)  # [N, E]
+            return (exits * metrics.exit_rates).sum(-1)
+
+        now = accuracy(1.0, 1.0)
+        return {name: now - accuracy(*shares) for name, shares in PROBES.items()}
 
     def _observe(self, metrics: Metrics, cost: Cost, change: Tensor, telemetry: Telemetry | None) -> Tensor:
-        scenario = self.scenario
-        return observe(
-            features=self._features,
-            progress=self._window / scenario.config.num_windows,
-            position=self.position,
-            temperature=decode(self.position, scenario.config.controls, scenario.data.num_classes).temperature,
-            score=self._score,
+        snapshot = Snapshot(
+            windows_done=self._window,
+            num_windows=self.scenario.config.num_windows,
+            u=self.u,
             score_change=change,
             metrics=metrics,
+            previous=self._previous if telemetry else None,
             cost=cost,
+            probes=self._probes(metrics),
             telemetry=telemetry,
-            group_sizes=scenario.group_sizes,
-            num_classes=scenario.data.num_classes,
-            num_train=len(scenario.data.splits["train"]),
-            capacity=self._capacity,
-            savings=self._savings,
+        )
+        self._previous = metrics
+        return observe(
+            self._features,
+            snapshot,
+            self._savings,
+            group_sizes=self.scenario.group_sizes,
+            num_classes=self.scenario.data.num_classes,
         )
 
     def _task_features(self) -> TaskFeatures:
         signals = self.scenario.signals
-        teachers = [list(task.teachers) for task in self.tasks]  # figures of several are their means
+        teachers = [list(task.teachers) for task in self.tasks]  # metrics of several are their means
         agreement = [
             torch.stack([signals.agreement(teacher, task.samples, task.labels) for teacher in task.teachers]).mean()
             for task in self.tasks
         ]
+        has_floor = torch.tensor([task.keep > 0 for task in self.tasks])
         return TaskFeatures(
             teacher_accuracy=torch.stack([signals.accuracy[some].mean() for some in teachers]),
-            teacher_entropy=torch.stack([signals.entropy[some].mean() for some in teachers]),
             teacher_label_agreement=torch.stack(agreement),
-            num_labels=torch.tensor([float(len(task.samples)) for task in self.tasks]),
             landmarks=self._landmarks,
             preference=torch.tensor([task.preference for task in self.tasks]),
+            anchor=torch.where(has_floor, self.floors[:, 0], self.reference[:, 0]),
+            has_floor=has_floor,
+            latency_limit=torch.tensor([task.latency_limit for task in self.tasks]),
         )
 
 

@@ -1,9 +1,12 @@
-"""What the agent sees of a student: named, bounded, independent of its architecture and of the losses' scale.
+"""What the agent sees of a student: named, bounded, relative to its goal, and independent of data set and architecture.
 
-Version 3 of the schema. Names, order and bounds go into the policy bundle, and loading compares them.
+Accuracies are differences to an anchor: the floor, or the reference accuracy of a task without a floor. A figure that
+only tells data sets apart does harm on data never seen, so there are none. Version 4 of the schema. Names, order and
+bounds go into the policy bundle, and loading compares them.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,57 +16,72 @@ from torch import Tensor
 
 from rlkd.cost import Cost
 from rlkd.envs.action import CONTROLS
-from rlkd.losses import FAMILIES
 from rlkd.students import Metrics, Telemetry
 from rlkd.teachers.landmarks import LANDMARKS
 
-VERSION = 3
+VERSION = 4
 
-# What is saved, beside the dense student, if all samples leave at the first exit: shares of inputs and units kept.
+# Savings beside the dense student if all samples leave at the first exit: shares of inputs and units kept.
 REFERENCES = {"exit": (1.0, 1.0), "exit_quarter_inputs": (0.25, 1.0), "exit_quarter_units": (1.0, 0.25)}
 SAVINGS = tuple(f"{cost}_saving_{name}" for cost in ("latency", "energy") for name in REFERENCES)
 
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "progress": (0.0, 1.0),  # share of the windows done
-    "score": (-2.0, 1.0),  # J on validation
-    "score_change": (-1.0, 1.0),
-    "accuracy": (0.0, 1.0),  # validation, each sample at the exit it leaves at
-    "first_exit_accuracy": (0.0, 1.0),
-    "last_exit_accuracy": (0.0, 1.0),
-    "first_exit_loss": (0.0, 3.0),  # validation, ratio to chance, log C
-    "last_exit_loss": (0.0, 3.0),
-    "first_exit_rate": (0.0, 1.0),
-    "latency_saving": (-3.0, 1.0),  # 1 - ratio to the dense student
-    "energy_saving": (-1.0, 1.0),
-    "macs_ratio": (0.0, 2.0),
-    "inputs_kept": (0.0, 1.0),
-    "units_kept": (0.0, 1.0),
-    "hard_label_loss": (0.0, 3.0),  # training, mean over the window, ratio to chance
-    "response_loss": (0.0, 3.0),  # divided by T squared, ratio to chance
-    "feature_loss": (0.0, 3.0),
-    "attention_loss": (0.0, 2.0),
-    **{f"gradient_share_{family}": (0.0, 1.0) for family in FAMILIES},
-    "gradient_cosine": (-1.0, 1.0),
-    "input_spread": (0.0, 1.0),
-    "unit_spread": (0.0, 1.0),
-    "teacher_accuracy": (0.0, 1.0),  # validation
-    "teacher_entropy": (0.0, 1.0),  # ratio to log C
-    "teacher_label_agreement": (0.0, 1.0),  # on the labels the student is given
-    **{f"landmark_{name}": (0.0, 1.0) for name in LANDMARKS},  # accuracies of closed-form classifiers, validation
-    "teacher_agreement": (0.0, 1.0),  # of the student's answers, validation
-    "divergence": (0.0, 3.0),  # KL from teacher to student, ratio to log C
-    "capacity_ratio": (-1.0, 1.0),  # log10 of dense student's to teacher's MACs, divided by 4
-    "label_fraction": (0.0, 1.0),  # of the train split that the student is given
-    "labels_per_class": (0.0, 1.0),  # log10, divided by 4
-    "num_classes": (0.0, 1.0),  # log10, divided by 5
-    "mean_width": (0.0, 1.0),  # units of a block that can be left out; log10, divided by 4
-    "num_blocks": (0.0, 1.0),  # divided by 32
-    **dict.fromkeys(SAVINGS, (-1.0, 1.0)),  # of the student as it would be, by the cost model
-    "preference_accuracy": (0.0, 1.0),
-    "preference_latency": (0.0, 1.0),
-    "preference_energy": (0.0, 1.0),
-    **{f"control_{name}": (0.0, 1.0) for name in CONTROLS},  # positions now
+# What the probes leave out: shares of the inputs and units that are kept now.
+PROBES = {"units": (1.0, 0.7), "inputs": (0.7, 1.0)}
+
+# Group of observations -> name -> (bounds, meaning).
+TABLE: dict[str, dict[str, tuple[tuple[float, float], str]]] = {
+    "time": {
+        "progress": ((0.0, 1.0), "share of the windows done"),
+        "windows_left": ((0.0, 1.0), "log2 of windows left plus 1, divided by 8"),
+    },
+    "margin": {
+        "margin": ((-1.0, 1.0), "validation accuracy less the anchor"),
+        "margin_change": ((-1.0, 1.0), "change of the margin in the last window"),
+        "first_exit_margin": ((-1.0, 1.0), "accuracy of the first exit less the anchor"),
+        "last_exit_margin": ((-1.0, 1.0), "accuracy of the last exit less the anchor"),
+        "first_exit_change": ((-1.0, 1.0), "change of the first exit's accuracy in the last window"),
+        "last_exit_change": ((-1.0, 1.0), "change of the last exit's accuracy in the last window"),
+        "score_change": ((-2.0, 2.0), "change of J in the last window: the reward"),
+    },
+    "goal": {
+        "has_floor": ((0.0, 1.0), "1 if the goal has an accuracy floor"),
+        "preference_accuracy": ((0.0, 1.0), "weight of accuracy in J"),
+        "preference_latency": ((0.0, 1.0), "weight of latency in J"),
+        "preference_energy": ((0.0, 1.0), "weight of energy in J"),
+        "has_limit": ((0.0, 1.0), "1 if the goal limits a cost"),
+        "limit_slack": ((-1.0, 1.0), "limit on the latency ratio less the ratio now; 1 without a limit"),
+    },
+    "cost": {
+        "latency_saving": ((-3.0, 1.0), "1 - latency ratio to the dense student"),
+        "energy_saving": ((-1.0, 1.0), "1 - energy ratio to the dense student"),
+        "inputs_kept": ((0.0, 1.0), "share of the inputs kept"),
+        "units_kept": ((0.0, 1.0), "share of the units kept"),
+        "first_exit_rate": ((0.0, 1.0), "share of samples that leave at the first exit"),
+        **{
+            f"{cost}_saving_{name}": ((-1.0, 1.0), f"{cost} saved by the cost model, whatever is learned: {name}")
+            for cost in ("latency", "energy")
+            for name in REFERENCES
+        },
+    },
+    "probe": {
+        f"probe_{name}": ((-1.0, 1.0), f"accuracy lost now if 30 % of the kept {name} were left out") for name in PROBES
+    },
+    "training": {
+        "label_loss": ((0.0, 3.0), "hard label loss over the window, ratio to chance"),
+        "generalisation_gap": ((-3.0, 3.0), "validation loss of the last exit less training loss, ratio to chance"),
+        "gradient_cosine": ((-1.0, 1.0), "between the gradients of hard label and response"),
+    },
+    "teacher": {
+        "teacher_margin": ((-1.0, 1.0), "the teacher's validation accuracy less the anchor"),
+        "teacher_label_agreement": ((0.0, 1.0), "share of the student's labels that the teacher agrees with"),
+        **{
+            f"landmark_{name}": ((-1.0, 1.0), "validation accuracy of a closed-form classifier less the anchor")
+            for name in LANDMARKS
+        },
+    },
+    "controls": {f"control_{name}": ((0.0, 1.0), "unit control now") for name in CONTROLS},
 }
+_BOUNDS = {name: bounds for group in TABLE.values() for name, (bounds, _) in group.items()}
 OBSERVATIONS = tuple(_BOUNDS)
 LOW, HIGH = (np.array(side, dtype=np.float32) for side in zip(*_BOUNDS.values(), strict=True))
 
@@ -78,98 +96,98 @@ class TaskFeatures:
     """What stays the same during an episode. Each [N] unless said otherwise."""
 
     teacher_accuracy: Tensor
-    teacher_entropy: Tensor
     teacher_label_agreement: Tensor
-    num_labels: Tensor
     landmarks: Tensor  # [N, 5]
     preference: Tensor  # [N, 3]
+    anchor: Tensor  # validation floor, or the reference accuracy of a task without one
+    has_floor: Tensor  # bool
+    latency_limit: Tensor  # ratio to the dense student, inf for no limit
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is observed of N students after a window. Each [N] unless said otherwise."""
+
+    windows_done: Tensor
+    num_windows: int
+    u: Tensor  # [N, 12], unit controls
+    score_change: Tensor
+    metrics: Metrics  # on validation
+    previous: Metrics | None  # of the window before; None at the beginning
+    cost: Cost
+    probes: Mapping[str, Tensor]  # accuracy lost, by the names of PROBES
+    telemetry: Telemetry | None  # of the last window; None before the first
 
 
 def observe(
-    features: TaskFeatures,
-    progress: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    score: Tensor,
-    score_change: Tensor,
-    metrics: Metrics,
-    cost: Cost,
-    telemetry: Telemetry | None,
-    group_sizes: tuple[int, ...],
-    num_classes: int,
-    num_train: int,
-    capacity: float,
-    savings: Tensor,
+    features: TaskFeatures, now: Snapshot, savings: Tensor, *, group_sizes: tuple[int, ...], num_classes: int
 ) -> Tensor:
     """[N, len(OBSERVATIONS)] float32 within bounds; non-finite values (of a diverged student) go to the upper bound.
 
     Args:
         features: of the tasks.
-        progress: [N], windows done over windows of the episode.
-        position: [N, 9], current controls.
-        temperature: [N], of the last window.
-        score: [N], J on validation now.
-        score_change: [N], since the window before.
-        metrics: on validation.
-        cost: under `metrics`.
-        telemetry: of the last window; None before the first, then its entries read as an untrained student's.
+        now: the students after their last window.
+        savings: [6], in the order of `SAVINGS`.
         group_sizes: of the student.
         num_classes: C.
-        num_train: size of the train split.
-        capacity: dense student's MACs over the teacher's.
-        savings: [6], in the order of `SAVINGS`.
     """
-    chance = math.log(num_classes)
-    num_students, num_blocks = len(progress), len(group_sizes) - 1
-    width = sum(group_sizes[1:]) / max(1, num_blocks)
-    if telemetry is None:
-        losses = torch.tensor([chance, chance, 1.0, 1.0]).repeat(num_students, 1)
-        shares = torch.full((num_students, len(FAMILIES)), 1.0 / len(FAMILIES))
-        cosine, per_chance = torch.zeros(num_students), torch.full((num_students,), chance)
-    else:
-        losses, cosine, per_chance = telemetry.losses, telemetry.gradient_cosine, temperature.square() * chance
-        shares = telemetry.gradient_norms / telemetry.gradient_norms.sum(-1, keepdim=True).clamp_min(1e-12)
     values = {
-        "progress": progress,
-        "score": score,
-        "score_change": score_change,
-        "accuracy": metrics.accuracy,
-        "first_exit_accuracy": metrics.exit_accuracy[:, 0],
-        "last_exit_accuracy": metrics.exit_accuracy[:, -1],
-        "first_exit_loss": metrics.exit_loss[:, 0] / chance,
-        "last_exit_loss": metrics.exit_loss[:, -1] / chance,
-        "first_exit_rate": metrics.exit_rates[:, 0],
-        "latency_saving": 1 - cost.latency_ratio,
-        "energy_saving": 1 - cost.energy_ratio,
-        "macs_ratio": cost.macs_ratio,
-        "inputs_kept": metrics.kept[:, 0] / group_sizes[0],
-        "units_kept": metrics.kept[:, 1:].sum(-1) / sum(group_sizes[1:]),
-        "hard_label_loss": losses[:, 0] / chance,
-        "response_loss": losses[:, 1] / per_chance,
-        "feature_loss": losses[:, 2],
-        "attention_loss": losses[:, 3],
-        **{f"gradient_share_{family}": shares[:, i] for i, family in enumerate(FAMILIES)},
-        "gradient_cosine": cosine,
-        "input_spread": metrics.spread[:, 0],
-        "unit_spread": metrics.spread[:, 1],
-        "teacher_accuracy": features.teacher_accuracy,
-        "teacher_entropy": features.teacher_entropy,
+        **_margins(features, now),
+        **_goal_and_cost(features, now, savings, group_sizes),
+        **{f"probe_{name}": lost for name, lost in now.probes.items()},
+        **_training(now, math.log(num_classes)),
+        "teacher_margin": features.teacher_accuracy - features.anchor,
         "teacher_label_agreement": features.teacher_label_agreement,
-        **{f"landmark_{name}": features.landmarks[:, i] for i, name in enumerate(LANDMARKS)},
-        "teacher_agreement": metrics.agreement,
-        "divergence": metrics.divergence / chance,
-        "capacity_ratio": torch.full((num_students,), math.log10(capacity) / 4),
-        "label_fraction": features.num_labels / num_train,
-        "labels_per_class": (features.num_labels / num_classes).clamp_min(1.0).log10() / 4,
-        "num_classes": torch.full((num_students,), math.log10(num_classes) / 5),
-        "mean_width": torch.full((num_students,), math.log10(max(1.0, width)) / 4),
-        "num_blocks": torch.full((num_students,), num_blocks / 32),
-        **{name: savings[i].expand(num_students) for i, name in enumerate(SAVINGS)},
-        "preference_accuracy": features.preference[:, 0],
-        "preference_latency": features.preference[:, 1],
-        "preference_energy": features.preference[:, 2],
-        **{f"control_{name}": position[:, i] for i, name in enumerate(CONTROLS)},
+        **{f"landmark_{n}": features.landmarks[:, i] - features.anchor for i, n in enumerate(LANDMARKS)},
+        **{f"control_{name}": now.u[:, i] for i, name in enumerate(CONTROLS)},
     }
     stacked = torch.stack([values[name] for name in OBSERVATIONS], dim=-1).float()  # [N, O]
     low, high = torch.from_numpy(LOW), torch.from_numpy(HIGH)
     return torch.where(stacked.isfinite(), stacked, high).clamp(low, high)
+
+
+def _margins(features: TaskFeatures, now: Snapshot) -> dict[str, Tensor]:
+    metrics, before = now.metrics, now.previous or now.metrics
+    first, last = metrics.exit_accuracy[:, 0], metrics.exit_accuracy[:, -1]
+    left = now.num_windows - now.windows_done
+    return {
+        "progress": now.windows_done / now.num_windows,
+        "windows_left": (left + 1).log2() / 8,
+        "margin": metrics.accuracy - features.anchor,
+        "margin_change": metrics.accuracy - before.accuracy,
+        "first_exit_margin": first - features.anchor,
+        "last_exit_margin": last - features.anchor,
+        "first_exit_change": first - before.exit_accuracy[:, 0],
+        "last_exit_change": last - before.exit_accuracy[:, -1],
+        "score_change": now.score_change,
+    }
+
+
+def _goal_and_cost(
+    features: TaskFeatures, now: Snapshot, savings: Tensor, group_sizes: tuple[int, ...]
+) -> dict[str, Tensor]:
+    metrics, cost, limit = now.metrics, now.cost, features.latency_limit
+    return {
+        "has_floor": features.has_floor.float(),
+        "preference_accuracy": features.preference[:, 0],
+        "preference_latency": features.preference[:, 1],
+        "preference_energy": features.preference[:, 2],
+        "has_limit": limit.isfinite().float(),
+        "limit_slack": torch.where(limit.isfinite(), limit - cost.latency_ratio, torch.ones_like(limit)),
+        "latency_saving": 1 - cost.latency_ratio,
+        "energy_saving": 1 - cost.energy_ratio,
+        "inputs_kept": metrics.kept[:, 0] / group_sizes[0],
+        "units_kept": metrics.kept[:, 1:].sum(-1) / sum(group_sizes[1:]),
+        "first_exit_rate": metrics.exit_rates[:, 0],
+        **{name: savings[i].expand_as(limit) for i, name in enumerate(SAVINGS)},
+    }
+
+
+def _training(now: Snapshot, chance: float) -> dict[str, Tensor]:
+    """Losses are ratios to `chance`, the loss of a uniform answer; before the first window they read as that."""
+    validation = now.metrics.exit_loss[:, -1] / chance
+    if now.telemetry is None:
+        label_loss, cosine = torch.ones_like(validation), torch.zeros_like(validation)
+    else:
+        label_loss, cosine = now.telemetry.losses[:, 0] / chance, now.telemetry.gradient_cosine
+    return {"label_loss": label_loss, "generalisation_gap": validation - label_loss, "gradient_cosine": cosine}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlkd.envs.schedule import ControlPlan, fixed_plan
 from torch import Tensor, nn
 
 from rlkd.cost import Cost
@@ -17,7 +18,6 @@ from rlkd.data.tables import ColumnConfig, Table, make_examples, read_table
 from rlkd.data.texts import DOCUMENTS, make_token_examples, read_texts
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.scenario import check_keep
-from rlkd.envs.schedule import ControlPlan, fixed_plan
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
 from rlkd.models.real.hooks import link_places, link_table

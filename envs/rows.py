@@ -9,15 +9,16 @@ from rlkd.losses import FAMILIES
 from rlkd.students import Controls
 
 
-def window_row(window: int, position: Tensor, outcome: Outcome, scenario: EpisodeScenario) -> dict[str, float]:
-    """Controls at `position` [1, 9] and validation figures of one student's window, counted from 0."""
-    controls = decode(position, scenario.config.controls, scenario.data.num_classes)
+def window_row(window: int, u: Tensor, outcome: Outcome, scenario: EpisodeScenario) -> dict[str, float]:
+    """Unit controls `u` [1, 12] and validation figures of one student's window, counted from 0."""
+    controls = decode(u, scenario.config.controls, scenario.data.num_classes)
     return {
         "window": window + 1,
         **_named(controls),
-        **{f"position_{name}": float(position[0, i]) for i, name in enumerate(CONTROLS)},
+        **{f"u_{name}": float(u[0, i]) for i, name in enumerate(CONTROLS)},
         "score": float(outcome.score[0]),
         "accuracy": float(outcome.metrics.accuracy[0]),
+        "margin": float(outcome.margin[0]),
         "macs_ratio": float(outcome.cost.macs_ratio[0]),
         "latency_ratio": float(outcome.cost.latency_ratio[0]),
         "energy_ratio": float(outcome.cost.energy_ratio[0]),

@@ -27,20 +27,16 @@ def standardise(
 
 
 class SB3VecEnv(VecEnv):
-    """A `VecEnv` of N students with a flat action Box [9]: one or several populations, one after the other.
+    """A `VecEnv` of N students with a flat action Box [12] that train in one scenario after the other.
 
-    Observations and actions do not depend on the data set or the student's architecture, so populations of
-    different scenarios stand side by side and one agent learns from all of them.
+    Observations and actions do not depend on the data set or the student's architecture, so one agent learns from all
+    scenarios. All students of a scenario begin and end together; then the next scenario's turn comes. A rollout of
+    `num_steps` steps has one whole episode of every scenario.
 
     Args:
-        envs: the populations; their students are numbered in this order.
+        envs: the populations, of N students each, with `restart_together`.
         mean, deviation: [O] each, fixed for the whole training, so that a policy means the same at every moment.
-        seed: of the task streams; student i draws from stream seed + i, or those of its group's first one.
-        group_size: students in a row that are given the same tasks, initial weights and batches. Their rewards then
-            come less the mean of the others' in the same window, which no action of one's own can change: what is
-            due to the task is gone, what is due to the actions stays (leave-one-out baseline, Kool et al. 2019).
-            A member that diverges begins the next task at once and stays ahead of its group from then on: the others'
-            mean is still nothing its actions can change, but no longer of the same task.
+        seed: of the task streams; student i of population k draws from stream seed + k N + i.
     """
 
     def __init__(
@@ -49,72 +45,75 @@ class SB3VecEnv(VecEnv):
         mean: NDArray[np.float32],
         deviation: NDArray[np.float32],
         seed: int,
-        group_size: int = 1,
     ) -> None:
-        for env in envs:
-            if env.num_envs % group_size:
-                raise ValueError(f"group_size: got {group_size} for {env.num_envs} students; allowed: its divisors")
         bound = np.full(len(OBSERVATIONS), CLIP, dtype=np.float32)
         self.envs = tuple(envs)  # before super().__init__, which asks for their render mode
-        num_students = sum(env.num_envs for env in envs)
+        num_students = envs[0].num_envs
         super().__init__(num_students, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32))
-        self._rows = [
-            slice(sum(e.num_envs for e in envs[:k]), sum(e.num_envs for e in envs[: k + 1])) for k in range(len(envs))
-        ]
         self._mean, self._deviation, self._first_seed = mean, deviation, seed
-        self._group_size = group_size
+        self._turn, self._window = 0, 0  # which population trains, and windows it has done
+        self._waiting: list[NDArray[np.float32]] = []  # first observation of every population's next episode
         self._actions = np.zeros((num_students, NUM_CONTROLS), dtype=np.float32)
         self._returns = np.zeros(num_students)
         self._lengths = np.zeros(num_students, dtype=np.int64)
         self._began = time.time()
 
     @property
-    def positions(self) -> NDArray[np.float32]:
-        """[N, 9], where every student's controls stand."""
-        return np.concatenate([env.episodes.position.numpy() for env in self.envs])
+    def num_steps(self) -> int:
+        """Steps after which every scenario had its turn."""
+        return sum(env.scenario.config.num_windows for env in self.envs)
+
+    @property
+    def unit_controls(self) -> NDArray[np.float32]:
+        """[N, 12], of the students that train now."""
+        unit_controls: NDArray[np.float32] = self.envs[self._turn].episodes.u.numpy()
+        return unit_controls
 
     def reset(self) -> NDArray[np.float32]:
-        """New episodes for all students; the first call seeds their task streams."""
-        streams = [self._first_seed + i // self._group_size * self._group_size for i in range(self.num_envs)]
-        seen = [env.reset(seed=streams[rows])[0] for env, rows in zip(self.envs, self._rows, strict=True)]
+        """New episodes in all scenarios; the first call seeds their task streams."""
+        n = self.num_envs
+        self._waiting = [env.reset(seed=self._first_seed + k * n)[0] for k, env in enumerate(self.envs)]
+        self._turn, self._window = 0, 0
         self._returns[:], self._lengths[:] = 0.0, 0
-        return standardise(np.concatenate(seen), self._mean, self._deviation)
+        return standardise(self._waiting[0], self._mean, self._deviation)
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
         """Keep the actions for `step_wait`."""
         self._actions = actions.astype(np.float32)
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """One window for all; `infos` carry `episode` and `terminal_observation` where one ended, and its figures."""
-        outcomes = [env.step_flat(self._actions[rows]) for env, rows in zip(self.envs, self._rows, strict=True)]
-        observation, reward, terminated = (np.concatenate([o[k] for o in outcomes]) for k in range(3))
+        """One window for all; `infos` carry `episode` and `terminal_observation` where one ended, and its metrics."""
+        env = self.envs[self._turn]
+        observation, reward, terminated, truncated, info = env.step_flat(self._actions)
+        done = terminated | truncated
         self._returns += reward
         self._lengths += 1
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for rows, (_, _, ended, _, info) in zip(self._rows, outcomes, strict=True):
-            for row in np.flatnonzero(ended):
-                i = rows.start + int(row)
-                last = info["final_info"]
-                terminal = standardise(info["final_obs"][row][None], self._mean, self._deviation)[0]
-                figures = {name: float(values[row]) for name, values in last.items() if not name.startswith("_")}
-                episode = {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": time.time() - self._began}
-                infos[i] = {"terminal_observation": terminal, "episode": episode, "student": figures}
-        self._returns[terminated], self._lengths[terminated] = 0.0, 0
-        relative = self._less_the_others(reward).astype(np.float32)
-        return standardise(observation, self._mean, self._deviation), relative, terminated, infos
-
-    def _less_the_others(self, reward: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[N] rewards less the mean of the other members of each group."""
-        if self._group_size == 1:
-            return reward
-        groups = reward.reshape(-1, self._group_size)
-        others = (groups.sum(1, keepdims=True) - groups) / (self._group_size - 1)
-        relative: NDArray[np.float64] = (groups - others).ravel()
-        return relative
+        for i in np.flatnonzero(done):
+            last = info["final_info"]
+            terminal = standardise(info["final_obs"][i][None], self._mean, self._deviation)[0]
+            metrics = {name: float(values[i]) for name, values in last.items() if not name.startswith("_")}
+            episode = {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": time.time() - self._began}
+            infos[i] = {
+                "terminal_observation": terminal,
+                "TimeLimit.truncated": bool(truncated[i]),
+                "episode": episode,
+                "student": metrics,
+                "scenario": self._turn,
+            }
+        self._returns[done], self._lengths[done] = 0.0, 0
+        self._waiting[self._turn] = observation
+        self._window += 1
+        if self._window == env.scenario.config.num_windows:
+            self._turn, self._window = (self._turn + 1) % len(self.envs), 0
+        scaled = standardise(self._waiting[self._turn], self._mean, self._deviation)
+        return scaled, reward.astype(np.float32), done, infos
 
     def training_state(self) -> dict[str, Tensor]:
         """Copies of all that `load_training_state` needs to go on from here; between two steps."""
         state = {"returns": torch.from_numpy(self._returns.copy()), "lengths": torch.from_numpy(self._lengths.copy())}
+        state["turn"] = torch.tensor([self._turn, self._window])
+        state["waiting"] = torch.from_numpy(np.stack(self._waiting))
         for k, env in enumerate(self.envs):
             state |= {f"population{k}.{name}": tensor for name, tensor in env.training_state().items()}
         return state
@@ -122,6 +121,8 @@ class SB3VecEnv(VecEnv):
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `training_state` of the same populations; errors as of `Episodes.load_training_state`."""
         self._returns[:], self._lengths[:] = state["returns"].numpy(), state["lengths"].numpy()
+        self._turn, self._window = state["turn"].tolist()
+        self._waiting = list(state["waiting"].numpy().copy())
         for k, env in enumerate(self.envs):
             begin = f"population{k}."
             env.load_training_state({n.removeprefix(begin): t for n, t in state.items() if n.startswith(begin)})
@@ -130,9 +131,8 @@ class SB3VecEnv(VecEnv):
         """Nothing to release."""
 
     def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """The attribute of each student's population, once a student asked for."""
-        populations = [env for env in self.envs for _ in range(env.num_envs)]
-        return [getattr(populations[i], attr_name) for i in self._get_indices(indices)]
+        """The attribute of the population that trains now, once a student asked for."""
+        return [getattr(self.envs[self._turn], attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
         """Not possible: students share one population."""

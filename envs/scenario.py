@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
-from rlkd.data import DataSet, Labelled, TaskDistribution, load_dataset
+from rlkd.data import DataSet, Labelled, Task, TaskDistribution, load_dataset
 from rlkd.envs.action import ControlConfig, published_setting
-from rlkd.envs.schedule import ControlPlan, fixed_plan
+from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.students import Population, SoloStudent, Students, TrainConfig
@@ -31,6 +31,8 @@ class EnvConfig:
 
     num_windows: int = 12
     """Decisions of one episode; each trains the student for train.steps_per_window steps."""
+    warm_windows: int = 0
+    """Windows of dense training under the published setting before the episode; 0 starts from fresh weights."""
     task: TaskDistribution = field(default_factory=TaskDistribution)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -42,6 +44,8 @@ class EnvConfig:
         """Raises UserError for the first impossible value."""
         if self.num_windows < 1:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
+        if self.warm_windows < 0:
+            raise UserError(f"warm_windows: got {self.warm_windows}; allowed: at least 0")
         for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
             part.check()
         self.train.torch_device()
@@ -88,8 +92,8 @@ class EpisodeScenario(Protocol):
         """Of all teachers."""
 
     @property
-    def plan(self) -> ControlPlan:
-        """What actions change."""
+    def start(self) -> Tensor:
+        """[12], the setting that actions change."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -106,6 +110,12 @@ class EpisodeScenario(Protocol):
     def students(self, num_students: int) -> Students:
         """New students in training."""
 
+    def warm_start(self, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:
+        """Give the students at `rows`, which were just reset to `tasks`, the weights that training starts from."""
+
+    def references(self, tasks: Sequence[Task]) -> Tensor:
+        """[M, 2], reference accuracy of every task on validation and test."""
+
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """Cost of N students that keep `kept` [N, G] and whose samples leave at `exit_rates` [N, E]; threshold [N]."""
 
@@ -118,9 +128,10 @@ class Scenario:
     data: DataSet
     signals: Signals
     profile: CostProfile
-    plan: ControlPlan  # what actions change
+    start: Tensor  # [12], the setting that actions change
     teacher_macs: float
-    template: ChainStudent  # its structure is every student's; its parameters are nobody's
+    template: ChainStudent  # its structure is every student's; its parameters are unused
+    known: References = field(default_factory=References)
 
     def new_structure(self) -> ChainStudent:
         """A student of this scenario's architecture; its parameters mean nothing yet."""
@@ -161,6 +172,44 @@ class Scenario:
         costs = [self.profile.cost(self.template, kept, rate, deciding) for rate in rates]
         return torch.stack([torch.stack([c.latency_ratio, c.energy_ratio], dim=-1) for c in costs], dim=1)
 
+    def warm_start(self, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:
+        """As `EpisodeScenario.warm_start`."""
+        if self.config.warm_windows:
+            self._train_references(self.known.missing(tasks, warm=True))
+            load_warm_start(self.known, students, tasks, rows)
+
+    def references(self, tasks: Sequence[Task]) -> Tensor:
+        """As `EpisodeScenario.references`; dense students of tasks not seen before are trained here."""
+        reference = self.config.task.reference
+        stated = stated_reference(reference, len(tasks))
+        if stated is not None:
+            return stated
+        if reference == "teacher":
+            return torch.stack([self._teacher_accuracy(task) for task in tasks])
+        self._train_references(self.known.missing(tasks, warm=False))
+        return self.known.of(tasks)
+
+    def _teacher_accuracy(self, task: Task) -> Tensor:
+        """[2], of the mean answer of the task's teachers on validation and test."""
+        columns = []
+        for split in ("validation", "test"):
+            index = self.data.splits[split]
+            answers = self.signals.mean_logits(task.teachers, index).argmax(-1)  # [B]
+            columns.append((answers == self.data.labels[index]).float().mean())
+        return torch.stack(columns)
+
+    def _train_references(self, tasks: Sequence[Task]) -> None:
+        c = self.config
+        train_references(
+            self.known,
+            tasks,
+            self.students,
+            c.controls,
+            num_classes=self.data.num_classes,
+            num_windows=c.num_windows,
+            warm_windows=c.warm_windows,
+        )
+
     def students(self, num_students: int) -> Students:
         """A lock-step population, or one plain student."""
         structure, c = self.new_structure(), self.config
@@ -174,7 +223,7 @@ class Scenario:
 
 def build_scenario(
     config: EnvConfig,
-    plan: ControlPlan | None = None,
+    start: Tensor | None = None,
     say: Callable[[str], object] = print,
     student: ChainStudent | None = None,
 ) -> Scenario:
@@ -182,7 +231,7 @@ def build_scenario(
 
     Args:
         config: checked here.
-        plan: what actions change; by default the published setting, held.
+        start: [12], the setting that actions change; by default the published one.
         say: told in one line when something takes a while.
         student: a structure of your own; by default the one that config.student describes.
     """
@@ -198,7 +247,15 @@ def build_scenario(
             f"{data.name} has {data.num_classes} for {list(data.input_shape)}"
         )
     profile = load_or_calibrate(config.cost, student, say)
-    if plan is None:
-        plan = fixed_plan(published_setting(config.controls)[None])
+    if start is None:
+        start = published_setting(config.controls)
     weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
-    return Scenario(config, data, signals, profile, plan, float(weights), student)
+    return Scenario(
+        config=config,
+        data=data,
+        signals=signals,
+        profile=profile,
+        start=start,
+        teacher_macs=float(weights),
+        template=student,
+    )

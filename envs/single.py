@@ -24,16 +24,17 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
 
     Action space:
         A Dict of boxes in [-1, 1]: `loss_weights` (4: hard label, response, feature, attention, as logits),
-        `temperature`, `feature_keep`, `unit_keep`, `exit_threshold`, `learning_rate` (1 each). An action is a
-        change from the setting that the episode started with; zero holds that setting.
+        `temperature`, `feature_keep`, `unit_keep`, `exit_threshold`, `learning_rate` (1 each), `exit_kind` (3: never,
+        first, threshold; the largest decides). An action is a change from the setting that the episode started with;
+        zero holds that setting.
 
     Observation space:
         A Box of named figures, see `rlkd.envs.OBSERVATIONS`: the student's progress, losses, accuracy, cost and
         gradients, its teacher, the preference, the controls. Nothing in it depends on the architecture.
 
     Reward:
-        The change of J = w_acc A + w_lat L + w_eng E on validation data over the window, so that an episode's
-        return is its final J less its first. Never training loss, never test data.
+        The change of J (`rlkd.envs.reward`) on validation data over the window, so that an episode's return is its
+        final J less its first. Never training loss, never test data.
 
     Episode end:
         Terminated after `num_windows` steps (the observation tells the progress, so nothing is cut off) and when
@@ -82,9 +83,9 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
         return self.step_flat(flat_action(action))
 
     def step_flat(self, changes: NDArray[np.float32]) -> Step:
-        """As `step`, with the changes as one array [9] in the order of `CONTROLS`."""
+        """As `step`, with the changes as one array [12] in the order of `CONTROLS`."""
         check_started(self._is_running)
-        rows = torch.from_numpy(checked_changes(np.asarray(changes)[None], 1))  # [1, 9]
+        rows = torch.from_numpy(checked_changes(np.asarray(changes)[None], 1))  # [1, 12]
         outcome = self._episodes.step(change(self._episodes.start, rows, self._scenario.config.controls))
         info = {name: float(values[0]) for name, values in figures(outcome).items()}
         self._is_running = not bool(outcome.terminated[0])
@@ -92,7 +93,7 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
 
 
 class FlatDistillationEnv(DistillationEnv):
-    """`DistillationEnv` with one Box [9] of changes in the order of `CONTROLS`, as stable-baselines3's PPO needs it."""
+    """`DistillationEnv` with one Box [12] of changes in the order of `CONTROLS`, as stable-baselines3's PPO needs it."""
 
     def __init__(
         self, config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None
@@ -101,7 +102,7 @@ class FlatDistillationEnv(DistillationEnv):
         self.action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)  # type: ignore[assignment]
 
     def step(self, action: NDArray[np.float32]) -> Step:  # type: ignore[override]
-        """Move the controls by `action` [9], train one window, evaluate on validation; errors as of the parent's."""
+        """Move the controls by `action` [12], train one window, evaluate on validation; errors as of the parent's."""
         return self.step_flat(action)
 
 
@@ -123,6 +124,8 @@ def figures(outcome: Outcome) -> dict[str, NDArray[Any]]:
     values = {
         "score": outcome.score,
         "accuracy": outcome.metrics.accuracy,
+        "margin": outcome.margin,
+        "goal_met": outcome.margin >= 0,
         "latency_ratio": outcome.cost.latency_ratio,
         "energy_ratio": outcome.cost.energy_ratio,
         "macs_ratio": outcome.cost.macs_ratio,

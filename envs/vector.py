@@ -25,6 +25,15 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
 
     Spaces and rewards are those of `DistillationEnv`. An ended student starts its next episode in the same
     step; its last observation and figures stand in `info["final_obs"]` and `info["final_info"]`.
+
+    Args:
+        num_envs: N.
+        config: the environment's parts; `scenario`, if given, takes its place.
+        scenario: data, teachers and cost profile, shared between environments.
+        render_mode: None.
+        pool: task seeds to draw from, so that their references are trained once; goals are drawn anew every time.
+        restart_together: whether a student that began late, because one before it diverged, is truncated when the
+            others end, so that all begin together again.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - gymnasium's own form
@@ -38,12 +47,16 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         config: EnvConfig | None = None,
         scenario: Scenario | None = None,
         render_mode: str | None = None,
+        pool: Sequence[int] | None = None,
+        restart_together: bool = False,
     ) -> None:
         self.scenario = scenario_of(config, scenario, render_mode)
         if num_envs < 1:
             raise ValueError(f"num_envs: got {num_envs}; allowed: at least 1")
         self.num_envs = num_envs
         self.render_mode = None
+        self._pool, self._restart_together = pool, restart_together
+        self._clock = 0  # windows since all began together
         self.episodes = Episodes(self.scenario, num_envs)
         self.single_action_space = action_space()
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -70,8 +83,9 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
             for i, s in enumerate(seeds):
                 if s is not None:
                     self._generators[i] = gymnasium.utils.seeding.np_random(s)[0]
-        drawn = self._draw(range(self.num_envs))
-        observation = self.episodes.reset(drawn)
+        drawn, goals = self._draw(range(self.num_envs))
+        observation = self.episodes.reset(drawn, goal_seeds=goals)
+        self._clock = 0
         return observation.numpy(), {"task_seed": np.array(drawn), "_task_seed": np.ones(self.num_envs, dtype=bool)}
 
     def step(
@@ -90,7 +104,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
     def step_flat(
         self, actions: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """As `step`, with the changes as one array [N, 9] in the order of `CONTROLS`."""
+        """As `step`, with the changes as one array [N, 12] in the order of `CONTROLS`."""
         check_started(bool(self.episodes.tasks))
         changes = torch.from_numpy(checked_changes(actions, self.num_envs))
         outcome = self.episodes.step(change(self.episodes.start, changes, self.scenario.config.controls))
@@ -99,7 +113,10 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         for name, values in figures(outcome).items():
             info[name], info[f"_{name}"] = values, everyone
         observation = outcome.observation.numpy()
-        ended = outcome.terminated.numpy()
+        terminated = outcome.terminated.numpy()
+        self._clock = (self._clock + 1) % self.scenario.config.num_windows
+        truncated = ~terminated & (self._restart_together and self._clock == 0)
+        ended = terminated | truncated
         if ended.any():
             rows = np.flatnonzero(ended)
             final = np.full(self.num_envs, None, dtype=object)
@@ -111,18 +128,18 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
                 info[f"_{name}"] = ~ended
             info |= {"final_obs": final, "_final_obs": ended.copy(), "_final_info": ended.copy()}
             info["final_info"] = {**last, **masks}
-            drawn = self._draw(rows)
+            drawn, goals = self._draw(rows)
             observation = observation.copy()
-            observation[rows] = self.episodes.reset(drawn, torch.from_numpy(rows)).numpy()[rows]
+            observation[rows] = self.episodes.reset(drawn, torch.from_numpy(rows), goals).numpy()[rows]
             info["task_seed"], info["_task_seed"] = np.zeros(self.num_envs, dtype=np.int64), ended.copy()
             info["task_seed"][rows] = drawn
-        truncated = np.zeros(self.num_envs, dtype=bool)
-        return observation, outcome.reward.numpy().astype(np.float64), ended, truncated, info
+        return observation, outcome.reward.numpy().astype(np.float64), terminated, truncated, info
 
     def training_state(self) -> dict[str, Tensor]:
         """Copies of all that `load_training_state` needs to go on from here."""
         streams = torch.from_numpy(np.stack([_stream_state(g) for g in self._generators]))  # [N, 6] int64
-        return {"streams": streams, **{f"episodes.{k}": v for k, v in self.episodes.training_state().items()}}
+        state = {"streams": streams, "clock": torch.tensor(self._clock)}
+        return {**state, **{f"episodes.{k}": v for k, v in self.episodes.training_state().items()}}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `training_state` of as many students in the same scenario.
@@ -131,15 +148,20 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
             UserError: as of `Episodes.load_training_state`.
         """
         self._generators = [_stream(row) for row in state["streams"].numpy()]
+        self._clock = int(state["clock"])
         begin = "episodes."
         self.episodes.load_training_state({k.removeprefix(begin): v for k, v in state.items() if k.startswith(begin)})
 
-    def _draw(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
-        return [int(self._generators[i].integers(MAX_SEED)) for i in rows]
+    def _draw(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Seeds of a task and of its goal for each row."""
+        goals = [int(self._generators[i].integers(MAX_SEED)) for i in rows]
+        if self._pool is None:
+            return goals, goals
+        return [self._pool[int(self._generators[i].integers(len(self._pool)))] for i in rows], goals
 
 
 class FlatDistillationVectorEnv(DistillationVectorEnv):
-    """`DistillationVectorEnv` with one Box [N, 9] of changes in the order of `CONTROLS`."""
+    """`DistillationVectorEnv` with one Box [N, 12] of changes in the order of `CONTROLS`."""
 
     def __init__(
         self,
@@ -155,7 +177,7 @@ class FlatDistillationVectorEnv(DistillationVectorEnv):
     def step(  # type: ignore[override]
         self, actions: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """As of the parent, with actions [N, 9]."""
+        """As of the parent, with actions [N, 12]."""
         return self.step_flat(actions)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rlkd.envs.schedule import ControlPlan, PhaseNetwork, network_shapes
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from rlkd.agents.baselines.search import Shortlist
 from rlkd.agents.policy.policy import TENSORS, Policy, actor_shapes
 from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
-from rlkd.envs.schedule import ControlPlan, PhaseNetwork, network_shapes
 from rlkd.errors import UserError
 from rlkd.io.files import (
     MAX_TENSOR_BYTES,

@@ -1,9 +1,8 @@
-"""Controllers: from what is observed to the next position of the controls, and how to run one over tasks.
+"""Controllers: from what is observed to the next unit controls, and how to run one over tasks.
 
-A controller is a plain function `(observation [N, O], episodes, window) -> position [N, 9]`, with `window` counted
-from 0. A PPO policy, a constant, a schedule and a per-task search's winner are all of this kind, so they are
-compared alike. `episodes` gives the plan that actions change and the tasks, and to gradient-based baselines the
-students themselves.
+A controller is a plain function `(observation [N, O], episodes, window) -> u [N, 12]`, with `window` counted from 0. A
+PPO policy, a constant setting, a schedule and a per-task search's winner are all of this kind, so they are compared
+alike. `episodes` gives the tasks and floors, and to gradient-based baselines the students themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkd.data import TaskDistribution
-from rlkd.envs.action import CONTROLS, EXIT_DEAD_ZONE
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import Scenario
 from rlkd.io.journal import Arrays, Journal, digest, recall
 
-EXIT_GRID = (0.0, *(EXIT_DEAD_ZONE + (1 - 2 * EXIT_DEAD_ZONE) * u / 10 for u in range(1, 10)), 1.0)
+EXIT_GRID = tuple(i / 20 for i in range(21))  # shares of the way from chance to certainty
 Controller = Callable[[Tensor, Episodes, int], Tensor]
 
 
@@ -39,7 +37,7 @@ class Results:
 
 
 def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-    """The plan that every student started with."""
+    """The setting that every student started with."""
     return episodes.start
 
 
@@ -77,7 +75,7 @@ def run(
         "scenario": [
             list(scenario.group_sizes),
             scenario.config.num_windows,
-            digest(*scenario.plan.tensors().values()),
+            digest(scenario.start),
         ],
     }
     kinds = {"diverged": "bool", "num_rollbacks": "int64"}
@@ -140,11 +138,13 @@ def final_figures(episodes: Episodes, diverged: Tensor, num_rollbacks: Tensor, s
 
 
 def _tune_exit(episodes: Episodes) -> None:
-    """Set every student's exit control to the one of EXIT_GRID, or its own, with the best score on validation."""
-    own = episodes.position[:, CONTROLS.index("exit_threshold")].clone()  # [N]
-    best_score, best = episodes.evaluate("validation")[2], own  # each [N]
-    for candidate in EXIT_GRID:
-        episodes.set_exit(torch.full_like(own, candidate))
+    """Set every student's exit threshold to the one of EXIT_GRID, or its own, with the best score on validation."""
+    best = episodes.threshold.clone()  # [N]
+    best_score = episodes.evaluate("validation")[2]  # [N]
+    chance = 1.0 / episodes.scenario.data.num_classes
+    for share in EXIT_GRID:
+        candidate = torch.full_like(best, chance + (1.0 - chance) * share)
+        episodes.set_exit(candidate)
         now = episodes.evaluate("validation")[2]
         best = torch.where(now > best_score, candidate, best)
         best_score = torch.maximum(now, best_score)

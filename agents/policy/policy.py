@@ -6,12 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkd.agents.baselines.search import Shortlist
 from rlkd.agents.policy.controllers import Controller
 from rlkd.envs.action import CONTROLS, ControlConfig, change
 from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.sb3 import CLIP
-from rlkd.envs.schedule import ControlPlan
 
 TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias", "action.weight", "action.bias")
 
@@ -20,15 +18,14 @@ TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias
 class Policy:
     """Two tanh layers from the standardised observation to the mean change of every control."""
 
-    weights: dict[str, Tensor]  # by TENSORS; hidden.0.weight is [H, O], action.weight [9, H]
+    weights: dict[str, Tensor]  # by TENSORS; hidden.0.weight is [H, O], action.weight [12, H]
     mean: Tensor  # [O], of the observations, fixed before training
     deviation: Tensor  # [O]
-    plan: ControlPlan  # what its actions change
-    static: Shortlist  # its baselines, from the same search
+    start: Tensor  # [12], the setting that its actions change
     controls: ControlConfig
 
     def act(self, observation: Tensor) -> Tensor:
-        """Changes [N, 9] in [-1, 1] for observations [N, O]."""
+        """Changes [N, 12] in [-1, 1] for observations [N, O]."""
         w = self.weights
         x = ((observation - self.mean) / self.deviation).clamp(-CLIP, CLIP)  # [N, O]
         for layer in range(2):
@@ -37,7 +34,9 @@ class Policy:
 
     def controller(self) -> Controller:
         """Closed loop: every window's controls from what was just observed, without exploration."""
-        return lambda observation, episodes, window: change(episodes.start, self.act(observation), self.controls)
+        return lambda observation, episodes, window: change(
+            self.start.expand(len(observation), -1), self.act(observation), self.controls
+        )
 
     def spread_of(self, observation: Tensor) -> Tensor:
         """[N], largest distance of an observation from the training mean, in training deviations."""
@@ -45,12 +44,7 @@ class Policy:
 
 
 def policy_from_sb3(
-    state: dict[str, Tensor],
-    mean: np.ndarray,
-    deviation: np.ndarray,
-    plan: ControlPlan,
-    static: Shortlist,
-    controls: ControlConfig,
+    state: dict[str, Tensor], mean: np.ndarray, deviation: np.ndarray, *, start: Tensor, controls: ControlConfig
 ) -> Policy:
     """Take the actor out of a stable-baselines3 `MlpPolicy` state dict."""
     names = {
@@ -59,21 +53,21 @@ def policy_from_sb3(
         "action": "action_net",
     }
     weights = {
-        f"{ours}.{part}": state[f"{theirs}.{part}"].detach().clone()
-        for ours, theirs in names.items()
+        f"{name}.{part}": state[f"{source}.{part}"].detach().clone()
+        for name, source in names.items()
         for part in ("weight", "bias")
     }
-    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), plan, static, controls)
+    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
 
 
 def unchanged(policy: Policy) -> Policy:
-    """The policy with the last layer of its actor at zero: its plan, without changes."""
+    """The policy with the last layer of its actor at zero: its start, without changes."""
     last = {name: torch.zeros_like(policy.weights[name]) for name in ("action.weight", "action.bias")}
     return replace(policy, weights={**policy.weights, **last})
 
 
 def actor_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a policy's `weights` with `hidden` units a layer."""
-    num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
-    rows = (hidden, num_seen), (hidden,), (hidden, hidden), (hidden,), (num_set, hidden), (num_set,)
+    num_observations, num_controls = len(OBSERVATIONS), len(CONTROLS)
+    rows = (hidden, num_observations), (hidden,), (hidden, hidden), (hidden,), (num_controls, hidden), (num_controls,)
     return dict(zip(TENSORS, rows, strict=True))

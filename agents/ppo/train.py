@@ -1,6 +1,6 @@
 """PPO (Schulman et al. 2017) over the lock-step population, by stable-baselines3.
 
-Unlike SB3's own set-up the head starts at zero, so that the untrained policy is the static setting, and
+Unlike SB3's own set-up the head starts at zero, so that the untrained policy is the start setting, and
 observations are standardised by figures fixed before training instead of a running mean. SB3 seeds torch's and
 numpy's global generators for its exploration noise and minibatch order; the students never read those.
 """
@@ -17,7 +17,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from rlkd.agents.baselines.search import Shortlist
 from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.policy.policy import Policy, actor_shapes, policy_from_sb3
 from rlkd.agents.ppo.state import capture, restore
@@ -29,18 +28,19 @@ from rlkd.envs.scenario import Scenario
 from rlkd.envs.vector import DistillationVectorEnv
 from rlkd.errors import UserError
 from rlkd.io.journal import Arrays, Journal, digest, recall
+from rlkd.io.records import plain
 
 
 @dataclass(frozen=True)
 class PPOConfig:
     """The agent."""
 
-    num_students: int = 120
+    num_students: int = 64
     """Students in lock-step."""
-    group_size: int = 1
-    """Students that share a task; each one's reward comes less the mean of the others'. 1: no groups."""
-    num_iterations: int = 12
-    """Rollouts of one episode a student, each followed by an update of the policy."""
+    num_tasks: int = 128
+    """Tasks of every scenario that training draws from; each draw has a goal of its own."""
+    num_iterations: int = 40
+    """Rollouts of one episode a student and scenario, each followed by an update of the policy."""
     learning_rate: float = 1e-3
     """Adam's step size for policy and value function; falls linearly to a tenth."""
     batch_size: int = 512
@@ -56,26 +56,17 @@ class PPOConfig:
     final_log_std: float = -2.2
     """The same at the end; in between it falls in a line. It is set, not learned."""
     clip_range: float = 0.2
-    entropy_weight: float = 0.0
-    num_gate_tasks: int = 256
-    """Fresh tasks on which the learned changes must gain over the plan alone to be kept."""
 
     def check(self) -> None:
         """Raises UserError for an impossible value."""
-        for name in ("num_students", "num_iterations", "batch_size", "num_epochs", "hidden"):
+        for name in ("num_students", "num_tasks", "num_iterations", "batch_size", "num_epochs", "hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"ppo.{name}: got {getattr(self, name)}; allowed: at least 1")
-        if self.num_gate_tasks < 2:
-            raise UserError(f"ppo.num_gate_tasks: got {self.num_gate_tasks}; allowed: at least 2")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"ppo.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
         if not (self.learning_rate > 0 and self.clip_range > 0):
             raise UserError("ppo: learning_rate and clip_range must be above 0")
-        if self.group_size < 1 or self.num_students % self.group_size:
-            raise UserError(
-                f"ppo.group_size: got {self.group_size}; allowed: divisors of num_students {self.num_students}"
-            )
         if self.batch_size < 2:
             raise UserError(f"ppo.batch_size: got {self.batch_size}; allowed: at least 2")
 
@@ -92,12 +83,12 @@ class Rollout:
 def observation_figures(
     scenarios: Sequence[Scenario], num_students: int, seed: int, on_window: Callable[[int], object] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation [O] of what is seen under random changes around the plan: one episode each."""
+    """Mean and deviation [O] of what is seen under random changes around the start: one episode each."""
     generator = torch.Generator().manual_seed(seed)
     seen = []
-    for scenario in scenarios:
-        count = num_students // len(scenarios)
-        seeds = torch.randint(2**60, (count,), generator=generator).tolist()
+    for index, scenario in enumerate(scenarios):
+        count = max(2, num_students // 4)
+        seeds = task_pool(seed, index, count)
         episodes = Episodes(scenario, count)
         seen.append(episodes.reset(seeds))
         for window in range(scenario.config.num_windows):
@@ -110,6 +101,12 @@ def observation_figures(
     return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
 
 
+def task_pool(seed: int, index: int, num_tasks: int) -> list[int]:
+    """Seeds of the tasks that the scenario at `index` draws from while the agent with `seed` learns."""
+    generator = torch.Generator().manual_seed(seed * 1024 + index)
+    return torch.randint(2**60, (num_tasks,), generator=generator).tolist()
+
+
 def settings(config: PPOConfig, num_windows: int) -> dict[str, Any]:
     """What an on-policy algorithm of SB3 is told for updates on whole episodes of `num_windows` decisions."""
     return {
@@ -120,7 +117,6 @@ def settings(config: PPOConfig, num_windows: int) -> dict[str, Any]:
         "gamma": config.gamma,
         "gae_lambda": config.gae_lambda,
         "clip_range": config.clip_range,
-        "ent_coef": config.entropy_weight,
         "policy_kwargs": {"net_arch": [config.hidden, config.hidden], "log_std_init": config.initial_log_std},
         "device": "cpu",
     }
@@ -178,8 +174,8 @@ class _Watch(BaseCallback):
         self.model.policy.log_std.data.fill_(log_std)  # type: ignore[operator]
 
     def _controls(self) -> dict[str, float]:
-        position = self.training_env.positions  # type: ignore[attr-defined]
-        return {f"action/{name}": float(position[:, i].mean()) for i, name in enumerate(CONTROLS)}
+        u = self.training_env.unit_controls  # type: ignore[attr-defined]
+        return {f"action/{name}": float(u[:, i].mean()) for i, name in enumerate(CONTROLS)}
 
     def _on_rollout_end(self) -> None:
         self.iteration += 1
@@ -187,27 +183,26 @@ class _Watch(BaseCallback):
         for name, key in (("num_diverged", "diverged"), ("num_rollbacks", "num_rollbacks")):
             figures[name] = float(sum(e[key] for e in self._ended))
         controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
-        num_trainings = self.iteration * self.training_env.num_envs
+        num_trainings = self.iteration * self.training_env.num_envs * len(self.training_env.envs)  # type: ignore[attr-defined]
         self._on_rollout(Rollout(self.iteration, num_trainings, {**figures, **controls}), self.logger)
         self._ended, self._sums = [], {}
 
 
 def train(
     scenarios: Sequence[Scenario],
-    static: Shortlist,
     config: PPOConfig,
     seed: int,
+    *,
     on_window: Callable[[int], object],
     on_rollout: Callable[[Rollout, Logger], object],
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
     journal: Journal | None = None,
 ) -> Policy:
-    """Learn a policy; the plan of the scenarios is what its actions change.
+    """Learn a policy; the start of the scenarios is the setting that its actions change.
 
     Args:
-        scenarios: share the students evenly, and have one plan, one range of controls and one horizon.
-        static: kept with the policy, as what it was measured against.
+        scenarios: take turns; they have one start and one range of controls.
         config: the agent's.
         seed: of the students' tasks, the exploration and the minibatches.
         on_window: called with the number of students after every window.
@@ -217,41 +212,38 @@ def train(
         journal: keeps the state after every update, and goes on from the last one.
     """
     config.check()
-    if config.num_students % (len(scenarios) * config.group_size):
-        raise ValueError(
-            f"train: {len(scenarios)} scenarios and groups of {config.group_size} cannot share {config.num_students}"
-        )
-    scenario = scenarios[0]
+    start, controls = scenarios[0].start, scenarios[0].config.controls
     mean, deviation = _figures(scenarios, config, seed, on_window, journal)
 
     def learn() -> Arrays:
-        populations = [DistillationVectorEnv(config.num_students // len(scenarios), scenario=w) for w in scenarios]
-        env = SB3VecEnv(populations, mean, deviation, seed, config.group_size)
-        agent = new_agent(env, config, scenario.config.num_windows, seed)
+        pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
+        populations = [
+            DistillationVectorEnv(config.num_students, scenario=s, pool=pool, restart_together=True)
+            for s, pool in zip(scenarios, pools, strict=True)
+        ]
+        env = SB3VecEnv(populations, mean, deviation, seed)
+        agent = new_agent(env, config, env.num_steps, seed)
         if logger is not None:
             agent.set_logger(logger)
 
         def now() -> Policy:
             state: dict[str, Any] = agent.policy.state_dict()
-            return policy_from_sb3(state, mean, deviation, scenario.plan, static, scenario.config.controls)
+            return policy_from_sb3(state, mean, deviation, start=start, controls=controls)
 
         if on_agent:
             on_agent(now)
-        _learn(agent, env, config, scenario.config.num_windows, _Watch(config, on_window, on_rollout), journal)
+        _learn(agent, env, config, env.num_steps, _Watch(config, on_window, on_rollout), journal)
         return {name: tensor.numpy() for name, tensor in now().weights.items()}
 
     inputs = {
         "ppo": asdict(config),
         "seed": seed,
-        "scenarios": [
-            [list(w.group_sizes), asdict(w.config.task), digest(*w.plan.tensors().values())] for w in scenarios
-        ],
-        "static": digest(static.points, static.terms),
+        "scenarios": [[list(s.group_sizes), plain(s.config)] for s in scenarios],
+        "start": digest(start),
     }
     shapes = {name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()}
     weights = {name: torch.from_numpy(a) for name, a in recall(journal, "PPO", inputs, shapes, learn).items()}
-    seen = torch.from_numpy(mean), torch.from_numpy(deviation)
-    return Policy(weights, *seen, scenario.plan, static, scenario.config.controls)
+    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
 
 
 def _figures(
@@ -271,7 +263,7 @@ def _figures(
     inputs = {
         "seed": seed,
         "num_students": config.num_students,
-        "plans": [digest(*w.plan.tensors().values()) for w in scenarios],
+        "starts": [digest(scenario.start) for scenario in scenarios],
     }
     known = recall(journal, "observations", inputs, shapes, compute)
     return known["mean"], known["deviation"]

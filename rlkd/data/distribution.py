@@ -4,7 +4,9 @@ A task is fully determined by its integer seed and the distribution, so that any
 given the same task: the same teacher, the same corrupted labels, the same initial weights, the same batches.
 """
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,26 @@ class Range:
         return self.low + (self.high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
+LATENCY_SHARE = 0.75  # of what accuracy leaves of the weights; energy takes the rest
+
+
+def reference_accuracy(reference: str) -> float | None:
+    """The accuracy that `reference` states as a number; None for `dense` and `teacher`.
+
+    Raises:
+        UserError: another word, or a number outside (0, 1].
+    """
+    if reference in ("dense", "teacher"):
+        return None
+    try:
+        value = float(reference)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"goal.reference: got {reference!r}; allowed: teacher, dense, or an accuracy in (0, 1]")
+    return value
+
+
 @dataclass(frozen=True)
 class Preference:
     """The user's weights on accuracy, latency and energy. They need not sum to one: they are normalised.
@@ -55,8 +77,8 @@ class Preference:
             UserError: a negative weight, an accuracy above 1 with nothing else given, or all zero.
         """
         rest = 1.0 - self.accuracy
-        latency = 0.75 * rest if self.latency is None else self.latency
-        energy = 0.25 * rest if self.energy is None else self.energy
+        latency = LATENCY_SHARE * rest if self.latency is None else self.latency
+        energy = (1.0 - LATENCY_SHARE) * rest if self.energy is None else self.energy
         total = self.accuracy + latency + energy
         if not (min(self.accuracy, latency, energy) >= 0.0 and 0.0 < total < float("inf")):
             raise UserError(
@@ -86,6 +108,17 @@ class TaskDistribution:
     num_teachers: Range = field(default_factory=lambda: Range(1.0, 1.0))
     """How many teachers the student learns from, rounded, all different: from the mean of their answers, unless a
     method weighs them."""
+    floor_share: float = 0.0
+    """Share of tasks whose goal is an accuracy floor; their accuracy weight is 0. The others have weights alone."""
+    keep: Range = field(default_factory=lambda: Range(0.9, 1.02))
+    """Floor as a share of the reference accuracy."""
+    limit_share: float = 0.0
+    """Share of the tasks without a floor that have a latency limit; they weigh accuracy alone."""
+    latency_limit: Range = field(default_factory=lambda: Range(0.2, 0.8))
+    """Limit on the latency ratio to the dense student."""
+    reference: str = "dense"
+    """What a floor is a share of: `dense` (the same student, trained dense under the published setting), `teacher`, or
+    a number in (0, 1]."""
 
     def check(self) -> None:
         """Raises UserError for an unknown data set or an impossible range."""
@@ -96,12 +129,29 @@ class TaskDistribution:
         self.latency_share.check("task.latency_share", 0.0, 1.0)
         self.class_imbalance.check("task.class_imbalance", 0.0, 1.0)
         self.num_teachers.check("task.num_teachers", 1, float("inf"))
+        self.keep.check("task.keep", 0.0, 2.0)
+        self.latency_limit.check("task.latency_limit", 0.0, float("inf"))
+        for name in ("floor_share", "limit_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"task.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
+        reference_accuracy(self.reference)
 
     def with_preference(self, preference: Preference) -> "TaskDistribution":
         """The same distribution with the preference held fixed; all other draws of a seed stay the same."""
         accuracy, latency, energy = preference.weights()
         share = latency / (latency + energy) if latency + energy > 0 else 0.0
-        return replace(self, accuracy_weight=Range(accuracy, accuracy), latency_share=Range(share, share))
+        return replace(
+            self,
+            accuracy_weight=Range(accuracy, accuracy),
+            latency_share=Range(share, share),
+            floor_share=0.0,
+            limit_share=0.0,
+        )
+
+    def with_keep(self, keep: float, latency_share: float = LATENCY_SHARE) -> "TaskDistribution":
+        """The same distribution with a fixed floor of `keep` times the reference accuracy for all tasks."""
+        share = Range(latency_share, latency_share)
+        return replace(self, floor_share=1.0, keep=Range(keep, keep), latency_share=share)
 
 
 @dataclass(frozen=True)
@@ -116,6 +166,9 @@ class Task:
     preference: tuple[float, float, float]  # accuracy, latency, energy; sums to one
     class_imbalance: float
     others: tuple[int, ...] = ()  # further teachers
+    goal_seed: int = 0
+    keep: float = 0.0  # floor as a share of the reference accuracy; 0: no floor
+    latency_limit: float = math.inf  # on the latency ratio to the dense student
 
     @property
     def teachers(self) -> tuple[int, ...]:
@@ -124,7 +177,9 @@ class Task:
 
 
 def task_generator(seed: int, purpose: str) -> torch.Generator:
-    """An independent random source for one purpose ("task", "parameters" or "batches") of one task."""
+    """An independent random source for one purpose ("task", "parameters", "batches" or "goal") of one task."""
+    if purpose == "goal":  # came later; seeds of the other purposes are below 2**63
+        return torch.Generator().manual_seed(seed + 2**63)
     offset = {"task": 0, "parameters": 1, "batches": 2}[purpose]
     return torch.Generator().manual_seed(seed * 3 + offset)
 
@@ -155,8 +210,18 @@ def thin_classes(labels: Tensor, order: Tensor, imbalance: float) -> Tensor:
     return number <= kept[labels]
 
 
-def draw_task(seed: int, distribution: TaskDistribution, data: Labelled, num_teachers: int) -> Task:
-    """The task of this seed. Draws come in a fixed order, so a range held fixed leaves the others as they were."""
+def draw_task(
+    seed: int, distribution: TaskDistribution, data: Labelled, num_teachers: int, *, goal_seed: int | None = None
+) -> Task:
+    """Draw the task of this seed. Draws come in a fixed order, so a range held fixed leaves the others as they were.
+
+    Args:
+        seed: of all but the goal.
+        distribution: ranges to draw from.
+        data: labels and splits.
+        num_teachers: there are.
+        goal_seed: of the goal; by default `seed`.
+    """
     g = task_generator(seed, "task")
     teacher = int(torch.randint(num_teachers, (), generator=g))
     noise = distribution.label_noise.draw(g)
@@ -177,5 +242,31 @@ def draw_task(seed: int, distribution: TaskDistribution, data: Labelled, num_tea
     count = min(round(distribution.num_teachers.draw(g)), num_teachers)
     order = torch.randperm(num_teachers, generator=g).tolist() if count > 1 else []
     others = tuple(t for t in order if t != teacher)[: count - 1]
-    preference = (accuracy, latency, max(0.0, 1.0 - accuracy - latency))
-    return Task(seed, teacher, noise, samples[stay], labels[stay], preference, imbalance, others)
+    return Task(
+        seed=seed,
+        teacher=teacher,
+        label_noise=noise,
+        samples=samples[stay],
+        labels=labels[stay],
+        class_imbalance=imbalance,
+        others=others,
+        goal_seed=seed if goal_seed is None else goal_seed,
+        **_draw_goal(seed if goal_seed is None else goal_seed, distribution, accuracy, latency),
+    )
+
+
+def _draw_goal(seed: int, distribution: TaskDistribution, accuracy: float, latency: float) -> dict[str, Any]:
+    """Goal fields of a task; `accuracy` and `latency` are the weights it has without a floor or a limit."""
+    g = task_generator(seed, "goal")
+    kind, keep, limit = (
+        torch.rand((), generator=g).item(),
+        distribution.keep.draw(g),
+        distribution.latency_limit.draw(g),
+    )
+    share = latency / (1.0 - accuracy) if accuracy < 1.0 else LATENCY_SHARE
+    if kind < distribution.floor_share:
+        return {"preference": (0.0, share, 1.0 - share), "keep": keep}
+    rest = (kind - distribution.floor_share) / max(1e-12, 1.0 - distribution.floor_share)
+    if rest < distribution.limit_share:
+        return {"preference": (1.0, 0.0, 0.0), "latency_limit": limit}
+    return {"preference": (accuracy, latency, max(0.0, 1.0 - accuracy - latency))}

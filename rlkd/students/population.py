@@ -36,6 +36,7 @@ from rlkd.students.interface import (
     available_families,
     divergence_free,
     family_weights,
+    probed_samples,
 )
 from rlkd.students.recorded import Recorded
 from rlkd.students.rollback import Rollbacks
@@ -173,6 +174,22 @@ class Population:
     def set_exit(self, threshold: Tensor) -> None:
         """Set the exit threshold [N] alone; inputs and units stay as they were selected."""
         self._threshold = threshold.to(self._device)
+
+    @torch.no_grad()
+    def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
+        """As `Students.probe`."""
+        shares = (keep.to(self._device) for keep in (feature_keep, unit_keep))
+        masks = select(self._student, self._scores(), *shares)
+        index = probed_samples(self._data.splits["validation"])
+        outputs = self._forward(self._parameters, masks, self._data.inputs[index])
+        answers = torch.stack([z.argmax(-1) for z in outputs.logits], dim=1)  # [N, E, B]
+        return (answers == self._data.labels[index]).float().mean(-1).cpu()
+
+    def load_parameters(self, parameters: Mapping[str, Tensor], rows: Tensor) -> None:
+        """Give the students at `rows` parameters as `state_dict` has them, each [len(rows), ...]."""
+        where = rows.to(self._device)
+        for name, store in self._parameters.items():
+            store[where] = parameters[name.removeprefix("student.")].to(self._device)
 
     def weigh_teachers(self, theta: Tensor) -> None:
         """How each student's teachers are weighed from now on ([N, 3], `rlkd.students.fusion`); a reset forgets it."""

@@ -25,6 +25,7 @@ from rlkd.students.interface import (
     available_families,
     divergence_free,
     family_weights,
+    probed_samples,
 )
 from rlkd.students.optimizers import load_optimizer_state, optimizer_state
 from rlkd.students.population import WithAdapter
@@ -81,6 +82,21 @@ class SoloStudent:
     def set_exit(self, threshold: Tensor) -> None:
         """As `Population.set_exit`."""
         self._threshold = threshold
+
+    @torch.no_grad()
+    def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
+        """As `Students.probe`."""
+        masks = select(self.student, self._scores(), feature_keep[0], unit_keep[0])
+        index = probed_samples(self._data.splits["validation"])
+        outputs, _ = self._module(self._data.inputs[index], masks)
+        answers = torch.stack([z.argmax(-1) for z in outputs.logits])  # [E, B]
+        return (answers == self._data.labels[index]).float().mean(-1)[None]
+
+    def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take parameters as `state_dict` has them, each [1, ...]."""
+        with torch.no_grad():
+            for name, parameter in self._module.named_parameters():
+                parameter.copy_(parameters[name.removeprefix("student.")][0])
 
     def weigh_teachers(self, theta: Tensor) -> None:
         """As `Population.weigh_teachers`."""

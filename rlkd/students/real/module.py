@@ -31,6 +31,7 @@ from rlkd.students.interface import (
     TrainConfig,
     divergence_free,
     family_weights,
+    probed_samples,
 )
 from rlkd.students.optimizers import load_optimizer_state, new_optimizer, optimizer_state, schedule
 from rlkd.students.real import processes
@@ -176,6 +177,24 @@ class ModuleStudent:
     def set_exit(self, threshold: Tensor) -> None:
         """As `Population.set_exit`."""
         self._threshold = threshold
+
+    @torch.no_grad()
+    def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
+        """As `Students.probe`."""
+        before = self._unit_masks, self._keep
+        scores = group_importance(self.student.model, self.plan.groups)
+        self._unit_masks = tuple(keep_top(score, unit_keep[0]) for score in scores)
+        self._keep = float(feature_keep[0]) if self.plan.select_after is not None else 1.0
+        try:
+            return self._exit_accuracy(probed_samples(self._data.splits["validation"]))
+        finally:
+            self._unit_masks, self._keep = before
+
+    def _exit_accuracy(self, index: Tensor) -> Tensor:
+        """[1, E], on the samples at `index` [B]."""
+        logits, _ = self._answers(index)
+        answers = torch.stack([z.argmax(-1) for z in logits])  # [E, B]
+        return (answers == self._data.labels[index]).float().mean(-1)[None]
 
     def train_window(self, controls: Controls) -> Telemetry:
         """`steps_per_window` optimizer steps under `controls`.

@@ -1,1 +1,0 @@
-"""Networks that decide a schedule before the training begins."""

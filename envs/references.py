@@ -1,0 +1,91 @@
+"""Reference accuracies that floors are shares of: the dense student's of the same task, the teacher's, or a number.
+
+The dense student is trained once a task under the published setting, on the task's own labels, first weights and
+batches. Its accuracies, and its parameters after `warm_windows` for students that start from trained weights, are kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlkd.data import Task
+from rlkd.data.distribution import reference_accuracy
+from rlkd.envs.action import ControlConfig, decode, published_setting
+from rlkd.students import Population, Students
+
+NUM_PARALLEL = 128
+
+
+@dataclass
+class References:
+    """Reference accuracies by task seed."""
+
+    accuracy: dict[int, tuple[float, float]] = field(default_factory=dict)  # validation, test
+    parameters: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of the warm start
+
+    def missing(self, tasks: Sequence[Task], warm: bool) -> list[Task]:
+        """Tasks, each once, whose reference or warm start is not known yet."""
+        known = self.parameters if warm else self.accuracy
+        return list({task.seed: task for task in tasks if task.seed not in known}.values())
+
+    def of(self, tasks: Sequence[Task]) -> Tensor:
+        """[M, 2] float32, accuracy on validation and test."""
+        return torch.tensor([self.accuracy[task.seed] for task in tasks])
+
+
+def train_references(
+    references: References,
+    tasks: Sequence[Task],
+    students: Callable[[int], Students],
+    controls: ControlConfig,
+    *,
+    num_classes: int,
+    num_windows: int,
+    warm_windows: int,
+) -> None:
+    """Train the dense student of every task in `tasks` and keep what it reached.
+
+    Args:
+        references: filled here.
+        tasks: each seed once.
+        students: makes so many new students.
+        controls: ranges of the controls.
+        num_classes: C.
+        num_windows: of an episode.
+        warm_windows: windows before the episode; the parameters after them are kept if there are any.
+    """
+    for begin in range(0, len(tasks), NUM_PARALLEL):
+        chunk = list(tasks[begin : begin + NUM_PARALLEL])
+        # rows are independent, so one task beside a copy of itself trains in lock-step like many
+        batch = chunk if len(chunk) > 1 else chunk * 2
+        group = students(len(batch))
+        group.reset(batch)
+        setting = decode(published_setting(controls).expand(len(batch), -1), controls, num_classes)
+        for window in range(warm_windows + num_windows):
+            if warm_windows and window == warm_windows:
+                state = group.state_dict()
+                for row, task in enumerate(chunk):
+                    references.parameters[task.seed] = {name: t[row].clone() for name, t in state.items()}
+            group.train_window(setting)
+        reached = [group.evaluate(split).accuracy.tolist() for split in ("validation", "test")]
+        for row, task in enumerate(chunk):
+            references.accuracy[task.seed] = (reached[0][row], reached[1][row])
+
+
+def stated_reference(reference: str, num_tasks: int) -> Tensor | None:
+    """[M, 2] of a reference given as a number, else None."""
+    value = reference_accuracy(reference)
+    return None if value is None else torch.full((num_tasks, 2), value)
+
+
+def load_warm_start(references: References, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:
+    """Give the students at `rows` the kept parameters of their tasks; optimizer state stays fresh."""
+    if not isinstance(students, Population):
+        (task,) = tasks
+        students.load_parameters({name: t[None] for name, t in references.parameters[task.seed].items()})
+        return
+    names = list(references.parameters[tasks[0].seed])
+    stacked = {n: torch.stack([references.parameters[task.seed][n] for task in tasks]) for n in names}
+    students.load_parameters(stacked, rows)
