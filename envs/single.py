@@ -93,7 +93,7 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
 
 
 class FlatDistillationEnv(DistillationEnv):
-    """`DistillationEnv` with one Box [12] of changes in the order of `CONTROLS`, as stable-baselines3's PPO needs it."""
+    """`DistillationEnv` with one Box [12] of changes in the order of `CONTROLS`, as stable-baselines3 needs it."""
 
     def __init__(
         self, config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None
