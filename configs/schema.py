@@ -1,15 +1,15 @@
 """The configurations of the verbs; each field is a section with a dataclass of its own, or a plain value."""
 
 import difflib
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from rlkd.agents.baselines.methods import METHODS, NEED_POLICY, WEIGH_TEACHERS
 from rlkd.agents.baselines.search import SearchConfig
-from rlkd.agents.planner.planning import PlanningConfig
 from rlkd.agents.ppo.online import OnlineAgentConfig
 from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cost import CostConfig
-from rlkd.data import Preference, Range, TaskDistribution, check_dataset
+from rlkd.data import Preference, Range, TaskDistribution
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
@@ -39,24 +39,39 @@ class ComparisonConfig:
 
 @dataclass(frozen=True)
 class ScenarioConfig:
-    """A data set and a student structure."""
+    """A data set, a student structure, the teachers, and how long and in which steps the student trains."""
 
-    dataset: str
+    dataset: str = "digits"
     """Name of the data set (`rlkd list`)."""
     student: StudentConfig = field(default_factory=StudentConfig)
+    num_windows: int = 12
+    """Decisions of one episode; each trains the student for train.steps_per_window steps."""
+    warm_windows: int = 0
+    """Windows of dense training under the published setting before the episode; 0 starts from fresh weights."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+def _goals() -> TaskDistribution:
+    return TaskDistribution(
+        floor_share=0.7, limit_share=0.3, num_labels=Range(60.0, 2000.0), accuracy_weight=Range(0.3, 0.98)
+    )
 
 
 @dataclass(frozen=True)
-class ExperimentConfig(EnvConfig):
-    """`rlkd train`: learn a policy over a population and compare it on held-out tasks."""
+class ExperimentConfig:
+    """`rlkd train`: learn a policy over scenarios, choose it on others, compare it on held-out tasks of the first."""
 
-    also: tuple[ScenarioConfig, ...] = ()
-    """Data sets and students that the policy is trained on besides task.dataset and student. PPO's students
-    are shared evenly, and planning's as planning.main_share says."""
-    task: TaskDistribution = field(default_factory=lambda: TaskDistribution(accuracy_weight=Range(0.3, 0.98)))
-    controls: ControlConfig = field(default_factory=lambda: ControlConfig(step=0.15))
+    scenarios: tuple[ScenarioConfig, ...] = (ScenarioConfig(),)
+    """What the policy is trained on, in turns; the first one gives the tasks of the comparison."""
+    validation: tuple[ScenarioConfig, ...] = ()
+    """Scenarios that the policy is neither trained nor reported on: the iteration that does best on them ships. Without
+    any, the last iteration ships."""
+    task: TaskDistribution = field(default_factory=_goals)
+    """Of every scenario, each with its own data set in place of task.dataset."""
+    controls: ControlConfig = field(default_factory=ControlConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    planning: PlanningConfig = field(default_factory=PlanningConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     keep_checkpoints: int = 2
@@ -64,28 +79,42 @@ class ExperimentConfig(EnvConfig):
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
-        super().check()
-        check_keep(self.keep_checkpoints)
-        for part in (self.search, self.planning, self.ppo, self.comparison):
-            part.check()
-        if self.ppo.num_students * self.num_windows < 2:
-            raise UserError("ppo.num_students: got 1 with num_windows 1; allowed: at least 2 of either, to learn from")
-        shares = (len(self.also) + 1) * self.ppo.group_size
-        if self.ppo.num_students % shares:
+        if not self.scenarios:
+            raise UserError("scenarios: got none; allowed: one or more, the first for the comparison")
+        if self.task.dataset != self.scenarios[0].dataset:
             raise UserError(
-                f"ppo.num_students: got {self.ppo.num_students} for {len(self.also) + 1} scenarios and groups of "
-                f"{self.ppo.group_size}; allowed: multiples of {shares}"
+                f"task.dataset: got {self.task.dataset!r}, but the first scenario has {self.scenarios[0].dataset!r}; "
+                "give the data sets in scenarios, and task.dataset as the first scenario's or not at all"
             )
-        for scenario in self.also:
-            check_dataset(scenario.dataset)
-            scenario.student.check()
+        check_keep(self.keep_checkpoints)
+        for part in (*self.envs(self.scenarios), *self.envs(self.validation), self.search, self.ppo, self.comparison):
+            part.check()
+        for scenario in self.validation:
+            if scenario in self.scenarios:
+                raise UserError(
+                    f"validation: {scenario.dataset} with the student {list(scenario.student.widths)} is one of "
+                    "scenarios, too; allowed: scenarios that the policy is not trained on"
+                )
+        if self.ppo.num_students * sum(scenario.num_windows for scenario in self.scenarios) < 2:
+            raise UserError(
+                "ppo.num_students: got 1 with one scenario of num_windows 1; allowed: at least 2 of either, to learn "
+                "from"
+            )
 
-    def scenarios(self) -> list[EnvConfig]:
-        """What the policy is trained on: the main data set and student, then those of `also`."""
-        shared = {f.name: getattr(self, f.name) for f in fields(EnvConfig)}
+    def envs(self, scenarios: Sequence[ScenarioConfig]) -> list[EnvConfig]:
+        """Environments of `scenarios`, which share tasks, ranges of the controls, and cost."""
         return [
-            EnvConfig(**shared | {"task": replace(self.task, dataset=scenario.dataset), "student": scenario.student})
-            for scenario in (ScenarioConfig(self.task.dataset, self.student), *self.also)
+            EnvConfig(
+                num_windows=scenario.num_windows,
+                warm_windows=scenario.warm_windows,
+                task=replace(self.task, dataset=scenario.dataset),
+                student=scenario.student,
+                teacher=scenario.teacher,
+                train=scenario.train,
+                controls=self.controls,
+                cost=self.cost,
+            )
+            for scenario in scenarios
         ]
 
 
@@ -111,7 +140,15 @@ class ReplayConfig:
     def env(self, controls: ControlConfig) -> EnvConfig:
         """The environment's part, the preference put into its tasks."""
         task = self.task.with_preference(self.preference)
-        return EnvConfig(self.num_windows, task, self.student, self.teacher, self.train, controls, self.cost)
+        return EnvConfig(
+            num_windows=self.num_windows,
+            task=task,
+            student=self.student,
+            teacher=self.teacher,
+            train=self.train,
+            controls=controls,
+            cost=self.cost,
+        )
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
@@ -138,7 +175,15 @@ class OnlineConfig:
     def env(self, controls: ControlConfig) -> EnvConfig:
         """The environment's part, the preference put into its tasks."""
         task = self.task.with_preference(self.preference)
-        return EnvConfig(self.num_windows, task, self.student, self.teacher, self.train, controls, self.cost)
+        return EnvConfig(
+            num_windows=self.num_windows,
+            task=task,
+            student=self.student,
+            teacher=self.teacher,
+            train=self.train,
+            controls=controls,
+            cost=self.cost,
+        )
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
@@ -149,9 +194,13 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig(ExperimentConfig):
+class CompareConfig(EnvConfig):
     """`rlkd compare`: the same tasks under several controllers. Without a policy a search gives the static settings."""
 
+    search: SearchConfig = field(default_factory=SearchConfig)
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    keep_checkpoints: int = 2
+    """States that stay on the disk."""
     methods: str = "static,published,annealed"
     """Comma-separated (`rlkd list`); the others are paired with the policy, or with the first."""
     num_seeds: int = 1
@@ -172,6 +221,9 @@ class CompareConfig(ExperimentConfig):
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
         super().check()
+        check_keep(self.keep_checkpoints)
+        self.search.check()
+        self.comparison.check()
         for name in self.method_names():
             if name not in METHODS:
                 close = difflib.get_close_matches(name, METHODS, n=1)

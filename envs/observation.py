@@ -57,6 +57,8 @@ TABLE: dict[str, dict[str, tuple[tuple[float, float], str]]] = {
         "inputs_kept": ((0.0, 1.0), "share of the inputs kept"),
         "units_kept": ((0.0, 1.0), "share of the units kept"),
         "first_exit_rate": ((0.0, 1.0), "share of samples that leave at the first exit"),
+    },
+    "savings": {
         **{
             f"{cost}_saving_{name}": ((-1.0, 1.0), f"{cost} saved by the cost model, whatever is learned: {name}")
             for cost in ("latency", "energy")

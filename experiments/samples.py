@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from rlkd.agents.baselines.search import Shortlist
 from rlkd.agents.policy.bundle import save_bundle
 from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.compression import compact, save_student
@@ -16,7 +15,6 @@ from rlkd.cost import CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.data import load_dataset
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
-from rlkd.envs.schedule import ControlPlan, PhaseNetwork, network_shapes
 from rlkd.models import StudentConfig, build_student, initialise
 from rlkd.teachers import TeacherConfig, load_teachers
 
@@ -29,19 +27,8 @@ def some_policy(hidden: int = 5) -> Policy:
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
     shapes = [(hidden, num_seen), (hidden,), (hidden, hidden), (hidden,), (num_set, hidden), (num_set,)]
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = Shortlist(torch.rand(2, num_set, generator=g), torch.rand(2, 3, generator=g))
     mean, deviation = torch.rand(num_seen, generator=g), 0.1 + torch.rand(num_seen, generator=g)
-    return Policy(weights, mean, deviation, _some_plan(hidden, g), static, ControlConfig(step=0.2))
-
-
-def _some_plan(hidden: int, g: torch.Generator) -> ControlPlan:
-    """Three phases, decided by networks at the beginnings of the first two."""
-    starts, networks = (0.0, 0.25, 0.5), []
-    for phase in (0, 1):
-        tensors = {name: torch.rand(s, generator=g) for name, s in network_shapes(phase, len(starts), hidden).items()}
-        layers = tuple(tensors[f"layers.{k}"] for k in range(6))
-        networks.append(PhaseNetwork(phase, tensors["mean"], 0.1 + tensors["deviation"], layers))
-    return ControlPlan(starts, torch.rand(len(starts), len(CONTROLS), generator=g), tuple(networks))
+    return Policy(weights, mean, deviation, torch.rand(num_set, generator=g), ControlConfig(step=0.2))
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from rlkd.cost import CostConfig, CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.envs import EnvConfig, Scenario, build_scenario
+from rlkd.envs.references import References
 from rlkd.teachers import TeacherConfig
 
 TEACHERS = TeacherConfig(num_samples=(40, 300, 897), num_steps=100)
@@ -49,8 +50,10 @@ def double_scenario(scenario: Scenario) -> Iterator[Scenario]:
     signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
     data = dataclasses.replace(scenario.data, inputs=scenario.data.inputs.double())
     template = copy.deepcopy(scenario.template).double()
-    doubled = dataclasses.replace(scenario.plan, settings=scenario.plan.settings.double())
-    double = dataclasses.replace(scenario, data=data, signals=signals, template=template, plan=doubled)
+    start = scenario.start.double()
+    double = dataclasses.replace(
+        scenario, data=data, signals=signals, template=template, start=start, known=References()
+    )
     torch.set_default_dtype(torch.float64)
     yield double
     torch.set_default_dtype(torch.float32)

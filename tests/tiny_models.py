@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from rlkd.agents.baselines.search import Shortlist
 from rlkd.agents.policy.bundle import save_bundle
 from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
 from rlkd.envs.action import published_setting
-from rlkd.envs.schedule import fixed_plan
 
 WORDS = ["good", "bad", "fine", "dull", "bright", "slow", "great", "poor", "film", "plot", "actor", "the", "was", "not"]
 
@@ -125,7 +123,6 @@ def save_policy(folder: Path) -> None:
     seen, controls = len(OBSERVATIONS), len(CONTROLS)
     shapes = [(5, seen), (5,), (5, 5), (5,), (controls, 5), (controls,)]
     weights = {name: 0.5 * torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = Shortlist(torch.rand(2, controls, generator=g), torch.rand(2, 3, generator=g))
     config = ControlConfig()
-    plan = fixed_plan(published_setting(config)[None])
-    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), plan, static, config), folder, {"seed": 0})
+    start = published_setting(config)
+    save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), start, config), folder, {"seed": 0})

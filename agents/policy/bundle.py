@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rlkd.envs.schedule import ControlPlan, PhaseNetwork, network_shapes
 from safetensors.torch import save
 from torch import Tensor
 
-from rlkd.agents.baselines.search import Shortlist
 from rlkd.agents.policy.policy import TENSORS, Policy, actor_shapes
 from rlkd.envs.action import CONTROLS, ControlConfig
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
@@ -28,16 +26,14 @@ from rlkd.io.files import (
     read_bytes,
     read_json,
     reason,
-    tensor_shapes,
     whole,
     write_whole,
 )
 
-FORMAT = 3
-MAX_HIDDEN, MAX_ROWS = 4096, 4096
+FORMAT = 4
+MAX_HIDDEN = 4096
 MAX_WEIGHT = 1e6  # far above any learned weight, and far below where sums of products overflow
-MAX_PHASES = 64
-_EXTRA = ("observation.mean", "observation.deviation", "static.points", "static.terms")
+_EXTRA = ("observation.mean", "observation.deviation", "start")
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,12 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
     """Write `policy.safetensors`, `bundle.json` and a card; returns the tensors' sha256.
 
     Args:
-        policy: the actor, its normalisation, its start setting and its static baselines.
+        policy: the actor, its normalisation and its start.
         folder: made if missing; existing files are replaced one by one, each whole.
         provenance: JSON-able; says from what, when and how well the policy was learned.
     """
-    extra = (policy.mean, policy.deviation, policy.static.points, policy.static.terms)
-    planned = {f"plan.{name}": tensor for name, tensor in policy.plan.tensors().items()}
-    tensors = {**policy.weights, **dict(zip(_EXTRA, extra, strict=True)), **planned}
-    blob = save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
+    extra = dict(zip(_EXTRA, (policy.mean, policy.deviation, policy.start), strict=True))
+    blob = save({name: tensor.float().contiguous() for name, tensor in {**policy.weights, **extra}.items()})
     digest = hashlib.sha256(blob).hexdigest()
     card = {
         "format": FORMAT,
@@ -73,10 +67,6 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
         },
         "action": {"names": list(CONTROLS), "low": -1.0, "high": 1.0, "controls": asdict(policy.controls)},
         "network": {"hidden": policy.weights["hidden.0.weight"].shape[0], "activation": "tanh"},
-        "plan": {
-            "starts": list(policy.plan.starts),
-            "networks": [{"phase": n.phase, "hidden": n.layers[0].shape[1]} for n in policy.plan.networks],
-        },
         "provenance": provenance,
     }
     write_whole(folder / "policy.safetensors", blob)
@@ -104,32 +94,16 @@ def load_bundle(folder: Path) -> Bundle:
             raise UserError(f"{weights_file}: checksum differs from bundle.json; get the bundle anew")
         controls = _controls(card["action"]["controls"])
         hidden = whole(card["network"]["hidden"], "network.hidden", 1, MAX_HIDDEN)
-        starts, networks = _plan(card["plan"])
         provenance = dict(card["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}/bundle.json: not a policy bundle's card, or a damaged one ({reason(error):.120})"
         ) from error
-    tensors = load_tensors(blob, _schema(blob, hidden, len(starts), networks, str(weights_file)), str(weights_file))
+    tensors = load_tensors(blob, _schema(hidden), str(weights_file))
     _check_values(weights_file, tensors)
-    static = Shortlist(tensors["static.points"], tensors["static.terms"])
     weights = {name: tensors[name] for name in TENSORS}
-    mean, deviation = tensors["observation.mean"], tensors["observation.deviation"]
-    plan = ControlPlan(
-        starts,
-        tensors["plan.settings"],
-        tuple(
-            PhaseNetwork(
-                phase,
-                tensors[f"plan.{i}.mean"],
-                tensors[f"plan.{i}.deviation"],
-                tuple(tensors[f"plan.{i}.layers.{k}"] for k in range(6)),
-            )
-            for i, (phase, _) in enumerate(networks)
-        ),
-    )
-    policy = Policy(weights, mean, deviation, plan, static, controls)
-    return Bundle(policy, provenance, digest)
+    mean, deviation, start = (tensors[name] for name in _EXTRA)
+    return Bundle(Policy(weights, mean, deviation, start, controls), provenance, digest)
 
 
 def _controls(given: dict[str, Any]) -> ControlConfig:
@@ -150,24 +124,13 @@ def _controls(given: dict[str, Any]) -> ControlConfig:
     return controls
 
 
-def _plan(given: dict[str, Any]) -> tuple[tuple[float, ...], list[tuple[int, int]]]:
-    """Starts of the phases, and phase and hidden units of every network; ValueError for anything but them."""
-    starts = tuple(number(share, "plan.starts") for share in given["starts"])
-    if not 1 <= len(starts) <= MAX_PHASES or starts[0] != 0 or sorted(set(starts)) != list(starts) or starts[-1] >= 1:
-        raise ValueError("plan.starts: allowed: 0, then ascending numbers below 1")
-    networks = [
-        (whole(n["phase"], "plan.phase", 0, len(starts) - 1), whole(n["hidden"], "plan.hidden", 1, MAX_HIDDEN))
-        for n in given["networks"]
-    ]
-    phases = [phase for phase, _ in networks]
-    if sorted(set(phases)) != phases or (phases and phases[0] != 0):
-        raise ValueError("plan.networks: allowed: none, or one each for phase 0 and some later ones")
-    return starts, networks
-
-
 def _check_schema(folder: Path, card: dict[str, Any]) -> None:
+    if card["format"] != FORMAT:
+        raise UserError(
+            f"{folder}/bundle.json: format is {card['format']!r:.20}, this version of rlkd reads {FORMAT}; "
+            "train the policy anew with rlkd train, or use the rlkd version that made the bundle"
+        )
     expected = {
-        "format": (card["format"], FORMAT),
         "observation.version": (card["observation"]["version"], VERSION),
         "observation.names": (card["observation"]["names"], list(OBSERVATIONS)),
         "observation.low": (card["observation"]["low"], LOW.tolist()),
@@ -190,37 +153,23 @@ def _check_schema(folder: Path, card: dict[str, Any]) -> None:
             raise UserError(f"{folder}/bundle.json: {field} is {shown}; use the rlkd version that made the bundle")
 
 
-def _schema(blob: bytes, hidden: int, num_phases: int, networks: list[tuple[int, int]], name: str) -> Schema:
-    """Names, types and shapes of the tensors, given what the card says; UserError for an empty search."""
-    num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
-    found = tensor_shapes(blob, name)
-    shape = found.get("static.terms", (None, (0,)))[1]
-    num_static = shape[0] if shape else 0
-    if not 1 <= num_static <= MAX_ROWS:
-        raise UserError(f"{name}: static.terms has {num_static} rows; expected 1 to {MAX_ROWS}")
-    shapes: dict[str, tuple[int, ...]] = {
-        **actor_shapes(hidden),
-        "observation.mean": (num_seen,),
-        "observation.deviation": (num_seen,),
-        "plan.settings": (num_phases, num_set),
-        "static.points": (num_static, num_set),
-        "static.terms": (num_static, 3),
-    }
-    for i, (phase, width) in enumerate(networks):
-        shapes |= {f"plan.{i}.{k}": size for k, size in network_shapes(phase, num_phases, width).items()}
-    return {key: (torch.float32, shape) for key, shape in shapes.items()}
+def _schema(hidden: int) -> Schema:
+    """Names, types and shapes of the tensors of a policy with `hidden` units a layer."""
+    seen = (len(OBSERVATIONS),)
+    extra = dict(zip(_EXTRA, (seen, seen, (len(CONTROLS),)), strict=True))
+    return {name: (torch.float32, shape) for name, shape in {**actor_shapes(hidden), **extra}.items()}
 
 
 def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises UserError for values that no training writes and that would make a policy answer without meaning."""
+    deviation = tensors["observation.deviation"]
+    if not ((deviation > 0) & deviation.isfinite()).all():
+        raise UserError(f"{path}: observation.deviation must be finite and above 0")
+    if not ((tensors["start"] >= 0) & (tensors["start"] <= 1)).all():
+        raise UserError(f"{path}: start holds a value outside of 0 to 1")
     for name, tensor in tensors.items():
-        if name.endswith(".deviation") and not (tensor > 0).all():
-            raise UserError(f"{path}: {name} must be above 0")
-    for name in ("plan.settings", "static.points"):
-        if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
-            raise UserError(f"{path}: {name} holds a position outside of 0 to 1")
-    for name, tensor in tensors.items():
-        if not (tensor.abs() <= MAX_WEIGHT).all():
+        # observations that a policy was not shown have a huge deviation, so that they read 0
+        if name != "observation.deviation" and not (tensor.abs() <= MAX_WEIGHT).all():
             raise UserError(f"{path}: {name} holds a value beyond {MAX_WEIGHT:g} either way")
 
 
@@ -229,7 +178,8 @@ def _card(digest: str, provenance: dict[str, Any]) -> str:
     lines = ["# rlkd policy", "", f"sha256 of the tensors: `{digest}`", ""]
     scores = provenance.get("scores", {})
     if scores:
-        lines += ["Held-out tasks, test data:", "", "| comparison | difference in J | 95 % interval |", "|---|---|---|"]
+        lines += ["Held-out tasks, test data:", "", "| comparison | difference in score | 95 % interval |"]
+        lines.append("|---|---|---|")
         for name, row in scores.items():
             low, high = row["ci95"]
             lines.append(f"| {name} | {row['difference']:+.4f} | {low:+.4f} to {high:+.4f} |")

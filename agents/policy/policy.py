@@ -12,6 +12,7 @@ from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.sb3 import CLIP
 
 TENSORS = ("hidden.0.weight", "hidden.0.bias", "hidden.1.weight", "hidden.1.bias", "action.weight", "action.bias")
+HIDDEN = 1e30  # deviation of an observation that the policy is not shown: it reads 0
 
 
 @dataclass(frozen=True)

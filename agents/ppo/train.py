@@ -22,7 +22,7 @@ from rlkd.agents.policy.policy import Policy, actor_shapes, policy_from_sb3
 from rlkd.agents.ppo.state import capture, restore
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.observation import OBSERVATIONS, TABLE
 from rlkd.envs.sb3 import SB3VecEnv
 from rlkd.envs.scenario import Scenario
 from rlkd.envs.vector import DistillationVectorEnv
@@ -56,10 +56,18 @@ class PPOConfig:
     final_log_std: float = -2.2
     """The same at the end; in between it falls in a line. It is set, not learned."""
     clip_range: float = 0.2
+    evaluate_every: int = 5
+    """Iterations between two evaluations on the validation scenarios; the first and the last iteration are evaluated,
+    too. The best one ships."""
+    num_evaluation_tasks: int = 32
+    """Tasks of every validation scenario, the same at every evaluation."""
+    hidden_groups: tuple[str, ...] = ()
+    """Groups of observations (the keys of rlkd.envs.observation.TABLE) that the agent does not see."""
 
     def check(self) -> None:
         """Raises UserError for an impossible value."""
-        for name in ("num_students", "num_tasks", "num_iterations", "batch_size", "num_epochs", "hidden"):
+        names = ("num_students", "num_tasks", "num_iterations", "batch_size", "num_epochs", "hidden")
+        for name in (*names, "evaluate_every", "num_evaluation_tasks"):
             if getattr(self, name) < 1:
                 raise UserError(f"ppo.{name}: got {getattr(self, name)}; allowed: at least 1")
         for name in ("gamma", "gae_lambda"):
@@ -69,6 +77,9 @@ class PPOConfig:
             raise UserError("ppo: learning_rate and clip_range must be above 0")
         if self.batch_size < 2:
             raise UserError(f"ppo.batch_size: got {self.batch_size}; allowed: at least 2")
+        for name in self.hidden_groups:
+            if name not in TABLE:
+                raise UserError(f"ppo.hidden_groups: got {name!r}; allowed: {', '.join(TABLE)}")
 
 
 @dataclass(frozen=True)

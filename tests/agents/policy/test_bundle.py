@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from samples import some_policy
 
 from rlkd.agents.policy.bundle import load_bundle, save_bundle
+from rlkd.agents.policy.policy import HIDDEN
 from rlkd.envs import OBSERVATIONS, ControlConfig
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_JSON_BYTES, MAX_TENSOR_BYTES
@@ -38,6 +39,7 @@ def test_a_policy_survives_the_disk(folder: Path) -> None:
     policy, bundle = some_policy(), load_bundle(folder)
     seen = torch.rand(7, len(OBSERVATIONS), generator=torch.Generator().manual_seed(1))
     assert torch.equal(bundle.policy.act(seen), policy.act(seen))
+    assert torch.equal(bundle.policy.start, policy.start)
     assert bundle.policy.controls == ControlConfig(step=0.2)
     assert bundle.provenance == {"seed": 3}
     assert bundle.digest == save_bundle(policy, folder, {"seed": 4})
@@ -68,7 +70,8 @@ def test_truncated_or_altered_tensors_fail_the_checksum(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "words"),
     [
-        (("format",), 1, "format is 1"),
+        (("format",), 3, "format is 3, this version of rlkd reads 4; train the policy anew with rlkd train, or use"),
+        (("format",), None, "format is None"),
         (("observation", "names", 0), "progres", "observation.names is 'progres' at 0"),
         (("observation", "high", 1), 7.0, "observation.high is 7.0 at 1"),
         (("action", "names", 8), "lr", "action.names is 'lr' at 8"),
@@ -108,13 +111,26 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     refused(r"action\.bias holds a non-finite value", **{"action.bias": tensors["action.bias"] * float("nan")})
     refused(r"action\.weight is torch\.float64", **{"action.weight": tensors["action.weight"].double()})
     refused("action.weight holds a value beyond", **{"action.weight": tensors["action.weight"] * 1e9})
-    refused("deviation must be above 0", **{"observation.deviation": -tensors["observation.deviation"]})
-    refused("plan.settings holds a position outside", **{"plan.settings": tensors["plan.settings"] + 1})
+    refused("deviation must be finite and above 0", **{"observation.deviation": -tensors["observation.deviation"]})
+    refused("start holds a value outside of 0 to 1", start=tensors["start"] + 1)
+    refused("start is torch.float32", start=tensors["start"][:9])
     refused("'more' does not belong in it", more=torch.zeros(1))
-    refused("static.terms has 0 rows", **{"static.terms": torch.zeros(0, 3)})
     rewrite(folder, {k: v for k, v in tensors.items() if k != "hidden.1.bias"})
     with pytest.raises(UserError, match=r"hidden\.1\.bias is nothing"):
         load_bundle(folder)
+
+
+def test_a_hidden_observation_survives_and_reads_zero(folder: Path) -> None:
+    policy = some_policy()
+    policy.deviation[3] = HIDDEN
+    save_bundle(policy, folder, {})
+    loaded = load_bundle(folder).policy
+    seen = torch.rand(2, len(OBSERVATIONS), generator=torch.Generator().manual_seed(1))
+    other = seen.clone()
+    other[:, 3] = 1 - other[:, 3]
+    assert torch.equal(loaded.act(seen), loaded.act(other))
+    other[:, 2] = 1 - other[:, 2]
+    assert not torch.equal(loaded.act(seen), loaded.act(other))
 
 
 @pytest.mark.parametrize("text", ["no json", "[1]", "{}", "null", "[" * 100_000, '{"format": 1}'])
