@@ -27,6 +27,8 @@ WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a fa
 
 HIGHEST = 1e30  # of a temperature or learning rate: nothing sensible, but still a float32
 
+KIND_LEAD = 0.2  # half of what the action can move a kind by: exploration flips it now and then
+
 SCALARS = ("temperature", "feature_keep", "unit_keep", "exit_threshold", "learning_rate")
 EXIT_KINDS = ("never", "first", "threshold")
 CONTROLS = (
@@ -41,8 +43,8 @@ NUM_CONTROLS = len(CONTROLS)
 class ControlConfig:
     """Ranges of the controls and the size of a change."""
 
-    step: float = 0.5
-    """Share of a control's range that an action of 1 moves it by."""
+    step: float = 0.25
+    """Share of a control's range that an action of 1 moves it by in one window."""
     temperature: tuple[float, float] = (1.0, 10.0)
     """Softening of teacher and student; log steps."""
     feature_keep: tuple[float, float] = (0.1, 1.0)
@@ -155,9 +157,23 @@ def published_setting(config: ControlConfig) -> Tensor:
     )
 
 
-def change(start: Tensor, action: Tensor, config: ControlConfig) -> Tensor:
-    """Unit controls [N, 12] after `action` [N, 12] in [-1, 1] moved them from `start` [N, 12]."""
-    return (start + config.step * action.clamp(-1.0, 1.0)).clamp(0.0, 1.0)
+def change(u: Tensor, action: Tensor, start: Tensor, config: ControlConfig) -> Tensor:
+    """Unit controls [N, 12] after `action` [N, 12] in [-1, 1].
+
+    The controls move from where they are by `config.step` times the action, so that they stay where nothing changes
+    and exploration wanders instead of trembling. The kind of exit is chosen anew every time, with a lead of
+    KIND_LEAD for the kind of `start`.
+
+    Args:
+        u: [N, 12], unit controls now.
+        action: [N, 12].
+        start: [N, 12], the setting that the episode began with.
+        config: size of a change.
+    """
+    num_kinds = len(EXIT_KINDS)
+    moved = u[:, :-num_kinds] + config.step * action[:, :-num_kinds].clamp(-1.0, 1.0)
+    kinds = 0.4 + KIND_LEAD * start[:, -num_kinds:] + 0.4 * action[:, -num_kinds:].clamp(-1.0, 1.0)
+    return torch.cat([moved, kinds], dim=-1).clamp(0.0, 1.0)
 
 
 def action_space() -> spaces.Dict:

@@ -22,6 +22,7 @@ from rlkd.errors import UserError
 from rlkd.students import Controls, Metrics, Population, Students, Telemetry
 from rlkd.teachers.landmarks import LANDMARKS
 
+CAUTION = 0.5  # standard errors; see `Episodes.floors`
 LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
 
 
@@ -96,9 +97,17 @@ class Episodes:
 
     @property
     def floors(self) -> Tensor:
-        """[N, 2], least accuracy on validation and test that meets the goal; 0 for no floor."""
-        keep = torch.tensor([task.keep for task in self.tasks])
-        return self.reference * keep[:, None]
+        """[N, 2], least accuracy on validation and test that meets the goal; 0 for no floor.
+
+        That on validation is higher by CAUTION standard errors of an accuracy on so many samples: who reaches a floor
+        there exactly misses it on test every other time.
+        """
+        keep = torch.tensor([task.keep for task in self.tasks])  # [N]
+        floors = self.reference * keep[:, None]
+        reached = floors[:, 0].clamp(0.0, 1.0)
+        num_samples = self.students.num_evaluated("validation")
+        error = (reached * (1.0 - reached) / num_samples).sqrt()  # [N]
+        return torch.stack([floors[:, 0] + CAUTION * error, floors[:, 1]], dim=-1)
 
     @property
     def threshold(self) -> Tensor:

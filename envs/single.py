@@ -25,8 +25,8 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
     Action space:
         A Dict of boxes in [-1, 1]: `loss_weights` (4: hard label, response, feature, attention, as logits),
         `temperature`, `feature_keep`, `unit_keep`, `exit_threshold`, `learning_rate` (1 each), `exit_kind` (3: never,
-        first, threshold; the largest decides). An action is a change from the setting that the episode started with;
-        zero holds that setting.
+        first, threshold; the largest decides). An action is a change of the controls
+        as they are; zero leaves them there.
 
     Observation space:
         A Box of named figures, see `rlkd.envs.OBSERVATIONS`: the student's progress, losses, accuracy, cost and
@@ -86,7 +86,8 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
         """As `step`, with the changes as one array [12] in the order of `CONTROLS`."""
         check_started(self._is_running)
         rows = torch.from_numpy(checked_changes(np.asarray(changes)[None], 1))  # [1, 12]
-        outcome = self._episodes.step(change(self._episodes.start, rows, self._scenario.config.controls))
+        e = self._episodes
+        outcome = e.step(change(e.u, rows, e.start, self._scenario.config.controls))
         info = {name: float(values[0]) for name, values in figures(outcome).items()}
         self._is_running = not bool(outcome.terminated[0])
         return outcome.observation[0].numpy(), float(outcome.reward[0]), not self._is_running, False, info

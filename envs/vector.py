@@ -107,7 +107,8 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         """As `step`, with the changes as one array [N, 12] in the order of `CONTROLS`."""
         check_started(bool(self.episodes.tasks))
         changes = torch.from_numpy(checked_changes(actions, self.num_envs))
-        outcome = self.episodes.step(change(self.episodes.start, changes, self.scenario.config.controls))
+        e = self.episodes
+        outcome = e.step(change(e.u, changes, e.start, self.scenario.config.controls))
         everyone = np.ones(self.num_envs, dtype=bool)
         info: dict[str, Any] = {}
         for name, values in figures(outcome).items():

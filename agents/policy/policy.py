@@ -36,7 +36,7 @@ class Policy:
     def controller(self) -> Controller:
         """Closed loop: every window's controls from what was just observed, without exploration."""
         return lambda observation, episodes, window: change(
-            self.start.expand(len(observation), -1), self.act(observation), self.controls
+            episodes.u, self.act(observation), episodes.start, self.controls
         )
 
     def spread_of(self, observation: Tensor) -> Tensor:

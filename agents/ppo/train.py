@@ -17,10 +17,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.policy.policy import Policy, actor_shapes, policy_from_sb3
 from rlkd.agents.ppo.state import capture, restore
-from rlkd.envs.action import CONTROLS
+from rlkd.envs.action import CONTROLS, change
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS, TABLE
 from rlkd.envs.sb3 import SB3VecEnv
@@ -102,10 +101,10 @@ def observation_figures(
         seeds = task_pool(seed, index, count)
         episodes = Episodes(scenario, count)
         seen.append(episodes.reset(seeds))
-        for window in range(scenario.config.num_windows):
-            held = hold_start(seen[-1], episodes, window)
-            noise = 0.2 * torch.randn(held.shape, generator=generator)
-            seen.append(episodes.step((held + noise).clamp(0.0, 1.0)).observation)
+        for _ in range(scenario.config.num_windows):
+            action = 0.5 * torch.randn(episodes.u.shape, generator=generator)
+            u = change(episodes.u, action, episodes.start, scenario.config.controls)
+            seen.append(episodes.step(u).observation)
             if on_window:
                 on_window(count)
     stacked = torch.cat(seen)

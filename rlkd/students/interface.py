@@ -122,6 +122,9 @@ class Students(Protocol):
     def evaluate(self, split: Split) -> Metrics:
         """Metrics on one split under the current masks and exit thresholds."""
 
+    def num_evaluated(self, split: Split) -> int:
+        """Samples of a split that `evaluate` answers."""
+
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units and set the exit threshold without training."""
 

@@ -175,6 +175,10 @@ class Population:
         """Set the exit threshold [N] alone; inputs and units stay as they were selected."""
         self._threshold = threshold.to(self._device)
 
+    def num_evaluated(self, split: Split) -> int:
+        """As `Students.num_evaluated`."""
+        return len(self._data.splits[split])
+
     @torch.no_grad()
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""

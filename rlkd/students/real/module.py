@@ -178,6 +178,10 @@ class ModuleStudent:
         """As `Population.set_exit`."""
         self._threshold = threshold
 
+    def num_evaluated(self, split: Split) -> int:
+        """As `Students.num_evaluated`."""
+        return len(self._evaluated(split))
+
     @torch.no_grad()
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""
