@@ -41,6 +41,16 @@ class Outcome:
     telemetry: Telemetry
 
 
+def merge_rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The training state `old` with the students at `rows` ([N] bool) taken from `new`; an empty `old` gives `new`.
+
+    One student's state is taken as a whole: not all of its tensors have a leading dimension.
+    """
+    if not old or len(rows) == 1:
+        return dict(new if rows.any() or not old else old)
+    return {name: torch.where(rows.view(-1, *(1,) * (t.ndim - 1)), new[name], t) for name, t in old.items()}
+
+
 class Episodes:
     """N students in training, each with its own task, controls and clock."""
 
@@ -227,6 +237,26 @@ class Episodes:
         self.reference = self.scenario.references(self.tasks)
         self._landmarks = self.scenario.signals.landmarks(self.scenario.data, self.tasks)
         self._features = self._task_features()
+
+    def restore(self, state: Mapping[str, Tensor], rows: Tensor) -> None:
+        """Put the students at `rows` ([N] bool) back to a `training_state` of these episodes.
+
+        Clocks go on, and the samples drawn since then are spent: a window trained anew draws others.
+        """
+        begin = "students."
+        if rows.any():
+            now = self.students.training_state()
+            kept = {name.removeprefix(begin): t for name, t in state.items() if name.startswith(begin)}
+            kept |= {name: now[name] for name in ("batches", "step") if name in now}
+            self.students.load_training_state(merge_rows(now, kept, rows))
+        self.u = torch.where(rows[:, None], state["u"], self.u)
+        self._score = torch.where(rows, state["score"], self._score)
+        self._threshold = torch.where(rows, state["threshold"], self._threshold)
+
+    def observe_now(self) -> Tensor:
+        """[N, O], what is observed of the students as they are, as if the last window had changed nothing."""
+        metrics, cost, _ = self.evaluate("validation")
+        return self._observe(metrics, cost, torch.zeros(self.num_students), None)
 
     def set_exit(self, threshold: Tensor) -> None:
         """Set the exit threshold [N] without training; nothing else changes."""

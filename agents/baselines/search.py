@@ -1,9 +1,8 @@
-"""Search over the task distribution for static settings and simple schedules, tuned once for all tasks.
+"""Search over the task distribution for the best constant setting, or the best point of another recipe.
 
-The best static setting is the baseline of every policy and what a policy's actions change. Settings are proposed by
-the multivariate tree-structured Parzen estimator (Bergstra et al. 2011; Falkner et al. 2018), as Optuna has it,
-with one study for each of a row of preferences. What a setting reaches (accuracy, latency, energy) does not
-depend on the preference of its tasks, so every study learns from every setting.
+Points are proposed by the multivariate tree-structured Parzen estimator (Bergstra et al. 2011; Falkner et al. 2018), as
+Optuna has it, and scored by the mean J on validation over the same tasks. The best few are tried on more tasks. J is
+not linear in what a student reaches, so every goal has a search of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,36 +11,37 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.trial import create_trial
 from torch import Tensor
 
-from rlkd.agents.baselines.schedules import Shape, as_point, num_axes, run_plans, to_plan
-from rlkd.agents.policy.controllers import Controller
-from rlkd.data import Preference
-from rlkd.envs.action import CONTROLS, published_setting
-from rlkd.envs.episodes import Episodes
-from rlkd.envs.observation import OBSERVATIONS
+from rlkd.agents.baselines.recipes import RECIPES, Recipe, for_rows
+from rlkd.agents.policy.controllers import Results, join, run
+from rlkd.data import TaskDistribution
+from rlkd.envs.action import ControlConfig, published_setting, with_exit_kind, with_values
+from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
-from rlkd.io.journal import Journal
+from rlkd.io.journal import Journal, digest
 
-ACCURACY_WEIGHTS = (0.6, 0.4, 0.9, 0.75)  # of the studies' preferences
 OnWindow = Callable[[int], object] | None
+NUM_PARALLEL = 128  # students in lock-step
+NUM_ASKED = 4  # points proposed at once
+FIRST_KEPT = (1.0, 0.5, 0.25)  # shares of units in the settings that are tried first
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Search for the best static setting over the task distribution."""
+    """Search for the best constant setting over the task distribution."""
 
     num_settings: int = 60
     """Settings tried, the published one first."""
     tasks_per_setting: int = 32
     """Tasks that every setting is tried on, the same for all."""
     num_finalists: int = 8
-    """Best settings that are tried on more tasks before one is chosen for each preference."""
+    """Best settings that are tried on more tasks before one is chosen."""
     tasks_per_finalist: int = 128
     """Further tasks, the same for all finalists."""
 
@@ -57,130 +57,140 @@ class SearchConfig:
         return self.num_settings * self.tasks_per_setting + finalists * self.tasks_per_finalist
 
 
-@dataclass(frozen=True)
-class Shortlist:
-    """The best plans of a search over the task distribution, and what each reached on validation."""
-
-    points: Tensor  # [M, A] plans in the numbers of their shape; static: [M, 9] settings
-    terms: Tensor  # [M, 3], mean accuracy, 1 - latency ratio, 1 - energy ratio
-    shape: Shape = "static"
-
-    def best(self, preference: Tensor) -> Tensor:
-        """[N, A], the plan with the best mean score under each `preference` [N, 3]; ties: the lower index."""
-        return self.points[(preference @ self.terms.T).argmax(-1)]
-
-    def controller(self) -> Controller:
-        """The best plan for each student's own preference, followed: the baseline of every policy."""
-        first = OBSERVATIONS.index("preference_accuracy")
-
-        def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-            num_windows = episodes.scenario.config.num_windows
-            return to_plan(self.best(observation[:, first : first + 3]), self.shape, num_windows)[:, window]
-
-        return controller
-
-
-def search_plans(
+def search_setting(
     scenarios: Sequence[Scenario],
     config: SearchConfig,
     generator: torch.Generator,
+    *,
+    tasks: Sequence[TaskDistribution] | None = None,
+    guard: GuardConfig | None = None,
     on_window: OnWindow = None,
-    shape: Shape = "static",
-    known: Tensor | None = None,
     journal: Journal | None = None,
-) -> Shortlist:
-    """A shortlist of plans of one shape and what each reaches on validation.
+) -> Tensor:
+    """[12], the constant setting with the highest mean J on validation. Arguments as of `search_recipe`."""
+    recipe = RECIPES["constant"]
+    return search_recipe(
+        recipe, scenarios, config, generator, tasks=tasks, guard=guard, on_window=on_window, journal=journal
+    )
+
+
+def search_recipe(
+    recipe: Recipe,
+    scenarios: Sequence[Scenario],
+    config: SearchConfig,
+    generator: torch.Generator,
+    *,
+    tasks: Sequence[TaskDistribution] | None = None,
+    known: Tensor | None = None,
+    guard: GuardConfig | None = None,
+    on_window: OnWindow = None,
+    journal: Journal | None = None,
+) -> Tensor:
+    """[A], the point of `recipe` with the highest mean J on validation; ties: the one that was tried first.
 
     Args:
-        scenarios: give the distributions of tasks, and share the tasks that every plan is tried on.
+        recipe: what is tuned.
+        scenarios: share the tasks that every point is tried on.
         config: checked here.
         generator: of tasks and proposals.
+        tasks: one distribution a scenario; by default its own.
+        known: [K, 12], settings tried before all others; by default `first_settings`.
+        guard: of every training; by default its last window counts.
         on_window: called with the number of students after every window.
-        shape: of the plans.
-        known: [K, A], plans tried before all others; by default the published setting, without and with its exit.
         journal: as of `rlkd.agents.policy.controllers.run`.
     """
     config.check()
+    drawn_from = [scenario.config.task for scenario in scenarios] if tasks is None else list(tasks)
     if known is None:
-        whole = published_setting(scenarios[0].config.controls)
-        early = whole.clone()
-        early[CONTROLS.index("exit_threshold")] = 0.0
-        known = as_point(torch.stack([whole, early]), shape)
-    known = known[: config.num_settings]
-    seeds = torch.randint(2**60, (config.tasks_per_setting,), generator=generator).tolist()
-    studies = [_new_study(generator) for _ in ACCURACY_WEIGHTS]
-    points = torch.empty(0, num_axes(shape))
-    terms = torch.empty(0, 3)
+        known = first_settings(scenarios[0].config.controls)
+    queue = recipe.first(known)[: config.num_settings]
+    sampler_seed = int(torch.randint(2**31, (), generator=generator))
+    few, more = (
+        torch.randint(2**60, (count,), generator=generator).tolist()
+        for count in (config.tasks_per_setting, config.tasks_per_finalist)
+    )
+    study = new_study(sampler_seed)
+
+    def means(points: Tensor, seeds: Sequence[int]) -> NDArray[np.float64]:
+        parts = []
+        for k, (scenario, distribution) in enumerate(zip(scenarios, drawn_from, strict=True)):
+            some = list(seeds[k :: len(scenarios)])
+            if some:
+                each, rows = some * len(points), points.repeat_interleave(len(some), dim=0)
+                results = run_points(
+                    scenario, recipe, each, rows, distribution, guard=guard, on_window=on_window, journal=journal
+                )
+                parts.append(results.score.reshape(len(points), len(some)))
+        return np.concatenate(parts, axis=1).mean(1)
+
+    points, values = torch.empty(0, recipe.num_axes), np.empty(0)
     while len(points) < config.num_settings:
-        left = config.num_settings - len(points)
-        asked = known if len(points) == 0 else _propose(studies[:left], points.shape[1])
-        reached = _terms(scenarios, asked, shape, seeds, on_window, journal)
-        _tell(studies, asked, reached)
-        points, terms = torch.cat([points, asked]), torch.cat([terms, reached])
-    chosen = _finalists(terms, config.num_finalists)  # [F]
-    more = torch.randint(2**60, (config.tasks_per_finalist,), generator=generator).tolist()
-    second = _terms(scenarios, points[chosen], shape, more, on_window, journal)  # [F, 3]
-    a, b = config.tasks_per_setting, config.tasks_per_finalist
-    return Shortlist(points[chosen], (terms[chosen] * a + second * b) / (a + b), shape)
+        count = min(NUM_ASKED, config.num_settings - len(points))
+        queued, queue = queue[:count], queue[count:]
+        for point in queued:
+            study.enqueue_trial(named(point))
+        trials = [study.ask(axes(recipe.num_axes)) for _ in range(count)]
+        asked = torch.tensor([list(trial.params.values()) for trial in trials])  # [K, A]
+        reached = means(asked, few)
+        for trial, value in zip(trials, reached.tolist(), strict=True):
+            study.tell(trial, value)
+        points, values = torch.cat([points, asked]), np.concatenate([values, reached])
+    best = torch.from_numpy(np.argsort(-values, kind="stable")[: config.num_finalists].copy())
+    weight = config.tasks_per_setting / (config.tasks_per_setting + config.tasks_per_finalist)
+    final = weight * values[best] + (1 - weight) * means(points[best], more)
+    return points[best[int(final.argmax())]]
 
 
-def _new_study(generator: torch.Generator) -> optuna.Study:
-    seed = int(torch.randint(2**31, (), generator=generator))
-    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+def first_settings(config: ControlConfig) -> Tensor:
+    """[9, 12], the published setting with every kind of exit and with fewer units."""
+    whole = published_setting(config).expand(len(FIRST_KEPT), -1)
+    fewer = with_values(whole, {"unit_keep": torch.tensor(FIRST_KEPT)}, config)
+    return torch.cat([with_exit_kind(fewer, kind) for kind in ("never", "first", "threshold")])
 
 
-def _axes(count: int) -> dict[str, BaseDistribution]:
+def new_study(seed: int) -> optuna.Study:
+    """TPE that proposes several points before it hears of the first."""
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    return optuna.create_study(direction="maximize", sampler=sampler)
+
+
+def axes(count: int) -> dict[str, BaseDistribution]:
+    """Names and ranges of `count` axes for Optuna."""
     return {f"u{i}": FloatDistribution(0.0, 1.0) for i in range(count)}
 
 
-def _propose(studies: Sequence[optuna.Study], count: int) -> Tensor:
-    """One point a study, [len(studies), count]."""
-    asked = [study.ask(_axes(count)) for study in studies]
-    for study, trial in zip(studies, asked, strict=True):
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)  # what it reached is told to all studies alike
-    return torch.tensor([[trial.params[f"u{i}"] for i in range(count)] for trial in asked])
+def named(point: Tensor) -> dict[str, float]:
+    """A point [A] by the names of its axes."""
+    return dict(zip(axes(len(point)), point.clamp(0.0, 1.0).tolist(), strict=True))
 
 
-def _tell(studies: Sequence[optuna.Study], points: Tensor, terms: Tensor) -> None:
-    axes = _axes(points.shape[1])
-    for study, weight in zip(studies, ACCURACY_WEIGHTS, strict=True):
-        scores = terms @ torch.tensor(Preference(weight).weights())  # [M]
-        for point, score in zip(points.tolist(), scores.tolist(), strict=True):
-            params = dict(zip(axes, point, strict=True))
-            study.add_trial(create_trial(params=params, distributions=dict(axes), value=score))
-
-
-def _finalists(terms: Tensor, num_finalists: int) -> Tensor:
-    """Indices of the plans to look at more closely: in turn the next best for each accuracy weight."""
-    preference = torch.tensor([Preference(weight).weights() for weight in (*ACCURACY_WEIGHTS, 0.3, 0.95)])
-    ranked = (preference @ terms.T).argsort(dim=-1, descending=True)  # [W, M]
-    order = list(dict.fromkeys(ranked.T.flatten().tolist()))
-    return torch.tensor(order[:num_finalists])
-
-
-def _terms(
-    scenarios: Sequence[Scenario],
-    points: Tensor,
-    shape: Shape,
+def run_points(
+    scenario: Scenario,
+    recipe: Recipe,
     seeds: Sequence[int],
-    on_window: OnWindow,
-    journal: Journal | None,
-) -> Tensor:
-    """[M, 3] mean terms of every plan over the same tasks, which the scenarios share out among them."""
+    points: Tensor,
+    tasks: TaskDistribution,
+    *,
+    split: str = "validation",
+    guard: GuardConfig | None = None,
+    on_window: OnWindow = None,
+    journal: Journal | None = None,
+) -> Results:
+    """Train task `seeds[i]` under `points[i]` ([M, A]) of `recipe` and evaluate it on `split`; seeds may repeat."""
     parts = []
-    for k, scenario in enumerate(scenarios):
-        some = list(seeds[k :: len(scenarios)])
-        plans = to_plan(points, shape, scenario.config.num_windows).repeat_interleave(len(some), dim=0)
-        results = run_plans(
-            scenario,
-            some * len(points),
-            plans,
-            scenario.config.task,
-            "validation",
-            on_window,
-            journal=journal,
-            label=f"search for {shape} plans",
+    for begin in range(0, len(seeds), NUM_PARALLEL):
+        some, chunk = points[begin : begin + NUM_PARALLEL], list(seeds[begin : begin + NUM_PARALLEL])
+        parts.append(
+            run(
+                scenario,
+                recipe.controller(for_rows(some)),
+                chunk,
+                tasks,
+                final_split=split,
+                on_window=on_window,
+                guard=guard,
+                journal=journal,
+                label=f"{recipe.controller.__name__} {digest(some)}",
+            )
         )
-        columns = (results.accuracy, 1 - results.latency_ratio, 1 - results.energy_ratio)
-        parts.append(np.stack(columns, axis=-1).reshape(len(points), len(some), 3))
-    return torch.from_numpy(np.concatenate(parts, axis=1).mean(1)).float()
+    return join(parts)

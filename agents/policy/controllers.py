@@ -7,7 +7,6 @@ alike. `episodes` gives the tasks and floors, and to gradient-based baselines th
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from rlkd.data import TaskDistribution
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.guard import Guard, GuardConfig, meets_goal
+from rlkd.envs.reward import worst_score
 from rlkd.envs.scenario import Scenario
 from rlkd.io.journal import Arrays, Journal, digest, recall
 
@@ -25,7 +26,7 @@ Controller = Callable[[Tensor, Episodes, int], Tensor]
 
 @dataclass(frozen=True)
 class Results:
-    """Final figures of one controller on M tasks. Each [M]."""
+    """Final metrics of one controller on M tasks. Each [M]."""
 
     score: NDArray[np.float64]
     accuracy: NDArray[np.float64]
@@ -34,6 +35,10 @@ class Results:
     macs_ratio: NDArray[np.float64]
     diverged: NDArray[np.bool_]
     num_rollbacks: NDArray[np.int64]
+    floor: NDArray[np.float64]  # least accuracy that meets the goal; 0: no floor
+    shortfall: NDArray[np.float64]  # accuracy below the floor
+    goal_met: NDArray[np.bool_]  # exactly; a latency limit counts, too
+    goal_met_within_1_point: NDArray[np.bool_]
 
 
 def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
@@ -50,6 +55,7 @@ def run(
     num_parallel: int = 128,
     on_window: Callable[[int], object] | None = None,
     tune_exit: bool = False,
+    guard: GuardConfig | None = None,
     journal: Journal | None = None,
     label: str = "batch",
 ) -> Results:
@@ -64,6 +70,7 @@ def run(
         num_parallel: students in lock-step.
         on_window: called with the number of students after every window, for progress.
         tune_exit: choose each student's exit threshold on validation once it is trained.
+        guard: ship each student's best window instead of its last; by default the last.
         journal: answers in place of the trainings, `controller` uncalled, if they were done before the run was stopped.
         label: tells what is trained, the controller above all.
     """
@@ -72,17 +79,23 @@ def run(
         "seeds": list(seeds),
         "split": final_split,
         "tune_exit": tune_exit,
+        "guard": asdict(guard) if guard else None,
         "scenario": [
             list(scenario.group_sizes),
             scenario.config.num_windows,
             digest(scenario.start),
         ],
     }
-    kinds = {"diverged": "bool", "num_rollbacks": "int64"}
+    kinds = {
+        "diverged": "bool",
+        "num_rollbacks": "int64",
+        "goal_met": "bool",
+        "goal_met_within_1_point": "bool",
+    }
     shapes = {f.name: (kinds.get(f.name, "float64"), (len(seeds),)) for f in fields(Results)}
 
     def train() -> Arrays:
-        results = _train(scenario, controller, seeds, tasks, final_split, num_parallel, on_window, tune_exit)
+        results = _train(scenario, controller, seeds, tasks, final_split, num_parallel, on_window, tune_exit, guard)
         return {name: getattr(results, name) for name in shapes}
 
     is_known = journal is not None and journal.has_answer
@@ -102,6 +115,7 @@ def _train(
     num_parallel: int,
     on_window: Callable[[int], object] | None,
     tune_exit: bool,
+    guard_config: GuardConfig | None,
 ) -> Results:
     """What `run` does where no journal has the answer."""
     parts = []
@@ -109,15 +123,20 @@ def _train(
         chunk = list(seeds[begin : begin + num_parallel])
         episodes = Episodes(scenario, len(chunk), tasks)
         observation = episodes.reset(chunk)
+        guard = Guard(episodes, guard_config) if guard_config else None
         diverged = torch.zeros(len(chunk), dtype=torch.bool)
         for window in range(scenario.config.num_windows):
             outcome = episodes.step(controller(observation, episodes, window))
             observation, diverged = outcome.observation, diverged | outcome.diverged
+            if guard:
+                observation = guard.after_window(outcome)
             if on_window:
                 on_window(len(chunk))
+        if guard:
+            diverged = diverged & (guard.finish() == 0)
         if tune_exit:
             _tune_exit(episodes)
-        parts.append(Results(*final_figures(episodes, diverged, outcome.telemetry.num_rollbacks, final_split)))
+        parts.append(final_results(episodes, diverged, outcome.telemetry.num_rollbacks, final_split))
     return join(parts)
 
 
@@ -126,15 +145,32 @@ def join(parts: Sequence[Results]) -> Results:
     return Results(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Results)))
 
 
-def final_figures(episodes: Episodes, diverged: Tensor, num_rollbacks: Tensor, split: str) -> tuple[Any, ...]:
-    """The fields of `Results`; a diverged student has accuracy 0, saves nothing and scores worst."""
+def final_results(episodes: Episodes, diverged: Tensor, num_rollbacks: Tensor, split: str) -> Results:
+    """`Results` of the students as they are; a diverged student has accuracy 0, saves nothing and scores worst."""
     if split not in ("validation", "test"):
         raise ValueError(f"split: got {split!r}; allowed: 'validation', 'test'")
     metrics, cost, score = episodes.evaluate("test" if split == "test" else "validation")
-    worst = {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0}
-    columns = (score, metrics.accuracy, cost.latency_ratio, cost.energy_ratio, cost.macs_ratio)
-    cleaned = [torch.where(diverged, torch.full_like(c, worst[i]), c) for i, c in enumerate(columns)]
-    return (*(c.double().numpy() for c in cleaned), diverged.numpy(), num_rollbacks.numpy())
+    floor = episodes.floors[:, 1 if split == "test" else 0]  # [N]
+    accuracy = torch.where(diverged, 0.0, metrics.accuracy)
+    latency_ratio = torch.where(diverged, 1.0, cost.latency_ratio)
+    within_limit = latency_ratio <= episodes.latency_limit + 1e-6
+
+    def array(values: Tensor) -> NDArray[np.float64]:
+        return values.double().numpy()
+
+    return Results(
+        score=array(torch.where(diverged, worst_score(floor), score)),
+        accuracy=array(accuracy),
+        latency_ratio=array(latency_ratio),
+        energy_ratio=array(torch.where(diverged, 1.0, cost.energy_ratio)),
+        macs_ratio=array(torch.where(diverged, 1.0, cost.macs_ratio)),
+        diverged=diverged.numpy(),
+        num_rollbacks=num_rollbacks.numpy(),
+        floor=array(floor),
+        shortfall=array((floor - accuracy).clamp_min(0.0)),
+        goal_met=(meets_goal(accuracy, floor) & within_limit).numpy(),
+        goal_met_within_1_point=(meets_goal(accuracy, floor, 0.01) & within_limit).numpy(),
+    )
 
 
 def _tune_exit(episodes: Episodes) -> None:

@@ -7,9 +7,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkd.agents.policy.controllers import EXIT_GRID, hold_start, run
+from rlkd.data import Range
 from rlkd.envs import ControlConfig, EnvConfig, Scenario, build_scenario
-from rlkd.envs.action import CONTROLS
+from rlkd.envs.action import CONTROLS, with_exit_kind
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.guard import GuardConfig
+
+UNITS = CONTROLS.index("unit_keep")
 
 
 def test_the_same_seeds_give_the_same_results_however_many_run_together(scenario: Scenario) -> None:
@@ -35,13 +39,67 @@ def test_diverged_students_count_as_worst(config: EnvConfig) -> None:
     assert results.macs_ratio.tolist() == [1.0] * 3
 
 
+def test_a_diverged_student_misses_its_goal_by_the_whole_floor(config: EnvConfig) -> None:
+    task = dataclasses.replace(config.task, reference="0.1").with_keep(0.5)
+    hot = build_scenario(dataclasses.replace(config, task=task, controls=ControlConfig(learning_rate=(1e30, 1e30))))
+    results = run(hot, hold_start, [1, 2], task)
+    assert results.shortfall.tolist() == results.floor.tolist() == pytest.approx([0.05] * 2)
+    assert results.score.tolist() == pytest.approx([-0.5] * 2)  # 10 a unit of accuracy, all of it missing
+    assert not results.goal_met_within_1_point.any()
+    # under a guard the windows before the divergence count: two that were undone left the first parameters
+    assert not run(hot, hold_start, [1, 2], task, guard=GuardConfig()).diverged.any()
+
+
+def test_goals_are_those_of_the_asked_split(scenario: Scenario) -> None:
+    task = scenario.config.task.with_keep(1.0)
+    seeds = [2**60 + i for i in range(4)]
+    dense = run(scenario, hold_start, seeds, task)  # the published setting, dense: the reference itself
+    assert dense.goal_met.all()
+    np.testing.assert_allclose(dense.accuracy, dense.floor, atol=1e-6)
+    on_validation = run(scenario, hold_start, seeds, task, final_split="validation")
+    assert not np.array_equal(dense.floor, on_validation.floor)
+
+    def tiny(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        u = episodes.start.clone()
+        u[:, UNITS] = 0.0
+        return u
+
+    small = run(scenario, tiny, seeds, task)
+    np.testing.assert_allclose(small.shortfall, np.maximum(0.0, small.floor - small.accuracy))
+    np.testing.assert_array_equal(small.goal_met_within_1_point, small.accuracy >= small.floor - 0.01 - 1e-6)
+    assert not small.goal_met.any()
+
+
+def test_a_latency_limit_is_part_of_the_goal(scenario: Scenario) -> None:
+    task = dataclasses.replace(scenario.config.task, limit_share=1.0, latency_limit=Range(0.6, 0.6))
+    results = run(scenario, hold_start, [1, 2], task)
+    assert (results.latency_ratio <= 0.6 + 1e-6).all()
+    assert results.goal_met.all()
+    impossible = dataclasses.replace(task, latency_limit=Range(0.001, 0.001))
+    assert not run(scenario, hold_start, [1, 2], impossible).goal_met.any()
+
+
+def test_a_guard_ships_a_window_that_met_the_goal(scenario: Scenario) -> None:
+    def collapses(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        u = episodes.start.clone()
+        u[:, UNITS] = 0.0 if window == episodes.scenario.config.num_windows - 1 else 1.0
+        return u
+
+    task = dataclasses.replace(scenario.config.task, reference="0.5").with_keep(0.4)
+    numeric = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, task=task))
+    seeds = [2**60 + i for i in range(6)]
+    last, best = (
+        run(numeric, collapses, seeds, task, final_split="validation", guard=guard) for guard in (None, GuardConfig())
+    )
+    assert best.goal_met.sum() > last.goal_met.sum()
+    assert (best.score >= last.score - 1e-6)[last.goal_met].all()
+
+
 def test_an_exit_tuned_afterwards_is_the_best_of_the_grid_on_validation(scenario: Scenario) -> None:
     seeds = [2**60 + i for i in range(4)]
 
     def never_exits(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        position = episodes.start.clone()
-        position[:, CONTROLS.index("exit_threshold")] = 1.0
-        return position
+        return with_exit_kind(episodes.start, "never")
 
     def scores(candidate: float) -> NDArray[np.float64]:
         """On validation when the exit is moved to `candidate` after the same training."""
@@ -53,7 +111,8 @@ def test_an_exit_tuned_afterwards_is_the_best_of_the_grid_on_validation(scenario
         return episodes.evaluate("validation")[2].double().numpy()
 
     tuned = run(scenario, never_exits, seeds, scenario.config.task, final_split="validation", tune_exit=True)
-    best = np.max([scores(candidate) for candidate in EXIT_GRID], axis=0)
+    chance = 1.0 / scenario.data.num_classes
+    best = np.max([scores(1.0), *(scores(chance + (1 - chance) * share) for share in EXIT_GRID)], axis=0)
     np.testing.assert_allclose(tuned.score, best, atol=1e-6)
     fixed = run(scenario, never_exits, seeds, scenario.config.task, final_split="validation")
     assert (tuned.score > fixed.score).any()

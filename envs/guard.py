@@ -1,0 +1,118 @@
+"""Guards: ship the best window of a training, and undo windows that break a goal which was met before.
+
+A window meets its goal if its validation accuracy is at least the floor; a task without a floor is always met. The best
+window has the highest J among those that meet the goal; if none does, the most accurate one is the best.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkd.envs.episodes import Episodes, Outcome, merge_rows
+from rlkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a guard does besides shipping the best window."""
+
+    undo: bool = False
+    """Undo a window at once that falls too far below the floor after the goal had been met."""
+    tolerance: float = 0.005
+    """Accuracy below the floor that a window may have without being undone."""
+    confidence: float = 0.0
+    """Standard errors of validation accuracy by which a window must exceed the floor to meet the goal."""
+
+    def check(self) -> None:
+        """Raises UserError for a negative number."""
+        if not (self.tolerance >= 0 and self.confidence >= 0):
+            raise UserError(
+                f"guard: got tolerance {self.tolerance:g}, confidence {self.confidence:g}; allowed: at least 0 each"
+            )
+
+
+class Guard:
+    """Watches N episodes from their reset to their end.
+
+    Call `after_window` after every step and `finish` once at the end.
+
+    Args:
+        episodes: just reset.
+        config: what to do.
+    """
+
+    def __init__(self, episodes: Episodes, config: GuardConfig | None = None) -> None:
+        self._episodes, self._config = episodes, config or GuardConfig()
+        self._config.check()
+        n = episodes.num_students
+        self._num_samples = len(episodes.scenario.data.splits["validation"])
+        self.best_window = torch.zeros(n, dtype=torch.int64)  # [N], counted from 1; 0: none yet
+        self.met = torch.zeros(n, dtype=torch.bool)  # [N], whether the best window met the goal on validation
+        self.num_undone = torch.zeros(n, dtype=torch.int64)  # [N]
+        self._value = torch.full((n,), -torch.inf)  # [N], of the best window: J if it met the goal, else accuracy
+        self._best: dict[str, Tensor] = {}
+        self._before = episodes.training_state() if self._config.undo else {}
+        self._is_current = torch.zeros(n, dtype=torch.bool)  # [N], whether the students are as in the best window
+
+    def after_window(self, outcome: Outcome) -> Tensor:
+        """Keep the best window and undo what must be undone; returns the observation [N, O] to act on next."""
+        episodes, accuracy = self._episodes, outcome.metrics.accuracy
+        floor = episodes.floors[:, 0]  # [N]
+        error = (accuracy * (1.0 - accuracy) / self._num_samples).clamp_min(0.0).sqrt()
+        met = meets_goal(accuracy - self._config.confidence * error, floor)
+        value = torch.where(met, outcome.score, accuracy).to(self._value)
+        better = torch.where(met == self.met, value >= self._value, met) & ~outcome.diverged  # [N]
+        had_met = self.met
+        if better.any():
+            self._best = merge_rows(self._best, episodes.training_state(), better)
+            self.best_window = torch.where(better, episodes.window.long(), self.best_window)
+            self.met = torch.where(better, met, self.met)
+            self._value = torch.where(better, value, self._value)
+        self._is_current = better
+        observation = outcome.observation
+        if self._config.undo:
+            # a diverged student has no window that could be undone: its training has ended
+            undone = had_met & (accuracy < floor - self._config.tolerance) & ~outcome.diverged
+            if undone.any():
+                episodes.restore(self._before, undone)
+                observation = torch.where(undone[:, None], episodes.observe_now(), observation)
+                self.num_undone = self.num_undone + undone
+            self._before = episodes.training_state()
+        return observation
+
+    def finish(self) -> Tensor:
+        """Bring the best window back where the last one is not it; returns its number [N], 0 for none."""
+        behind = ~self._is_current & (self.best_window > 0)
+        if behind.any():
+            self._episodes.restore(self._best, behind)
+            self._is_current = self._is_current | behind
+        return self.best_window
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that `load_state` needs, for a training that is stopped and resumed."""
+        own = {
+            "best_window": self.best_window,
+            "met": self.met,
+            "num_undone": self.num_undone,
+            "value": self._value,
+            "is_current": self._is_current,
+        }
+        kept = {f"best.{k}": t for k, t in self._best.items()} | {f"before.{k}": t for k, t in self._before.items()}
+        return {name: tensor.clone() for name, tensor in (own | kept).items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state` of a guard over the same episodes."""
+        self.best_window, self.met = state["best_window"].clone(), state["met"].clone()
+        self.num_undone, self._value = state["num_undone"].clone(), state["value"].clone()
+        self._is_current = state["is_current"].clone()
+        self._best, self._before = (
+            {k.removeprefix(begin): t.clone() for k, t in state.items() if k.startswith(begin)}
+            for begin in ("best.", "before.")
+        )
+
+
+def meets_goal(accuracy: Tensor, floor: Tensor, tolerance: float = 0.0) -> Tensor:
+    """[N] bool: `accuracy` [N] is at least `floor` [N] less the tolerance, up to float rounding."""
+    return accuracy >= floor - tolerance - 1e-6

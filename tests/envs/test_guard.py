@@ -1,0 +1,150 @@
+"""Guards on hand-made sequences of accuracy and J, and on small students in training."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkd.envs import Episodes, Outcome, Scenario
+from rlkd.envs.action import CONTROLS
+from rlkd.envs.guard import Guard, GuardConfig, meets_goal
+from rlkd.errors import UserError
+
+SEEDS = [2**60 + i for i in range(3)]
+UNITS = CONTROLS.index("unit_keep")
+
+
+def begin(scenario: Scenario, count: int = 3, keep: float = 0.8) -> tuple[Episodes, Tensor]:
+    config = dataclasses.replace(scenario.config, task=dataclasses.replace(scenario.config.task, reference="0.5"))
+    episodes = Episodes(dataclasses.replace(scenario, config=config), count, config.task.with_keep(keep))
+    return episodes, episodes.reset(SEEDS[:count])  # floors: 0.4
+
+
+def claim(outcome: Outcome, accuracy: list[float], score: list[float]) -> Outcome:
+    """The outcome with other accuracies and scores."""
+    metrics = dataclasses.replace(outcome.metrics, accuracy=torch.tensor(accuracy))
+    return dataclasses.replace(outcome, metrics=metrics, score=torch.tensor(score))
+
+
+def parameters(episodes: Episodes) -> Tensor:
+    return torch.cat([t.flatten(1) for t in episodes.students.state_dict().values()], dim=1)  # [N, P]
+
+
+def test_the_best_of_those_that_met_the_goal_ships_else_the_most_accurate(scenario: Scenario) -> None:
+    episodes, _ = begin(scenario)
+    guard = Guard(episodes)
+    # student 0 meets the goal in the second and third window, 1 never, 2 at the end
+    accuracy = [[0.39, 0.2, 0.1], [0.45, 0.3, 0.2], [0.40, 0.1, 0.3], [0.2, 0.2, 0.5]]
+    score = [[0.9, 0.1, 0.1], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [0.8, 0.9, 0.1]]
+    seen = []
+    for a, j in zip(accuracy, score, strict=True):
+        outcome = episodes.step(episodes.start)
+        guard.after_window(claim(outcome, a, j))
+        seen.append(parameters(episodes))
+    assert guard.finish().tolist() == [3, 2, 4]
+    assert guard.met.tolist() == [True, False, True]
+    wanted = torch.stack([seen[2][0], seen[1][1], seen[3][2]])
+    assert torch.equal(parameters(episodes), wanted)
+    assert episodes.window.tolist() == [4.0] * 3
+
+
+def test_what_ships_has_its_own_controls_masks_and_exit(scenario: Scenario) -> None:
+    episodes, _ = begin(scenario)
+    guard, small = Guard(episodes), episodes.start.clone()
+    small[:, UNITS] = 0.3
+    guard.after_window(claim(episodes.step(small), [0.5] * 3, [0.5] * 3))
+    before = episodes.evaluate("test")
+    guard.after_window(claim(episodes.step(episodes.start), [0.3] * 3, [0.9] * 3))
+    assert not torch.equal(before[1].macs_ratio, episodes.evaluate("test")[1].macs_ratio)
+    guard.finish()
+    assert torch.equal(episodes.u, small)
+    after = episodes.evaluate("test")
+    assert torch.equal(before[0].accuracy, after[0].accuracy)
+    assert torch.equal(before[1].macs_ratio, after[1].macs_ratio)
+
+
+def test_a_window_far_below_the_floor_is_undone_once_the_goal_had_been_met(scenario: Scenario) -> None:
+    episodes, _ = begin(scenario)
+    guard = Guard(episodes, GuardConfig(undo=True, tolerance=0.05))
+    guard.after_window(claim(episodes.step(episodes.start), [0.45, 0.2, 0.45], [0.5] * 3))
+    before, u = parameters(episodes), episodes.u.clone()
+    small = episodes.start.clone()
+    small[:, UNITS] = 0.3
+    outcome = claim(episodes.step(small), [0.34, 0.1, 0.36], [0.5] * 3)  # 2 is within the tolerance
+    after = parameters(episodes)
+    observation = guard.after_window(outcome)
+    assert guard.num_undone.tolist() == [1, 0, 0]
+    assert torch.equal(parameters(episodes)[0], before[0])
+    assert torch.equal(parameters(episodes)[1:], after[1:])
+    assert episodes.u[:, UNITS].tolist() == pytest.approx([float(u[0, UNITS]), 0.3, 0.3])
+    assert episodes.window.tolist() == [2.0] * 3
+    assert not torch.equal(observation[0], outcome.observation[0])  # acts on what it has now
+    assert torch.equal(observation[1:], outcome.observation[1:])
+    episodes.step(small)
+    repeated = parameters(episodes)
+    assert not torch.equal(repeated[0], after[0])  # other samples than those of the window that was undone
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_population_and_one_student_alone_agree(double_scenario: Scenario, undo: bool) -> None:
+    low = [1.0, 0.9, 0.02, 0.02]  # kept units collapse: the goal is met, then broken
+
+    def train(count: int) -> tuple[Guard, Episodes]:
+        episodes, _ = begin(double_scenario, count)
+        guard = Guard(episodes, GuardConfig(undo=undo))
+        for level in low:
+            u = episodes.start.clone()
+            u[:, UNITS] = level
+            guard.after_window(episodes.step(u))
+        guard.finish()
+        return guard, episodes
+
+    (many, group), (one, alone) = train(3), train(1)
+    assert many.best_window[0] == one.best_window[0]
+    assert many.num_undone[0] == one.num_undone[0]
+    assert not undo or int(many.num_undone.sum()) > 0
+    torch.testing.assert_close(parameters(group)[:1], parameters(alone))
+    torch.testing.assert_close(group.evaluate("test")[2][:1], alone.evaluate("test")[2])
+
+
+def test_confidence_asks_for_more_than_the_floor(scenario: Scenario) -> None:
+    num_samples = len(scenario.data.splits["validation"])
+    error = (0.42 * 0.58 / num_samples) ** 0.5  # floor 0.4
+    for z, met in ((0.5 * 0.02 / error, True), (1.5 * 0.02 / error, False)):
+        episodes, _ = begin(scenario)
+        guard = Guard(episodes, GuardConfig(confidence=z))
+        guard.after_window(claim(episodes.step(episodes.start), [0.42] * 3, [0.5] * 3))
+        assert guard.met.tolist() == [met] * 3
+
+
+def test_a_guard_resumes_where_it_was(scenario: Scenario) -> None:
+    sequence = [[0.45, 0.2, 0.1], [0.3, 0.3, 0.2], [0.2, 0.1, 0.3]]
+
+    def train(stop: bool) -> tuple[Tensor, Tensor]:
+        episodes, _ = begin(scenario)
+        guard = Guard(episodes, GuardConfig(undo=True))
+        for window, accuracy in enumerate(sequence):
+            if stop and window == 2:
+                state, kept = episodes.training_state(), guard.state()
+                episodes, _ = begin(scenario)
+                episodes.load_training_state(state)
+                guard = Guard(episodes, GuardConfig(undo=True))
+                guard.load_state(kept)
+            guard.after_window(claim(episodes.step(episodes.start), accuracy, [0.5] * 3))
+        return guard.finish(), parameters(episodes)
+
+    whole, resumed = train(False), train(True)
+    assert torch.equal(whole[0], resumed[0])
+    assert torch.equal(whole[1], resumed[1])
+
+
+def test_goals_are_met_up_to_rounding() -> None:
+    accuracy, floor = torch.tensor([0.9, 0.9, 0.9]), torch.tensor([0.9, 0.91, 0.0])
+    assert meets_goal(accuracy, floor).tolist() == [True, False, True]
+    assert meets_goal(accuracy, floor, 0.01).tolist() == [True, True, True]
+
+
+def test_impossible_guards_are_refused(scenario: Scenario) -> None:
+    with pytest.raises(UserError, match="guard: got tolerance -1"):
+        Guard(begin(scenario)[0], GuardConfig(tolerance=-1.0))
