@@ -35,6 +35,7 @@ class Outcome:
     terminated: Tensor  # bool, the horizon is reached or the student diverged
     diverged: Tensor  # bool
     score: Tensor
+    floor: Tensor  # least validation accuracy that meets the goal; 0 for no floor
     margin: Tensor  # validation accuracy less the floor, or less the reference accuracy where there is no floor
     metrics: Metrics  # on validation
     cost: Cost
@@ -154,6 +155,7 @@ class Episodes:
             terminated=done,
             diverged=telemetry.diverged,
             score=now,
+            floor=self.floors[:, 0],
             margin=margin,
             metrics=metrics,
             cost=cost,

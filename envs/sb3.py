@@ -47,11 +47,12 @@ class SB3VecEnv(VecEnv):
         seed: int,
     ) -> None:
         bound = np.full(len(OBSERVATIONS), CLIP, dtype=np.float32)
-        self.envs = tuple(envs)  # before super().__init__, which asks for their render mode
+        self.envs = tuple(envs)
+        self._turn, self._window = 0, 0  # which population trains, and windows it has done
         num_students = envs[0].num_envs
+        # asks for the render mode of the population that trains
         super().__init__(num_students, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32))
         self._mean, self._deviation, self._first_seed = mean, deviation, seed
-        self._turn, self._window = 0, 0  # which population trains, and windows it has done
         self._waiting: list[NDArray[np.float32]] = []  # first observation of every population's next episode
         self._actions = np.zeros((num_students, NUM_CONTROLS), dtype=np.float32)
         self._returns = np.zeros(num_students)

@@ -12,6 +12,8 @@ from rlkd.cost import CostConfig, CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.envs import EnvConfig, Scenario, build_scenario
 from rlkd.envs.references import References
+from rlkd.models import StudentConfig
+from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 
 TEACHERS = TeacherConfig(num_samples=(40, 300, 897), num_steps=100)
@@ -41,6 +43,31 @@ def config(profile_file: Path) -> EnvConfig:
 @pytest.fixture(scope="session")
 def scenario(config: EnvConfig) -> Scenario:
     return build_scenario(config)
+
+
+@pytest.fixture(scope="session")
+def goal_scenario(scenario: Scenario) -> Scenario:
+    """The same scenario, whose tasks have floors, latency limits, or weights alone."""
+    task = dataclasses.replace(scenario.config.task, floor_share=0.6, limit_share=0.5)
+    return dataclasses.replace(
+        scenario, config=dataclasses.replace(scenario.config, task=task), known=References()
+    )
+
+
+@pytest.fixture(scope="session")
+def other_scenario(goal_scenario: Scenario) -> Scenario:
+    """Another data set, student, horizon and step size, under goals of the same distribution."""
+    config = goal_scenario.config
+    return build_scenario(
+        dataclasses.replace(
+            config,
+            num_windows=3,
+            warm_windows=1,
+            task=dataclasses.replace(config.task, dataset="generated:classes=4,inputs=6"),
+            student=StudentConfig(widths=(8, 8, 8), exits=(2,)),
+            train=TrainConfig(steps_per_window=4, batch_size=16),
+        )
+    )
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The state of a PPO training between two iterations, so that one that was stopped goes on to the bit.
 
 Besides the policy and its Adam there are stable-baselines3's counters, its last observation, the figures that wait for
-the next line of its log, torch's and numpy's global random states (it draws from those), and the students, who may
-be in the middle of an episode: one that diverged began its next one early.
+the next line of its log, torch's and numpy's global random states (it draws from those), the evaluations and the best
+policy so far, and the students.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from torch import Tensor
 
+from rlkd.agents.ppo.evaluation import Choice
 from rlkd.envs.sb3 import SB3VecEnv
 from rlkd.errors import UserError
 from rlkd.io.checkpoints import Checkpoint
@@ -22,7 +23,7 @@ from rlkd.students.optimizers import load_optimizer_state, optimizer_state
 MAX_COUNT = 2**62
 
 
-def capture(agent: PPO, env: SB3VecEnv, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def capture(agent: PPO, env: SB3VecEnv, choice: Choice, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors, and what else is needed as JSON; to be called after the update of `iteration` (from 1)."""
     observation, starts = _last(agent)
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global one is what SB3 draws from
@@ -30,6 +31,7 @@ def capture(agent: PPO, env: SB3VecEnv, iteration: int) -> tuple[dict[str, Tenso
         **{f"policy.{name}": tensor.clone() for name, tensor in agent.policy.state_dict().items()},
         **optimizer_state(agent.policy.optimizer),
         **{f"students.{name}": tensor for name, tensor in env.training_state().items()},
+        **{f"choice.{name}": tensor for name, tensor in choice.training_state().items()},
         "last_observation": torch.from_numpy(observation.copy()),  # [N, O]
         "episode_starts": torch.from_numpy(starts.astype(np.int64)),  # [N]
         "torch_random": torch.get_rng_state(),
@@ -50,8 +52,8 @@ def capture(agent: PPO, env: SB3VecEnv, iteration: int) -> tuple[dict[str, Tenso
     return tensors, note
 
 
-def restore(agent: PPO, env: SB3VecEnv, saved: Checkpoint) -> int:
-    """Put a new agent and its reset environment where `capture` found others of the same configuration.
+def restore(agent: PPO, env: SB3VecEnv, choice: Choice, saved: Checkpoint) -> int:
+    """Put a new agent, its reset environment and its choice where `capture` found others of the same configuration.
 
     Returns:
         The iteration.
@@ -59,14 +61,13 @@ def restore(agent: PPO, env: SB3VecEnv, saved: Checkpoint) -> int:
     Raises:
         UserError: the checkpoint does not fit them.
     """
-    now, _ = capture(agent, env, 0)  # tells names, types and shapes
+    now, _ = capture(agent, env, choice, 0)  # tells names, types and shapes
     tensors = saved.tensors({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in now.items()})
     agent.policy.load_state_dict({name: tensors[f"policy.{name}"] for name in agent.policy.state_dict()})
     load_optimizer_state(agent.policy.optimizer, tensors)
     try:
-        env.load_training_state(
-            {name.removeprefix("students."): t for name, t in tensors.items() if name.startswith("students.")}
-        )
+        env.load_training_state(_part(tensors, "students."))
+        choice.load_training_state(_part(tensors, "choice."))
         agent._last_obs = tensors["last_observation"].numpy().copy()
         agent._last_episode_starts = tensors["episode_starts"].numpy().astype(bool)
         _restore_note(agent, saved.note["state"])
@@ -77,6 +78,10 @@ def restore(agent: PPO, env: SB3VecEnv, saved: Checkpoint) -> int:
         raise UserError(
             f"{saved.path}: not the state of this training, or a damaged one ({reason(error):.100})"
         ) from error
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _restore_note(agent: PPO, note: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ numpy's global generators for its exploration noise and minibatch order; the stu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from rlkd.agents.policy.policy import Policy, actor_shapes, policy_from_sb3
+from rlkd.agents.policy.policy import HIDDEN, Policy, actor_shapes, policy_from_sb3
+from rlkd.agents.ppo.evaluation import Choice, Evaluation, from_table
 from rlkd.agents.ppo.state import capture, restore
 from rlkd.envs.action import CONTROLS, change
 from rlkd.envs.episodes import Episodes
@@ -26,8 +27,10 @@ from rlkd.envs.sb3 import SB3VecEnv
 from rlkd.envs.scenario import Scenario
 from rlkd.envs.vector import DistillationVectorEnv
 from rlkd.errors import UserError
-from rlkd.io.journal import Arrays, Journal, digest, recall
+from rlkd.io.journal import Arrays, Journal, Shapes, digest, recall
 from rlkd.io.records import plain
+
+BLIND = ("margin", "cost", "probe", "training")  # hidden_groups of a policy that sees what is known beforehand alone
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class PPOConfig:
     learning_rate: float = 1e-3
     """Adam's step size for policy and value function; falls linearly to a tenth."""
     batch_size: int = 512
+    """Windows of a minibatch."""
     num_epochs: int = 8
     """Passes over a rollout in one update."""
     gamma: float = 1.0
@@ -80,14 +84,31 @@ class PPOConfig:
             if name not in TABLE:
                 raise UserError(f"ppo.hidden_groups: got {name!r}; allowed: {', '.join(TABLE)}")
 
+    def evaluated(self) -> tuple[int, ...]:
+        """Iterations after which the policy is evaluated; 0 is the start."""
+        return tuple(sorted({*range(0, self.num_iterations, self.evaluate_every), self.num_iterations}))
+
 
 @dataclass(frozen=True)
 class Rollout:
-    """Summary of one iteration, for logs. Means over students that ended."""
+    """Summary of one iteration, for logs. Means over students that ended; of goals, over those with a floor."""
 
     iteration: int
     num_trainings: int
     figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a training gives."""
+
+    policy: Policy  # the best one on the validation scenarios, or without any the last
+    evaluations: list[Evaluation]
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation of `policy`."""
+        return max(self.evaluations, key=lambda evaluation: evaluation.score, default=None)
 
 
 def observation_figures(
@@ -109,6 +130,14 @@ def observation_figures(
                 on_window(count)
     stacked = torch.cat(seen)
     return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
+
+
+def hide(deviation: NDArray[np.float32], groups: Sequence[str]) -> NDArray[np.float32]:
+    """`deviation` [O] so large for the observations of some groups of TABLE that they read 0."""
+    hidden = [OBSERVATIONS.index(name) for group in groups for name in TABLE[group]]
+    result = deviation.copy()
+    result[hidden] = HIDDEN
+    return result
 
 
 def task_pool(seed: int, index: int, num_tasks: int) -> list[int]:
@@ -190,6 +219,11 @@ class _Watch(BaseCallback):
     def _on_rollout_end(self) -> None:
         self.iteration += 1
         figures = {k: float(np.mean([e[k] for e in self._ended])) for k in (self._ended[0] if self._ended else ())}
+        with_floor = [e for e in self._ended if e["has_floor"]]
+        for name in ("goal_met", "shortfall"):
+            figures.pop(name, None)
+            if with_floor:
+                figures[name] = float(np.mean([e[name] for e in with_floor]))
         for name, key in (("num_diverged", "diverged"), ("num_rollbacks", "num_rollbacks")):
             figures[name] = float(sum(e[key] for e in self._ended))
         controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
@@ -205,10 +239,12 @@ def train(
     *,
     on_window: Callable[[int], object],
     on_rollout: Callable[[Rollout, Logger], object],
+    validation: Sequence[Scenario] = (),
+    on_evaluation: Callable[[Evaluation, Logger], object] = lambda evaluation, logger: None,
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
     journal: Journal | None = None,
-) -> Policy:
+) -> Learned:
     """Learn a policy; the start of the scenarios is the setting that its actions change.
 
     Args:
@@ -217,6 +253,8 @@ def train(
         seed: of the students' tasks, the exploration and the minibatches.
         on_window: called with the number of students after every window.
         on_rollout: called with each iteration's summary, before the update.
+        validation: scenarios that choose the iteration that is returned; with the same start.
+        on_evaluation: called after each evaluation on them.
         logger: SB3's, for TensorBoard.
         on_agent: given a function that returns the policy as it is now, so that an interrupted run can be saved.
         journal: keeps the state after every update, and goes on from the last one.
@@ -224,6 +262,7 @@ def train(
     config.check()
     start, controls = scenarios[0].start, scenarios[0].config.controls
     mean, deviation = _figures(scenarios, config, seed, on_window, journal)
+    deviation = hide(deviation, config.hidden_groups)
 
     def learn() -> Arrays:
         pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
@@ -242,18 +281,34 @@ def train(
 
         if on_agent:
             on_agent(now)
-        _learn(agent, env, config, env.num_steps, _Watch(config, on_window, on_rollout), journal)
-        return {name: tensor.numpy() for name, tensor in now().weights.items()}
+        choice = Choice(
+            validation,
+            config.evaluated(),
+            config.num_evaluation_tasks,
+            now().weights,
+            on_evaluation=lambda evaluation: on_evaluation(evaluation, agent.logger),
+            on_window=on_window,
+        )
+        _learn(agent, env, config, _Watch(config, on_window, on_rollout), choice, now, journal)
+        return {**{name: tensor.numpy() for name, tensor in choice.weights.items()}, "evaluations": choice.table()}
 
     inputs = {
         "ppo": asdict(config),
         "seed": seed,
         "scenarios": [[list(s.group_sizes), plain(s.config)] for s in scenarios],
+        "validation": [[list(s.group_sizes), plain(s.config)] for s in validation],
         "start": digest(start),
     }
-    shapes = {name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()}
-    weights = {name: torch.from_numpy(a) for name, a in recall(journal, "PPO", inputs, shapes, learn).items()}
-    return Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
+    num_evaluations = len(config.evaluated()) if validation else 0
+    shapes: Shapes = {
+        **{name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()},
+        "evaluations": ("float64", (num_evaluations, len(fields(Evaluation)))),
+    }
+    arrays = recall(journal, "PPO", inputs, shapes, learn)
+    evaluations = from_table(arrays.pop("evaluations"))
+    weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    policy = Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
+    return Learned(policy, evaluations)
 
 
 def _figures(
@@ -283,19 +338,27 @@ def _learn(
     agent: "_ResumablePPO",
     env: SB3VecEnv,
     config: PPOConfig,
-    num_windows: int,
     watch: "_Watch",
+    choice: Choice,
+    now: Callable[[], Policy],
     journal: Journal | None,
 ) -> None:
     """SB3's learning from the beginning, or from the journal's last state, to its end; saves the state as it goes."""
-    total = config.num_iterations * config.num_students * num_windows
+    rollout = config.num_students * env.num_steps
+    total = config.num_iterations * rollout
     saved = journal.take_state() if journal else None
     if saved:
         agent._setup_learn(total)  # the first observation and the counters, which `restore` then replaces
-        watch.iteration = restore(agent, env, saved)
-    if journal:
-        kept = journal  # for the type checker: it stays what it is
-        agent.after_update = lambda: kept.save_state(watch.iteration, *capture(agent, env, watch.iteration))
+        watch.iteration = restore(agent, env, choice, saved)
+    else:
+        choice.consider(now(), 0)
+
+    def after_update() -> None:
+        choice.consider(now(), watch.iteration)
+        if journal:
+            journal.save_state(watch.iteration, *capture(agent, env, choice, watch.iteration))
+
+    agent.after_update = after_update
     if agent.num_timesteps < total:
         agent.learn(total - agent.num_timesteps, callback=watch, log_interval=1, reset_num_timesteps=saved is None)
-    agent.logger.dump(total + config.num_students * num_windows)  # the last update's, where the next rollout's would be
+    agent.logger.dump(total + rollout)  # the last update's, where the next rollout's would be

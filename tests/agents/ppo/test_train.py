@@ -3,17 +3,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
-from rlkd.agents.baselines.search import Shortlist
-from rlkd.agents.policy.policy import Policy, policy_from_sb3
-from rlkd.agents.ppo.train import PPOConfig, Rollout, new_agent, observation_figures, train
-from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, EnvConfig, Scenario, build_scenario
+from rlkd.agents.policy.policy import HIDDEN, policy_from_sb3
+from rlkd.agents.ppo.evaluation import Evaluation
+from rlkd.agents.ppo.train import BLIND, Learned, PPOConfig, Rollout, hide, new_agent, observation_figures, train
+from rlkd.envs import CONTROLS, OBSERVATIONS, DistillationVectorEnv, Scenario
+from rlkd.envs.observation import TABLE
 from rlkd.envs.sb3 import SB3VecEnv, standardise
-from rlkd.models import StudentConfig
+from rlkd.errors import UserError
 
-CONFIG = PPOConfig(num_students=6, num_iterations=2, batch_size=8, num_epochs=2, hidden=8)
-STATIC = Shortlist(torch.zeros(1, 9), torch.zeros(1, 3))
+SIZES = {"num_students": 6, "num_tasks": 8, "batch_size": 8, "num_epochs": 2, "hidden": 8, "num_evaluation_tasks": 4}
+CONFIG = PPOConfig(**SIZES, num_iterations=3, evaluate_every=2)
+Log = list[tuple[str, Rollout | Evaluation]]
 
 
 def environment(scenario: Scenario) -> tuple[VecEnv, np.ndarray, np.ndarray]:
@@ -21,10 +24,24 @@ def environment(scenario: Scenario) -> tuple[VecEnv, np.ndarray, np.ndarray]:
     return SB3VecEnv([DistillationVectorEnv(6, scenario=scenario)], mean, deviation, 0), mean, deviation
 
 
-def trained(scenario: Scenario) -> tuple[Policy, list[Rollout]]:
-    rollouts: list[Rollout] = []
-    policy = train([scenario], STATIC, CONFIG, 5, lambda n: None, lambda r, log: rollouts.append(r))
-    return policy, rollouts
+def trained(
+    scenarios: list[Scenario], validation: tuple[Scenario, ...] = (), config: PPOConfig = CONFIG, seed: int = 5
+) -> tuple[Learned, Log]:
+    log: Log = []
+
+    def on_evaluation(evaluation: Evaluation, logger: Logger) -> None:
+        log.append(("evaluation", evaluation))
+
+    learned = train(
+        scenarios,
+        config,
+        seed,
+        on_window=lambda n: None,
+        on_rollout=lambda rollout, logger: log.append(("rollout", rollout)),
+        validation=validation,
+        on_evaluation=on_evaluation,
+    )
+    return learned, log
 
 
 def test_the_untrained_policy_holds_the_start_and_equals_sb3s_actor(scenario: Scenario) -> None:
@@ -33,65 +50,84 @@ def test_the_untrained_policy_holds_the_start_and_equals_sb3s_actor(scenario: Sc
     generator = torch.Generator().manual_seed(0)
     seen = torch.rand(20, len(OBSERVATIONS), generator=generator)
 
-    def ours() -> np.ndarray:
+    def actions() -> np.ndarray:
         policy = policy_from_sb3(
-            agent.policy.state_dict(), mean, deviation, scenario.plan, STATIC, scenario.config.controls
+            agent.policy.state_dict(), mean, deviation, start=scenario.start, controls=scenario.config.controls
         )
         return policy.act(seen).numpy()
 
-    assert np.array_equal(ours(), np.zeros((20, 9)))
+    assert np.array_equal(actions(), np.zeros((20, len(CONTROLS))))
     for parameter in agent.policy.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
-    theirs, _ = agent.predict(standardise(seen.numpy(), mean, deviation), deterministic=True)
-    np.testing.assert_allclose(ours(), theirs, atol=1e-5)
-    assert np.abs(theirs).max() > 0.1
+    expected, _ = agent.predict(standardise(seen.numpy(), mean, deviation), deterministic=True)
+    np.testing.assert_allclose(actions(), expected, atol=1e-5)
+    assert np.abs(expected).max() > 0.1
 
 
-def test_training_repeats_and_moves_the_policy(scenario: Scenario) -> None:
-    (one, rollouts), (two, _) = trained(scenario), trained(scenario)
-    for name, tensor in one.weights.items():
-        assert torch.equal(tensor, two.weights[name]), name
-    assert one.weights["action.weight"].abs().max() > 0
-    assert [r.num_trainings for r in rollouts] == [6, 12]
-    assert {"score", "accuracy", "return", "num_diverged", "action/temperature"} <= set(rollouts[0].figures)
+def test_training_repeats_and_moves_the_policy(goal_scenario: Scenario) -> None:
+    (one, log), (two, _) = trained([goal_scenario]), trained([goal_scenario])
+    for name, tensor in one.policy.weights.items():
+        assert torch.equal(tensor, two.policy.weights[name]), name
+    assert one.policy.weights["action.weight"].abs().max() > 0
+    assert torch.equal(one.policy.start, goal_scenario.start)
+    rollouts = [entry for kind, entry in log if isinstance(entry, Rollout)]
+    assert [r.num_trainings for r in rollouts] == [6, 12, 18]
+    assert {"score", "accuracy", "return", "goal_met", "shortfall", "action/exit_first"} <= set(rollouts[0].figures)
+    assert one.evaluations == []
 
 
-def test_sb3_adapter_reports_ends_and_returns(scenario: Scenario) -> None:
-    env, mean, deviation = environment(scenario)
-    first = env.reset()
-    assert np.abs(first).max() <= 5.0
-    total = np.zeros(6)
-    for window in range(scenario.config.num_windows):
-        observation, rewards, dones, infos = env.step(np.zeros((6, 9), dtype=np.float32))
-        total += rewards
-        assert dones.all() == (window == scenario.config.num_windows - 1)
-    for i, info in enumerate(infos):
-        assert abs(info["episode"]["r"] - total[i]) < 1e-5
-        assert info["episode"]["l"] == scenario.config.num_windows
-        progress = OBSERVATIONS.index("progress")
-        terminal = info["terminal_observation"][progress] * deviation[progress] + mean[progress]
-        assert abs(terminal - 1.0) < 1e-5
-        again = observation[i][progress] * deviation[progress] + mean[progress]
-        assert abs(again) < 1e-5  # the next episode has begun
-        assert 0 <= info["student"]["accuracy"] <= 1
+def test_the_iteration_that_does_best_on_the_validation_scenarios_is_returned(
+    goal_scenario: Scenario, other_scenario: Scenario
+) -> None:
+    learned, log = trained([goal_scenario], (other_scenario,))
+    assert [kind for kind, _ in log] == ["evaluation", "rollout", "rollout", "evaluation", "rollout", "evaluation"]
+    assert [entry for kind, entry in log if kind == "evaluation"] == learned.evaluations
+    assert [e.iteration for e in learned.evaluations] == [0, 2, 3]
+    assert learned.best is not None
+    assert learned.best.score == max(e.score for e in learned.evaluations)
+    last, _ = trained([goal_scenario])  # evaluations change nothing of the training
+    is_last = all(torch.equal(t, last.policy.weights[name]) for name, t in learned.policy.weights.items())
+    assert is_last == (learned.best.iteration == 3)
 
 
-def test_populations_of_different_worlds_stand_side_by_side(scenario: Scenario, config: EnvConfig) -> None:
-    task = dataclasses.replace(config.task, dataset="generated:classes=4,inputs=6")
-    other = build_scenario(dataclasses.replace(config, task=task, student=StudentConfig(widths=(8, 8, 8), exits=(2,))))
-    mean, deviation = observation_figures([scenario, other], 6, 0)
-    both = SB3VecEnv([DistillationVectorEnv(2, scenario=w) for w in (scenario, other)], mean, deviation, 5)
-    second = SB3VecEnv([DistillationVectorEnv(2, scenario=other)], mean, deviation, 7)  # its streams: 5 + 2, 5 + 3
-    np.testing.assert_array_equal(both.reset()[2:], second.reset())
-    action = np.full((4, 9), 0.3, dtype=np.float32)
-    for _ in range(scenario.config.num_windows):
-        (seen, rewards, dones, infos), (wanted, theirs, _, _) = both.step(action), second.step(action[2:])
-        np.testing.assert_array_equal(seen[2:], wanted)
-        np.testing.assert_array_equal(rewards[2:], theirs)
-    assert dones.all()
-    assert all("student" in info for info in infos)
-    assert both.positions.shape == (4, 9)
-    policy = train([scenario, other], STATIC, CONFIG, 5, lambda n: None, lambda r, log: None)
-    assert policy.weights["action.weight"].isfinite().all()
-    with pytest.raises(ValueError, match="4 scenarios"):
-        train([scenario] * 4, STATIC, CONFIG, 5, lambda n: None, lambda r, log: None)
+def test_groups_that_are_hidden_read_zero(goal_scenario: Scenario) -> None:
+    blind = dataclasses.replace(CONFIG, hidden_groups=BLIND, num_iterations=1)
+    policy = trained([goal_scenario], config=blind)[0].policy
+    hidden = [OBSERVATIONS.index(name) for group in BLIND for name in TABLE[group]]
+    shown = [i for i in range(len(OBSERVATIONS)) if i not in hidden]
+    assert (policy.deviation[hidden] == HIDDEN).all()
+    assert (policy.deviation[shown] < 10).all()
+    seen = torch.rand(4, len(OBSERVATIONS), generator=torch.Generator().manual_seed(0))
+    other = seen.clone()
+    other[:, hidden] = 1 - other[:, hidden]
+    assert torch.equal(policy.act(seen), policy.act(other))
+    other[:, shown] = 1 - other[:, shown]
+    assert not torch.equal(policy.act(seen), policy.act(other))
+    assert "margin" not in [OBSERVATIONS[i] for i in shown]
+    assert {"progress", "has_floor", "teacher_margin", "control_unit_keep"} <= {OBSERVATIONS[i] for i in shown}
+    ones = np.ones(len(OBSERVATIONS), dtype=np.float32)
+    np.testing.assert_array_equal(hide(ones, ()), ones)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (PPOConfig(hidden_groups=("margins",)), "ppo.hidden_groups: got 'margins'; allowed: time, margin"),
+        (PPOConfig(evaluate_every=0), "ppo.evaluate_every: got 0; allowed: at least 1"),
+        (PPOConfig(num_evaluation_tasks=0), "ppo.num_evaluation_tasks: got 0"),
+        (PPOConfig(num_tasks=0), "ppo.num_tasks: got 0"),
+        (PPOConfig(gamma=1.5), "ppo.gamma: got 1.5"),
+    ],
+)
+def test_an_impossible_agent_is_refused(config: PPOConfig, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config.check()
+
+
+def test_an_agent_learns_from_scenarios_in_turn(goal_scenario: Scenario, other_scenario: Scenario) -> None:
+    learned, log = trained([goal_scenario, other_scenario])
+    assert learned.policy.weights["action.weight"].isfinite().all()
+    rollouts = [entry for kind, entry in log if isinstance(entry, Rollout)]
+    assert [r.num_trainings for r in rollouts] == [12, 24, 36]
+    alone, _ = trained([goal_scenario])
+    assert not torch.equal(alone.policy.weights["action.weight"], learned.policy.weights["action.weight"])

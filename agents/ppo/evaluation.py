@@ -1,0 +1,146 @@
+"""Score a policy on validation scenarios while it learns, and keep the best one.
+
+Validation scenarios are neither trained nor reported on, so the choice says nothing about them. Every evaluation has
+the same tasks, and the policy's mean action sets the controls.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlkd.agents.policy.policy import Policy
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.reward import worst_score
+from rlkd.envs.scenario import Scenario
+
+FIRST_SEED = 2**58  # of the tasks; scenario k has those from k * 2**20 on
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What students reach at the end of their training, on validation data: means in which every scenario counts alike.
+
+    A diverged student has accuracy 0 and saves nothing.
+    """
+
+    iteration: int  # updates before it; 0: the start alone
+    score: float
+    goal_met: float  # share of the students with a floor that reach it; 1 where no student has one
+    shortfall: float  # mean accuracy that is missing to the floor, over the students with a floor
+    latency_saving: float  # mean of 1 - latency ratio to the dense student
+
+
+def evaluate(
+    policy: Policy,
+    scenarios: Sequence[Scenario],
+    num_tasks: int,
+    iteration: int,
+    on_window: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Train one student a task in every scenario under the policy's mean action.
+
+    Args:
+        policy: scored as it is.
+        scenarios: at least one.
+        num_tasks: of every scenario; the same at every call.
+        iteration: as of `Evaluation`.
+        on_window: called with the number of students after every window.
+    """
+    rows = [_reached(policy, scenario, k, num_tasks, on_window) for k, scenario in enumerate(scenarios)]
+    return Evaluation(iteration, *(float(value) for value in np.mean(rows, axis=0)))
+
+
+def _reached(
+    policy: Policy, scenario: Scenario, index: int, num_tasks: int, on_window: Callable[[int], object] | None
+) -> tuple[float, float, float, float]:
+    """Means of one scenario, in the order of `Evaluation`."""
+    episodes, controller = Episodes(scenario, num_tasks), policy.controller()
+    observation = episodes.reset(range(FIRST_SEED + index * 2**20, FIRST_SEED + index * 2**20 + num_tasks))
+    diverged = torch.zeros(num_tasks, dtype=torch.bool)
+    for window in range(scenario.config.num_windows):
+        outcome = episodes.step(controller(observation, episodes, window))
+        observation, diverged = outcome.observation, diverged | outcome.diverged
+        if on_window:
+            on_window(num_tasks)
+    floor = episodes.floors[:, 0]  # [N]
+    has_floor = floor > 0
+    score = torch.where(diverged, worst_score(floor), outcome.score)
+    accuracy = torch.where(diverged, 0.0, outcome.metrics.accuracy)
+    saving = torch.where(diverged, 0.0, 1 - outcome.cost.latency_ratio)
+    missing = (floor - accuracy).clamp_min(0.0)[has_floor]
+    met, shortfall = ((missing == 0).float().mean(), missing.mean()) if len(missing) else (1.0, 0.0)
+    return float(score.mean()), float(met), float(shortfall), float(saving.mean())
+
+
+class Choice:
+    """The evaluations of a policy that learns, and the weights that did best.
+
+    Args:
+        scenarios: of validation; without any the last weights are chosen.
+        iterations: at which the policy is evaluated, ascending.
+        num_tasks: of every scenario.
+        weights: of the policy at the beginning; they tell names and shapes.
+        on_evaluation: called after each.
+        on_window: as of `evaluate`.
+    """
+
+    def __init__(
+        self,
+        scenarios: Sequence[Scenario],
+        iterations: Sequence[int],
+        num_tasks: int,
+        weights: Mapping[str, Tensor],
+        *,
+        on_evaluation: Callable[[Evaluation], object],
+        on_window: Callable[[int], object],
+    ) -> None:
+        self._scenarios, self._num_tasks = tuple(scenarios), num_tasks
+        self.iterations = tuple(iterations) if scenarios else ()
+        self._on_evaluation, self._on_window = on_evaluation, on_window
+        self.evaluations: list[Evaluation] = []
+        self.weights = {name: tensor.clone() for name, tensor in weights.items()}
+
+    def consider(self, policy: Policy, iteration: int) -> None:
+        """Evaluate the policy if it is time, and keep its weights if it does better than all before."""
+        if not self._scenarios:
+            self.weights = policy.weights
+        if iteration not in self.iterations:
+            return
+        now = evaluate(policy, self._scenarios, self._num_tasks, iteration, self._on_window)
+        if all(now.score > before.score for before in self.evaluations):
+            self.weights = {name: tensor.clone() for name, tensor in policy.weights.items()}
+        self.evaluations.append(now)
+        self._on_evaluation(now)
+
+    def table(self) -> NDArray[np.float64]:
+        """[len(iterations), 5], the evaluations by the fields of `Evaluation`; 0 in those to come."""
+        table = np.zeros((len(self.iterations), len(fields(Evaluation))))
+        for row, evaluation in zip(table, self.evaluations, strict=False):
+            row[:] = astuple(evaluation)
+        return table
+
+    def training_state(self) -> dict[str, Tensor]:
+        """All that `load_training_state` needs; shapes do not depend on how many evaluations are done."""
+        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.weights.items()}
+        return {**weights, "table": torch.from_numpy(self.table()), "count": torch.tensor([len(self.evaluations)])}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `training_state`.
+
+        Raises:
+            ValueError: more evaluations than there are.
+        """
+        count = int(state["count"])
+        if not 0 <= count <= len(self.iterations):
+            raise ValueError(f"{count} evaluations; at most {len(self.iterations)} are made")
+        self.weights = {name: state[f"weights.{name}"].clone() for name in self.weights}
+        self.evaluations = from_table(state["table"].numpy()[:count])
+
+
+def from_table(table: NDArray[np.float64]) -> list[Evaluation]:
+    """Evaluations of the rows of `Choice.table`."""
+    return [Evaluation(int(row[0]), *(float(value) for value in row[1:])) for row in table]
