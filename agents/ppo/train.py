@@ -5,6 +5,7 @@ observations are standardised by figures fixed before training instead of a runn
 numpy's global generators for its exploration noise and minibatch order; the students never read those.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -169,7 +170,10 @@ def begin_unchanged(agent: OnPolicyAlgorithm) -> None:
 
 def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> "_ResumablePPO":
     """SB3's PPO with a zero-initialised head."""
-    agent = _ResumablePPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
+    with warnings.catch_warnings():
+        # the last minibatch of a pass may be smaller than the others
+        warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        agent = _ResumablePPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
     begin_unchanged(agent)
     agent.policy.log_std.requires_grad_(False)  # `_Watch` sets it
     return agent
@@ -240,7 +244,7 @@ def train(
     on_window: Callable[[int], object],
     on_rollout: Callable[[Rollout, Logger], object],
     validation: Sequence[Scenario] = (),
-    on_evaluation: Callable[[Evaluation, Logger], object] = lambda evaluation, logger: None,
+    on_evaluation: Callable[[Evaluation], object] = lambda evaluation: None,
     logger: Logger | None = None,
     on_agent: Callable[[Callable[[], Policy]], object] | None = None,
     journal: Journal | None = None,
@@ -286,7 +290,7 @@ def train(
             config.evaluated(),
             config.num_evaluation_tasks,
             now().weights,
-            on_evaluation=lambda evaluation: on_evaluation(evaluation, agent.logger),
+            on_evaluation=on_evaluation,
             on_window=on_window,
         )
         _learn(agent, env, config, _Watch(config, on_window, on_rollout), choice, now, journal)

@@ -1,9 +1,11 @@
+import dataclasses
 import hashlib
+from typing import Any
 
 import pytest
 import torch
 
-from rlkd.data import Preference, Range, TaskDistribution, draw_task, load_dataset
+from rlkd.data import Preference, Range, Task, TaskDistribution, draw_task, load_dataset
 from rlkd.data.distribution import thin_classes
 from rlkd.errors import UserError
 
@@ -164,3 +166,95 @@ def test_bundled_tables_are_cut_once_and_standardised_by_their_train_split(
     assert data.inputs[data.splits["train"]].mean(0).abs().max() < 0.1
     other = data.inputs[data.splits["test"]].mean(0).abs().max()
     assert other > data.inputs[data.splits["train"]].mean(0).abs().max()  # test samples shaped nothing
+
+
+# Of the code before tasks had goals: teacher, noise, number of samples, their sum, the sum of the labels, preference.
+BEFORE_GOALS = {
+    0: (4, 0.116620, 107, 86788, 449, 0.347209),
+    11: (4, 0.375931, 636, 569495, 2885, 0.674257),
+    2**60 + 5: (0, 0.170211, 140, 128087, 651, 0.494992),
+}
+
+
+def summary(task: Task) -> tuple[int, float, int, int, int, float]:
+    return (
+        task.teacher,
+        round(task.label_noise, 6),
+        len(task.samples),
+        int(task.samples.sum()),
+        int(task.labels.sum()),
+        round(task.preference[0], 6),
+    )
+
+
+@pytest.mark.parametrize("seed", BEFORE_GOALS)
+def test_tasks_of_a_seed_are_those_drawn_before_there_were_goals(seed: int) -> None:
+    assert summary(draw_task(seed, TaskDistribution(), DIGITS, 8)) == BEFORE_GOALS[seed]
+
+
+def test_a_goal_changes_no_other_draw_and_no_other_draw_changes_a_goal() -> None:
+    weights = TaskDistribution()
+    floors = dataclasses.replace(weights, floor_share=0.7, limit_share=0.5)
+    noisy = dataclasses.replace(floors, label_noise=Range(0.2, 0.3), num_labels=Range(100, 200))
+    kinds = set()
+    for seed in range(30):
+        plain, goal, other = (draw_task(seed, d, DIGITS, 8) for d in (weights, floors, noisy))
+        assert torch.equal(plain.samples, goal.samples)
+        assert torch.equal(plain.labels, goal.labels)
+        assert (plain.teacher, plain.label_noise) == (goal.teacher, goal.label_noise)
+        assert (goal.keep, goal.latency_limit, goal.preference) == (other.keep, other.latency_limit, other.preference)
+        assert not torch.equal(goal.labels, other.labels)
+        assert sum(goal.preference) == pytest.approx(1.0)
+        kinds.add((goal.keep > 0, goal.latency_limit < float("inf")))
+        if goal.keep > 0:
+            assert goal.preference[0] == 0.0
+            assert 0.9 <= goal.keep <= 1.02
+        elif goal.latency_limit < float("inf"):
+            assert goal.preference == (1.0, 0.0, 0.0)
+            assert 0.2 <= goal.latency_limit <= 0.8
+        else:
+            assert goal.preference == plain.preference
+    assert kinds == {(True, False), (False, True), (False, False)}
+
+
+def test_the_goal_has_a_seed_of_its_own() -> None:
+    floors = TaskDistribution(floor_share=1.0)
+    first, same, other = (draw_task(3, floors, DIGITS, 8, goal_seed=g) for g in (None, 3, 4))
+    assert first.keep == same.keep != other.keep
+    assert torch.equal(first.labels, other.labels)
+    assert (first.goal_seed, other.goal_seed) == (3, 4)
+    assert draw_task(9, floors, DIGITS, 8, goal_seed=4).keep == other.keep
+
+
+def test_shares_of_kinds_of_goals_are_those_asked_for() -> None:
+    tasks = [draw_task(s, TaskDistribution(floor_share=0.6, limit_share=0.5), DIGITS, 8) for s in range(1000)]
+    floors = sum(task.keep > 0 for task in tasks) / 1000
+    limits = sum(task.latency_limit < float("inf") for task in tasks) / 1000
+    assert floors == pytest.approx(0.6, abs=0.05)
+    assert limits == pytest.approx(0.4 * 0.5, abs=0.04)
+
+
+def test_a_stated_goal_is_every_task_s() -> None:
+    drawn = TaskDistribution(floor_share=0.5, limit_share=0.5)
+    for seed in range(10):
+        kept = draw_task(seed, drawn.with_keep(0.98), DIGITS, 8)
+        assert (kept.keep, kept.latency_limit) == (0.98, float("inf"))
+        assert kept.preference == pytest.approx((0.0, 0.75, 0.25))
+        weighed = draw_task(seed, drawn.with_preference(Preference(0.9)), DIGITS, 8)
+        assert (weighed.keep, weighed.latency_limit) == (0.0, float("inf"))
+        assert weighed.preference == pytest.approx((0.9, 0.075, 0.025))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"floor_share": 1.5}, "task.floor_share: got 1.5; allowed: 0 to 1"),
+        ({"limit_share": -0.1}, "task.limit_share: got -0.1"),
+        ({"keep": Range(0.5, 2.5)}, "task.keep: got low 0.5, high 2.5; allowed: 0 <= low"),
+        ({"latency_limit": Range(-1.0, 0.5)}, "task.latency_limit: got low -1"),
+        ({"reference": "best"}, "goal.reference: got 'best'"),
+    ],
+)
+def test_impossible_goals_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        TaskDistribution(**changes).check()

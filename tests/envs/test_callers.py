@@ -141,11 +141,11 @@ def test_an_action_of_another_form_is_refused(scenario: Scenario) -> None:
     for action, words in (
         (HOLD, "got ndarray; allowed: a mapping with loss_weights"),
         ({k: v for k, v in whole.items() if k != "temperature"}, "temperature is missing"),
-        ({**whole, "temperature": HOLD}, r"temperature has shape \(9,\); allowed: \(1,\)"),
+        ({**whole, "temperature": HOLD}, r"temperature has shape \(12,\); allowed: \(1,\)"),
         ({**whole, "tempreature": HOLD[:1]}, "got tempreature; allowed: loss_weights"),
     ):
         with pytest.raises(ValueError, match=words):
             env.step(action)
-    for shape in ((8,), (1,), (), (1, 9)):
-        with pytest.raises(ValueError, match=r"got shape .*; allowed: \(1, 9\)"):
+    for shape in ((11,), (1,), (), (1, 12)):
+        with pytest.raises(ValueError, match=r"got shape .*; allowed: \(1, 12\)"):
             flat.step(np.zeros(shape, np.float32))

@@ -11,14 +11,23 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from rlkd.data import Split
 from rlkd.envs import ENV_ID, OBSERVATIONS, ControlConfig, EnvConfig, Episodes, FlattenAction, Scenario, build_scenario
-from rlkd.envs.action import CONTROLS, decode, dict_action, encode, flat_action, published_setting
+from rlkd.envs.action import (
+    CONTROLS,
+    EXIT_KINDS,
+    decode,
+    dict_action,
+    encode,
+    exit_kind,
+    flat_action,
+    published_setting,
+)
 from rlkd.errors import UserError
 
-SCORE = OBSERVATIONS.index("score")
+CHANGE = OBSERVATIONS.index("score_change")
 
 
 def actions(num: int, seed: int = 0) -> list[np.ndarray]:
-    """[9] changes, drawn uniformly."""
+    """[12] changes, drawn uniformly."""
     rng = np.random.default_rng(seed)
     return [rng.uniform(-1, 1, len(CONTROLS)).astype(np.float32) for _ in range(num)]
 
@@ -80,21 +89,34 @@ def test_seeds_repeat_and_differ(scenario: Scenario) -> None:
         vector.reset(seed=[5])
 
 
-def test_rewards_are_the_changes_of_the_score(scenario: Scenario) -> None:
-    seen, rewards, infos = play(scenario, actions(4))
-    np.testing.assert_allclose(rewards, np.diff(seen[:, SCORE]), atol=1e-6)
-    np.testing.assert_allclose(seen[1:, SCORE], [info["score"] for info in infos], atol=1e-6)
-    assert rewards.sum() == pytest.approx(seen[-1, SCORE] - seen[0, SCORE], abs=1e-6)
+@pytest.mark.parametrize("seed", [3, 4, 8])
+def test_rewards_are_the_changes_of_the_score(goal_scenario: Scenario, seed: int) -> None:
+    seen, rewards, infos = play(goal_scenario, actions(4), seed)
+    first = gymnasium.make(ENV_ID, scenario=goal_scenario).unwrapped
+    first.reset(seed=seed)
+    begin = float(first._episodes.evaluate("validation")[2][0])  # type: ignore[attr-defined]
+    scores = [begin, *(info["score"] for info in infos)]
+    np.testing.assert_allclose(rewards, np.diff(scores), atol=1e-6)
+    np.testing.assert_allclose(seen[1:, CHANGE], rewards.clip(-2, 2), atol=1e-6)
+    assert rewards.sum() == pytest.approx(scores[-1] - begin, abs=1e-6)
 
 
-def test_score_by_hand(scenario: Scenario) -> None:
-    _, _, infos = play(scenario, actions(2))
+def test_score_by_hand(goal_scenario: Scenario) -> None:
     names = ("preference_accuracy", "preference_latency", "preference_energy")
-    seen, _, _ = play(scenario, actions(1))
-    w = [seen[0, OBSERVATIONS.index(name)] for name in names]
-    i = infos[0]
-    expected = w[0] * i["accuracy"] + w[1] * (1 - i["latency_ratio"]) + w[2] * (1 - i["energy_ratio"])
-    assert i["score"] == pytest.approx(expected, abs=1e-5)
+    kinds = set()
+    for seed in range(3, 9):
+        seen, _, infos = play(goal_scenario, actions(2), seed)
+        w = [seen[0, OBSERVATIONS.index(name)] for name in names]
+        i = infos[0]
+        expected = w[0] * i["accuracy"] + w[1] * (1 - i["latency_ratio"]) + w[2] * (1 - i["energy_ratio"])
+        if i["has_floor"]:
+            assert w[0] == 0
+            expected -= min(2.0, 10 * max(0.0, -i["margin"]))  # the margin is accuracy less the floor
+            assert i["shortfall"] == pytest.approx(max(0.0, -i["margin"]), abs=1e-6)
+            assert i["goal_met"] == (i["margin"] >= 0)
+        assert i["score"] == pytest.approx(expected, abs=1e-5)
+        kinds.add((bool(i["has_floor"]), bool(seen[0, OBSERVATIONS.index("has_limit")])))
+    assert kinds == {(True, False), (False, True), (False, False)}
 
 
 def test_a_reward_belongs_to_the_action_that_caused_it(scenario: Scenario) -> None:
@@ -104,7 +126,7 @@ def test_a_reward_belongs_to_the_action_that_caused_it(scenario: Scenario) -> No
     np.testing.assert_array_equal(one[1][:2], two[1][:2])
     assert one[1][2] != two[1][2]
     # nothing but pruning harder: the window that prunes is the one whose cost falls
-    hold, prune = np.zeros(9, dtype=np.float32), np.zeros(9, dtype=np.float32)
+    hold, prune = np.zeros(len(CONTROLS), dtype=np.float32), np.zeros(len(CONTROLS), dtype=np.float32)
     prune[CONTROLS.index("unit_keep")] = -1.0
     ratios = [info["macs_ratio"] for info in play(scenario, [hold, prune, prune])[2]]
     assert ratios[0] == pytest.approx(1.0)
@@ -149,9 +171,12 @@ def test_students_train_on_the_train_split_alone(scenario: Scenario) -> None:
 
 
 def test_no_action_holds_the_start(scenario: Scenario) -> None:
-    seen, _, _ = play(scenario, [np.zeros(9, dtype=np.float32)] * 2)
+    seen, _, _ = play(scenario, [np.zeros(len(CONTROLS), dtype=np.float32)] * 2)
     controls = [OBSERVATIONS.index(f"control_{name}") for name in CONTROLS]
-    np.testing.assert_allclose(seen[:, controls], np.stack([published_setting(scenario.config.controls).numpy()] * 3))
+    start = published_setting(scenario.config.controls)
+    np.testing.assert_allclose(seen[0, controls], start.numpy())
+    np.testing.assert_allclose(seen[1:, controls[:-3]], np.stack([start[:-3].numpy()] * 2))
+    assert exit_kind(torch.from_numpy(seen[:, controls])).tolist() == [0, 0, 0]
 
 
 def test_observations_stay_in_bounds(scenario: Scenario) -> None:
@@ -166,11 +191,11 @@ def test_a_diverged_student_ends_with_the_worst_score(config: EnvConfig) -> None
     env = gymnasium.make(ENV_ID, scenario=hot)
     observation, _ = env.reset(seed=0)
     for num_rollbacks in (1, 2):
-        observation, _, terminated, _, info = env.step(dict_action(np.zeros(9, dtype=np.float32)))
+        observation, _, terminated, _, info = env.step(dict_action(np.zeros(len(CONTROLS), dtype=np.float32)))
         assert (terminated, info["diverged"], info["num_rollbacks"]) == (False, 0.0, num_rollbacks)
         assert np.isfinite(observation).all()
-    last = observation[SCORE]
-    observation, reward, terminated, truncated, info = env.step(dict_action(np.zeros(9, dtype=np.float32)))
+    last = info["score"]
+    observation, reward, terminated, truncated, info = env.step(dict_action(np.zeros(len(CONTROLS), dtype=np.float32)))
     assert (terminated, truncated, info["diverged"], info["score"]) == (True, False, 1.0, 0.0)
     assert info["num_rollbacks"] == 2.0
     assert reward == pytest.approx(0.0 - last, abs=1e-6)
@@ -179,38 +204,42 @@ def test_a_diverged_student_ends_with_the_worst_score(config: EnvConfig) -> None
 
 def test_controls_decode_by_hand() -> None:
     config = ControlConfig()
-    low, high = decode(torch.zeros(1, 9), config, 10), decode(torch.ones(1, 9), config, 10)
+    low, high = decode(torch.zeros(1, 12), config, 10), decode(torch.ones(1, 12), config, 10)
     for name in ("temperature", "feature_keep", "unit_keep", "learning_rate"):
         torch.testing.assert_close(
             torch.stack([getattr(low, name)[0], getattr(high, name)[0]]), torch.tensor(getattr(config, name))
         )
-    assert (float(low.exit_threshold), float(high.exit_threshold)) == pytest.approx((0.1, 1.0))
-    dead = decode(torch.full((1, 9), 0.2), config, 10), decode(torch.full((1, 9), 0.8), config, 10)
-    assert float(dead[0].exit_threshold) == pytest.approx(0.1)
-    assert float(dead[1].exit_threshold) == pytest.approx(1.0)
     assert low.weights.tolist() == [[0.25] * 4]
     published = decode(published_setting(config)[None], config, 10)
     torch.testing.assert_close(published.weights, torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     assert float(published.temperature) == pytest.approx(4.0)
     assert (float(published.feature_keep), float(published.unit_keep)) == pytest.approx((1.0, 1.0))
+    assert float(published.exit_threshold) == 1.0
+
+
+def test_the_kind_of_exit_decides_the_threshold_and_ties_go_to_the_first() -> None:
+    u = torch.full((5, 12), 0.5)
+    u[:, -3:] = torch.tensor([[0.6, 0.5, 0.4], [0.1, 0.2, 0.0], [0.3, 0.3, 0.31], [0.7, 0.7, 0.7], [0.2, 0.9, 0.9]])
+    assert [EXIT_KINDS[i] for i in exit_kind(u).tolist()] == ["never", "first", "threshold", "never", "first"]
+    threshold = decode(u, ControlConfig(), 10).exit_threshold
+    assert threshold.tolist() == pytest.approx([1.0, 0.1, 0.1 + 0.9 * 0.5, 1.0, 0.1])
 
 
 def test_flat_and_dict_actions_are_one() -> None:
     flat = np.stack(actions(4))
     np.testing.assert_array_equal(flat_action(dict_action(flat)), flat)
     named = {**dict.fromkeys((f"weight_{f}" for f in ("hard_label", "response", "feature", "attention")), 1.0)}
-    position = encode(
-        {
-            **named,
-            "temperature": 10.0,
-            "feature_keep": 0.1,
-            "unit_keep": 1.0,
-            "exit_threshold": 0.5,
-            "learning_rate": 5e-4,
-        },
-        ControlConfig(),
-    )
-    assert position.tolist() == pytest.approx([1, 1, 1, 1, 1, 0, 1, 0.5, 0])
+    values = {
+        **named,
+        "temperature": 10.0,
+        "feature_keep": 0.1,
+        "unit_keep": 1.0,
+        "exit_threshold": 0.5,
+        "learning_rate": 5e-4,
+    }
+    for kind, last in (("never", [1, 0, 0]), ("first", [0, 1, 0]), ("threshold", [0, 0, 1])):
+        u = encode(values, ControlConfig(), kind)
+        assert u.tolist() == pytest.approx([1, 1, 1, 1, 1, 0, 1, 0.5, 0, *last])
 
 
 @pytest.mark.parametrize(

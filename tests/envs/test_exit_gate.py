@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from rlkd.agents.baselines.schedules import follow
-from rlkd.agents.policy.controllers import run
+from rlkd.agents.policy.controllers import Controller, run
 from rlkd.data import Preference
 from rlkd.envs import CONTROLS, EnvConfig, Scenario, build_scenario
+from rlkd.envs.action import with_exit_kind
 from rlkd.models import GateConfig, StudentConfig
 from rlkd.runs.distil import distil
 
@@ -19,6 +19,13 @@ EXIT, RATE = CONTROLS.index("exit_threshold"), CONTROLS.index("learning_rate")
 def gated(config: EnvConfig) -> Scenario:
     student = StudentConfig(widths=(24, 24, 24), exits=(1, 2), gate=GateConfig(enabled=True, beta_end=0.1))
     return build_scenario(dataclasses.replace(config, student=student))
+
+
+def constant(scenario: Scenario) -> Controller:
+    """Every sample leaves by its confidence; a higher learning rate than the start's."""
+    setting = with_exit_kind(scenario.start[None], "threshold")
+    setting[:, EXIT], setting[:, RATE] = 0.5, 0.8
+    return lambda observation, episodes, window: setting.expand(len(observation), -1)
 
 
 def test_leaving_costs_what_a_batch_that_all_leaves_there_costs(gated: Scenario) -> None:
@@ -35,9 +42,7 @@ def test_leaving_costs_what_a_batch_that_all_leaves_there_costs(gated: Scenario)
 
 
 def test_the_student_that_ships_answers_as_its_gates_decided(gated: Scenario) -> None:
-    plan = gated.plan.settings[0].clone()
-    plan[EXIT], plan[RATE] = 0.5, 0.8
-    done = distil(gated, follow(plan[None]), 3, lambda row, observation: None)
+    done = distil(gated, constant(gated), 3, lambda row, observation: None)
     assert done.student.architecture()["gated"] is True
     rates = done.figures["exit_rates"]
     assert rates[2] < 1.0  # some leave early
@@ -46,9 +51,7 @@ def test_the_student_that_ships_answers_as_its_gates_decided(gated: Scenario) ->
 
 
 def test_gates_train_in_lock_step_under_any_controller(gated: Scenario) -> None:
-    plan = gated.plan.settings[0].clone()
-    plan[EXIT], plan[RATE] = 0.5, 0.8
     tasks = gated.config.task.with_preference(Preference(0.3))
-    together = run(gated, follow(plan[None]), [2**60, 2**60 + 1], tasks, final_split="validation")
-    alone = run(gated, follow(plan[None]), [2**60 + 1], tasks, final_split="validation")
+    together = run(gated, constant(gated), [2**60, 2**60 + 1], tasks, final_split="validation")
+    alone = run(gated, constant(gated), [2**60 + 1], tasks, final_split="validation")
     assert together.score[1] == pytest.approx(alone.score[0], abs=0.02)  # float rounding may move a sample or two

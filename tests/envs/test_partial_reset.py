@@ -1,8 +1,6 @@
 """The population against single environments, to close tolerance, also when one student ends before the others."""
 
-import copy
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 
 from rlkd.envs import (
     CONTROLS,
-    OBSERVATIONS,
     ControlConfig,
     DistillationEnv,
     DistillationVectorEnv,
@@ -21,23 +18,7 @@ from rlkd.envs import (
 from rlkd.envs.action import dict_action
 from rlkd.students import TrainConfig
 
-SCORE = OBSERVATIONS.index("score")
 RATE = CONTROLS.index("learning_rate")
-
-
-@pytest.fixture
-def double_scenario(scenario: Scenario) -> Iterator[Scenario]:
-    """The same scenario in double precision, so that rounding does not grow to something visible in an episode."""
-    s = scenario.signals
-    signals = dataclasses.replace(s, logits=s.logits.double(), features=s.features.double(), maps=s.maps.double())
-    data = dataclasses.replace(scenario.data, inputs=scenario.data.inputs.double())
-    torch.set_default_dtype(torch.float64)
-    try:
-        template = copy.deepcopy(scenario.template).double()
-        plan = dataclasses.replace(scenario.plan, settings=scenario.plan.settings.double())
-        yield dataclasses.replace(scenario, data=data, signals=signals, plan=plan, template=template)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_vector_environment_agrees_with_single_ones_closely(double_scenario: Scenario) -> None:
@@ -69,7 +50,7 @@ def hot_scenario(config: EnvConfig) -> Scenario:
 
 
 def held(unit_keep: float) -> np.ndarray:
-    """[3, 9]: all hold the start, but for inputs and units kept."""
+    """[3, 12]: all hold the start, but for inputs and units kept."""
     actions = np.zeros((3, len(CONTROLS)), dtype=np.float32)
     actions[:, [CONTROLS.index("unit_keep"), CONTROLS.index("feature_keep")]] = unit_keep
     return actions
@@ -80,19 +61,19 @@ def episode_beside_a_diverging_student(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores [4, 3], rewards [3, 3] and ends [3, 3] of three windows; the middle student may break in one of them."""
     vector = DistillationVectorEnv(3, scenario=scenario)
-    observation, _ = vector.reset(seed=5)
-    scores, rewards, ends = [observation[:, SCORE]], [], []
+    vector.reset(seed=5)
+    scores, rewards, ends = [vector.episodes.evaluate("validation")[2].numpy()], [], []
     for window in range(3):
         actions = held(keep)
         if window == breaks_at:
             actions[1, RATE] = 1.0
-        observation, reward, terminated, _, info = vector.step(dict_action(actions))
+        _, reward, terminated, _, info = vector.step(dict_action(actions))
         if terminated.any():
             assert info["final_info"]["diverged"][1] == 1.0
             assert info["final_info"]["score"][1] == 0.0
             assert np.isfinite(info["final_obs"][1]).all()
             assert info["_task_seed"].tolist() == [False, True, False]
-        scores.append(observation[:, SCORE])
+        scores.append(vector.episodes.evaluate("validation")[2].numpy())
         rewards.append(reward)
         ends.append(terminated)
     return np.stack(scores), np.stack(rewards), np.stack(ends)

@@ -3,7 +3,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from rlkd.agents.policy.policy import HIDDEN, policy_from_sb3
@@ -11,6 +10,7 @@ from rlkd.agents.ppo.evaluation import Evaluation
 from rlkd.agents.ppo.train import BLIND, Learned, PPOConfig, Rollout, hide, new_agent, observation_figures, train
 from rlkd.envs import CONTROLS, OBSERVATIONS, DistillationVectorEnv, Scenario
 from rlkd.envs.observation import TABLE
+from rlkd.envs.references import References
 from rlkd.envs.sb3 import SB3VecEnv, standardise
 from rlkd.errors import UserError
 
@@ -29,9 +29,6 @@ def trained(
 ) -> tuple[Learned, Log]:
     log: Log = []
 
-    def on_evaluation(evaluation: Evaluation, logger: Logger) -> None:
-        log.append(("evaluation", evaluation))
-
     learned = train(
         scenarios,
         config,
@@ -39,7 +36,7 @@ def trained(
         on_window=lambda n: None,
         on_rollout=lambda rollout, logger: log.append(("rollout", rollout)),
         validation=validation,
-        on_evaluation=on_evaluation,
+        on_evaluation=lambda evaluation: log.append(("evaluation", evaluation)),
     )
     return learned, log
 
@@ -74,6 +71,9 @@ def test_training_repeats_and_moves_the_policy(goal_scenario: Scenario) -> None:
     assert [r.num_trainings for r in rollouts] == [6, 12, 18]
     assert {"score", "accuracy", "return", "goal_met", "shortfall", "action/exit_first"} <= set(rollouts[0].figures)
     assert one.evaluations == []
+    # nor does it matter whether references are known already
+    anew, _ = trained([dataclasses.replace(goal_scenario, known=References())])
+    assert all(torch.equal(tensor, anew.policy.weights[name]) for name, tensor in one.policy.weights.items())
 
 
 def test_the_iteration_that_does_best_on_the_validation_scenarios_is_returned(
