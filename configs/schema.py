@@ -39,7 +39,7 @@ class ComparisonConfig:
 
 @dataclass(frozen=True)
 class ScenarioConfig:
-    """A data set, a student structure, the teachers, and how long and in which steps the student trains."""
+    """A data set, a student structure, its teachers and cost, and how long and in which steps it trains."""
 
     dataset: str = "digits"
     """Name of the data set (`rlkd list`)."""
@@ -50,6 +50,7 @@ class ScenarioConfig:
     """Windows of dense training under the published setting before the episode; 0 starts from fresh weights."""
     train: TrainConfig = field(default_factory=TrainConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
 
 
 def _goals() -> TaskDistribution:
@@ -70,7 +71,6 @@ class ExperimentConfig:
     task: TaskDistribution = field(default_factory=_goals)
     """Of every scenario, each with its own data set in place of task.dataset."""
     controls: ControlConfig = field(default_factory=ControlConfig)
-    cost: CostConfig = field(default_factory=CostConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
@@ -102,7 +102,7 @@ class ExperimentConfig:
             )
 
     def envs(self, scenarios: Sequence[ScenarioConfig]) -> list[EnvConfig]:
-        """Environments of `scenarios`, which share tasks, ranges of the controls, and cost."""
+        """Environments of `scenarios`, which share tasks and ranges of the controls."""
         return [
             EnvConfig(
                 num_windows=scenario.num_windows,
@@ -112,7 +112,7 @@ class ExperimentConfig:
                 teacher=scenario.teacher,
                 train=scenario.train,
                 controls=self.controls,
-                cost=self.cost,
+                cost=scenario.cost,
             )
             for scenario in scenarios
         ]

@@ -34,7 +34,7 @@ EXIT_KINDS = ("never", "first", "threshold")
 CONTROLS = (
     *(f"weight_{family}" for family in FAMILIES),
     *SCALARS,
-    *(f"exit_{kind}" for kind in EXIT_KINDS),
+    *("exit_never", "exit_first", "exit_by_threshold"),
 )
 NUM_CONTROLS = len(CONTROLS)
 

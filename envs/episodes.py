@@ -67,7 +67,7 @@ class Episodes:
         self._score = torch.zeros(num_students)
         self._threshold = torch.ones(num_students)  # of the exits, as they are now
         self._landmarks = torch.zeros(num_students, len(LANDMARKS))
-        self._previous: Metrics | None = None
+        self._previous = torch.zeros(num_students, 1 + scenario.num_exits)  # see `Snapshot.previous`
         self._savings = reference_savings(scenario)
 
     def reset(
@@ -207,11 +207,12 @@ class Episodes:
             raise ValueError("copy_rows: got one student; allowed: a population of at least two")
         self.students.copy_rows(sources)
         self.u, self._score = self.u[sources], self._score[sources]
-        self._threshold = self._threshold[sources]
+        self._threshold, self._previous = self._threshold[sources], self._previous[sources]
 
     def training_state(self) -> dict[str, Tensor]:
         """Copies of all that `load_training_state` needs to go on from here."""
         own = {"u": self.u, "window": self._window, "score": self._score, "threshold": self._threshold}
+        own["previous"] = self._previous
         state = {name: tensor.clone() for name, tensor in own.items()}
         state["tasks"] = torch.tensor([[task.seed, task.goal_seed] for task in self.tasks])  # [N, 2] int64
         return {**state, **{f"students.{name}": t for name, t in self.students.training_state().items()}}
@@ -236,6 +237,7 @@ class Episodes:
             raise UserError(f"training state: a random source cannot be restored ({error!s:.80})") from error
         self.u, self._window = state["u"].clone(), state["window"].clone()
         self._score, self._threshold = state["score"].clone(), state["threshold"].clone()
+        self._previous = state["previous"].clone()
         self.reference = self.scenario.references(self.tasks)
         self._landmarks = self.scenario.signals.landmarks(self.scenario.data, self.tasks)
         self._features = self._task_features()
@@ -294,7 +296,7 @@ class Episodes:
             probes=self._probes(metrics),
             telemetry=telemetry,
         )
-        self._previous = metrics
+        self._previous = torch.cat([metrics.accuracy[:, None], metrics.exit_accuracy], dim=-1)
         return observe(
             self._features,
             snapshot,

@@ -115,7 +115,7 @@ class Snapshot:
     u: Tensor  # [N, 12], unit controls
     score_change: Tensor
     metrics: Metrics  # on validation
-    previous: Metrics | None  # of the window before; None at the beginning
+    previous: Tensor | None  # [N, 1 + E], accuracy and every exit's after the window before; None at the beginning
     cost: Cost
     probes: Mapping[str, Tensor]  # accuracy lost, by the names of PROBES
     telemetry: Telemetry | None  # of the last window; None before the first
@@ -149,18 +149,20 @@ def observe(
 
 
 def _margins(features: TaskFeatures, now: Snapshot) -> dict[str, Tensor]:
-    metrics, before = now.metrics, now.previous or now.metrics
+    metrics = now.metrics
     first, last = metrics.exit_accuracy[:, 0], metrics.exit_accuracy[:, -1]
+    before = torch.cat([metrics.accuracy[:, None], metrics.exit_accuracy], dim=-1)  # [N, 1 + E]
+    before = before if now.previous is None else now.previous
     left = now.num_windows - now.windows_done
     return {
         "progress": now.windows_done / now.num_windows,
         "windows_left": (left + 1).log2() / 8,
         "margin": metrics.accuracy - features.anchor,
-        "margin_change": metrics.accuracy - before.accuracy,
+        "margin_change": metrics.accuracy - before[:, 0],
         "first_exit_margin": first - features.anchor,
         "last_exit_margin": last - features.anchor,
-        "first_exit_change": first - before.exit_accuracy[:, 0],
-        "last_exit_change": last - before.exit_accuracy[:, -1],
+        "first_exit_change": first - before[:, 1],
+        "last_exit_change": last - before[:, -1],
         "score_change": now.score_change,
     }
 

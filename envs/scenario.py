@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
-from rlkd.data import DataSet, Labelled, Task, TaskDistribution, load_dataset
+from rlkd.data import DataSet, Labelled, Task, TaskDistribution, draw_task, load_dataset
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
 from rlkd.errors import UserError
@@ -188,6 +188,17 @@ class Scenario:
             return torch.stack([self._teacher_accuracy(task) for task in tasks])
         self._train_references(self.known.missing(tasks, warm=False))
         return self.known.of(tasks)
+
+    def prepare(self, seeds: Sequence[int]) -> None:
+        """Train the references and warm starts of the tasks of `seeds` that are not known yet, in this order.
+
+        What a task reaches can depend on its place among the others by float rounding, so a training that must repeat
+        to the bit trains them all before it begins.
+        """
+        c = self.config
+        if c.warm_windows or c.task.reference == "dense":
+            tasks = [draw_task(seed, c.task, self.data, len(self.signals.accuracy)) for seed in seeds]
+            self._train_references(self.known.missing(tasks, warm=c.warm_windows > 0))
 
     def _teacher_accuracy(self, task: Task) -> Tensor:
         """[2], of the mean answer of the task's teachers on validation and test."""

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,11 +73,13 @@ class Samples:
         writer.add_text("config", "a: 1")  # type: ignore[no-untyped-call]
         writer.close()  # type: ignore[no-untyped-call]
         figure = {"mean": 0.5, "iqm": 0.51, "ci95": [0.4, 0.6]}
-        entry = dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
+        entry: dict[str, Any] = {"goal_met": 1.0, "goal_met_within_1_point": 1.0, "shortfall": 0.0}
+        entry |= dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
         pair = {"difference": 0.0421, "ci95": [0.03, 0.05], "probability_of_improvement": 0.9}
-        table = {"methods": {"policy": entry, "static": entry}, "paired": {"policy-static": pair}}
-        cost = {"agent_trainings": 24, "wall_s": 3.0, "updates_per_s": 100.0, "search_trainings": 3}
-        result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": 8, "split": "test"}
+        table = {"methods": {"policy": entry, "nncf": entry}, "paired": {"policy-nncf": pair}}
+        table |= {"name": "keep 0.98", "goal": {"keep": 0.98, "reference": "dense"}, "num_feasible": 8}
+        cost = {"agent_trainings": 24, "wall_s": 3.0, "trainings_per_s": 100.0, "search_trainings": 3}
+        result = {**table, "goals": [table], "cost": cost, "num_tasks": 8, "split": "test"}
         (run / "result.json").write_text(json.dumps(result))
         (run / "command.txt").write_text("rlkd train\n")
         return next((run / "tensorboard").iterdir())

@@ -49,9 +49,7 @@ def scenario(config: EnvConfig) -> Scenario:
 def goal_scenario(scenario: Scenario) -> Scenario:
     """The same scenario, whose tasks have floors, latency limits, or weights alone."""
     task = dataclasses.replace(scenario.config.task, floor_share=0.6, limit_share=0.5)
-    return dataclasses.replace(
-        scenario, config=dataclasses.replace(scenario.config, task=task), known=References()
-    )
+    return dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, task=task), known=References())
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +87,12 @@ def double_scenario(scenario: Scenario) -> Iterator[Scenario]:
 @pytest.fixture(scope="session")
 def tiny(profile_file: Path) -> list[str]:
     """Options that make `rlkd train` a matter of seconds."""
+    main = (
+        f"{{num_windows: 3, train: {{steps_per_window: 3, batch_size: 16}}, cost: {{profile: {profile_file}}}, "
+        "teacher: {num_samples: [40, 897], num_steps: 60}"
+    )
     return [
-        *("--config", "smoke", "--cost.profile", str(profile_file)),
-        *("--teacher.num_samples", "[40, 897]", "--teacher.num_steps", "60"),
-        *("--num_windows", "3", "--train.steps_per_window", "3"),
-        *("--search.num_settings", "3", "--comparison.num_tasks", "8", "--ppo.num_students", "8"),
+        *("--config", "smoke", "--scenarios", f"[{main}}}]"),
+        *("--validation", f"[{main}, student: {{widths: [12, 8]}}}}]"),
+        *("--search.num_settings", "3", "--comparison.num_tasks", "8"),
     ]

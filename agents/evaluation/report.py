@@ -116,9 +116,9 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
 def _against(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Values of `tag` over student trainings where the run counts them, else over its own steps."""
     steps, values = run.scalars.get(tag, ([], []))
-    if tag.startswith("planning/"):
-        return np.array(steps), np.array(values)  # their steps are trainings
     trainings = dict(zip(*run.scalars.get("student/num_trainings", ([], [])), strict=True))
+    if trainings:
+        trainings[0] = 0.0  # before the first update
     return np.array([trainings.get(s, s) for s in steps]), np.array(values)
 
 
@@ -139,17 +139,20 @@ def _progress_name(runs: list[Run]) -> str:
 
 
 def reward_curves(runs: list[Run]) -> Figure:
-    """Return of an episode, and score and accuracy of the students at its end, one line a run.
+    """Return of an episode, score and accuracy of the students at its end, one line a run; on the right, goals met.
 
-    Where a plan was learned a panel in front shows the scores of its trainings, exploration and all, on the main data.
+    Where the policy was evaluated while it learned, panels in front show what it reached on validation scenarios.
     """
     panels = [
-        ("reward/return", "return (gain in J, validation)", "J"),
-        ("student/score", "final score (validation)", "J"),
-        ("student/accuracy", "final accuracy (validation)", "share of samples"),
+        ("eval/score", "validation scenarios: score", "J"),
+        ("eval/goal_met", "validation scenarios: goals met", "share of students with a floor"),
+        ("reward/return", "return (gain in J)", "J"),
+        ("student/score", "final score while learning", "J"),
+        ("student/accuracy", "final accuracy while learning", "share of samples"),
+        ("student/goal_met", "goals met while learning", "share of students with a floor"),
     ]
-    if any("planning/score" in run.scalars for run in runs):
-        panels.insert(0, ("planning/score", "while planning: final score (validation)", "J"))
+    always = ("reward/return", "student/score", "student/accuracy")
+    panels = [panel for panel in panels if panel[0] in always or any(panel[0] in run.scalars for run in runs)]
     figure = Figure(figsize=(3.7 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (tag, title, unit) in zip(axes, panels, strict=True):
@@ -181,7 +184,7 @@ def controls(runs: list[Run]) -> Figure:
 
 
 def accuracy_cost(runs: list[Run]) -> Figure:
-    """Test accuracy against MACs and latency, a colour a method, a number an accuracy weight."""
+    """Test accuracy against MACs and latency, a colour a method, a label a goal."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     points = [point for run in runs for point in _points(run)]
@@ -189,16 +192,16 @@ def accuracy_cost(runs: list[Run]) -> Figure:
     for axis, cost, title in zip(
         axes, ("macs_ratio", "latency_ratio"), ("MACs", "latency (cost profile)"), strict=True
     ):
-        together: dict[tuple[str, float, float], list[str]] = {}  # weights whose points would hide each other
-        for label, weight, row in points:
-            together.setdefault((label, round(row[cost], 2), round(row["accuracy"], 2)), []).append(weight)
+        together: dict[tuple[str, float, float], list[str]] = {}  # goals whose points would hide each other
+        for label, goal, row in points:
+            together.setdefault((label, round(row[cost], 2), round(row["accuracy"], 2)), []).append(goal)
         for label, _, row in points:
             i = methods.index(label)
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             axis.scatter(row[cost], row["accuracy"], color=colour, marker=marker, s=45, zorder=3)
-        for (label, x, y), weights in together.items():
+        for (label, x, y), goals in together.items():
             offset = (6, 4) if methods.index(label) % 2 == 0 else (6, -11)
-            axis.annotate(", ".join(sorted(weights)), (x, y), offset, textcoords="offset points", fontsize=8)
+            axis.annotate(", ".join(sorted(goals)), (x, y), offset, textcoords="offset points", fontsize=8)
         for i, label in enumerate(methods):
             axis.scatter([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=label)
         _grid(axis, f"accuracy against {title}", f"{title}, ratio to the dense student", "test accuracy")
@@ -206,15 +209,12 @@ def accuracy_cost(runs: list[Run]) -> Figure:
         axis.set_xlim(left=0.0)
     if methods:
         handles, labels = axes[1].get_legend_handles_labels()
-        title = "numbers: accuracy weight"
-        figure.legend(
-            handles, labels, loc="outside right upper", fontsize=8, frameon=False, title=title, title_fontsize=8
-        )
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
 def _points(run: Run) -> list[tuple[str, str, dict[str, float]]]:
-    """(label, accuracy weight, mean figures) of every method and preference of a run."""
+    """(label, goal, mean metrics) of every method and goal of a run."""
     if run.result is None:
         return []
     names = ("accuracy", "macs_ratio", "latency_ratio")
@@ -222,15 +222,13 @@ def _points(run: Run) -> list[tuple[str, str, dict[str, float]]]:
     def drawn(value: Any, name: str) -> float:
         return number(value, name, -1e9, 1e9)
 
-    if "preferences" in run.result:
+    if "goals" in run.result:
         return [
-            (f"{run.name}: {method}", weight, {name: drawn(entry[name]["mean"], name) for name in names})
-            for weight, table in run.result["preferences"].items()
+            (f"{run.name}: {method}", str(table["name"]), {name: drawn(entry[name]["mean"], name) for name in names})
+            for table in run.result["goals"]
             for method, entry in table["methods"].items()
         ]
-    weight = run.result.get("preference", {}).get("accuracy")
-    shown = "" if weight is None else f"{weight:g}"
-    return [(f"{run.name}: {m}", shown, {n: drawn(e[n], n) for n in names}) for m, e in run.result["methods"].items()]
+    return [(f"{run.name}: {m}", "", {n: drawn(e[n], n) for n in names}) for m, e in run.result["methods"].items()]
 
 
 _STYLE = """
@@ -272,9 +270,9 @@ def _section(run: Run) -> str:
     if run.result is None:
         parts.append("<p>This run has no result: it was stopped before its end, or is still running.</p>")
     else:
-        tables = run.result.get("preferences")
+        tables = run.result.get("goals")
         if tables:
-            parts += [_table(f"accuracy weight {weight}", table) for weight, table in tables.items()]
+            parts += [_table(str(table["name"]), table) for table in tables]
         else:
             parts.append(_plain_table(run.result["methods"]))
         cost = run.result["cost"]
@@ -282,7 +280,7 @@ def _section(run: Run) -> str:
         line = (
             f"{run.result.get('num_tasks')} tasks, {run.result.get('split')} data. "
             f"{cost.get('agent_trainings', 0)} student trainings for the agent, {searched}"
-            f"{cost['wall_s']:.0f} s, {cost.get('updates_per_s', 0):,.0f} student updates/s."
+            f"{cost['wall_s']:.0f} s."
         )
         parts.append(f"<p>{html.escape(line)}</p>")
     for name, text in run.texts.items():
@@ -303,7 +301,7 @@ def _table(caption: str, table: dict[str, Any]) -> str:
     pairs = {name.split("-", 1)[1]: row for name, row in table["paired"].items()}
     first = next((name.split("-", 1)[0] for name in table["paired"]), "")
     header = ["method", "J mean", "J IQM [95 %]", "accuracy", "MACs", "latency", "energy"]
-    header += [f"{first}'s lead [95 %]", "wins"]
+    header += ["goals met within 1 point", "shortfall", f"{first}'s lead [95 %]", "wins"]
     rows = []
     for name, m in table["methods"].items():
         low, high = m["score"]["ci95"]
@@ -311,8 +309,10 @@ def _table(caption: str, table: dict[str, Any]) -> str:
         lead = f"{row['difference']:+.4f} [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]" if row else ""
         wins = f"{row['probability_of_improvement']:.0%}" if row else ""
         means = [f"{m[key]['mean']:.3f}" for key in ("accuracy", "macs_ratio", "latency_ratio", "energy_ratio")]
+        met = m["goal_met_within_1_point"]
+        goals = ["" if met is None else f"{met:.1%}", f"{m['shortfall']:.4f}"]
         score = [f"{m['score']['mean']:.4f}", f"{m['score']['iqm']:.4f} [{low:.4f}, {high:.4f}]"]
-        rows.append([name, *score, *means, lead, wins])
+        rows.append([name, *score, *means, *goals, lead, wins])
     return _rows(caption, header, rows)
 
 

@@ -1,6 +1,7 @@
 """What goes to TensorBoard besides stable-baselines3's own keys."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure as Canvas
 from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat, configure
 from torch import Tensor
 
-from rlkd.agents.planner.planning import Round
 from rlkd.agents.policy.controllers import Controller, run
+from rlkd.agents.ppo.evaluation import Evaluation
 from rlkd.agents.ppo.train import Rollout
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
@@ -20,6 +21,7 @@ from rlkd.envs.scenario import Scenario
 from rlkd.io.records import plain
 
 _STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged", "num_rollbacks")
+_GOAL = ("goal_met", "shortfall", "margin")
 
 
 def new_logger(folder: Path) -> Logger:
@@ -30,7 +32,7 @@ def new_logger(folder: Path) -> Logger:
 def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> None:
     """Figures of one iteration under `student/`, `action/`, `reward/`; SB3 writes them with its own."""
     for name, value in rollout.figures.items():
-        if name in _STUDENT:
+        if name in (*_STUDENT, *_GOAL):
             logger.record(f"student/{name}", value)
         elif name.startswith("action/"):
             logger.record(name, value)
@@ -40,11 +42,13 @@ def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> No
     logger.record("student/updates_per_s", updates_per_s)
 
 
-def record_round(logger: Logger, done: Round) -> None:
-    """Figures of one round of planning under `planning/`; students of other scenarios apart."""
-    for name, value in done.figures.items():
-        part = "planning_also" if done.scenario > 0 and name in _STUDENT else "planning"  # fits are to all trainings
-        _writer(logger).add_scalar(f"{part}/{name}", value, done.num_trainings)
+def record_evaluation(logger: Logger, evaluation: Evaluation, num_steps: int) -> None:
+    """Write an evaluation under `eval/`, at as many environment steps as PPO had taken."""
+    writer = _writer(logger)
+    for name, value in asdict(evaluation).items():
+        if name != "iteration":
+            writer.add_scalar(f"eval/{name}", value, num_steps)
+    writer.flush()  # a state of the run that is saved now knows how long the file is
 
 
 def write_config(logger: Logger, config: Any) -> None:

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkd.agents.policy.controllers import run
 from rlkd.agents.policy.policy import Policy
-from rlkd.envs.episodes import Episodes
-from rlkd.envs.reward import worst_score
 from rlkd.envs.scenario import Scenario
 
 FIRST_SEED = 2**58  # of the tasks; scenario k has those from k * 2**20 on
@@ -58,22 +57,13 @@ def _reached(
     policy: Policy, scenario: Scenario, index: int, num_tasks: int, on_window: Callable[[int], object] | None
 ) -> tuple[float, float, float, float]:
     """Means of one scenario, in the order of `Evaluation`."""
-    episodes, controller = Episodes(scenario, num_tasks), policy.controller()
-    observation = episodes.reset(range(FIRST_SEED + index * 2**20, FIRST_SEED + index * 2**20 + num_tasks))
-    diverged = torch.zeros(num_tasks, dtype=torch.bool)
-    for window in range(scenario.config.num_windows):
-        outcome = episodes.step(controller(observation, episodes, window))
-        observation, diverged = outcome.observation, diverged | outcome.diverged
-        if on_window:
-            on_window(num_tasks)
-    floor = episodes.floors[:, 0]  # [N]
-    has_floor = floor > 0
-    score = torch.where(diverged, worst_score(floor), outcome.score)
-    accuracy = torch.where(diverged, 0.0, outcome.metrics.accuracy)
-    saving = torch.where(diverged, 0.0, 1 - outcome.cost.latency_ratio)
-    missing = (floor - accuracy).clamp_min(0.0)[has_floor]
-    met, shortfall = ((missing == 0).float().mean(), missing.mean()) if len(missing) else (1.0, 0.0)
-    return float(score.mean()), float(met), float(shortfall), float(saving.mean())
+    first = FIRST_SEED + index * 2**20
+    seeds, tasks = range(first, first + num_tasks), scenario.config.task
+    results = run(scenario, policy.controller(), seeds, tasks, final_split="validation", on_window=on_window)
+    has_floor = results.floor > 0
+    met = results.goal_met[has_floor].mean() if has_floor.any() else 1.0
+    shortfall = results.shortfall[has_floor].mean() if has_floor.any() else 0.0
+    return float(results.score.mean()), float(met), float(shortfall), float((1 - results.latency_ratio).mean())
 
 
 class Choice:

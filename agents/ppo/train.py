@@ -85,6 +85,11 @@ class PPOConfig:
             if name not in TABLE:
                 raise UserError(f"ppo.hidden_groups: got {name!r}; allowed: {', '.join(TABLE)}")
 
+    @property
+    def num_observed(self) -> int:
+        """Students of every scenario whose observations tell what to standardise by."""
+        return max(2, self.num_students // 4)
+
     def evaluated(self) -> tuple[int, ...]:
         """Iterations after which the policy is evaluated; 0 is the start."""
         return tuple(sorted({*range(0, self.num_iterations, self.evaluate_every), self.num_iterations}))
@@ -113,13 +118,12 @@ class Learned:
 
 
 def observation_figures(
-    scenarios: Sequence[Scenario], num_students: int, seed: int, on_window: Callable[[int], object] | None = None
+    scenarios: Sequence[Scenario], count: int, seed: int, on_window: Callable[[int], object] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation [O] of what is seen under random changes around the start: one episode each."""
+    """Mean and deviation [O] of what `count` students of every scenario see in one episode of random changes."""
     generator = torch.Generator().manual_seed(seed)
     seen = []
     for index, scenario in enumerate(scenarios):
-        count = max(2, num_students // 4)
         seeds = task_pool(seed, index, count)
         episodes = Episodes(scenario, count)
         seen.append(episodes.reset(seeds))
@@ -265,11 +269,13 @@ def train(
     """
     config.check()
     start, controls = scenarios[0].start, scenarios[0].config.controls
+    pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
+    for scenario, pool in zip(scenarios, pools, strict=True):
+        scenario.prepare(pool)
     mean, deviation = _figures(scenarios, config, seed, on_window, journal)
     deviation = hide(deviation, config.hidden_groups)
 
     def learn() -> Arrays:
-        pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
         populations = [
             DistillationVectorEnv(config.num_students, scenario=s, pool=pool, restart_together=True)
             for s, pool in zip(scenarios, pools, strict=True)
@@ -325,13 +331,13 @@ def _figures(
     """`observation_figures`, kept in the journal."""
 
     def compute() -> Arrays:
-        mean, deviation = observation_figures(scenarios, config.num_students, seed, on_window)
+        mean, deviation = observation_figures(scenarios, config.num_observed, seed, on_window)
         return {"mean": mean, "deviation": deviation}
 
     shapes = dict.fromkeys(("mean", "deviation"), ("float32", (len(OBSERVATIONS),)))
     inputs = {
         "seed": seed,
-        "num_students": config.num_students,
+        "num_students": config.num_observed,
         "starts": [digest(scenario.start) for scenario in scenarios],
     }
     known = recall(journal, "observations", inputs, shapes, compute)

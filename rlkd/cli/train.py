@@ -25,14 +25,15 @@ def run(argv: list[str]) -> int:
     config, options = parse_run(_parser, argv, ExperimentConfig)
     config.check()
     use_one_thread()
-    with resumable_folder(options, "train", options.out) as folder, Bar(config.train.steps_per_window) as bar:
+    with resumable_folder(options, "train", options.out) as folder, Bar(steps_per_window(config)) as bar:
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
         if is_finished(folder, journal.finished):
             return 0
         result = train_experiment(config, folder, options.seed, bar, journal)
     console = Console(width=None if Console().is_terminal else 150)
-    for weight, entry in result["preferences"].items():
-        console.print(comparison_table(f"accuracy weight {weight}: {result['num_tasks']} held-out tasks, test", entry))
+    for entry in result["goals"]:
+        title = f"{entry['name']}: {result['num_tasks']} held-out tasks ({entry['num_feasible']} feasible), test"
+        console.print(comparison_table(title, entry))
     student = result["student"]
     dense = student["measured"]["batch_64"]
     console.print(
@@ -43,13 +44,19 @@ def run(argv: list[str]) -> int:
     )
     cost = result["cost"]
     console.print(
-        f"{cost['agent_trainings']} trainings for the agent and {cost['search_trainings']} for the search, "
-        f"{cost['wall_s']:.0f} s in all, {cost['updates_per_s']:,.0f} updates/s",
+        f"{cost['agent_trainings']} trainings for the agent, {cost['search_trainings']} for its start and "
+        f"{cost['comparison_trainings']} for the comparison, {cost['wall_s']:.0f} s in all",
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}   curves: tensorboard --logdir {folder}", highlight=False)
-    console.print(f"policy: {folder / 'policy'}   next: rlkd replay --policy {folder / 'policy'}", highlight=False)
+    console.print(f"policy: {folder / 'policy'}   next: rlkd distil --policy {folder / 'policy'}", highlight=False)
     return 0
+
+
+def steps_per_window(config: ExperimentConfig) -> int:
+    """Optimizer steps of a window, in the mean over those of a rollout."""
+    windows = sum(scenario.num_windows for scenario in config.scenarios)
+    return round(sum(s.num_windows * s.train.steps_per_window for s in config.scenarios) / windows)
 
 
 def _parser() -> ArgumentParser:

@@ -1,47 +1,63 @@
-"""`rlkd train` from one end to the other: search static settings, learn a policy, compare, write the run folder."""
+"""`rlkd train` from one end to the other: find a start, learn a policy, compare it, write the run folder."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
 
-from rlkd.agents.baselines.methods import Request
-from rlkd.agents.baselines.search import Shortlist, search_plans
+from rlkd.agents.baselines.methods import Request, total_trainings
+from rlkd.agents.baselines.search import search_setting
 from rlkd.agents.evaluation import tensorboard as tb
-from rlkd.agents.evaluation.comparison import compare, interval
+from rlkd.agents.evaluation.comparison import compare
 from rlkd.agents.evaluation.held_out import (
-    GATE_STREAM,
     METHOD_STREAM,
-    PLAN_STREAM,
     SEARCH_STREAM,
     TRAIN_STREAM,
+    asked_goals,
     held_out_seeds,
     run_methods,
     stream_seed,
 )
 from rlkd.agents.evaluation.report import read_run, write_report
-from rlkd.agents.planner.planning import Round, learn_plan
 from rlkd.agents.policy.bundle import save_bundle
-from rlkd.agents.policy.controllers import hold_start, run
-from rlkd.agents.policy.policy import Policy, unchanged
-from rlkd.agents.ppo.train import Rollout, train
-from rlkd.configs.schema import ExperimentConfig, ReplayConfig
+from rlkd.agents.policy.policy import Policy
+from rlkd.agents.ppo.evaluation import Evaluation
+from rlkd.agents.ppo.train import Learned, Rollout, train
+from rlkd.configs.schema import DistilConfig, ExperimentConfig
 from rlkd.cost import save_profile
-from rlkd.data import Preference
-from rlkd.envs.scenario import Scenario, build_scenario
-from rlkd.envs.schedule import ControlPlan
+from rlkd.data import Goal, Preference
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.io.journal import Journal
 from rlkd.io.records import JsonLines, plain, write_json
 from rlkd.runs.distil import Distilled, distil, write_student
 from rlkd.runs.folder import Progress
+from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
 NUM_DRAWN = 32  # tasks in the figure of the controls
-COMPARED = ("policy", "static", "plan", "published", "annealed")
+COMPARED = ("policy", "open_loop", "start", "dense", "constant", "nncf")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of an experiment share."""
+
+    config: ExperimentConfig
+    folder: Path
+    seed: int
+    provenance: dict[str, Any]  # of the policy's bundle
+    logger: Logger
+    timing: JsonLines
+    journal: Journal
+    progress: Progress
+
+    def generator(self, stream: int) -> torch.Generator:
+        """The random source of one part."""
+        return torch.Generator().manual_seed(stream_seed(self.seed, stream))
 
 
 def train_experiment(
@@ -56,237 +72,229 @@ def train_experiment(
     config.check()
     journal = journal or Journal(folder, False, config.keep_checkpoints, progress.say)
     versions = describe(journal, folder, config, seed, progress.say)
-    names = [f"{PROFILE}{f'_{index}' if index else ''}" for index in range(1 + len(config.also))]
-    parts = [with_own_profile(part, folder, name) for part, name in zip(config.scenarios(), names, strict=True)]
-    scenarios = [build_scenario(part, say=progress.say) for part in parts]
-    for scenario, name in zip(scenarios, names, strict=True):
-        save_profile(scenario.profile, folder / f"{name}.json")
+    scenarios = built(config.envs(config.scenarios), PROFILE, folder, progress)
+    validation = built(config.envs(config.validation), f"{PROFILE}_validation", folder, progress)
     found = {
-        f"{name} {i}": tensor for i, scenario in enumerate(scenarios) for name, tensor in scenario.tensors().items()
+        f"{name} {i}": tensor
+        for i, scenario in enumerate((*scenarios, *validation))
+        for name, tensor in scenario.tensors().items()
     }
-    remember(journal, "train", found, costs=[plain(scenario.profile) for scenario in scenarios])
-    timing = JsonLines(folder / "timing.jsonl", journal)
-
-    progress.phase("static search", config.search.num_trainings, config.num_windows)
-    generator = torch.Generator().manual_seed(stream_seed(seed, SEARCH_STREAM))
-    static = search_plans(scenarios[:1], config.search, generator, progress.advance, journal=journal)
-    timing.write({"part": "search", "wall_s": journal.elapsed_s()})
-
-    logger = tb.new_logger(folder / "tensorboard")
+    remember(journal, "train", found, costs=[plain(scenario.profile) for scenario in (*scenarios, *validation)])
+    run = Run(
+        config=config,
+        folder=folder,
+        seed=seed,
+        provenance={"seed": seed, "config": plain(config), "versions": versions, "task": plain(config.task)},
+        logger=tb.new_logger(folder / "tensorboard"),
+        timing=JsonLines(folder / "timing.jsonl", journal),
+        journal=journal,
+        progress=progress,
+    )
     if not journal.replaying:
-        tb.write_config(logger, config)
-    provenance = {"seed": seed, "config": plain(config), "versions": versions, "task": plain(config.task)}
-    plan = plan_ahead(scenarios, static, config, seed, folder, logger, timing, journal, progress)
-    scenarios = [dataclasses.replace(scenario, plan=plan) for scenario in scenarios]
-    scenario = scenarios[0]
-    policy = learn(scenarios, static, config, seed, folder, provenance, logger, timing, journal, progress)
-    policy, gain = keep_what_gains(scenario, policy, config, seed, progress, journal)
-    save_bundle(policy, folder / "policy", provenance)
-    tables = compare_on_held_out_tasks(scenario, static, policy, config, seed, progress, journal)
-    wall_s = journal.elapsed_s()
-    result = result_of(config, tables, gain, wall_s)
+        tb.write_config(run.logger, config)
 
-    progress.phase("one clean student under the policy", 1, config.num_windows)
-    student = replay_once(config, policy, seed, folder, progress)
-    scores = {f"{weight}: {name}": row for weight, t in tables.items() for name, row in t["paired"].items()}
-    digest = save_bundle(policy, folder / "policy", {**provenance, "scores": scores})
-    write_student(folder / "student", student, Preference(config.comparison.accuracy_weights[0]), digest)
+    start = find_start(run, scenarios)
+    scenarios, validation = ([dataclasses.replace(s, start=start) for s in group] for group in (scenarios, validation))
+    learned = learn(run, scenarios, validation)
+    entries = compare_on_held_out_tasks(scenarios[0], learned.policy, config, seed, progress, journal)
+    wall_s = journal.elapsed_s()
+    result = result_of(config, entries, learned.evaluations, wall_s)
+
+    progress.phase("one clean student under the policy", 1, config.scenarios[0].num_windows)
+    student = distil_once(config, learned.policy, seed, folder, progress)
+    scores = {f"{e['name']}: {name}": row for e in entries for name, row in e["paired"].items()}
+    digest = save_bundle(learned.policy, folder / "policy", {**run.provenance, "scores": scores})
+    asked = distil_config(config)
+    write_student(folder / "student", student, asked.goal.weights(asked.preference), digest)
     result |= {"policy_sha256": digest, "student": {**student.figures, "measured": student.measured}}
     write_json(folder / "result.json", result)
 
     seeds = held_out_seeds(seed, config.comparison.num_tasks)
-    tb.write_controls(logger, scenario, policy.controller(), seeds[:NUM_DRAWN])
-    tb.write_outcome(logger, config, seed, result)
-    logger.close()
+    tb.write_controls(run.logger, scenarios[0], learned.policy.controller(), seeds[:NUM_DRAWN])
+    tb.write_outcome(run.logger, config, seed, result)
+    run.logger.close()
     write_report([read_run(folder)], folder)
-    timing.write({"part": "total", "wall_s": wall_s})
+    run.timing.write({"part": "total", "wall_s": wall_s})
     journal.finish()
     return result
 
 
+def built(configs: Sequence[EnvConfig], name: str, folder: Path, progress: Progress) -> list[Scenario]:
+    """Scenarios with the cost profiles that the run has written, if it has; else theirs are written now."""
+    scenarios = []
+    for index, config in enumerate(configs):
+        own = f"{name}{f'_{index}' if index else ''}"
+        scenario = build_scenario(with_own_profile(config, folder, own), say=progress.say)
+        save_profile(scenario.profile, folder / f"{own}.json")
+        scenarios.append(scenario)
+    return scenarios
+
+
+def find_start(run: Run, scenarios: Sequence[Scenario]) -> torch.Tensor:
+    """[12], the best constant setting over the tasks that the policy will be trained on."""
+    search = run.config.search
+    run.progress.phase("best constant setting", search.num_trainings, _mean_windows(run.config))
+    start = search_setting(
+        scenarios, search, run.generator(SEARCH_STREAM), on_window=run.progress.advance, journal=run.journal
+    )
+    run.timing.write({"part": "search", "wall_s": run.journal.elapsed_s()})
+    return start
+
+
+def learn(run: Run, scenarios: Sequence[Scenario], validation: Sequence[Scenario]) -> Learned:
+    """PPO with its metrics in files and TensorBoard; saves the policy at its end, or as it is on Ctrl-C."""
+    config, folder, journal, progress = run.config, run.folder, run.journal, run.progress
+    metrics, evaluations = (JsonLines(folder / f"{name}.jsonl", journal) for name in ("metrics", "evaluations"))
+    steps = sum(s.num_windows * s.train.steps_per_window for s in config.scenarios) * config.ppo.num_students
+    num_steps = sum(s.num_windows for s in config.scenarios) * config.ppo.num_students  # of a rollout
+    began = journal.last_entry_s
+
+    def on_rollout(rollout: Rollout, log: Logger) -> None:
+        wall_s = journal.elapsed_s() - began
+        updates_per_s = rollout.iteration * steps / max(wall_s, 1e-9)
+        metrics.write({"iteration": rollout.iteration, "num_trainings": rollout.num_trainings, **rollout.figures})
+        run.timing.write(
+            {"part": "ppo", "iteration": rollout.iteration, "wall_s": wall_s, "updates_per_s": updates_per_s}
+        )
+        tb.record_rollout(log, rollout, updates_per_s)
+        shown = {
+            name: rollout.figures[name] for name in ("score", "goal_met", "latency_ratio") if name in rollout.figures
+        }
+        progress.figures(**shown, updates_per_s=updates_per_s)
+
+    def on_evaluation(evaluation: Evaluation) -> None:
+        evaluations.write(asdict(evaluation))
+        tb.record_evaluation(run.logger, evaluation, evaluation.iteration * num_steps)
+
+    now: list[Callable[[], Policy]] = []
+    progress.phase("PPO", agent_trainings(config), _mean_windows(config))
+    try:
+        learned = train(
+            scenarios,
+            config.ppo,
+            stream_seed(run.seed, TRAIN_STREAM),
+            on_window=progress.advance,
+            on_rollout=on_rollout,
+            validation=validation,
+            on_evaluation=on_evaluation,
+            logger=run.logger,
+            on_agent=now.append,
+            journal=journal,
+        )
+    except KeyboardInterrupt:
+        if now:
+            save_bundle(now[0](), folder / "policy", {**run.provenance, "interrupted": True})
+            progress.say(
+                f"stopped; the policy so far is in {folder / 'policy'}: rlkd distil --policy {folder / 'policy'}"
+            )
+        raise
+    save_bundle(learned.policy, folder / "policy", run.provenance)
+    return learned
+
+
 def compare_on_held_out_tasks(
     scenario: Scenario,
-    static: Shortlist,
     policy: Policy,
     config: ExperimentConfig,
     seed: int,
     progress: Progress,
     journal: Journal | None = None,
-) -> dict[str, dict[str, Any]]:
-    """`methods` and `paired` for each accuracy weight, on test data."""
-    weights, num_tasks = config.comparison.accuracy_weights, config.comparison.num_tasks
-    progress.phase("comparison on held-out tasks", len(COMPARED) * len(weights) * num_tasks, config.num_windows)
+) -> list[dict[str, Any]]:
+    """One entry a goal, with `goal`, `methods` and `paired`, on test data of the first scenario."""
+    num_tasks = config.comparison.num_tasks
+    goals = asked_goals(scenario.config.task, config.comparison.keeps, config.comparison.accuracy_weights)
     seeds = tuple(held_out_seeds(seed, num_tasks))
-    method_seed = stream_seed(seed, METHOD_STREAM)
     request = Request(
-        scenario, config.task, seeds, static, policy, config.search, method_seed, progress.advance, journal=journal
+        scenario,
+        scenario.config.task,
+        seeds,
+        config.search,
+        stream_seed(seed, METHOD_STREAM),
+        progress.advance,
+        policy=policy,
+        journal=journal,
     )
-    tables = run_methods(COMPARED, request, weights)
-    return {str(w): compare(table, dict.fromkeys(COMPARED, 1.0), seed) for w, table in tables.items()}
-
-
-def plan_ahead(
-    scenarios: Sequence[Scenario],
-    static: Shortlist,
-    config: ExperimentConfig,
-    seed: int,
-    folder: Path,
-    logger: Logger,
-    timing: JsonLines,
-    journal: Journal,
-    progress: Progress,
-) -> ControlPlan:
-    """Learn the plan that actions change, beginning with the best static setting; figures go where PPO's go."""
-    lines = JsonLines(folder / "planning.jsonl", journal)
-
-    def on_round(done: Round) -> None:
-        lines.write(
-            {"round": done.number, "num_trainings": done.num_trainings, "scenario": done.scenario, **done.figures}
-        )
-        if not journal.replaying:
-            tb.record_round(logger, done)
-        progress.figures(score=done.figures["score"], accuracy=done.figures["accuracy"])
-
-    progress.phase("learning a plan", config.planning.num_trainings, config.num_windows)
-    start = static.best(_first_preference(config))[0]  # [9]
-    generator = torch.Generator().manual_seed(stream_seed(seed, PLAN_STREAM))
-    plan = learn_plan(scenarios, config.planning, start, generator, progress.advance, on_round, journal)
-    timing.write({"part": "planning", "wall_s": journal.elapsed_s()})
-    return plan
-
-
-def keep_what_gains(
-    scenario: Scenario, policy: Policy, config: ExperimentConfig, seed: int, progress: Progress, journal: Journal | None
-) -> tuple[Policy, dict[str, Any]]:
-    """The policy if its changes to the plan pay on fresh tasks, else the plan alone; and what was measured.
-
-    The tasks are neither those of learning nor those of the comparison, and are scored on validation data. The
-    changes stay if the interval of their gain lies above 0.
-    """
-    num_tasks = config.ppo.num_gate_tasks
-    progress.phase("what PPO's changes bring", 2 * num_tasks, config.num_windows)
-    generator = torch.Generator().manual_seed(stream_seed(seed, GATE_STREAM))
-    seeds = torch.randint(2**59, (num_tasks,), generator=generator).tolist()
-    scores = [
-        run(
-            scenario,
-            controller,
-            seeds,
-            config.task,
-            final_split="validation",
-            on_window=progress.advance,
-            journal=journal,
-            label=f"gate: {name}",
-        ).score
-        for name, controller in (("plan", hold_start), ("policy", policy.controller()))
-    ]
-    gain: dict[str, Any] = interval(scores[1] - scores[0], "difference", np.random.default_rng(seed))
-    kept = gain["ci95"][0] > 0
-    return (policy if kept else unchanged(policy)), {**gain, "num_tasks": num_tasks, "kept": kept}
-
-
-def _first_preference(config: ExperimentConfig) -> torch.Tensor:
-    """[1, 3]"""
-    return torch.tensor([Preference(config.comparison.accuracy_weights[0]).weights()])
+    trained = len(goals) * total_trainings(COMPARED, num_tasks, config.search)
+    progress.phase("comparison on held-out tasks", trained, scenario.config.num_windows)
+    tables = run_methods(COMPARED, request, goals)
+    spent = dict.fromkeys(COMPARED, 1.0)
+    return [{"name": goal.name, "goal": goal.description, **compare(tables[goal.name], spent, seed)} for goal in goals]
 
 
 def result_of(
-    config: ExperimentConfig, tables: dict[str, dict[str, Any]], ppo_gain: dict[str, Any], wall_s: float
+    config: ExperimentConfig, entries: Sequence[dict[str, Any]], evaluations: Sequence[Evaluation], wall_s: float
 ) -> dict[str, Any]:
-    """`result.json` less the student; its main figures are those of the first accuracy weight."""
-    agent_trainings = (config.ppo.num_iterations + 1) * config.ppo.num_students
-    first = config.comparison.accuracy_weights[0]
-    compared = sum(len(table["methods"]) for table in tables.values()) * config.comparison.num_tasks
-    found = config.search.num_trainings + config.planning.num_trainings
-    num_trainings = agent_trainings + found + 2 * config.ppo.num_gate_tasks + compared
+    """`result.json` less the student; its main entry is that of the first goal."""
+    best = max(evaluations, key=lambda evaluation: evaluation.score, default=None)
+    found = config.search.num_trainings
+    num_goals, num_tasks = len(entries), config.comparison.num_tasks
+    compared = num_goals * total_trainings(COMPARED, num_tasks, config.search)
+    agent = agent_trainings(config)
+    main = config.scenarios[0]
     return {
-        "schema": 1,
+        "schema": 2,
         "task": plain(config.task),
+        "student": plain(main.student),
         "split": "test",
-        "num_tasks": config.comparison.num_tasks,
+        "num_tasks": num_tasks,
         "num_seeds": 1,
-        "preference": list(Preference(first).weights()),
-        **tables[str(first)],
-        "preferences": tables,
-        "ppo_gain": ppo_gain,
+        **entries[0],
+        "goals": list(entries),
+        "evaluations": [asdict(evaluation) for evaluation in evaluations],
+        "shipped_iteration": best.iteration if best else config.ppo.num_iterations,
         "cost": {
-            "agent_trainings": agent_trainings,
-            "search_trainings": config.search.num_trainings,
-            "planning_trainings": config.planning.num_trainings,
-            "gate_trainings": 2 * config.ppo.num_gate_tasks,
+            "agent_trainings": agent,
+            "search_trainings": found,
+            "comparison_trainings": compared,
             "wall_s": wall_s,
-            "updates_per_s": num_trainings * config.num_windows * config.train.steps_per_window / wall_s,
+            "trainings_per_s": (agent + found + compared) / wall_s,
         },
     }
 
 
-def replay_config(config: ExperimentConfig) -> ReplayConfig:
-    """Of the one student that a `train` run ships."""
-    return ReplayConfig(
-        task=dataclasses.replace(ReplayConfig().task, dataset=config.task.dataset),
-        num_windows=config.num_windows,
-        student=config.student,
-        train=config.train,
-        cost=config.cost,
-        preference=Preference(config.comparison.accuracy_weights[0]),
+def agent_trainings(config: ExperimentConfig) -> int:
+    """Student trainings of PPO: observations to standardise by, rollouts, and evaluations."""
+    ppo, num_scenarios = config.ppo, len(config.scenarios)
+    rollouts = ppo.num_iterations * ppo.num_students * num_scenarios
+    evaluations = len(ppo.evaluated()) * ppo.num_evaluation_tasks * len(config.validation)
+    return ppo.num_observed * num_scenarios + rollouts + evaluations
+
+
+def _mean_windows(config: ExperimentConfig) -> int:
+    """Windows of an episode, in the mean over the scenarios of training."""
+    return round(sum(scenario.num_windows for scenario in config.scenarios) / len(config.scenarios))
+
+
+def shipped_goal(config: ExperimentConfig) -> Goal:
+    """The goal of the one student that a `train` run ships: the first one that is compared."""
+    if not config.comparison.keeps:
+        return Goal()
+    return Goal(keep=config.comparison.keeps[0], reference=config.task.reference)
+
+
+def distil_config(config: ExperimentConfig) -> DistilConfig:
+    """Of the one student that a `train` run ships: the first scenario, clean labels, the best teacher."""
+    main, default = config.scenarios[0], DistilConfig()
+    weights = config.comparison.accuracy_weights
+    return dataclasses.replace(
+        default,
+        task=dataclasses.replace(default.task, dataset=main.dataset),
+        num_windows=main.num_windows,
+        student=main.student,
+        train=main.train,
+        cost=main.cost,
+        goal=shipped_goal(config),
+        preference=Preference(weights[0]) if weights and not config.comparison.keeps else default.preference,
     )
 
 
-def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
-    """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
-    scenario = build_scenario(
-        with_own_profile(replay_config(config).env(policy.controls), folder), policy.plan, progress.say
-    )
-    return distil(scenario, policy.controller(), seed, lambda row, observation: progress.advance(1))
+def shipped_scenario(config: ExperimentConfig, policy: Policy, folder: Path, progress: Progress) -> Scenario:
+    """Of the one student that a `train` run ships, under the run's own cost profile."""
+    own = with_own_profile(distil_config(config), folder)
+    return with_goal(build_scenario(own.env(policy.controls), policy.start, progress.say), own.goal, own.preference)
 
 
-def learn(
-    scenarios: Sequence[Scenario],
-    static: Shortlist,
-    config: ExperimentConfig,
-    seed: int,
-    folder: Path,
-    provenance: dict[str, Any],
-    logger: Logger,
-    timing: JsonLines,
-    journal: Journal,
-    progress: Progress,
-) -> Policy:
-    """PPO with its figures in files and TensorBoard; saves the policy at its end, or as it is on Ctrl-C."""
-    metrics = JsonLines(folder / "metrics.jsonl", journal)
-    updates_a_training = config.num_windows * config.train.steps_per_window
-
-    def on_rollout(rollout: Rollout, log: Logger) -> None:
-        wall_s = journal.elapsed_s() - journal.last_entry_s
-        updates_per_s = rollout.num_trainings * updates_a_training / wall_s
-        metrics.write({"iteration": rollout.iteration, "num_trainings": rollout.num_trainings, **rollout.figures})
-        timing.write({"part": "ppo", "iteration": rollout.iteration, "wall_s": wall_s, "updates_per_s": updates_per_s})
-        tb.record_rollout(log, rollout, updates_per_s)
-        shown = {
-            name: rollout.figures[name] for name in ("score", "accuracy", "latency_ratio") if name in rollout.figures
-        }
-        progress.figures(**shown, updates_per_s=updates_per_s)
-
-    now: list[Callable[[], Policy]] = []
-    progress.phase("PPO", (config.ppo.num_iterations + 1) * config.ppo.num_students, config.num_windows)
-    try:
-        policy = train(
-            scenarios,
-            static,
-            config.ppo,
-            stream_seed(seed, TRAIN_STREAM),
-            progress.advance,
-            on_rollout,
-            logger,
-            now.append,
-            journal,
-        )
-    except KeyboardInterrupt:
-        if now:
-            save_bundle(now[0](), folder / "policy", {**provenance, "interrupted": True})
-            progress.say(
-                f"stopped; the policy so far is in {folder / 'policy'}: rlkd replay --policy {folder / 'policy'}"
-            )
-        raise
-    save_bundle(policy, folder / "policy", provenance)
-    return policy
+def distil_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
+    """What `rlkd distil` does."""
+    scenario, guard = shipped_scenario(config, policy, folder, progress), distil_config(config).guard
+    return distil(scenario, policy.controller(), seed, lambda row, observation: progress.advance(1), guard=guard)

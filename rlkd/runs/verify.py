@@ -1,7 +1,7 @@
 """`rlkd verify`: compute a run's final table again from what the run saved, and say row by row what holds.
 
-A `train` run's table comes again from its policy, static settings, config, seed and cost profile, by training the
-compared students anew; a `compare` run is done once more; a student is read from its folder and answers the test
+A `train` run's table comes again from its policy, config, seed and cost profile, by training the compared students
+anew; a `compare` run is done once more; a student is read from its folder and answers the test
 samples again. What a clock measured and what only the training itself could tell (rollbacks) is taken as recorded.
 """
 
@@ -18,21 +18,23 @@ from torch import Tensor
 
 from rlkd.agents.policy.bundle import Bundle, load_bundle
 from rlkd.compression import CompactStudent, load_student
-from rlkd.configs.schema import CompareConfig, ExperimentConfig, ReplayConfig
-from rlkd.data import Preference, draw_task
+from rlkd.configs.schema import CompareConfig, DistilConfig, ExperimentConfig
+from rlkd.data import draw_task
 from rlkd.envs.action import ControlConfig
-from rlkd.envs.reward import DIVERGED_SCORE, score
+from rlkd.envs.reward import KAPPA, MAX_PENALTY, score, worst_score
 from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json
 from rlkd.io.records import plain
 from rlkd.runs.compare import compare_methods
 from rlkd.runs.folder import Progress
+from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import with_own_profile
-from rlkd.runs.train import compare_on_held_out_tasks, keep_what_gains, replay_config, result_of
+from rlkd.runs.train import compare_on_held_out_tasks, result_of, shipped_scenario
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # what float32 sums in another order may differ by; a changed answer is far above it
-CLOCK = ("wall_s", "updates_per_s")
+CLOCK = ("wall_s", "updates_per_s", "trainings_per_s")
+OF_LEARNING = ("evaluations", "shipped_iteration")  # only another training of the policy could tell them
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,16 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     bundle, failed = _load_policy(folder / "policy")
     if bundle is None:
         return failed
-    config = with_own_profile(config, folder)
-    scenario = build_scenario(config.scenarios()[0], bundle.policy.plan, progress.say)
-    tables = compare_on_held_out_tasks(scenario, bundle.policy.static, bundle.policy, config, seed, progress)
-    gain: Any = recorded.get("ppo_gain")
-    if isinstance(gain, Mapping) and gain.get("kept") is True:  # else the policy that was measured was not saved
-        gain = keep_what_gains(scenario, bundle.policy, config, seed, progress, None)[1]
-    computed = plain({**result_of(config, tables, gain, 1.0), "policy_sha256": bundle.digest})
-    theirs = {name: value for name, value in recorded.items() if name != "student"}
-    rows = compare_results(theirs, computed)
-    student_scenario = build_scenario(replay_config(config).env(bundle.policy.controls), say=progress.say)
-    preference = Preference(config.comparison.accuracy_weights[0])
-    return [*rows, *_student_rows(folder, student_scenario, seed, preference, recorded.get("student"), bundle.digest)]
+    main = with_own_profile(config.envs(config.scenarios)[0], folder)
+    scenario = build_scenario(main, bundle.policy.start, progress.say)
+    entries = compare_on_held_out_tasks(scenario, bundle.policy, config, seed, progress)
+    computed = plain({**result_of(config, entries, [], 1.0), "policy_sha256": bundle.digest})
+    given = {name: value for name, value in recorded.items() if name not in ("student", *OF_LEARNING)}
+    for name in OF_LEARNING:
+        computed.pop(name)
+    student_scenario = shipped_scenario(config, bundle.policy, folder, progress)
+    student_rows = _student_rows(folder, student_scenario, seed, recorded.get("student"), bundle.digest)
+    return [*compare_results(given, computed), *student_rows]
 
 
 def verify_compare(
@@ -96,7 +96,7 @@ def verify_compare(
     return [*compare_results(recorded, plain(computed)), *_csv_rows(read_csv(folder), table)]
 
 
-def verify_replay(folder: Path, config: ReplayConfig, seed: int, progress: Progress) -> list[Row]:
+def verify_replay(folder: Path, config: DistilConfig, seed: int, progress: Progress) -> list[Row]:
     """Rows of a `replay` run on a chain; the student answers the test samples again, nothing is trained.
 
     Raises:
@@ -105,7 +105,7 @@ def verify_replay(folder: Path, config: ReplayConfig, seed: int, progress: Progr
     recorded = _replayed(read_result(folder))
     config = with_own_profile(config, folder)
     scenario = build_scenario(config.env(ControlConfig()), say=progress.say)
-    return _student_rows(folder, scenario, seed, config.preference, recorded)
+    return _student_rows(folder, with_goal(scenario, config.goal, config.preference), seed, recorded)
 
 
 def verify_module_replay(folder: Path, config: Any) -> list[Row]:
@@ -143,10 +143,18 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
         figures = {"compacted_accuracy": shipped_accuracy(student, data, data.splits["test"])}
     names = ("accuracy", "latency_ratio", "energy_ratio")
     if all(isinstance(recorded.get(name), float) for name in names):
-        accuracy, latency, energy = (recorded[name] for name in names)
-        terms = zip(config.preference.weights(), (accuracy, 1 - latency, 1 - energy), strict=True)
-        figures["score"] = DIVERGED_SCORE if recorded.get("num_diverged") else sum(w * term for w, term in terms)
+        figures["score"] = _score_again(recorded, config.goal.weights(config.preference))
     return _figure_rows(recorded, figures)
+
+
+def _score_again(recorded: Mapping[str, Any], weights: Sequence[float]) -> float:
+    """J on test from the recorded accuracy, costs and floor."""
+    floor = float(recorded.get("floor", 0.0))
+    if recorded.get("num_diverged"):
+        return float(worst_score(torch.tensor(floor)))
+    accuracy, latency, energy = (float(recorded[name]) for name in ("accuracy", "latency_ratio", "energy_ratio"))
+    terms = zip(weights, (accuracy, 1 - latency, 1 - energy), strict=True)
+    return sum(w * term for w, term in terms) - min(MAX_PENALTY, KAPPA * max(0.0, floor - accuracy))
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -202,16 +210,21 @@ def _is_number(value: Any) -> bool:
 def _named_rows(result: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a result that are compared, by the names that they are reported under."""
     rows: dict[str, Any] = {}
-    tables = result.get("preferences")
-    groups = {f"accuracy weight {w}, ": table for w, table in tables.items()} if isinstance(tables, Mapping) else {}
+    tables = result.get("goals")
+    groups = {f"{table.get('name')}, ": table for table in tables} if _are_tables(tables) else {}
     for prefix, table in {"": result, **groups}.items():
         for kind in ("methods", "paired"):
-            part = table.get(kind) if isinstance(table, Mapping) else None
+            part = table.get(kind)
             rows |= {f"{prefix}{kind} {name}": row for name, row in part.items()} if isinstance(part, Mapping) else {}
-    others = {key: value for key, value in result.items() if key not in ("methods", "paired", "preferences")}
+    taken = ("methods", "paired", *(["goals"] if groups else []))
+    others = {key: value for key, value in result.items() if key not in taken}
     if isinstance(others.get("cost"), Mapping):
         others["cost"] = {key: value for key, value in others["cost"].items() if key not in CLOCK}
     return rows | others
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(table, Mapping) for table in value)
 
 
 def _load_policy(folder: Path) -> tuple[Bundle | None, list[Row]]:
@@ -230,7 +243,7 @@ def _replayed(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _student_rows(
-    folder: Path, scenario: Scenario, seed: int, preference: Preference, recorded: Any, policy_sha256: str | None = None
+    folder: Path, scenario: Scenario, seed: int, recorded: Any, policy_sha256: str | None = None
 ) -> list[Row]:
     """The student that the run shipped, as it answers now, against what the run recorded and its card says."""
     if not isinstance(recorded, dict):
@@ -238,7 +251,7 @@ def _student_rows(
     try:
         student = load_student(folder / "student")
         card = read_json(inside(folder / "student", "student.json"), "a student's card")
-        figures = _student_figures(student, scenario, seed, preference, bool(recorded.get("num_diverged")))
+        figures = _student_figures(student, scenario, seed, bool(recorded.get("num_diverged")))
     except UserError as error:
         return [Row("student", (str(error),))]
     named = card.get("figures")
@@ -254,9 +267,7 @@ def _figure_rows(recorded: Mapping[str, Any], figures: Mapping[str, Any]) -> lis
 
 
 @torch.inference_mode()
-def _student_figures(
-    student: CompactStudent, scenario: Scenario, seed: int, preference: Preference, diverged: bool
-) -> dict[str, Any]:
+def _student_figures(student: CompactStudent, scenario: Scenario, seed: int, diverged: bool) -> dict[str, Any]:
     """What `rlkd.runs.distil.distil` reports of a student, from its file alone.
 
     Raises:
@@ -277,14 +288,17 @@ def _student_figures(
     cost = scenario.profile.cost(template, torch.tensor([kept]), rates, torch.tensor([student.threshold]))
     right = (answers == data.labels[test]).float().mean()
     task = draw_task(seed, scenario.config.task, data, len(scenario.signals.accuracy))
-    theirs = scenario.signals.mean_logits(task.teachers, test).argmax(-1)
-    now = score(right[None], cost, torch.tensor([preference.weights()]))
+    teacher = scenario.signals.mean_logits(task.teachers, test).argmax(-1)
+    floor = scenario.references([task])[:, 1] * task.keep  # [1]
+    now = worst_score(floor) if diverged else score(right[None], cost, torch.tensor([task.preference]), floor)
+    goal = {"floor": float(floor), "shortfall": max(0.0, float(floor - right))} if task.keep else {}
     return {
-        "score": DIVERGED_SCORE if diverged else float(now[0]),
+        "score": float(now[0]),
+        **goal,
         "accuracy": float(right),
         "compacted_accuracy": float(right),
-        "teacher_agreement": float((answers == theirs).float().mean()),
-        "teacher_accuracy": float((theirs == data.labels[test]).float().mean()),
+        "teacher_agreement": float((answers == teacher).float().mean()),
+        "teacher_accuracy": float((teacher == data.labels[test]).float().mean()),
         "exit_rates": [float(rate) for rate in rates[0]],
         "macs": float(cost.macs[0]),
         "macs_ratio": float(cost.macs_ratio[0]),
@@ -313,13 +327,13 @@ def _answer(student: CompactStudent, inputs: Tensor) -> tuple[Tensor, list[float
 
 
 def read_csv(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Rows of result.csv by preference and method, then by task: texts in the order of the columns."""
+    """Rows of result.csv by goal and method, then by task: texts in the order of the columns."""
     path = inside(folder, "result.csv")
     lines = read_bytes(path, MAX_TENSOR_BYTES).decode("utf-8", errors="replace").splitlines()
     groups: dict[str, dict[str, list[str]]] = {}
     try:
-        for weight, method, task, *figures in csv.reader(lines[1:]):
-            groups.setdefault(f"result.csv, accuracy weight {weight}, {method}", {})[task] = figures
+        for goal, method, task, *figures in csv.reader(lines[1:]):
+            groups.setdefault(f"result.csv, {goal}, {method}", {})[task] = figures
     except (csv.Error, ValueError) as error:
         raise UserError(f"{path}: not a table of a compare run, or a damaged one ({error!s:.80})") from error
     return groups

@@ -16,7 +16,7 @@ from rlkd.teachers.landmarks import LANDMARKS
 
 SEED = 2**60 + 5
 EXIT, KEEP, RATE = (CONTROLS.index(name) for name in ("exit_threshold", "unit_keep", "learning_rate"))
-FIRST, THRESHOLD = (CONTROLS.index(f"exit_{kind}") for kind in ("first", "threshold"))
+FIRST, THRESHOLD = (CONTROLS.index(name) for name in ("exit_first", "exit_by_threshold"))
 ALL_FIRST: dict[int, float] = {CONTROLS.index("exit_never"): 0.0, FIRST: 1.0}
 BY_THRESHOLD: dict[int, float] = {CONTROLS.index("exit_never"): 0.0, THRESHOLD: 1.0}
 KNOWN = [OBSERVATIONS.index(name) for group in ("goal", "teacher", "savings") for name in TABLE[group]]
@@ -77,7 +77,9 @@ def test_one_student_has_nobody_to_copy(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("num_students", [1, 3])
 def test_moving_the_exit_changes_nothing_else(scenario: Scenario, num_students: int) -> None:
-    pruned = settings(scenario, *({KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.5, **BY_THRESHOLD},) * num_students)
+    pruned = settings(
+        scenario, *({KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, EXIT: 0.5, **BY_THRESHOLD},) * num_students
+    )
     episodes = trained(scenario, pruned, 3, [SEED + i for i in range(num_students)])
     before, masks, threshold = episodes.evaluate("validation"), episodes.students.masks(), episodes.threshold
     parameters = episodes.students.state_dict()

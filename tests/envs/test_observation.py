@@ -51,7 +51,7 @@ def observed(shift: float, has_floor: bool = True, limit: float = float("inf")) 
         u=torch.linspace(0, 1, len(CONTROLS))[None],
         score_change=torch.tensor([0.07]),
         metrics=metrics(torch.tensor([0.5 + shift]), torch.tensor([[0.4 + shift, 0.6 + shift]])),
-        previous=metrics(torch.tensor([0.47 + shift]), torch.tensor([[0.38 + shift, 0.55 + shift]])),
+        previous=torch.tensor([[0.47, 0.38, 0.55]]) + shift,
         cost=Cost(one, one, one, 0.6 * one, 0.5 * one, 0.4 * one),
         probes={name: torch.tensor([0.02]) for name in PROBES},
         telemetry=Telemetry(
@@ -94,6 +94,7 @@ def test_observations_by_hand() -> None:
         "teacher_margin": 0.25,
         "teacher_label_agreement": 0.6,
         "control_exit_threshold": 7 / 11,
+        "control_exit_by_threshold": 1.0,
     }
     for name, value in expected.items():
         assert seen[name] == pytest.approx(value, abs=1e-5), name
@@ -114,6 +115,8 @@ def test_groups_and_bounds_are_complete() -> None:
     assert tuple(names) == OBSERVATIONS
     assert len(set(names)) == len(names)
     assert (LOW < HIGH).all()
+    assert OBSERVATIONS[-len(CONTROLS) :] == tuple(f"control_{name}" for name in CONTROLS)
+    assert len(set(CONTROLS)) == len(CONTROLS) == 12
     assert set(TABLE) == {"time", "margin", "goal", "cost", "savings", "probe", "training", "teacher", "controls"}
 
 

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, DistillationVectorEnv, Scenario
+from rlkd.envs.action import published_setting
+from rlkd.envs.references import References
 from rlkd.envs.sb3 import SB3VecEnv, standardise
 from rlkd.students import TrainConfig
 
@@ -80,10 +82,9 @@ def test_tasks_come_from_the_pool_and_goals_are_drawn_anew(goal_scenario: Scenar
 
 def wild(scenario: Scenario) -> Scenario:
     """The same scenario with learning rates at which a student diverges at once."""
-    config = dataclasses.replace(
-        scenario.config, controls=ControlConfig(learning_rate=(1e-3, 1e30)), train=TrainConfig(max_rollbacks=0)
-    )
-    return dataclasses.replace(scenario, config=config)
+    controls = ControlConfig(learning_rate=(1e-3, 1e30))
+    config = dataclasses.replace(scenario.config, controls=controls, train=TrainConfig(max_rollbacks=0))
+    return dataclasses.replace(scenario, config=config, start=published_setting(controls), known=References())
 
 
 def test_a_student_that_began_late_is_cut_off_when_the_others_end(scenario: Scenario, other_scenario: Scenario) -> None:

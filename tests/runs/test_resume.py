@@ -12,18 +12,20 @@ from silent import Silent
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from rlkd.agents.baselines.search import SearchConfig, Shortlist
-from rlkd.agents.planner.planning import PlanningConfig
-from rlkd.agents.planner.surrogate import SurrogateConfig
+from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.policy.policy import Policy
 from rlkd.agents.ppo.train import PPOConfig, Rollout, train
 from rlkd.configs import ComparisonConfig, ExperimentConfig
+from rlkd.configs.schema import ScenarioConfig
 from rlkd.cost import CostConfig
 from rlkd.envs import Scenario
+from rlkd.envs.action import published_setting
+from rlkd.envs.references import References
 from rlkd.errors import UserError
 from rlkd.io.checkpoints import Checkpoint, Checkpoints
 from rlkd.io.files import tensor_shapes
 from rlkd.io.journal import Journal
+from rlkd.models import StudentConfig
 from rlkd.runs.train import train_experiment
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
@@ -31,12 +33,18 @@ from rlkd.teachers import TeacherConfig
 EXACT = (
     *(
         "metrics.jsonl",
-        "planning.jsonl",
+        "evaluations.jsonl",
         "policy/policy.safetensors",
         "policy/bundle.json",
         "student/student.safetensors",
     ),
-    *("student/student.json", "config.yaml", "cost_profile.json"),
+    *(
+        "student/student.json",
+        "config.yaml",
+        "cost_profile.json",
+        "cost_profile_1.json",
+        "cost_profile_validation.json",
+    ),
 )
 
 
@@ -66,15 +74,28 @@ class StopsAt(Silent):
 
 @pytest.fixture(scope="module")
 def small(profile_file: Path) -> ExperimentConfig:
-    return ExperimentConfig(
+    main = ScenarioConfig(
         num_windows=2,
         teacher=TeacherConfig(num_samples=(40, 897), num_steps=60),
         train=TrainConfig(2, 8),
         cost=CostConfig(profile=str(profile_file)),
-        search=SearchConfig(6, 2, 2, 2),
-        planning=PlanningConfig((0.0, 0.5), 2, 4, 2, 4, surrogate=SurrogateConfig(num_steps=3)),
-        ppo=PPOConfig(num_students=4, num_iterations=4, batch_size=4, num_epochs=1, hidden=8),
-        comparison=ComparisonConfig(2, (0.6,)),
+    )
+    other = replace(main, dataset="generated:classes=4,inputs=6", student=StudentConfig(widths=(8, 8)), warm_windows=1)
+    return ExperimentConfig(
+        scenarios=(main, other),
+        validation=(replace(main, student=StudentConfig(widths=(12, 8))),),
+        search=SearchConfig(5, 2, 2, 2),
+        ppo=PPOConfig(
+            num_students=4,
+            num_tasks=4,
+            num_iterations=4,
+            batch_size=4,
+            num_epochs=1,
+            hidden=8,
+            evaluate_every=2,
+            num_evaluation_tasks=3,
+        ),
+        comparison=ComparisonConfig(2, (0.98,)),
     )
 
 
@@ -102,7 +123,7 @@ def begin_anew(config: ExperimentConfig, folder: Path, progress: Silent) -> None
 
 def without_clocks(tree: Any) -> Any:
     """A result less what a clock read."""
-    clocks = ("wall_s", "updates_per_s", "measured")
+    clocks = ("wall_s", "updates_per_s", "trainings_per_s", "measured")
     if isinstance(tree, dict):
         return {k: without_clocks(v) for k, v in tree.items() if k not in clocks}
     return tree
@@ -118,24 +139,23 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def assert_same_end(folder: Path, whole: Path) -> None:
     for name in EXACT:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    ours, theirs = (without_clocks(json.loads((f / "result.json").read_text())) for f in (folder, whole))
-    assert ours == theirs
+    found, expected = (without_clocks(json.loads((f / "result.json").read_text())) for f in (folder, whole))
+    assert found == expected
     assert str(scalars(folder)) == str(scalars(whole))  # as text: one of them is no number
     rows = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     parts = [(row["part"], row.get("iteration")) for row in rows]
-    assert parts == [("search", None), ("planning", None), *(("ppo", i) for i in (1, 2, 3, 4)), ("total", None)]
+    assert parts == [("search", None), *(("ppo", i) for i in (1, 2, 3, 4)), ("total", None)]
 
 
 PLACES = [
-    ("static search", 3),
-    ("learning a plan", 3),
-    ("learning a plan", 3),
+    ("best constant setting", 3),
     ("PPO", 1),  # among the observations that standardise
+    ("PPO", 6),  # in the evaluation of the start
     ("PPO", 4),  # in the first rollout
     ("PPO", 3),  # in the second one, after an update
+    ("PPO", 7),  # in the evaluation after it
     ("PPO", 4),
     ("PPO", 2),
-    ("what PPO's changes bring", 7),
     ("comparison on held-out tasks", 1),
     ("comparison on held-out tasks", 6),
     ("one clean student under the policy", 2),
@@ -150,7 +170,8 @@ def test_stopped_everywhere_it_ends_as_if_it_never_was(small: ExperimentConfig, 
 
 
 def test_a_torn_state_is_named_and_the_one_before_it_used(small: ExperimentConfig, whole: Path, tmp_path: Path) -> None:
-    stop(small, tmp_path, "PPO", 2 + 6 + 1)  # two windows for standardising, three rollouts of two
+    # four windows for standardising, two for each evaluation (of the start and after two), three rollouts of four
+    stop(small, tmp_path, "PPO", 4 + 2 + 4 + 4 + 2 + 4 + 1)
     states = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
     assert [path.name for path in states] == ["state-000002.ckpt", "state-000003.ckpt"]
     states[1].write_bytes(states[1].read_bytes()[:-1])
@@ -163,7 +184,7 @@ def test_a_torn_state_is_named_and_the_one_before_it_used(small: ExperimentConfi
 
 
 def test_another_state_is_refused(small: ExperimentConfig, tmp_path: Path) -> None:
-    stop(small, tmp_path, "PPO", 2 + 2 + 1)
+    stop(small, tmp_path, "PPO", 4 + 2 + 4 + 1)
     journal = Journal(tmp_path, resume=True)
     saved = journal.pending
     assert saved is not None
@@ -178,13 +199,13 @@ def read_all(saved: Checkpoint) -> dict[str, Tensor]:
     return saved.tensors(tensor_shapes(blob, "state"))
 
 
-def test_students_that_are_out_of_step_go_on(scenario: Scenario, tmp_path: Path) -> None:
-    """One that diverged has begun its next episode before the others."""
-    controls = replace(scenario.config.controls, learning_rate=(1e-3, 1e25))
-    train_config = replace(scenario.config.train, max_rollbacks=0)
-    hot = replace(scenario, config=replace(scenario.config, controls=controls, train=train_config))
-    config = PPOConfig(num_students=6, num_iterations=3, batch_size=8, num_epochs=2, hidden=8, initial_log_std=0.0)
-    static = Shortlist(torch.zeros(1, 9), torch.zeros(1, 3))
+def test_it_goes_on_where_students_diverged(goal_scenario: Scenario, tmp_path: Path) -> None:
+    """One that diverged began its next episode alone and was cut off with the others."""
+    controls = replace(goal_scenario.config.controls, learning_rate=(1e-3, 1e25))
+    train_config = replace(goal_scenario.config.train, max_rollbacks=0)
+    changed = replace(goal_scenario.config, controls=controls, train=train_config)
+    config = PPOConfig(num_students=6, num_tasks=5, num_iterations=3, batch_size=8, num_epochs=2, hidden=8)
+    config = replace(config, initial_log_std=0.0)
 
     def learn(folder: Path, stop_at: int, resume: bool = True) -> tuple[Policy, list[Rollout]]:
         rollouts, left = [], iter(range(stop_at, -1, -1))
@@ -194,21 +215,26 @@ def test_students_that_are_out_of_step_go_on(scenario: Scenario, tmp_path: Path)
                 raise Stop
 
         folder.mkdir(exist_ok=True)
-        journal = Journal(folder, resume)
-        policy = train([hot], static, config, 5, on_window, lambda r, log: rollouts.append(r), journal=journal)
-        return policy, rollouts
+        # what was known is lost, too
+        hot = replace(goal_scenario, config=changed, start=published_setting(controls), known=References())
+        learned = train(
+            [hot],
+            config,
+            5,
+            on_window=on_window,
+            on_rollout=lambda rollout, logger: rollouts.append(rollout),
+            journal=Journal(folder, resume),
+        )
+        return learned.policy, rollouts
 
     policy, rollouts = learn(tmp_path / "whole", 10**6, resume=False)
     assert sum(r.figures["num_diverged"] for r in rollouts) > 0
-    in_step = []
     for stop_at in (4 + 4, 4, 3):  # after the episode that standardises, in the second rollout, and so on
         with pytest.raises(Stop):
             learn(tmp_path / "cut", stop_at, resume=(tmp_path / "cut").exists())
-        saved = Journal(tmp_path / "cut", True).pending
-        if saved is not None:
-            windows = read_all(saved)["students.population0.episodes.window"]
-            in_step.append(bool((windows == windows[0]).all()))
-    assert not all(in_step)
+    saved = Journal(tmp_path / "cut", True).pending
+    assert saved is not None
+    assert read_all(saved)["students.population0.episodes.window"].tolist() == [0.0] * 6  # all begin together
     again, rest = learn(tmp_path / "cut", 10**6)
     assert rest == rollouts[-len(rest) :]
     for name, tensor in policy.weights.items():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,41 +7,48 @@ import torch
 from silent import Silent
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlkd.agents.baselines.search import SearchConfig, Shortlist
-from rlkd.agents.planner.planning import PlanningConfig
-from rlkd.agents.planner.surrogate import SurrogateConfig
+from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.policy.bundle import load_bundle
 from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.agents.ppo.train import PPOConfig
 from rlkd.configs import ComparisonConfig, ExperimentConfig
+from rlkd.configs.schema import ScenarioConfig
 from rlkd.cost import CostConfig
-from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, Scenario, build_scenario
+from rlkd.data import TaskDistribution
+from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, EnvConfig, Scenario, build_scenario
 from rlkd.envs.single import MAX_SEED
 from rlkd.models import StudentConfig
 from rlkd.runs.distil import distil
-from rlkd.runs.train import held_out_seeds, train_experiment
+from rlkd.runs.train import COMPARED, held_out_seeds, train_experiment
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
 
 
 @pytest.fixture
 def small(profile_file: Path) -> ExperimentConfig:
-    return ExperimentConfig(
+    main = ScenarioConfig(
         num_windows=3,
         teacher=TeacherConfig(num_samples=(40, 897), num_steps=60),
         train=TrainConfig(4, 16),
         cost=CostConfig(profile=str(profile_file)),
+    )
+    other = replace(main, dataset="generated:classes=4,inputs=6", num_windows=2, student=StudentConfig(widths=(8, 8)))
+    return ExperimentConfig(
+        scenarios=(main, other),
+        validation=(replace(main, student=StudentConfig(widths=(12, 8))),),
         search=SearchConfig(3, 4, 2, 4),
-        planning=PlanningConfig(
-            num_decisions=2,
-            num_wide=6,
-            num_rounds=2,
-            tasks_per_round=4,
-            surrogate=SurrogateConfig(2, 8, 8, num_steps=3),
+        ppo=PPOConfig(
+            num_students=6,
+            num_tasks=4,
+            num_iterations=2,
+            batch_size=9,
+            num_epochs=1,
+            hidden=8,
+            evaluate_every=1,
+            num_evaluation_tasks=4,
         ),
-        ppo=PPOConfig(num_students=6, num_iterations=2, batch_size=9, num_epochs=1, hidden=8, num_gate_tasks=4),
-        comparison=ComparisonConfig(8, (0.6, 0.9)),
+        comparison=ComparisonConfig(6, (0.98, 0.95)),
     )
 
 
@@ -53,38 +61,50 @@ def test_held_out_tasks_come_from_a_range_of_their_own() -> None:
 
 def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, tmp_path: Path) -> None:
     results = [train_experiment(small, made(tmp_path / name), 7, Silent()) for name in "ab"]
-    for name in ("metrics.jsonl", "policy/policy.safetensors", "student/student.safetensors", "cost_profile.json"):
+    names = ("metrics.jsonl", "evaluations.jsonl", "policy/policy.safetensors", "student/student.safetensors")
+    for name in (*names, "cost_profile.json", "cost_profile_1.json", "cost_profile_validation.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert results[0]["policy_sha256"] == results[1]["policy_sha256"]
     other = train_experiment(small, made(tmp_path / "c"), 8, Silent())
     assert other["policy_sha256"] != results[0]["policy_sha256"]
 
     result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert (result["schema"], result["split"], result["num_tasks"], result["num_seeds"]) == (1, "test", 8, 1)
-    assert set(result["methods"]) == {"policy", "static", "plan", "published", "annealed"}
-    for entry in result["methods"].values():
-        for figure in ("score", "accuracy", "macs_ratio", "latency_ratio"):
-            low, high = entry[figure]["ci95"]
-            assert low <= entry[figure]["iqm"] <= high
-        assert entry["trainings_per_task"] == 1
-    pair = result["paired"]["policy-static"]
-    means = (result["methods"][name]["score"]["mean"] for name in ("policy", "static"))
+    assert (result["schema"], result["split"], result["num_tasks"], result["num_seeds"]) == (2, "test", 6, 1)
+    assert [entry["name"] for entry in result["goals"]] == ["keep 0.98", "keep 0.95"]
+    assert result["goal"] == {"keep": 0.98, "reference": "dense"}
+    assert result["methods"] == result["goals"][0]["methods"]
+    for goal in result["goals"]:
+        assert set(goal["methods"]) == set(COMPARED)
+        for entry in goal["methods"].values():
+            for metric in ("score", "accuracy", "macs_ratio", "latency_ratio"):
+                low, high = entry[metric]["ci95"]
+                assert low <= entry[metric]["iqm"] <= high
+            assert entry["trainings_per_task"] == 1
+            assert entry["shortfall"] >= 0
+    pair = result["paired"]["policy-dense"]
+    means = (result["methods"][name]["score"]["mean"] for name in ("policy", "dense"))
     assert pair["difference"] == pytest.approx(next(means) - next(means))
     assert 0 <= pair["probability_of_improvement"] <= 1
-    assert result["cost"]["planning_trainings"] == 6 + 2 * 4
-    assert result["ppo_gain"]["num_tasks"] == 4
-    if not result["ppo_gain"]["kept"]:
-        assert result["paired"]["policy-plan"]["difference"] == 0.0
-    assert result["cost"]["agent_trainings"] == 3 * 6  # two rollouts, and the one that standardises observations
-    assert set(result["preferences"]) == {"0.6", "0.9"}
+    # of two scenarios: two that standardise observations and two rollouts of six; three evaluations of four tasks
+    assert result["cost"]["agent_trainings"] == 2 * 2 + 2 * 2 * 6 + 3 * 4
+    evaluations = [json.loads(line) for line in (tmp_path / "a" / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluations == result["evaluations"]
+    assert [row["iteration"] for row in evaluations] == [0, 1, 2]
+    best = max(evaluations, key=lambda row: row["score"])  # type: ignore[no-any-return]
+    assert result["shipped_iteration"] == best["iteration"]
+    if best["iteration"] == 0:
+        assert not load_bundle(tmp_path / "a" / "policy").policy.weights["action.weight"].any()
 
     accumulator = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
     accumulator.Reload()
     tags = set(accumulator.Tags()["scalars"])
-    wanted = {"rollout/ep_rew_mean", "train/loss", "student/score", "action/temperature", "reward/return"}
+    wanted = {"rollout/ep_rew_mean", "train/loss", "student/score", "student/goal_met", "action/temperature"}
+    wanted |= {"reward/return", "eval/score", "eval/goal_met", "eval/shortfall", "eval/latency_saving"}
     assert wanted <= tags
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [e.value for e in accumulator.Scalars("student/score")] == pytest.approx([r["score"] for r in rows])
+    assert [e.value for e in accumulator.Scalars("eval/score")] == pytest.approx([e["score"] for e in evaluations])
+    assert [e.step for e in accumulator.Scalars("eval/score")] == [0, 6 * 5, 2 * 6 * 5]
     assert not any("wall" in key or "_per_s" in key for row in rows for key in row)
 
 
@@ -104,7 +124,7 @@ class Interrupting(Silent):
 
     def advance(self, num_students: int) -> None:
         self.windows += 1
-        if self.name == "PPO" and self.windows == 8:
+        if self.name == "PPO" and self.windows == 5 + 3 + 5 + 3 + 2:  # in the second rollout
             raise KeyboardInterrupt
 
     def say(self, line: str) -> None:
@@ -116,7 +136,7 @@ def test_ctrl_c_keeps_the_policy_and_says_how_to_go_on(small: ExperimentConfig, 
     with pytest.raises(KeyboardInterrupt):
         train_experiment(small, tmp_path, 0, progress)
     assert load_bundle(tmp_path / "policy").provenance["interrupted"] is True
-    assert "rlkd replay --policy" in progress.lines[-1]
+    assert "rlkd distil --policy" in progress.lines[-1]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # the one rollout that was done
 
 
@@ -126,8 +146,8 @@ def restless_policy(scenario: Scenario) -> Policy:
     num_seen, num_set = len(OBSERVATIONS), len(CONTROLS)
     shapes = [(6, num_seen), (6,), (6, 6), (6,), (num_set, 6), (num_set,)]
     weights = {name: torch.randn(*shape, generator=g) for name, shape in zip(TENSORS, shapes, strict=True)}
-    static = Shortlist(scenario.plan.settings, torch.zeros(1, 3))
-    return Policy(weights, torch.zeros(num_seen), torch.ones(num_seen), scenario.plan, static, scenario.config.controls)
+    mean, deviation = torch.zeros(num_seen), torch.ones(num_seen)
+    return Policy(weights, mean, deviation, scenario.start, scenario.config.controls)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +156,11 @@ def restless_policy(scenario: Scenario) -> Policy:
     ids=["deeper", "conv", "no_exit"],
 )
 def test_a_policy_replays_on_students_it_never_saw(small: ExperimentConfig, student: StudentConfig) -> None:
-    config = ExperimentConfig(
-        small.num_windows, student=student, teacher=small.teacher, train=small.train, cost=small.cost
-    )
-    scenario = build_scenario(config)
+    scenario = build_scenario(replace(small.envs(small.scenarios)[0], student=student, task=TaskDistribution()))
     rows: list[dict[str, float]] = []
     done = distil(scenario, restless_policy(scenario).controller(), 4, lambda row, observation: rows.append(row))
     assert [row["window"] for row in rows] == [1, 2, 3]
-    moved = [name for name in rows[0] if name.startswith("position_") and rows[0][name] != rows[-1][name]]
+    moved = [name for name in rows[0] if name.startswith("u_") and rows[0][name] != rows[-1][name]]
     assert moved
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
     assert sum(done.figures["exit_rates"]) == pytest.approx(1.0)
@@ -151,13 +168,8 @@ def test_a_policy_replays_on_students_it_never_saw(small: ExperimentConfig, stud
 
 
 def test_a_diverged_replay_scores_worst_and_stops(small: ExperimentConfig) -> None:
-    hot = ExperimentConfig(
-        small.num_windows,
-        teacher=small.teacher,
-        train=small.train,
-        cost=small.cost,
-        controls=ControlConfig(learning_rate=(1e30, 1e30)),
-    )
+    controls = ControlConfig(learning_rate=(1e30, 1e30))
+    hot: EnvConfig = replace(small.envs(small.scenarios)[0], controls=controls, task=TaskDistribution())
     rows: list[dict[str, float]] = []
     done = distil(build_scenario(hot), hold_start, 0, lambda row, observation: rows.append(row))
     assert done.diverged

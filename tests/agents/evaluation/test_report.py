@@ -9,8 +9,8 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from rlkd.agents.evaluation.report import read_run, reward_curves, write_report
-from rlkd.agents.evaluation.tensorboard import new_logger, record_round
-from rlkd.agents.planner.planning import Round
+from rlkd.agents.evaluation.tensorboard import new_logger, record_evaluation
+from rlkd.agents.ppo.evaluation import Evaluation
 from rlkd.errors import UserError
 
 
@@ -24,11 +24,14 @@ def folder(tmp_path: Path) -> Path:
     writer.close()  # type: ignore[no-untyped-call]
     (run / "command.txt").write_text("rlkd train --out '<script>alert(1)</script>'\n")
     figure = {"mean": 0.5, "iqm": 0.51, "ci95": [0.4, 0.6]}
-    entry = dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
+    entry: dict[str, object] = {}
+    entry |= dict.fromkeys(("score", "accuracy", "macs_ratio", "latency_ratio", "energy_ratio"), figure)
+    entry |= {"goal_met": None, "goal_met_within_1_point": 0.9375, "shortfall": 0.0123}
     pair = {"difference": 0.0421, "ci95": [0.03, 0.05], "probability_of_improvement": 0.9}
-    table = {"methods": {"policy": entry, "static": entry}, "paired": {"policy-static": pair}}
-    cost = {"agent_trainings": "<script>24", "wall_s": 3.0, "updates_per_s": 100.0}
-    result = {**table, "preferences": {"0.6": table}, "cost": cost, "num_tasks": "<script>8", "split": "<script>test"}
+    table = {"methods": {"policy": entry, "nncf": entry}, "paired": {"policy-nncf": pair}}
+    table |= {"name": "keep 0.98 <script>", "goal": {"keep": 0.98, "reference": "dense"}}
+    cost = {"agent_trainings": "<script>24", "wall_s": 3.0, "trainings_per_s": 100.0}
+    result = {**table, "goals": [table], "cost": cost, "num_tasks": "<script>8", "split": "<script>test"}
     (run / "result.json").write_text(json.dumps(result))
     return run
 
@@ -50,20 +53,26 @@ def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
     assert "<script>" not in text
     assert "run &amp; &lt;b&gt;" in text
     assert "+0.0421" in text
+    assert "93.8%" in text
+    assert "0.0123" in text
+    assert "keep 0.98 &lt;script&gt;" in text
     assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
 
 
-def test_the_plans_trainings_on_the_main_data_have_a_panel_of_their_own(folder: Path) -> None:
+def test_evaluations_have_panels_over_trainings_from_the_start_on(folder: Path) -> None:
     assert len(reward_curves([read_run(folder)]).axes) == 3
     logger = new_logger(folder / "tensorboard")
-    for number, scenario, score in ((1, 0, 0.5), (2, 1, 0.2), (3, 0, 0.7)):
-        record_round(logger, Round(number, number, scenario, {"score": score}))
+    for iteration, score in ((0, -0.5), (2, 0.3), (3, 0.7)):
+        record_evaluation(logger, Evaluation(iteration, score, 0.25, 0.01, 0.5), iteration)
     logger.close()
-    first, *rest = reward_curves([read_run(folder)]).axes
+    run = read_run(folder)
+    assert {"eval/score", "eval/goal_met", "eval/shortfall", "eval/latency_saving"} <= set(run.scalars)
+    first, second, *rest = reward_curves([run]).axes
     assert len(rest) == 3
     (line,) = first.lines
-    assert list(line.get_xdata()) == [1, 3]  # trainings as they are, and not the round of another scenario
-    assert list(line.get_ydata()) == pytest.approx([0.5, 0.7])
+    assert list(line.get_xdata()) == [0, 16, 24]
+    assert list(line.get_ydata()) == pytest.approx([-0.5, 0.3, 0.7])
+    assert list(second.lines[0].get_ydata()) == [0.25] * 3
 
 
 def test_a_run_without_a_result_is_drawn_and_says_so(folder: Path, tmp_path: Path) -> None:
@@ -87,18 +96,19 @@ def test_missing_and_damaged_runs_are_named(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        (("preferences", "0.6", "methods", "policy", "score", "mean"), "high"),
-        (("preferences", "0.6", "methods", "policy", "accuracy"), 0.5),
-        (("preferences", "0.6", "methods", "static", "macs_ratio", "mean"), 1e300),
-        (("preferences", "0.6", "methods", "static", "score", "ci95"), [1.0]),
-        (("preferences", "0.6", "paired"), []),
-        (("preferences", "0.6", "paired"), {"policy": {}}),
-        (("preferences",), 3),
+        (("goals", 0, "methods", "policy", "score", "mean"), "high"),
+        (("goals", 0, "methods", "policy", "accuracy"), 0.5),
+        (("goals", 0, "methods", "nncf", "macs_ratio", "mean"), 1e300),
+        (("goals", 0, "methods", "nncf", "score", "ci95"), [1.0]),
+        (("goals", 0, "paired"), []),
+        (("goals", 0, "paired"), {"policy": {}}),
+        (("goals",), 3),
+        (("goals", 0, "methods", "policy", "shortfall"), "much"),
         (("cost",), None),
         (("cost", "wall_s"), "long"),
     ],
 )
-def test_a_result_of_another_form_is_refused(folder: Path, keys: tuple[str, ...], value: object) -> None:
+def test_a_result_of_another_form_is_refused(folder: Path, keys: tuple[str | int, ...], value: object) -> None:
     card = json.loads((folder / "result.json").read_text())
     place = card
     for key in keys[:-1]:

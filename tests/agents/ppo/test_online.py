@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rlkd.agents.baselines.schedules import follow
 from torch import Tensor
 
-from rlkd.agents.baselines.schedules import follow
 from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, learn_online
 from rlkd.configs import OnlineConfig
