@@ -7,6 +7,6 @@ The command line and the YAML files share one set of keys: `--task.label_noise.h
 if __name__ == "configs":
     raise ImportError("import this package as rlkd.configs, not as configs")
 
-from rlkd.configs.schema import CompareConfig, ComparisonConfig, ExperimentConfig, OnlineConfig, ReplayConfig
+from rlkd.configs.schema import CompareConfig, ComparisonConfig, DistilConfig, ExperimentConfig, OnlineConfig
 
-__all__ = ["CompareConfig", "ComparisonConfig", "ExperimentConfig", "OnlineConfig", "ReplayConfig"]
+__all__ = ["CompareConfig", "ComparisonConfig", "DistilConfig", "ExperimentConfig", "OnlineConfig"]

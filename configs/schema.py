@@ -9,7 +9,7 @@ from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.ppo.online import OnlineAgentConfig
 from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cost import CostConfig
-from rlkd.data import Preference, Range, TaskDistribution
+from rlkd.data import Goal, Preference, Range, TaskDistribution
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
@@ -119,12 +119,12 @@ class ExperimentConfig:
 
 
 def _clean_task() -> TaskDistribution:
-    return TaskDistribution(label_noise=Range(0.0, 0.0), num_labels=Range(897.0, 897.0))
+    return TaskDistribution(label_noise=Range(0.0, 0.0), num_labels=Range(897.0, 897.0), reference="teacher")
 
 
 @dataclass(frozen=True)
-class ReplayConfig:
-    """`rlkd replay`: distil one new student under a learned policy. Control ranges come from the policy."""
+class DistilConfig:
+    """`rlkd distil`: distil one new student under a learned policy. Control ranges come from the policy."""
 
     num_windows: int = 12
     """Decisions; each trains the student for train.steps_per_window steps."""
@@ -133,13 +133,18 @@ class ReplayConfig:
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(897,)))
     train: TrainConfig = field(default_factory=TrainConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    goal: Goal = field(default_factory=Goal)
     preference: Preference = field(default_factory=Preference)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     keep_checkpoints: int = 2
     """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
 
     def env(self, controls: ControlConfig) -> EnvConfig:
-        """The environment's part, the preference put into its tasks."""
-        task = self.task.with_preference(self.preference)
+        """The environment's part; its tasks have the goal's weights, and the rest of the goal comes later.
+
+        A limit in seconds needs the cost profile (`rlkd.runs.goals.with_goal`).
+        """
+        task = self.task.with_preference(Preference(*self.goal.weights(self.preference)))
         return EnvConfig(
             num_windows=self.num_windows,
             task=task,
@@ -152,6 +157,11 @@ class ReplayConfig:
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
+        self.goal.check()
+        self.guard.check()
+        for name in ("floor_share", "limit_share"):
+            if getattr(self.task, name):
+                raise UserError(f"task.{name}: got {getattr(self.task, name):g}; allowed: 0; state a goal with --goal")
         self.env(ControlConfig()).check()
         check_keep(self.keep_checkpoints)
 

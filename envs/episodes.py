@@ -14,7 +14,7 @@ from torch import Tensor
 from rlkd.cost import Cost
 from rlkd.data import Split, Task, TaskDistribution, draw_task
 from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, decode, exit_kind
-from rlkd.envs.limits import within_limits
+from rlkd.envs.limits import must_leave_first, within_limits
 from rlkd.envs.observation import PROBES, REFERENCES, Snapshot, TaskFeatures, observe
 from rlkd.envs.reward import score, worst_score
 from rlkd.envs.scenario import EpisodeScenario
@@ -90,7 +90,7 @@ class Episodes:
         self.reference[where] = self.scenario.references(fresh)
         self._landmarks[where] = self.scenario.signals.landmarks(self.scenario.data, fresh)
         self._features = self._task_features()
-        self.u[where] = within_limits(self.start, self._features.latency_limit, self.scenario)[where]
+        self.u[where] = within_limits(self.start, self.limits, self.scenario)[where]
         metrics, cost, now = self._settle()
         self._score = self._score.clone()
         self._score[where] = now[where]  # the others keep theirs: their next reward begins where their last one ended
@@ -128,7 +128,12 @@ class Episodes:
     @property
     def latency_limit(self) -> Tensor:
         """[N], greatest latency ratio that the goal allows; inf for no limit."""
-        return self._features.latency_limit
+        return self.limits[:, 0]
+
+    @property
+    def limits(self) -> Tensor:
+        """[N, 4], greatest cost ratios that the goals allow, in the order of COSTS; inf for no limit."""
+        return self._features.limits
 
     def step(self, u: Tensor) -> Outcome:
         """Train one window with the unit controls `u` [N, 12]; the reward is what that window changed.
@@ -139,7 +144,7 @@ class Episodes:
         if not torch.isfinite(u).all():
             bad = [CONTROLS[i] for i in range(NUM_CONTROLS) if not torch.isfinite(u[:, i]).all()]
             raise ValueError(f"step: {', '.join(bad)} is not finite; allowed: 0 to 1")
-        self.u = within_limits(u.clone(), self._features.latency_limit, self.scenario)
+        self.u = within_limits(u.clone(), self.limits, self.scenario)
         telemetry = self.students.train_window(self._controls())
         self._window += 1
         metrics, cost, now = self._settle()
@@ -168,14 +173,16 @@ class Episodes:
     def _settle(self) -> tuple[Metrics, Cost, Tensor]:
         """Select inputs and units, choose the exits, and evaluate on validation.
 
-        By the kind `first`, all samples leave at the first exit if its accuracy meets the floor, else at the end.
+        By the kind `first`, all samples leave at the first exit if its accuracy meets the floor, or if a cost limit
+        leaves nothing else, else at the end.
         """
         controls = self._controls()
         self.students.set_controls(controls)
         self._threshold = controls.exit_threshold
         metrics = self.students.evaluate("validation")
         asks_first = exit_kind(self.u) == EXIT_KINDS.index("first")
-        fails = asks_first & (metrics.exit_accuracy[:, 0] < self.floors[:, 0])
+        may_fail = asks_first & ~must_leave_first(self.u, self.limits, self.scenario)
+        fails = may_fail & (metrics.exit_accuracy[:, 0] < self.floors[:, 0])
         if self.scenario.num_exits > 1 and fails.any():
             self._threshold = torch.where(fails, torch.ones_like(self._threshold), self._threshold)
             self.students.set_exit(self._threshold)
@@ -320,7 +327,7 @@ class Episodes:
             preference=torch.tensor([task.preference for task in self.tasks]),
             anchor=torch.where(has_floor, self.floors[:, 0], self.reference[:, 0]),
             has_floor=has_floor,
-            latency_limit=torch.tensor([task.latency_limit for task in self.tasks]),
+            limits=torch.tensor([task.limits for task in self.tasks]),
         )
 
 

@@ -49,7 +49,7 @@ TABLE: dict[str, dict[str, tuple[tuple[float, float], str]]] = {
         "preference_latency": ((0.0, 1.0), "weight of latency in J"),
         "preference_energy": ((0.0, 1.0), "weight of energy in J"),
         "has_limit": ((0.0, 1.0), "1 if the goal limits a cost"),
-        "limit_slack": ((-1.0, 1.0), "limit on the latency ratio less the ratio now; 1 without a limit"),
+        "limit_slack": ((-1.0, 1.0), "least distance of a cost ratio below its limit; 1 without a limit"),
     },
     "cost": {
         "latency_saving": ((-3.0, 1.0), "1 - latency ratio to the dense student"),
@@ -103,7 +103,7 @@ class TaskFeatures:
     preference: Tensor  # [N, 3]
     anchor: Tensor  # validation floor, or the reference accuracy of a task without one
     has_floor: Tensor  # bool
-    latency_limit: Tensor  # ratio to the dense student, inf for no limit
+    limits: Tensor  # [N, 4], cost ratios to the dense student in the order of COSTS; inf for no limit
 
 
 @dataclass(frozen=True)
@@ -170,20 +170,22 @@ def _margins(features: TaskFeatures, now: Snapshot) -> dict[str, Tensor]:
 def _goal_and_cost(
     features: TaskFeatures, now: Snapshot, savings: Tensor, group_sizes: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    metrics, cost, limit = now.metrics, now.cost, features.latency_limit
+    metrics, cost = now.metrics, now.cost
+    has_limit = features.limits.isfinite().any(-1)
+    slack = (features.limits - cost.ratios).amin(-1)
     return {
         "has_floor": features.has_floor.float(),
         "preference_accuracy": features.preference[:, 0],
         "preference_latency": features.preference[:, 1],
         "preference_energy": features.preference[:, 2],
-        "has_limit": limit.isfinite().float(),
-        "limit_slack": torch.where(limit.isfinite(), limit - cost.latency_ratio, torch.ones_like(limit)),
+        "has_limit": has_limit.float(),
+        "limit_slack": torch.where(has_limit, slack, torch.ones_like(slack)),
         "latency_saving": 1 - cost.latency_ratio,
         "energy_saving": 1 - cost.energy_ratio,
         "inputs_kept": metrics.kept[:, 0] / group_sizes[0],
         "units_kept": metrics.kept[:, 1:].sum(-1) / sum(group_sizes[1:]),
         "first_exit_rate": metrics.exit_rates[:, 0],
-        **{name: savings[i].expand_as(limit) for i, name in enumerate(SAVINGS)},
+        **{name: savings[i].expand_as(slack) for i, name in enumerate(SAVINGS)},
     }
 
 

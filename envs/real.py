@@ -2,21 +2,23 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlkd.envs.schedule import ControlPlan, fixed_plan
+import torch
 from torch import Tensor, nn
 
 from rlkd.cost import Cost
 from rlkd.cost.real import ModuleProfile, count_work, load_speed, profile_module
-from rlkd.data import Preference, Range, TaskDistribution
+from rlkd.data import Goal, Preference, Range, Split, Task, TaskDistribution
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
 from rlkd.data.tables import ColumnConfig, Table, make_examples, read_table
 from rlkd.data.texts import DOCUMENTS, make_token_examples, read_texts
-from rlkd.envs.action import ControlConfig, published_setting
+from rlkd.envs.action import ControlConfig, decode, published_setting
+from rlkd.envs.guard import GuardConfig
+from rlkd.envs.references import References, stated_reference
 from rlkd.envs.scenario import check_keep
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
@@ -36,7 +38,7 @@ from rlkd.models.real.pretrained import (
 )
 from rlkd.students import Students
 from rlkd.students.real.causal import CausalStudent, TokenConfig
-from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, evaluated_samples
 from rlkd.students.real.processes import first_alone
 from rlkd.teachers import Signals
 from rlkd.teachers.real.module_signals import module_signals
@@ -60,7 +62,7 @@ class RealCostConfig:
 
 @dataclass(frozen=True)
 class RealConfig:
-    """`rlkd replay --data ...`: distil a real model. Control ranges come from the policy."""
+    """`rlkd distil --data ...`: distil a real model. Control ranges come from the policy."""
 
     teacher: str
     """Folder of a transformers classifier or causal language model (config.json, safetensors, tokenizer or image
@@ -81,7 +83,9 @@ class RealConfig:
     train: ModuleTrainConfig = field(default_factory=ModuleTrainConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     cost: RealCostConfig = field(default_factory=RealCostConfig)
+    goal: Goal = field(default_factory=Goal)
     preference: Preference = field(default_factory=Preference)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     keep_checkpoints: int = 2
     """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
     allow_pickle: bool = False
@@ -94,7 +98,9 @@ class RealConfig:
         check_keep(self.keep_checkpoints)
         for part in (self.cut, self.columns, self.attach, self.train, self.tokens, self.cost):
             part.check()
-        self.preference.weights()
+        self.goal.check()
+        self.guard.check()
+        self.goal.weights(self.preference)
         self.train.torch_device()
 
 
@@ -116,7 +122,7 @@ class RealScenario:
     data: Examples
     signals: Signals
     profile: ModuleProfile
-    plan: ControlPlan  # what actions change
+    start: Tensor  # [12], the setting that actions change
     teacher_macs: float
     student: Instrumented  # holds the weights that training starts from
     initial: dict[str, Tensor]  # a copy of the model's weights before any training
@@ -124,6 +130,9 @@ class RealScenario:
     processor: Any  # tokenizer or image processor of the student; None for arrays
     tables: str  # what was mapped to what, and which controls there are
     is_reverse: bool = False  # of a language model's response term
+    teacher: nn.Module | None = None  # to be timed beside the student; None where it is spread over devices
+    teacher_data: Examples | None = None  # the samples with the teacher's own inputs
+    known: References = field(default_factory=References)
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -158,6 +167,45 @@ class RealScenario:
         """As `EpisodeScenario.cost`, for N = 1."""
         return self.profile.cost(kept, exit_rates, exit_threshold)
 
+    def warm_start(self, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:
+        """As `EpisodeScenario.warm_start`: nothing is left to do, a real student is made with its starting weights."""
+
+    def references(self, tasks: Sequence[Task]) -> Tensor:
+        """As `EpisodeScenario.references`; a dense student that was not trained yet is trained here."""
+        reference = self.config.task.reference
+        stated = stated_reference(reference, len(tasks))
+        if stated is not None:
+            return stated
+        if reference == "teacher":
+            return torch.tensor([self._teacher_accuracy("validation"), self._teacher_accuracy("test")]).expand(
+                len(tasks), 2
+            )
+        for task in self.known.missing(tasks, warm=False):
+            self.known.accuracy[task.seed] = self._dense_accuracy(task)
+        return self.known.of(tasks)
+
+    def _teacher_accuracy(self, split: Split) -> float:
+        """On the samples that students are evaluated on."""
+        index = evaluated_samples(self.data.splits[split], split, self.config.train)
+        if isinstance(self.signals, TokenSignals):
+            return float(self.signals.anchors.quality(self.signals.mean(self.signals.losses, index)))
+        return float((self.signals.logits[0, index].argmax(-1) == self.data.labels[index]).float().mean())
+
+    def _dense_accuracy(self, task: Task) -> tuple[float, float]:
+        """Validation and test accuracy of the dense student, trained under the published setting.
+
+        It trains in the place of the student, whose weights and attachments are put back.
+        """
+        before = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
+        dense = self.students(1)
+        dense.reset([task])
+        setting = decode(published_setting(self.config.controls)[None], self.config.controls, self.data.num_classes)
+        for _ in range(self.config.num_windows):
+            dense.train_window(setting)
+        reached = (float(dense.evaluate("validation").accuracy), float(dense.evaluate("test").accuracy))
+        self.student.load_state_dict(before)
+        return reached
+
     def students(self, num_students: int) -> Students:
         """The student, at its starting weights."""
         if num_students != 1:
@@ -183,7 +231,7 @@ class _Side:
 def build_real_scenario(
     config: RealConfig,
     controls: ControlConfig,
-    plan: ControlPlan | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> RealScenario:
@@ -192,7 +240,7 @@ def build_real_scenario(
     Args:
         config: checked here.
         controls: ranges of the controls.
-        plan: what actions change; by default the published setting, held.
+        start: [12], the setting that actions change; by default the published one.
         seed: of a fresh student's weights.
         say: told in one line when something takes a while.
 
@@ -225,13 +273,14 @@ def build_real_scenario(
         dataset=student.data.name,
         label_noise=Range(0.0, 0.0),
         num_labels=Range(len(student.data.splits["train"]), len(student.data.splits["train"])),
-    ).with_preference(config.preference)
+    )
+    is_whole = config.teacher_device_map is None
     return RealScenario(
         RealEpisodeConfig(config.num_windows, task, config.train, controls),
         student.data,
         signals,
         profile,
-        fixed_plan(published_setting(controls)[None]) if plan is None else plan,
+        published_setting(controls) if start is None else start,
         teacher_macs,
         Instrumented(student.model, student.plan, links),
         {name: value.clone() for name, value in student.model.state_dict().items()},
@@ -239,6 +288,8 @@ def build_real_scenario(
         student.processor,
         f"{link_table(links)}\n\n{control_table(student.plan)}\n{_about_tokens(config, signals)}",
         config.tokens.divergence == "reverse",
+        teacher.model if is_whole else None,
+        teacher.data if is_whole else None,
     )
 
 

@@ -10,7 +10,10 @@ from rlkd.students import Controls
 
 
 def window_row(window: int, u: Tensor, outcome: Outcome, scenario: EpisodeScenario) -> dict[str, float]:
-    """Unit controls `u` [1, 12] and validation figures of one student's window, counted from 0."""
+    """Unit controls `u` [1, 12], controls and validation metrics of one student's window, counted from 0.
+
+    Latency is in seconds of one batch by the cost profile; energy in joules and MACs are of one sample.
+    """
     controls = decode(u, scenario.config.controls, scenario.data.num_classes)
     return {
         "window": window + 1,
@@ -22,6 +25,12 @@ def window_row(window: int, u: Tensor, outcome: Outcome, scenario: EpisodeScenar
         "macs_ratio": float(outcome.cost.macs_ratio[0]),
         "latency_ratio": float(outcome.cost.latency_ratio[0]),
         "energy_ratio": float(outcome.cost.energy_ratio[0]),
+        "size_ratio": float(outcome.cost.size_ratio[0]),
+        "latency_s": float(outcome.cost.latency_s[0]),
+        "energy_j": float(outcome.cost.energy_j[0]),
+        "macs": float(outcome.cost.macs[0]),
+        "parameters": float(outcome.cost.parameters[0]),
+        "first_exit_rate": float(outcome.metrics.exit_rates[0, 0]),
         "num_diverged": float(outcome.diverged[0]),
         "num_rollbacks": float(outcome.telemetry.num_rollbacks[0]),
     }

@@ -21,7 +21,7 @@ import torch
 from rlkd.agents.baselines.published import published
 from rlkd.agents.evaluation.comparison import interval
 from rlkd.agents.policy.bundle import load_bundle
-from rlkd.configs import ReplayConfig
+from rlkd.configs import DistilConfig
 from rlkd.data import Preference, Range
 from rlkd.envs.scenario import build_scenario
 from rlkd.models import StudentConfig
@@ -39,7 +39,7 @@ ACCURACY_WEIGHT = 0.98  # near the end of the range that policies learn: keep th
 def one(data_set: str, num_labels: int, seed: int, policy_folder: Path) -> dict[str, float]:
     """Figures of one seed."""
     policy = load_bundle(policy_folder).policy
-    base = ReplayConfig(
+    base = DistilConfig(
         student=StudentConfig(widths=WIDTHS),
         teacher=TeacherConfig(num_samples=(num_labels,), num_steps=1000),
         preference=Preference(ACCURACY_WEIGHT),

@@ -169,15 +169,15 @@ def reward_curves(runs: list[Run]) -> Figure:
 
 
 def controls(runs: list[Run]) -> Figure:
-    """Mean position of every control over the run, one line a run."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axis, name in zip(figure.subplots(3, 3, sharey=True).flat, CONTROLS, strict=True):
+    """Mean unit control over the run, a panel a control and a line a run."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axis, name in zip(figure.subplots(3, 4, sharey=True).flat, CONTROLS, strict=True):
         for i, run in enumerate(runs):
             axis.plot(*_against(run, f"action/{name}"), color=COLOURS[i % len(COLOURS)], label=run.name, linewidth=1.5)
         _grid(axis, name, "", "")
         axis.set_ylim(-0.03, 1.03)
     figure.supxlabel(_progress_name(runs), fontsize=10)
-    figure.supylabel("mean position in the control's range (0 to 1)", fontsize=10)
+    figure.supylabel("mean unit control (0 to 1)", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.axes[0].legend(handles, labels, fontsize=8, frameon=False)
     return figure

@@ -22,6 +22,7 @@ from rlkd.io.records import plain
 
 _STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged", "num_rollbacks")
 _GOAL = ("goal_met", "shortfall", "margin")
+_ALONE = (*_STUDENT, "margin", "floor", "size_ratio", "first_exit_rate", "num_undone", "distance_from_training")
 
 
 def new_logger(folder: Path) -> Logger:
@@ -62,42 +63,44 @@ def write_controls(logger: Logger, scenario: Scenario, controller: Controller, s
     seen: list[Tensor] = []
 
     def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        position = controller(observation, episodes, window)
-        seen.append(position)
-        return position
+        u = controller(observation, episodes, window)
+        seen.append(u)
+        return u
 
     run(scenario, recorded, seeds, scenario.config.task, final_split="validation")
-    write_position_figure(logger, torch.stack(seen))
+    write_controls_figure(logger, torch.stack(seen))
 
 
-def write_position_figure(logger: Logger, positions: Tensor) -> None:
-    """The figure of `controls_figure` for positions [windows, tasks, 9]."""
-    _writer(logger).add_figure("controls", controls_figure(positions.numpy()), 0)
+def write_controls_figure(logger: Logger, u: Tensor) -> None:
+    """Write the figure of `controls_figure` for unit controls [windows, tasks, 12]."""
+    _writer(logger).add_figure("controls", controls_figure(u.numpy()), 0)
 
 
 def record_window(logger: Logger, row: dict[str, float]) -> None:
-    """One window of a replay: its controls under `action/`, the student's figures under `student/`."""
+    """Write one window of one student: unit controls under `action/`, their values under `controls/`, and metrics."""
     for name, value in row.items():
-        if name.startswith("position_"):
-            logger.record(f"action/{name.removeprefix('position_')}", value)
-        elif name in _STUDENT:
+        if name.startswith("u_"):
+            logger.record(f"action/{name.removeprefix('u_')}", value)
+        elif name in _ALONE:
             logger.record(f"student/{name}", value)
+        elif name != "window":
+            logger.record(f"controls/{name}", value)
     logger.dump(int(row["window"]))
 
 
-def controls_figure(positions: np.ndarray) -> Canvas:
-    """One panel a control for positions [windows, tasks, 9]: mean line, band of one deviation."""
-    figure = Canvas(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots(3, 3, sharex=True, sharey=True)
-    windows = np.arange(1, len(positions) + 1)
-    for axis, name, values in zip(axes.flat, CONTROLS, np.moveaxis(positions, 2, 0), strict=True):
+def controls_figure(u: np.ndarray) -> Canvas:
+    """One panel a control for unit controls [windows, tasks, 12]: mean line, band of one deviation."""
+    figure = Canvas(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(3, 4, sharex=True, sharey=True)
+    windows = np.arange(1, len(u) + 1)
+    for axis, name, values in zip(axes.flat, CONTROLS, np.moveaxis(u, 2, 0), strict=True):
         mean, deviation = values.mean(1), values.std(1)
         axis.fill_between(windows, mean - deviation, mean + deviation, alpha=0.2, color="#1f5fa8")
         axis.plot(windows, mean, color="#1f5fa8")
         axis.set_title(name, fontsize=9)
         axis.set_ylim(-0.05, 1.05)
     figure.supxlabel("window")
-    figure.supylabel("position in the control's range")
+    figure.supylabel("unit control")
     return figure
 
 

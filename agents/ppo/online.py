@@ -3,8 +3,9 @@
 Unlike `rlkd.agents.ppo.train`, which learns over many students and is replayed on others, this has one long training.
 Every few windows PPO (Schulman et al. 2017, by stable-baselines3) is updated on what was just observed. The reward of a
 window is the change of J on validation that it brought. Actions change what a base controller would do: a learned
-policy's controls, or the scenario's schedule. The head starts at zero, so before its first update the agent is its base
-and exploration. The student of the window with the best J on validation ships. The agent never resets the episode.
+policy's controls, or the setting that the scenario starts with. The head starts at zero, so before its first update the
+agent is its base and exploration. The student of the window with the best J on validation ships. The agent never resets
+the episode.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     """The only student's training, from its first window on; it remembers the best student so far.
 
     Args:
-        scenario: gives task, plan and horizon.
+        scenario: gives task, start and horizon.
         base: what actions change.
         seed: of task, parameters and batches.
         on_window: given each window's row, its observation [1, O] and the episodes as they then are.
@@ -94,14 +95,13 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         return self._seen(), {}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """One window under the base's controls, changed by `action` [9]."""
-        controls = self._scenario.config.controls
-        held = self._base(self._observation, self.episodes, self._window)  # [1, 9]
-        position = change(held, torch.from_numpy(np.asarray(action, dtype=np.float32))[None], controls)
-        outcome = self.episodes.step(position)
+        """Train one window under the base's controls, changed by `action` [12]."""
+        base = self._base(self._observation, self.episodes, self._window)  # [1, 12]
+        moved = torch.from_numpy(np.asarray(action, dtype=np.float32))[None]
+        outcome = self.episodes.step(change(base, moved, base, self._scenario.config.controls))
         self._observation, self._window = outcome.observation, self._window + 1
         self.diverged = bool(outcome.diverged[0])
-        row = self.last = window_row(self._window - 1, position, outcome, self._scenario)
+        row = self.last = window_row(self._window - 1, self.episodes.u, outcome, self._scenario)
         if not self.diverged and row["score"] > self._best_score:
             self._best_score, self.best_window = row["score"], self._window
             self._best = self.episodes.training_state()

@@ -13,7 +13,8 @@ from rlkd.io.files import write_error
 
 VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
-    "replay": "distil a new student under a learned policy, in one training run",
+    "distil": "distil a new student to a goal under a learned policy, in one training run",
+    "policies": "the policies that come with rlkd, with their cards",
     "compare": "train the same tasks under several controllers, paired",
     "verify": "compute a run's final table again from what it saved, and compare",
     "analyze": "figures and one HTML page from the event files of runs",
@@ -21,6 +22,7 @@ VERBS = {
     "bench": "student updates per second: lock-step population against its baselines",
     "list": "tasks, models, terms, controllers, configs",
 }
+RENAMED = {"replay": "distil"}  # verbs that answer under their old name
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
@@ -32,7 +34,7 @@ def usage() -> str:
         "usage: rlkd VERB [options]\n\nReinforcement-learning-guided knowledge distillation.\n\n"
         f"{verbs}\n\nrlkd VERB --help tells a verb's options. Examples:\n"
         "  rlkd train --out runs/first\n"
-        "  rlkd replay --policy runs/first/policy --preference.accuracy 0.9\n"
+        "  rlkd distil --goal.keep 0.98\n"
         "  rlkd analyze runs/first\n\n"
         "exit codes: 0 done, 1 failed, 2 a mistake in the command or its files, 130 interrupted, "
         "143 terminated"
@@ -49,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlkd {rlkd.__version__}")
         return OK
     try:
+        if args[0] in RENAMED:
+            print(f"rlkd: {args[0]} is now called {RENAMED[args[0]]}", file=sys.stderr)
+            args = [RENAMED[args[0]], *args[1:]]
         if args[0] not in VERBS:
             from rlkd.cli.arguments import closest
 

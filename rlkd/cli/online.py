@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from rlkd.agents.evaluation.held_out import TRAIN_STREAM, stream_seed
-from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.agents.policy.bundle import Bundle
+from rlkd.agents.policy.bundled import find_policy
 from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.ppo.online import OneRun, learn_online
 from rlkd.cli.arguments import check_seed, new_parser, parse
+from rlkd.cli.outcome import Watch, finish
 from rlkd.cli.progress import Bar
-from rlkd.cli.replay import Watch, finish
 from rlkd.compression import save_student
 from rlkd.configs import OnlineConfig
 from rlkd.cost import save_profile
@@ -19,7 +20,7 @@ from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import build_scenario
 from rlkd.io.journal import Journal
 from rlkd.io.records import plain
-from rlkd.runs.distil import compact_now, ship, write_student
+from rlkd.runs.distil import Trained, check_shipped, compact_now, ship, write_student
 from rlkd.runs.folder import describe_run, run_folder, use_one_thread
 
 
@@ -30,7 +31,7 @@ def run(argv: list[str]) -> int:
         "Distil one student in one long training while PPO learns from its windows; the best on validation is kept.",
         [
             "--out runs/online",
-            "--policy runs/first/policy --num_windows 48 --preference.accuracy 0.9",
+            "--policy runs/first --num_windows 48 --preference.accuracy 0.9",
         ],
     )
     parser.add_argument("--policy", type=Path | None, default=None, help="bundle whose controls the agent changes")
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> int:
     config, options = parse(parser, argv, OnlineConfig)
     assert config is not None
     check_seed(options.seed)
-    bundle = load_bundle(options.policy) if options.policy else None
+    bundle = find_policy(options.policy) if options.policy else None
     config.check()
     use_one_thread()
     with run_folder(options.out, "online") as folder:
@@ -51,8 +52,8 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
     with Bar(config.train.steps_per_window) as bar:
         journal = Journal(folder, say=bar.say)  # of the time alone: a run of this kind does not resume
         describe_run(folder, config, seed)
-        controls, plan = (bundle.policy.controls, bundle.policy.plan) if bundle else (ControlConfig(), None)
-        scenario = build_scenario(config.env(controls), plan, bar.say)
+        controls, start = (bundle.policy.controls, bundle.policy.start) if bundle else (ControlConfig(), None)
+        scenario = build_scenario(config.env(controls), start, bar.say)
         save_profile(scenario.profile, folder / "cost_profile.json")
         bar.phase("distilling while the agent learns", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
@@ -68,9 +69,10 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
         num_updates = learn_online(one, config.num_windows, config.agent, stream_seed(seed, TRAIN_STREAM), watch.logger)
         watch.close(config)
     one.bring_back_best()
-    done = ship(scenario, one.episodes, {**one.last, "num_diverged": 0.0})
-    done.figures.update(best_window=one.best_window, agent_updates=num_updates, num_windows=len(watch.positions))
+    done = ship(scenario, Trained(one.episodes, one.last, one.best_window, num_undone=0))
+    done.figures.update(agent_updates=num_updates, num_windows=len(watch.u))
     write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")
     if one.diverged:
-        bar.say(f"the student diverged in window {len(watch.positions)}; the one of window {one.best_window} is kept")
-    return finish(folder, config, plain(config.task), watch, done.figures, done.measured, False)
+        bar.say(f"the student diverged in window {len(watch.u)}; the one of window {one.best_window} is kept")
+    weights, broken = config.preference.weights(), check_shipped(done.figures)
+    return finish(folder, config, plain(config.task), watch, done, weights=weights, broken=broken)

@@ -9,7 +9,7 @@ from rlkd.cli.arguments import check_seed, new_parser, parse
 from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.cli.main import FAILED, OK, one_line
 from rlkd.cli.progress import Bar
-from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
+from rlkd.configs import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.errors import UserError
 from rlkd.io.files import inside, read_bytes
 from rlkd.runs.folder import use_one_thread
@@ -65,7 +65,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
         trained, seed = _config(folder, ExperimentConfig)
         with Bar(trained.train.steps_per_window) as bar:
             return verify_train(folder, trained, seed, bar)
-    replayed, seed = _config(folder, ReplayConfig)
+    replayed, seed = _config(folder, DistilConfig)
     with Bar(replayed.train.steps_per_window) as bar:
         return verify_replay(folder, replayed, seed, bar)
 

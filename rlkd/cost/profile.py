@@ -59,6 +59,13 @@ class Cost:
     latency_ratio: Tensor  # to the dense student
     energy_ratio: Tensor
     macs_ratio: Tensor
+    parameters: Tensor  # that the student holds as it ships
+    size_ratio: Tensor  # of the parameters
+
+    @property
+    def ratios(self) -> Tensor:
+        """[N, 4], ratios to the dense student in the order of `rlkd.data.distribution.COSTS`."""
+        return torch.stack([self.latency_ratio, self.energy_ratio, self.macs_ratio, self.size_ratio], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ class CostProfile:
             (latency / self.latency_s(dense)).float(),
             (energy / self.energy_j(dense)).float(),
             (work.macs / dense.macs).float(),
+            work.parameters.float(),
+            (work.parameters / dense.parameters).float(),
         )
 
 

@@ -58,6 +58,7 @@ class ModuleWork:
     blocks: tuple[BlockWork, ...]
     after: Work  # behind the blocks: the model's own head
     exits: tuple[Work, ...]
+    parameters: float  # of the whole model, embeddings and norms too
 
     @property
     def dense_macs(self) -> float:
@@ -112,7 +113,8 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
         )
         for b in plan.exits
     )
-    return ModuleWork(_sum(before), tuple(blocks), _sum(after), exits)
+    parameters = float(sum(p.numel() for p in model.parameters()))
+    return ModuleWork(_sum(before), tuple(blocks), _sum(after), exits, parameters)
 
 
 def _leaf_work(module: nn.Module, output: Tensor) -> Work:
@@ -167,7 +169,31 @@ class ModuleProfile:
         sizes = torch.tensor(self.plan.group_sizes, dtype=torch.float64)
         dense = self._figures(sizes, torch.zeros(len(self.plan.exits) + 1), torch.ones(1))
         ratios = [a / b for a, b in zip(now, dense, strict=True)]
-        return Cost(*(torch.tensor([float(value)]) for value in (*now, *ratios)))
+        size = self._parameters(kept[0].double(), exit_threshold)
+        values = (*now, *ratios, size, size / self.work.parameters)
+        return Cost(*(torch.tensor([float(value)]) for value in values))
+
+    def _parameters(self, kept: Tensor, threshold: Tensor) -> float:
+        """Parameters that are left once masked units and heads, and blocks that are never reached, are cut out."""
+        always, never = (bool(end) for end in exit_ends(threshold, self.plan.num_classes))
+        share = self._shares(kept)
+        last = self.plan.exits[0] if always and self.plan.exits else len(self.work.blocks)
+        cut = 0.0
+        for position, block in enumerate(self.work.blocks):
+            if position >= last:
+                cut += block.fixed.weights + block.units.weights + block.heads.weights
+            else:
+                cut += (1.0 - share.get(("units", position), 1.0)) * block.units.weights
+                cut += (1.0 - share.get(("heads", position), 1.0)) * block.heads.weights
+        exits = self.plan.exits[:1] if always else () if never else self.plan.exits
+        if self.plan.per_token:  # an exit adds a norm and answers through the model's own head
+            return self.work.parameters - cut + sum(self.plan.widths[block - 1] for block in exits)
+        after = self.work.after.weights if always and exits else 0.0
+        return self.work.parameters - cut - after + sum(head.weights for head in self.work.exits[: len(exits)])
+
+    def _shares(self, kept: Tensor) -> dict[tuple[str, int], float]:
+        """Kept share of every block's units and heads."""
+        return {(_shrinks_as(g), g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
 
     def _figures(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[float, float, float]:
         """Seconds of a batch, joules and MACs of a sample."""
@@ -184,7 +210,7 @@ class ModuleProfile:
     def _work(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[Work, float]:
         """Work of a sample on average (weights: of a batch), and how many blocks a batch runs through on average."""
         always, never = (bool(end) for end in exit_ends(threshold, self.plan.num_classes))
-        share = {(_shrinks_as(g), g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
+        share = self._shares(kept)
         tokens_kept = float(kept[0]) / self.plan.num_positions
         parts, reach, total_runs = [self.work.before], 1.0, 0.0
         for position, block in enumerate(self.work.blocks):

@@ -6,7 +6,7 @@ the machine touches one round of every network rather than all rounds of one.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -46,22 +46,28 @@ def _seconds_a_call(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     once = max(time.perf_counter() - start, 1e-7)
-    num_calls = max(1, round(CALL_TIME_S / once))
+    num_calls = round(CALL_TIME_S / once)
+    if num_calls <= 1:
+        return once
     start = time.perf_counter()
     for _ in range(num_calls):
         call()
     return (time.perf_counter() - start) / num_calls
 
 
-def median_latency_s(networks: list[CompactStudent], inputs: Tensor) -> list[tuple[float, float]]:
-    """(median, interquartile range) in seconds of one call on `inputs`, one thread, a pair a network."""
-    calls: list[Callable[[], object]] = [lambda n=network: n(inputs) for network in networks]  # type: ignore[misc]
+def interleaved_s(calls: Sequence[Callable[[], object]]) -> list[tuple[float, float]]:
+    """(median, interquartile range) in seconds of each call, one thread, warmed up; every round times all calls."""
     with one_thread():
         for call in calls:
             _seconds_a_call(call)  # warm-up
         rounds = [[_seconds_a_call(call) for call in calls] for _ in range(NUM_ROUNDS)]
     columns = [sorted(column) for column in zip(*rounds, strict=True)]
     return [(statistics.median(c), c[(3 * NUM_ROUNDS) // 4] - c[NUM_ROUNDS // 4]) for c in columns]
+
+
+def median_latency_s(networks: Sequence[CompactStudent], inputs: Tensor) -> list[tuple[float, float]]:
+    """(median, interquartile range) in seconds of one call on `inputs`, one thread, a pair a network."""
+    return interleaved_s([lambda n=network: n(inputs) for network in networks])  # type: ignore[misc]
 
 
 def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:

@@ -21,6 +21,7 @@ class Workload:
     decided: Tensor  # exit decisions a sample
     gathers: Tensor  # 1 where inputs are selected, else 0
     inputs: Tensor  # input values read a sample
+    parameters: Tensor  # that the compacted student holds
 
     def regressors(self, batch_size: int) -> Tensor:
         """[N, 8], what a batch's latency is linear in (`CostProfile`)."""
@@ -61,7 +62,8 @@ def workload(
     always, never = exit_ends(exit_threshold, student.num_classes)  # each [N]
     kept = kept.double()
     reach = torch.ones(len(kept), dtype=torch.float64)  # [N] share of samples that get to this block
-    macs, activations, weights, layers, decisions, decided = torch.zeros(6, len(kept), dtype=torch.float64)
+    macs, activations, weights, layers, decisions, decided, parameters = torch.zeros(7, len(kept), dtype=torch.float64)
+    held = torch.ones_like(reach)  # [N] 1 where this block is there at all
     is_full = torch.as_tensor(kept[:, 0] >= student.group_sizes[0])
     for block, layer in enumerate(layers_of(student.layers), start=1):
         positions = num_positions(student.is_conv, student.input_shape, block)
@@ -72,6 +74,7 @@ def workload(
         activations += reach * kept[:, block] * positions
         weights += runs * (fan_in + 1) * kept[:, block]
         layers += runs
+        parameters += held * (fan_in + 1) * kept[:, block]
         if block not in student.exits:
             continue
         exit_index = student.exits.index(block)
@@ -81,6 +84,7 @@ def workload(
         activations += present * reach * student.num_classes
         weights += present * runs * (kept[:, block] * positions + 1) * student.num_classes
         layers += present * runs
+        parameters += present * held * (kept[:, block] * positions + 1) * student.num_classes
         if not is_last:
             decides = present * (~always).double()  # [N]
             decisions += decides * runs
@@ -90,10 +94,12 @@ def workload(
                 activations += decides * reach
                 weights += decides * runs * (student.num_classes + 2)
                 layers += decides * runs
+                parameters += decides * held * (student.num_classes + 2)
+            held = held * (~always).double()
             reach = (reach - exit_rates[:, exit_index].double()).clamp_min(0.0)
     gathers = (~is_full).double()
     num_inputs = kept[:, 0] * (torch.Size(student.input_shape).numel() if student.is_conv else 1)
-    return Workload(macs, activations, weights, layers, decisions, decided, gathers, num_inputs)
+    return Workload(macs, activations, weights, layers, decisions, decided, gathers, num_inputs, parameters)
 
 
 def dense_workload(student: ChainStudent, batch_size: int) -> Workload:

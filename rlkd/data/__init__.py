@@ -9,11 +9,13 @@ from rlkd.data.distribution import (
     draw_task,
     task_generator,
 )
+from rlkd.data.goal import Goal
 from rlkd.data.samples import DataSet, Labelled, Split
 
 __all__ = [
     "DATASETS",
     "DataSet",
+    "Goal",
     "Labelled",
     "Preference",
     "Range",

@@ -5,7 +5,7 @@ given the same task: the same teacher, the same corrupted labels, the same initi
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Range:
         return self.low + (self.high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
+COSTS = ("latency", "energy", "macs", "size")  # what a goal can limit
 LATENCY_SHARE = 0.75  # of what accuracy leaves of the weights; energy takes the rest
 
 
@@ -63,29 +64,38 @@ class Preference:
     Latency and energy left out take what accuracy leaves, in the proportion 3 : 1.
     """
 
-    accuracy: float = 0.6
-    """Weight of the accuracy term."""
+    accuracy: float | None = None
+    """Weight of the accuracy term; by default 0.6, or 0 where the goal has an accuracy floor."""
     latency: float | None = None
     """Weight of the latency term; by default three quarters of what accuracy leaves of 1."""
     energy: float | None = None
     """Weight of the energy term; by default one quarter of what accuracy leaves of 1."""
 
-    def weights(self) -> tuple[float, float, float]:
+    @property
+    def is_given(self) -> bool:
+        """Whether any weight was given."""
+        return not (self.accuracy is None and self.latency is None and self.energy is None)
+
+    def weights(self, default_accuracy: float = 0.6) -> tuple[float, float, float]:
         """(accuracy, latency, energy), summing to one.
+
+        Args:
+            default_accuracy: weight of accuracy where none was given.
 
         Raises:
             UserError: a negative weight, an accuracy above 1 with nothing else given, or all zero.
         """
-        rest = 1.0 - self.accuracy
+        accuracy = default_accuracy if self.accuracy is None else self.accuracy
+        rest = 1.0 - accuracy
         latency = LATENCY_SHARE * rest if self.latency is None else self.latency
         energy = (1.0 - LATENCY_SHARE) * rest if self.energy is None else self.energy
-        total = self.accuracy + latency + energy
-        if not (min(self.accuracy, latency, energy) >= 0.0 and 0.0 < total < float("inf")):
+        total = accuracy + latency + energy
+        if not (min(accuracy, latency, energy) >= 0.0 and 0.0 < total < float("inf")):
             raise UserError(
-                f"preference: got accuracy {self.accuracy:g}, latency {latency:g}, energy {energy:g}; "
+                f"preference: got accuracy {accuracy:g}, latency {latency:g}, energy {energy:g}; "
                 "allowed: finite weights >= 0 that are not all 0 (accuracy in [0, 1] when it stands alone)"
             )
-        return self.accuracy / total, latency / total, energy / total
+        return accuracy / total, latency / total, energy / total
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,47 @@ class TaskDistribution:
         share = Range(latency_share, latency_share)
         return replace(self, floor_share=1.0, keep=Range(keep, keep), latency_share=share)
 
+    def with_goal(self, goal: "TaskGoal", reference: str) -> "GoalDistribution":
+        """The same distribution with one goal for all tasks; all other draws of a seed stay the same."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(TaskDistribution)}
+        return GoalDistribution(**values | {"reference": reference}, goal=goal)
+
+    def draw_goal(self, seed: int, accuracy: float, latency: float) -> "TaskGoal":
+        """The goal of a task; `accuracy` and `latency` are the weights that it has without a floor or a limit."""
+        g = task_generator(seed, "goal")
+        kind, keep = torch.rand((), generator=g).item(), self.keep.draw(g)
+        limit = self.latency_limit.draw(g)
+        share = latency / (1.0 - accuracy) if accuracy < 1.0 else LATENCY_SHARE
+        if kind < self.floor_share:
+            return TaskGoal((0.0, share, 1.0 - share), keep=keep)
+        rest = (kind - self.floor_share) / max(1e-12, 1.0 - self.floor_share)
+        if rest < self.limit_share:
+            return TaskGoal((1.0, 0.0, 0.0), latency_limit=limit)
+        return TaskGoal((accuracy, latency, max(0.0, 1.0 - accuracy - latency)))
+
+
+@dataclass(frozen=True)
+class TaskGoal:
+    """What one student is asked for. Limits are ratios to the dense student; inf: no limit."""
+
+    preference: tuple[float, float, float]  # accuracy, latency, energy; sums to one
+    keep: float = 0.0  # floor as a share of the reference accuracy; 0: no floor
+    latency_limit: float = math.inf
+    energy_limit: float = math.inf
+    macs_limit: float = math.inf
+    size_limit: float = math.inf
+
+
+@dataclass(frozen=True)
+class GoalDistribution(TaskDistribution):
+    """Tasks that all have one goal."""
+
+    goal: TaskGoal = TaskGoal((0.6, 0.3, 0.1))
+
+    def draw_goal(self, seed: int, accuracy: float, latency: float) -> TaskGoal:
+        """The one goal."""
+        return self.goal
+
 
 @dataclass(frozen=True)
 class Task:
@@ -168,7 +219,15 @@ class Task:
     others: tuple[int, ...] = ()  # further teachers
     goal_seed: int = 0
     keep: float = 0.0  # floor as a share of the reference accuracy; 0: no floor
-    latency_limit: float = math.inf  # on the latency ratio to the dense student
+    latency_limit: float = math.inf  # on the ratio to the dense student, as are the limits below
+    energy_limit: float = math.inf
+    macs_limit: float = math.inf
+    size_limit: float = math.inf
+
+    @property
+    def limits(self) -> tuple[float, float, float, float]:
+        """Limits on cost ratios in the order of COSTS; inf: no limit."""
+        return self.latency_limit, self.energy_limit, self.macs_limit, self.size_limit
 
     @property
     def teachers(self) -> tuple[int, ...]:
@@ -251,22 +310,5 @@ def draw_task(
         class_imbalance=imbalance,
         others=others,
         goal_seed=seed if goal_seed is None else goal_seed,
-        **_draw_goal(seed if goal_seed is None else goal_seed, distribution, accuracy, latency),
+        **asdict(distribution.draw_goal(seed if goal_seed is None else goal_seed, accuracy, latency)),
     )
-
-
-def _draw_goal(seed: int, distribution: TaskDistribution, accuracy: float, latency: float) -> dict[str, Any]:
-    """Goal fields of a task; `accuracy` and `latency` are the weights it has without a floor or a limit."""
-    g = task_generator(seed, "goal")
-    kind, keep, limit = (
-        torch.rand((), generator=g).item(),
-        distribution.keep.draw(g),
-        distribution.latency_limit.draw(g),
-    )
-    share = latency / (1.0 - accuracy) if accuracy < 1.0 else LATENCY_SHARE
-    if kind < distribution.floor_share:
-        return {"preference": (0.0, share, 1.0 - share), "keep": keep}
-    rest = (kind - distribution.floor_share) / max(1e-12, 1.0 - distribution.floor_share)
-    if rest < distribution.limit_share:
-        return {"preference": (1.0, 0.0, 0.0), "latency_limit": limit}
-    return {"preference": (accuracy, latency, max(0.0, 1.0 - accuracy - latency))}

@@ -1,32 +1,38 @@
-"""Replay: distil one new student under a controller, in one training run, and make it physically small."""
+"""Distil one new student under a controller, in one training run, and make it physically small."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression import CompactStudent, compact, save_student
-from rlkd.cost import median_latency_s
+from rlkd.cost import Cost, median_latency_s
 from rlkd.data import Preference
-from rlkd.envs.action import decode
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.reward import DIVERGED_SCORE
+from rlkd.envs.guard import Guard, GuardConfig
+from rlkd.envs.reward import worst_score
 from rlkd.envs.rows import window_row
 from rlkd.envs.scenario import EpisodeScenario, Scenario
 from rlkd.errors import UserError
 from rlkd.io.files import number, reason
 from rlkd.io.journal import Journal
-from rlkd.students import SoloStudent
+from rlkd.runs.goals import goal_figures
+from rlkd.students import Metrics, SoloStudent
+from rlkd.teachers import load_teachers
 
 MEASURED_BATCHES = (1, 64)
+SAME = 1e-6  # of accuracies in single precision
+
+OnWindow = Callable[[dict[str, float], Tensor], object]
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What one replay brings."""
+    """What one run brings."""
 
     student: CompactStudent
     figures: dict[str, Any]  # on test data, with the profile's prediction; the same for the same seed
@@ -34,14 +40,24 @@ class Distilled:
     diverged: bool
 
 
+class Trained(NamedTuple):
+    """One student after its training, as it ships."""
+
+    episodes: Episodes
+    last: dict[str, float]  # row of the last window
+    best_window: int  # the window that ships, counted from 1; 0: none
+    num_undone: int  # windows that the guard undid
+
+
 def run_windows(
     scenario: EpisodeScenario,
     controller: Controller,
     seed: int,
-    on_window: Callable[[dict[str, float], torch.Tensor], object],
+    on_window: OnWindow,
     journal: Journal | None = None,
-) -> tuple[Episodes, dict[str, float]]:
-    """Train one student to the end, or until it diverges; returns the row of its last window, too.
+    guard: GuardConfig | None = None,
+) -> Trained:
+    """Train one student to the end, or until it diverges, and bring back the best window.
 
     Args:
         scenario: of chains or of a real model.
@@ -49,35 +65,41 @@ def run_windows(
         seed: task, parameters and batches.
         on_window: as in `distil`; called for windows of before a stop, too, while `journal.replaying`.
         journal: keeps the student's state after every window; the training goes on from the last one.
+        guard: what is undone, and which window ships.
     """
     episodes = Episodes(scenario, 1)
     observation = episodes.reset([seed])
+    watched = Guard(episodes, guard)
     rows: list[dict[str, float]] = []
     seen = torch.full((scenario.config.num_windows, observation.shape[1]), torch.nan)  # [W, O], of the windows done
     if journal:
-        rows = _go_on(episodes, seen, journal, on_window)
+        rows = _go_on(episodes, watched, seen, journal, on_window)
         observation = seen[None, len(rows) - 1] if rows else observation
     for window in range(len(rows), scenario.config.num_windows):
         if rows and rows[-1]["num_diverged"]:
             break
-        position = controller(observation, episodes, window)
-        outcome = episodes.step(position)
-        rows.append(window_row(window, position, outcome, scenario))
-        on_window(rows[-1], outcome.observation)
-        observation = outcome.observation
+        outcome = episodes.step(controller(observation, episodes, window))
+        acted = episodes.u  # what acted: the controller's choice, moved into the limits
+        observation = watched.after_window(outcome)
+        row = window_row(window, acted, outcome, scenario)
+        rows.append({**row, "floor": float(episodes.floors[0, 0]), "num_undone": float(watched.num_undone[0])})
+        on_window(rows[-1], observation)
         seen[window] = observation[0]
         if journal:
-            journal.save_state(window + 1, {**episodes.training_state(), "seen": seen}, {"rows": rows})
-    return episodes, rows[-1]
+            kept = watched.state()
+            if bool(kept["is_current"].all()):  # the best window is this one: its state need not be saved twice
+                kept = {name: tensor for name, tensor in kept.items() if not name.startswith("best.")}
+            state = {**episodes.training_state(), "seen": seen, **{f"guard.{k}": t for k, t in kept.items()}}
+            has_best = any(name.startswith("best.") for name in kept)
+            journal.save_state(window + 1, state, {"rows": rows, "has_best": has_best})
+    best = watched.finish()
+    return Trained(episodes, rows[-1], int(best[0]), int(watched.num_undone[0]))
 
 
 def _go_on(
-    episodes: Episodes,
-    seen: torch.Tensor,
-    journal: Journal,
-    on_window: Callable[[dict[str, float], torch.Tensor], object],
+    episodes: Episodes, guard: Guard, seen: Tensor, journal: Journal, on_window: OnWindow
 ) -> list[dict[str, float]]:
-    """Put reset `episodes` and `seen` where the journal's last state has them; returns the windows' rows.
+    """Put reset `episodes`, their guard and `seen` where the journal's last state has them; returns the windows' rows.
 
     Raises:
         UserError: a state that is not of this training.
@@ -86,13 +108,21 @@ def _go_on(
     if saved is None:
         journal.take_state()
         return []
-    state = {**episodes.training_state(), "seen": seen}
-    tensors = saved.tensors({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()})
+    own = episodes.training_state()
+    state = {**own, "seen": seen, **{f"guard.{name}": tensor for name, tensor in guard.state().items()}}
     try:
-        rows = [{str(k): number(v, str(k)) for k, v in row.items()} for row in saved.note["state"]["rows"]]
+        note = saved.note["state"]
+        if note["has_best"]:
+            state |= {f"guard.best.{name}": tensor for name, tensor in own.items()}
+        tensors = saved.tensors({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()})
+        rows = [{str(k): number(v, str(k)) for k, v in row.items()} for row in note["rows"]]
         if not 1 <= len(rows) <= len(seen) or not {"num_diverged", "num_rollbacks"} <= set(rows[-1]):
             raise ValueError(f"{len(rows)} windows")
-        episodes.load_training_state(tensors)
+        episodes.load_training_state({name: tensors[name] for name in own})
+        kept = {k.removeprefix("guard."): t for k, t in tensors.items() if k.startswith("guard.")}
+        if bool(kept["is_current"].all()):
+            kept |= {f"best.{name}": tensors[name] for name in own}
+        guard.load_state(kept)
         seen.copy_(tensors["seen"])
         for i, row in enumerate(rows):
             on_window(row, seen[None, i])
@@ -108,8 +138,9 @@ def distil(
     scenario: Scenario,
     controller: Controller,
     seed: int,
-    on_window: Callable[[dict[str, float], torch.Tensor], object],
+    on_window: OnWindow,
     journal: Journal | None = None,
+    guard: GuardConfig | None = None,
 ) -> Distilled:
     """Train the task of `seed` under `controller`, evaluate it once on test data, compact it, time it.
 
@@ -117,78 +148,117 @@ def distil(
         scenario: its task distribution is what the seed draws from.
         controller: sets the controls before every window.
         seed: task, parameters and batches.
-        on_window: given each window's row (controls and validation figures) and its observation [1, O].
+        on_window: given each window's row (controls and validation metrics) and its observation [1, O].
         journal: as of `run_windows`.
+        guard: as of `run_windows`.
     """
-    return ship(scenario, *run_windows(scenario, controller, seed, on_window, journal))
+    return ship(scenario, run_windows(scenario, controller, seed, on_window, journal, guard))
 
 
-def ship(scenario: Scenario, episodes: Episodes, last: dict[str, float]) -> Distilled:
-    """Evaluate the one student of `episodes` on test data, compact it, time it; `last` is its last window's row."""
-    diverged = bool(last["num_diverged"])
+def ship(scenario: Scenario, trained: Trained) -> Distilled:
+    """Evaluate the one student on test data, compact it, and time it beside the dense student and the teacher."""
+    episodes, diverged = trained.episodes, is_lost(trained)
     students = episodes.students
     assert isinstance(students, SoloStudent)
     small = compact_now(episodes)
     dense = compact(students.student, students.student.full_masks(), 1.0)
-    metrics, cost, score = episodes.evaluate("test")
     test = scenario.data.splits["test"]
     with torch.inference_mode():
         answers = small(scenario.data.inputs[test]).argmax(-1)
-    figures = {
-        "score": DIVERGED_SCORE if diverged else float(score[0]),
-        "accuracy": float(metrics.accuracy[0]),
+    task = episodes.tasks[0]
+    teacher_answers = scenario.signals.mean_logits(task.teachers, test).argmax(-1)
+    figures, _, cost = shared_figures(trained)
+    figures |= {
         "compacted_accuracy": float((answers == scenario.data.labels[test]).float().mean()),
-        "teacher_agreement": float(metrics.agreement[0]),
-        "teacher_accuracy": float(
-            (scenario.signals.mean_logits(episodes.tasks[0].teachers, test).argmax(-1) == scenario.data.labels[test])
-            .float()
-            .mean()
-        ),
-        "exit_rates": [float(r) for r in metrics.exit_rates[0]],
-        "macs": float(cost.macs[0]),
-        "macs_ratio": float(cost.macs_ratio[0]),
-        "latency_ratio": float(cost.latency_ratio[0]),
-        "energy_ratio": float(cost.energy_ratio[0]),
-        "energy_j": float(cost.energy_j[0]),
+        "teacher_accuracy": float((teacher_answers == scenario.data.labels[test]).float().mean()),
         "energy_kind": scenario.profile.energy["kind"],
-        "num_diverged": int(diverged),
-        "num_rollbacks": int(last["num_rollbacks"]),
     }
+    teacher = load_teachers(scenario.config.teacher, scenario.data)[task.teacher]
+    networks = (small, dense, compact(teacher, teacher.full_masks(), 1.0))
     batches = sorted({*MEASURED_BATCHES, scenario.profile.batch_size})
-    measured: dict[str, Any] = {f"batch_{b}": _timed(small, dense, scenario.data.inputs[test], b) for b in batches}
+    measured: dict[str, Any] = {f"batch_{b}": _timed(networks, scenario.data.inputs[test], b) for b in batches}
     measured["profile_batch"] = scenario.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return Distilled(small, figures, measured, diverged)
+
+
+def is_lost(trained: Trained) -> bool:
+    """Whether the student diverged and no earlier window can ship."""
+    return bool(trained.last["num_diverged"]) and trained.best_window == 0
+
+
+def shared_figures(trained: Trained) -> tuple[dict[str, Any], Metrics, Cost]:
+    """Figures of any kind of student, and its metrics and cost on test data.
+
+    Its accuracy on validation, by which its window was chosen, stands among the figures.
+    """
+    episodes, lost = trained.episodes, is_lost(trained)
+    validation: Metrics = episodes.evaluate("validation")[0]
+    metrics, cost, score = episodes.evaluate("test")
+    accuracy = (float(validation.accuracy[0]), float(metrics.accuracy[0]))
+    figures: dict[str, Any] = {
+        "score": float(worst_score(episodes.floors[:, 1])[0]) if lost else float(score[0]),
+        "accuracy": accuracy[1],
+        "validation_accuracy": accuracy[0],
+        **goal_figures(episodes, accuracy, cost, lost),
+        "best_window": trained.best_window,
+        "teacher_agreement": float(metrics.agreement[0]),
+        "exit_rates": [float(r) for r in metrics.exit_rates[0]],
+        "macs": float(cost.macs[0]),
+        "parameters": float(cost.parameters[0]),
+        "macs_ratio": float(cost.macs_ratio[0]),
+        "latency_ratio": float(cost.latency_ratio[0]),
+        "energy_ratio": float(cost.energy_ratio[0]),
+        "size_ratio": float(cost.size_ratio[0]),
+        "energy_j": float(cost.energy_j[0]),
+        "num_diverged": int(lost),
+        "num_rollbacks": int(trained.last["num_rollbacks"]),
+        "num_undone": trained.num_undone,
+    }
+    return figures, metrics, cost
 
 
 def compact_now(episodes: Episodes) -> CompactStudent:
     """The one student of `episodes` of a chain as it would ship now."""
     students = episodes.students
     assert isinstance(students, SoloStudent)
-    controls = decode(episodes.position, episodes.scenario.config.controls, episodes.scenario.data.num_classes)
     masks = tuple(mask[0] for mask in students.masks())
-    return compact(students.student, masks, float(controls.exit_threshold[0]))
+    return compact(students.student, masks, float(episodes.threshold[0]))
 
 
-def student_card(figures: dict[str, Any], preference: Preference, policy_sha256: str) -> dict[str, Any]:
-    """What is written beside a student: test figures, the preference, and which policy made it."""
-    weights = dict(zip(("accuracy", "latency", "energy"), preference.weights(), strict=True))
-    return {"figures": figures, "preference": weights, "policy_sha256": policy_sha256}
+def check_shipped(figures: Mapping[str, Any], tolerance: float = SAME) -> str:
+    """One line that says how the shipped student differs from the trained one; "" if both are as accurate."""
+    shipped, trained = figures["compacted_accuracy"], figures["accuracy"]
+    if abs(shipped - trained) <= tolerance:
+        return ""
+    return f"the shipped student has accuracy {shipped:.6f} on test, in training it had {trained:.6f}; do not ship it"
 
 
-def write_student(folder: Path, done: Distilled, preference: Preference, policy_sha256: str) -> None:
+def student_card(figures: dict[str, Any], weights: Sequence[float], policy_sha256: str) -> dict[str, Any]:
+    """What is written beside a student: test figures, the weights of the goal, and which policy made it."""
+    preference = dict(zip(("accuracy", "latency", "energy"), weights, strict=True))
+    return {"figures": figures, "preference": preference, "policy_sha256": policy_sha256}
+
+
+def write_student(folder: Path, done: Distilled, preference: Preference | Sequence[float], policy_sha256: str) -> None:
     """Save the compacted student with its test figures, in `folder`."""
-    save_student(done.student, folder, student_card(done.figures, preference, policy_sha256))
+    weights = preference.weights() if isinstance(preference, Preference) else preference
+    save_student(done.student, folder, student_card(done.figures, weights, policy_sha256))
 
 
-def _timed(small: CompactStudent, dense: CompactStudent, inputs: torch.Tensor, batch_size: int) -> dict[str, float]:
-    """Latency of the compacted and of the dense student on real inputs, one thread, medians of the same rounds."""
+def _timed(networks: Sequence[CompactStudent], inputs: Tensor, batch_size: int) -> dict[str, float]:
+    """Latency of the compacted student, the dense one and the teacher on real inputs, one thread, the same rounds."""
     batch = inputs[torch.arange(batch_size) % len(inputs)]
-    (small_s, small_iqr), (dense_s, dense_iqr) = median_latency_s([small, dense], batch)
-    return {
-        "latency_s": small_s,
-        "spread_s": small_iqr,
-        "dense_latency_s": dense_s,
-        "dense_spread_s": dense_iqr,
-        "speedup": dense_s / small_s,
-    }
+    return speeds(median_latency_s(networks, batch))
+
+
+def speeds(timed: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Rows of `measured` from (median, interquartile range) of the student, the dense student and maybe the teacher."""
+    names = ("", "dense_", "teacher_")
+    row: dict[str, float] = {}
+    for name, (median, spread) in zip(names, timed, strict=False):
+        row |= {f"{name}latency_s": median, f"{name}spread_s": spread}
+    row["speedup"] = row["dense_latency_s"] / row["latency_s"]
+    if "teacher_latency_s" in row:
+        row["speedup_over_teacher"] = row["teacher_latency_s"] / row["latency_s"]
+    return row

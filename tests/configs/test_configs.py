@@ -5,7 +5,7 @@ import pytest
 
 from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cli.arguments import add_run_options, config_names, new_parser, parse
-from rlkd.configs import CompareConfig, ExperimentConfig, ReplayConfig
+from rlkd.configs import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.configs.schema import ScenarioConfig
 from rlkd.data import TaskDistribution
 from rlkd.envs import ControlConfig
@@ -15,8 +15,8 @@ from rlkd.io.records import plain
 from rlkd.runs.folder import describe_run
 
 KINDS = {
-    "conv": ReplayConfig,
-    "wide": ReplayConfig,
+    "conv": DistilConfig,
+    "wide": DistilConfig,
     "default": ExperimentConfig,
     "full": ExperimentConfig,
     "smoke": ExperimentConfig,
@@ -88,7 +88,7 @@ def test_impossible_experiments_are_refused(config: ExperimentConfig, words: str
 
 @pytest.mark.parametrize(
     "config",
-    [ExperimentConfig(), CompareConfig(policy="some"), ReplayConfig(), RealConfig("models/bert", "reviews.csv")],
+    [ExperimentConfig(), CompareConfig(policy="some"), DistilConfig(), RealConfig("models/bert", "reviews.csv")],
     ids=lambda config: type(config).__name__,
 )
 def test_what_a_run_writes_of_its_config_reads_back_to_the_letter(config: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkd.configs import ReplayConfig
+from rlkd.configs import DistilConfig
 from rlkd.runs.folder import describe_run, git_state
 
 NOBODY = ("-c", "user.name=nobody", "-c", "user.email=nobody@localhost", "-c", "commit.gpgsign=false")
@@ -39,7 +39,7 @@ def test_the_state_of_a_checkout(tmp_path: Path) -> None:
 
 def test_a_run_says_what_was_asked_and_of_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/rlkd", "replay", "--policy", "a b", "--seed", "3"])
-    versions = describe_run(tmp_path, ReplayConfig(num_windows=5), 3)
+    versions = describe_run(tmp_path, DistilConfig(num_windows=5), 3)
     assert (tmp_path / "command.txt").read_text() == "rlkd replay --policy 'a b' --seed 3\n"
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (config["seed"], config["num_windows"]) == (3, 5)

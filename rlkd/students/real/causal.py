@@ -180,9 +180,34 @@ class CausalStudent(ModuleStudent):
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
         """As of any real student, each counted token being a sample; accuracies are qualities of cross entropies."""
+        index = self._evaluated(split)
+        count, nats, agreed, divergence, exit_nats, left = self._sums(index)
+        quality, masks, scores = self._teacher.anchors.quality, self.masks(), self._scores()
+        metrics = Metrics(
+            accuracy=quality(nats / count)[None].float(),
+            exit_accuracy=quality(exit_nats / count)[None].float(),
+            exit_loss=(exit_nats / count)[None].float(),
+            exit_rates=(left / count)[None].float(),
+            agreement=(agreed / count)[None].float(),
+            divergence=(divergence / count)[None].float(),
+            kept=torch.stack([mask.sum(-1) for mask in masks], dim=-1),
+            spread=torch.stack([spread(scores[0][None]), spread(scores[1][None])], dim=-1),
+        )
+        return self._remember(split, index, metrics)
+
+    def num_evaluated(self, split: Split) -> int:
+        """How many counted tokens `evaluate` looks at."""
+        return int(self._texts.counted[self._evaluated(split)].sum())
+
+    def _exit_accuracy(self, index: Tensor) -> Tensor:
+        """[1, E], quality of every exit's cross entropy on the texts at `index` [B]."""
+        sums = self._sums(index)
+        return self._teacher.anchors.quality(sums.exit_nats / sums.num_tokens)[None].float()
+
+    def _sums(self, index: Tensor) -> TokenSums:
+        """How the counted tokens of the texts at `index` [B] are predicted, in double precision on the CPU."""
         self.student.eval()
-        index, size = self._evaluated(split), self._config.evaluation_batch_size
-        parts = []
+        size, parts = self._config.evaluation_batch_size, []
         with enough_memory(f"evaluating {size} samples at once", EVALUATE_LESS):
             for rows in torch.split(index[self._data.by_length(index)], size):
                 logits = tuple(z.float() for z in self._forward(rows).logits)
@@ -196,17 +221,4 @@ class CausalStudent(ModuleStudent):
                     self.plan.patience,
                 )
                 parts.append([value.double().cpu() for value in sums])
-        count, nats, agreed, divergence, exit_nats, left = (
-            torch.stack(column).sum(0) for column in zip(*parts, strict=True)
-        )
-        quality, masks, scores = self._teacher.anchors.quality, self.masks(), self._scores()
-        return Metrics(
-            accuracy=quality(nats / count)[None].float(),
-            exit_accuracy=quality(exit_nats / count)[None].float(),
-            exit_loss=(exit_nats / count)[None].float(),
-            exit_rates=(left / count)[None].float(),
-            agreement=(agreed / count)[None].float(),
-            divergence=(divergence / count)[None].float(),
-            kept=torch.stack([mask.sum(-1) for mask in masks], dim=-1),
-            spread=torch.stack([spread(scores[0][None]), spread(scores[1][None])], dim=-1),
-        )
+        return TokenSums(*(torch.stack(column).sum(0) for column in zip(*parts, strict=True)))

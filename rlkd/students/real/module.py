@@ -112,6 +112,14 @@ class ModuleTrainConfig(TrainConfig):
         return device
 
 
+def evaluated_samples(index: Tensor, split: Split, config: ModuleTrainConfig) -> Tensor:
+    """The samples of a split at `index` [S] that students are evaluated on: of validation, `validation_size` alone."""
+    count = config.validation_size
+    if split == "validation" and 0 < count < len(index):
+        return index[torch.arange(count) * len(index) // count]
+    return index
+
+
 class ModuleStudent:
     """Implements `Students` for one real student.
 
@@ -145,6 +153,7 @@ class ModuleStudent:
         self._keep, self._threshold = 1.0, torch.ones(1)
         self._token_scores = torch.ones(self.plan.num_positions)
         self._rollbacks = Rollbacks(1, config.max_rollbacks)
+        self._seen: Tensor | None = None  # [1, E], exit accuracies on the probed samples, if they are known
 
     @property
     def available(self) -> dict[str, bool]:
@@ -166,6 +175,7 @@ class ModuleStudent:
         self._step = 0
         self._rollbacks.reset(torch.arange(1))
         self._token_scores = torch.ones(self.plan.num_positions)
+        self._seen = None
 
     def set_controls(self, controls: Controls) -> None:
         """Choose units and heads by importance as it is now, the share of tokens, and the exit threshold."""
@@ -173,6 +183,7 @@ class ModuleStudent:
         self._unit_masks = tuple(keep_top(score, controls.unit_keep[0]) for score in scores)
         self._keep = float(controls.feature_keep[0]) if self.plan.select_after is not None else 1.0
         self._threshold = controls.exit_threshold
+        self._seen = None
 
     def set_exit(self, threshold: Tensor) -> None:
         """As `Population.set_exit`."""
@@ -184,11 +195,15 @@ class ModuleStudent:
 
     @torch.no_grad()
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
-        """As `Students.probe`."""
+        """As `Students.probe`; what the last evaluation answered under the same masks is not computed again."""
         before = self._unit_masks, self._keep
         scores = group_importance(self.student.model, self.plan.groups)
-        self._unit_masks = tuple(keep_top(score, unit_keep[0]) for score in scores)
-        self._keep = float(feature_keep[0]) if self.plan.select_after is not None else 1.0
+        masks = tuple(keep_top(score, unit_keep[0]) for score in scores)
+        keep = float(feature_keep[0]) if self.plan.select_after is not None else 1.0
+        is_same = keep == self._keep and all(torch.equal(a, b) for a, b in zip(masks, self._unit_masks, strict=True))
+        if is_same and self._seen is not None:
+            return self._seen
+        self._unit_masks, self._keep = masks, keep
         try:
             return self._exit_accuracy(probed_samples(self._data.splits["validation"]))
         finally:
@@ -199,6 +214,12 @@ class ModuleStudent:
         logits, _ = self._answers(index)
         answers = torch.stack([z.argmax(-1) for z in logits])  # [E, B]
         return (answers == self._data.labels[index]).float().mean(-1)[None]
+
+    def _remember(self, split: Split, index: Tensor, metrics: Metrics) -> Metrics:
+        """Keep what an evaluation on the probed samples found, for probes under the same masks."""
+        if split == "validation" and torch.equal(index, probed_samples(self._data.splits[split])):
+            self._seen = metrics.exit_accuracy
+        return metrics
 
     def train_window(self, controls: Controls) -> Telemetry:
         """`steps_per_window` optimizer steps under `controls`.
@@ -266,7 +287,7 @@ class ModuleStudent:
         logits, token_scores = self._answers(index)
         if self.plan.select_after is not None:
             self._token_scores = token_scores
-        return summarise(
+        metrics = summarise(
             tuple(z[None] for z in logits),
             self._data.labels[index],
             log_probabilities(self._signals.logits[self._task.teacher, index])[None],
@@ -275,13 +296,11 @@ class ModuleStudent:
             tuple(score[None] for score in self._scores()),
             self.plan.patience,
         )
+        return self._remember(split, index, metrics)
 
     def _evaluated(self, split: Split) -> Tensor:
         """The samples of a split that `evaluate` answers, [B]."""
-        index, count = self._data.splits[split], self._config.validation_size
-        if split == "validation" and 0 < count < len(index):
-            return index[torch.arange(count) * len(index) // count]
-        return index
+        return evaluated_samples(self._data.splits[split], split, self._config)
 
     @torch.no_grad()
     def exits_by_class(self, split: Split) -> ExitsByClass:
@@ -325,6 +344,7 @@ class ModuleStudent:
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """As `Students.load_training_state`."""
+        self._seen = None
         self.student.load_state_dict({name: state[f"module.{name}"] for name in self.student.state_dict()})
         self._unit_masks = tuple(state[f"mask.{i}"].clone().to(mask) for i, mask in enumerate(self._unit_masks))
         self._threshold, self._token_scores = state["threshold"].clone(), state["token_scores"].clone()

@@ -1,4 +1,4 @@
-"""`rlkd replay --data`: tiny transformers distilled under a policy, from files to a shipped student."""
+"""`rlkd distil --data`: tiny transformers distilled under a policy, from files to a shipped student."""
 
 import csv
 import json
@@ -45,13 +45,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def replay(place: Path, out: Path, *options: str) -> int:
-    return main(["replay", "--policy", str(place / "policy"), "--out", str(out), *QUICK, *options])
+def distil(place: Path, out: Path, *options: str) -> int:
+    return main(["distil", "--policy", str(place / "policy"), "--out", str(out), *QUICK, *options])
 
 
 def test_a_text_student_from_files_to_a_shipped_model(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
-    assert replay(place, tmp_path / "a", *options) == 0
+    assert distil(place, tmp_path / "a", *options) == 0
     result = read_run(tmp_path / "a").result
     assert result is not None
     figures = result["methods"]["policy"]
@@ -65,8 +65,8 @@ def test_a_text_student_from_files_to_a_shipped_model(place: Path, tmp_path: Pat
     assert "feature_keep" in mapping
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["window"] for row in rows] == [1, 2]
-    positions = [{k: v for k, v in row.items() if k.startswith("position_")} for row in rows]
-    assert positions[0] != positions[1]  # the loop is closed
+    settings = [{k: v for k, v in row.items() if k.startswith("u_")} for row in rows]
+    assert settings[0] != settings[1]  # the loop is closed
     for name in ("cost_profile.json", "config.yaml", "versions.json", "report.html"):
         assert (tmp_path / "a" / name).exists()
     assert "transformers" in json.loads((tmp_path / "a" / "versions.json").read_text())
@@ -86,7 +86,7 @@ def test_a_real_student_is_verified_from_its_folder(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
-    assert replay(place, tmp_path / "a", *options) == 0
+    assert distil(place, tmp_path / "a", *options) == 0
     assert main(["verify", str(tmp_path / "a")]) == 0
     assert "holds    student compacted_accuracy" in capsys.readouterr().out
     path = tmp_path / "a" / "result.json"
@@ -104,9 +104,9 @@ def test_a_real_student_is_verified_from_its_folder(
 
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--seed", "5"]
-    assert replay(place, tmp_path / "a", *options) == 0
+    assert distil(place, tmp_path / "a", *options) == 0
     profile = ["--cost.profile", str(tmp_path / "a" / "cost_profile.json")]
-    assert replay(place, tmp_path / "b", *options, *profile) == 0
+    assert distil(place, tmp_path / "b", *options, *profile) == 0
     a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("a", "b"))
     assert a == b
     weights = [tmp_path / name / "student" / "model" / "model.safetensors" for name in ("a", "b")]
@@ -118,7 +118,7 @@ def test_an_image_student_from_a_configuration(place: Path, tmp_path: Path) -> N
     config.hidden_size, config.intermediate_size = 16, 32
     config.to_json_file(tmp_path / "small.json", use_diff=False)
     options = ["--teacher", str(place / "vit"), "--data", str(place / "images.npz")]
-    assert replay(place, tmp_path / "a", *options, "--student", str(tmp_path / "small.json")) == 0
+    assert distil(place, tmp_path / "a", *options, "--student", str(tmp_path / "small.json")) == 0
     assert "linear 16 -> 32" in (tmp_path / "a" / "mapping.txt").read_text()
     student = load_module_student(tmp_path / "a" / "student")
     assert student.model.config.hidden_size == 16
@@ -129,7 +129,7 @@ def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> N
     tiny_models.tiny("distilbert").save_pretrained(tmp_path / "student")
     tiny_models.save_tokenizer(tmp_path / "student", list(reversed(tiny_models.WORDS)))
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv")]
-    assert replay(place, tmp_path / "a", *options, "--student", str(tmp_path / "student")) == 0
+    assert distil(place, tmp_path / "a", *options, "--student", str(tmp_path / "student")) == 0
     first = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["accuracy"] >= 0
     t = tiny_models.need_transformers()
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "profile": ([*teacher, *data, "--cost.profile", "gone.json"], ["gone.json"]),
     }
     for name, (options, words) in cases.items():
-        assert replay(place, tmp_path / name, *options) == 2, name
+        assert distil(place, tmp_path / name, *options) == 2, name
         error = capsys.readouterr().err
         line = error.strip().splitlines()[-1]
         assert line.startswith("rlkd: "), (name, error)
@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["replay", "--data", "x", "--help"])
+        main(["distil", "--data", "x", "--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert "--teacher models/bert --data" in out.split("Examples:")[1]

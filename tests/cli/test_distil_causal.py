@@ -1,4 +1,4 @@
-"""`rlkd replay --data` on tiny language models: from text files to a shipped student."""
+"""`rlkd distil --data` on tiny language models: from text files to a shipped student."""
 
 import json
 import math
@@ -41,9 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def replay(place: Path, out: Path, *options: str) -> int:
+def distil(place: Path, out: Path, *options: str) -> int:
     given = ["--policy", str(place / "policy"), "--teacher", str(place / "llama"), "--out", str(out)]
-    return main(["replay", *given, *QUICK, *FEW, *options])
+    return main(["distil", *given, *QUICK, *FEW, *options])
 
 
 def figures_of(out: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_a_student_cut_from_its_teacher_to_a_shipped_model(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data", str(place / "texts.jsonl"), "--columns.max_length", "8"]
-    assert replay(place, tmp_path / "a", *data, "--cut.layers", "2") == 0
+    assert distil(place, tmp_path / "a", *data, "--cut.layers", "2") == 0
     figures = figures_of(tmp_path / "a")
     assert figures["compacted_accuracy"] == pytest.approx(figures["accuracy"], abs=1e-5)
     expected = min(1.0, max(0.0, 1 - math.log(figures["perplexity"]) / math.log(V)))
@@ -94,7 +94,7 @@ def test_a_student_cut_from_its_teacher_to_a_shipped_model(
 def test_a_student_from_a_configuration_on_prompts_and_reverse(place: Path, tmp_path: Path) -> None:
     data = ["--data", str(place / "texts.jsonl"), "--student", str(place / "small.json")]
     options = ["--columns.prompt", "question", "--tokens.divergence", "reverse", "--tokens.worst_perplexity", "30"]
-    assert replay(place, tmp_path / "a", *data, *options) == 0
+    assert distil(place, tmp_path / "a", *data, *options) == 0
     mapping = (tmp_path / "a" / "mapping.txt").read_text()
     assert "linear 16 -> 32" in mapping
     assert "perplexity 30 counts as 0" in mapping
@@ -104,9 +104,9 @@ def test_a_student_from_a_configuration_on_prompts_and_reverse(place: Path, tmp_
 
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
     data = ["--data", str(place / "novel.txt"), "--columns.max_length", "8", "--student", str(place / "small.json")]
-    assert replay(place, tmp_path / "a", *data, "--seed", "5") == 0
+    assert distil(place, tmp_path / "a", *data, "--seed", "5") == 0
     profile = ["--cost.profile", str(tmp_path / "a" / "cost_profile.json")]
-    assert replay(place, tmp_path / "b", *data, "--seed", "5", *profile) == 0
+    assert distil(place, tmp_path / "b", *data, "--seed", "5", *profile) == 0
     a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("a", "b"))
     assert a == b
 
@@ -129,7 +129,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "exits": ([*data, "--attach.exits", "[7]"], ["attach.exits"]),
     }
     for name, (options, words) in cases.items():
-        assert replay(place, tmp_path / name, *options) == 2, name
+        assert distil(place, tmp_path / name, *options) == 2, name
         error = capsys.readouterr().err
         line = error.strip().splitlines()[-1]
         assert line.startswith("rlkd: "), (name, error)

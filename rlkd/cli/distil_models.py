@@ -1,4 +1,4 @@
-"""`rlkd replay --data ...`: distil a real model under a policy that was learned on tiny students."""
+"""`rlkd distil --data ...`: distil a real model under a policy that was learned on tiny students."""
 
 import contextlib
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.agents.policy.bundle import Bundle
+from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.arguments import add_run_options, new_parser
+from rlkd.cli.distil import POLICY_HELP, policy_option
+from rlkd.cli.outcome import Watch, finish, show_goal
 from rlkd.cli.progress import Bar
-from rlkd.cli.replay import Watch, finish
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.compression.real.cut import save_module_student
 from rlkd.envs.real import RealConfig, build_real_scenario
@@ -19,8 +21,9 @@ from rlkd.errors import UserError
 from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal
 from rlkd.runs.distil import student_card
-from rlkd.runs.distil_real import distil_module
+from rlkd.runs.distil_real import check_shipped_module, distil_module
 from rlkd.runs.folder import use_one_thread
+from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 from rlkd.students.real import processes
 
@@ -28,7 +31,7 @@ from rlkd.students.real import processes
 def run(argv: list[str]) -> int:
     """Distil one real model, write it, and print its figures."""
     config, options = parse_run(_parser, argv, RealConfig)
-    bundle = load_bundle(options.policy)
+    bundle = find_policy(options.policy)
     processes.join(config.train.device)
     config.check()
     use_one_thread()
@@ -36,24 +39,24 @@ def run(argv: list[str]) -> int:
         raise UserError("--resume: got several processes; allowed: one, which goes on where they stopped")
     if processes.index():  # the first process alone writes and speaks
         with tempfile.TemporaryDirectory() as scratch, _silent():
-            return _replay(config, bundle, options, Path(scratch))
-    with resumable_folder(options, "replay", options.out) as folder:
-        return _replay(config, bundle, options, folder)
+            return _distil(config, bundle, options, Path(scratch))
+    with resumable_folder(options, "distil", options.out) as folder:
+        return _distil(config, bundle, options, folder)
 
 
 def _parser() -> ArgumentParser:
     parser = new_parser(
-        "replay",
-        "Distil a real model (transformers; text, images, language models) under a frozen policy, in one training run.",
+        "distil",
+        "Distil a real model (transformers; text, images, language models) under a learned policy, in one run.",
         [
-            "--policy runs/first/policy --teacher models/bert --data reviews.csv --cut.layers 2",
-            "--policy runs/first/policy --teacher models/vit --data pictures --student models/small-vit",
-            "--policy runs/first/policy --teacher models/bert --data reviews.csv --student small.json",
-            "--policy runs/first/policy --teacher models/smollm --data novels --student small-llama.json",
+            "--goal.keep 0.98 --teacher models/bert --data reviews.csv --cut.layers 2",
+            "--goal.keep 0.98 --teacher models/vit --data pictures --student models/small-vit",
+            "--goal.keep 0.98 --teacher models/bert --data reviews.csv --student small.json",
+            "--goal.keep 0.98 --teacher models/smollm --data novels --student small-llama.json",
             "--resume runs/mine",
         ],
     )
-    parser.add_argument("--policy", type=Path, required=True, help="folder of a policy bundle")
+    parser.add_argument("--policy", type=Path | None, default=None, help=POLICY_HELP)
     add_run_options(parser)
     return parser
 
@@ -65,26 +68,30 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _replay(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
+def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
     """Distil into `folder`; returns the exit code."""
     with Bar(config.train.steps_per_window) as bar:
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
         if is_finished(folder, journal.finished):
             return 0
         packages = ("transformers", "tokenizers", "datasets")
-        describe(journal, folder, config, options.seed, bar.say, packages, {"policy": str(options.policy)})
-        controls, plan = bundle.policy.controls, bundle.policy.plan
-        scenario = build_real_scenario(with_own_profile(config, folder), controls, plan, options.seed, bar.say)
+        describe(journal, folder, config, options.seed, bar.say, packages, policy_option(options))
+        controls, start = bundle.policy.controls, bundle.policy.start
+        scenario = build_real_scenario(with_own_profile(config, folder), controls, start, options.seed, bar.say)
+        scenario = with_goal(scenario, config.goal, config.preference)
         write_whole(folder / "mapping.txt", scenario.tables)
         bar.say(scenario.tables)
         if not (folder / f"{PROFILE}.json").exists():
             scenario.profile.save(folder / f"{PROFILE}.json")
-        remember(journal, "replay --data", scenario.tensors(), policy=bundle.digest)
+        remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)
+        dense = show_goal(scenario, config.goal, options.seed, journal, bar)
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
-        done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal)
+        done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)
         watch.close(config)
-    card = student_card(done.figures, config.preference, bundle.digest)
+    weights = config.goal.weights(config.preference)
+    card = student_card(done.figures, weights, bundle.digest)
     save_module_student(done.student, folder / "student", scenario.processor, card)
     task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
-    return finish(folder, config, task, watch, done.figures, done.measured, done.diverged)
+    broken = check_shipped_module(done.figures, scenario)
+    return finish(folder, config, task, watch, done, weights=weights, dense=dense, broken=broken)

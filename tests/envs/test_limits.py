@@ -1,0 +1,82 @@
+"""Every cost limit holds in every window, whatever the controller asks for."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from rlkd.data.distribution import COSTS, TaskGoal
+from rlkd.envs import Scenario
+from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, exit_kind, published_setting, with_exit_kind
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.limits import largest_cost, must_leave_first, within_limits
+
+INF = math.inf
+KINDS = [CONTROLS.index(f"exit_{kind}") for kind in EXIT_KINDS]
+
+
+def settings(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, NUM_CONTROLS, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("index", range(len(COSTS)), ids=COSTS)
+def test_settings_are_moved_until_the_cost_fits_and_no_further(scenario: Scenario, index: int) -> None:
+    u = with_exit_kind(settings(24), "never")
+    limits = torch.full((24, len(COSTS)), INF)
+    small = u.clone()
+    small[:, [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]] = 0.0
+    least = largest_cost(small, scenario, at_first=False).ratios[:, index]
+    limits[:, index] = torch.linspace(float(least.max()) * 1.05, 0.9, 24)
+    moved = within_limits(u, limits, scenario)
+    before, after = (largest_cost(x, scenario, at_first=False).ratios[:, index] for x in (u, moved))
+    assert (after <= limits[:, index]).all()
+    fitted = before <= limits[:, index]
+    assert fitted.any()
+    assert not fitted.all()
+    assert torch.equal(moved[fitted], u[fitted])
+    others = [i for i, name in enumerate(CONTROLS) if name not in ("feature_keep", "unit_keep")]
+    assert torch.equal(moved[:, others], u[:, others])
+    assert (after[~fitted] > 0.6 * limits[~fitted, index]).all()  # not lowered more than the bisection's steps
+
+
+def test_without_limits_nothing_moves(scenario: Scenario) -> None:
+    u = settings(5)
+    assert within_limits(u, torch.full((5, 4), INF), scenario) is u
+    assert not must_leave_first(u, torch.full((5, 4), INF), scenario).any()
+
+
+def test_a_limit_that_only_the_first_exit_meets_sends_all_samples_there(scenario: Scenario) -> None:
+    u = settings(6, seed=1)
+    u[:, [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]] = 0.0
+    end, first = (largest_cost(with_exit_kind(u, "never"), scenario, at_first=at).latency_ratio for at in (False, True))
+    limits = torch.full((6, 4), INF)
+    limits[:, 0] = (end.min() + first.max()) / 2
+    moved = within_limits(settings(6, seed=2), limits, scenario)
+    assert (exit_kind(moved) == EXIT_KINDS.index("first")).all()
+    assert must_leave_first(moved, limits, scenario).all()
+    assert (largest_cost(moved, scenario, at_first=True).latency_ratio <= limits[:, 0]).all()
+
+
+def test_every_window_is_within_the_limits_even_below_the_floor(scenario: Scenario) -> None:
+    """A floor of 1 is missed by every student, so that the kind `first` would fall back to the end if it might."""
+    u = published_setting(scenario.config.controls)[None].clone()
+    u[:, [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]] = 0.0
+    end, first = (float(largest_cost(u, scenario, at_first=at).latency_ratio) for at in (False, True))
+    goals = [
+        TaskGoal((0.0, 0.75, 0.25), keep=1.0, latency_limit=(end + first) / 2),
+        TaskGoal((0.0, 0.75, 0.25), keep=1.0, energy_limit=0.3, macs_limit=0.25, size_limit=0.2),
+        TaskGoal((1.0, 0.0, 0.0), macs_limit=0.5),
+    ]
+    for goal in goals:
+        tasks = scenario.config.task.with_goal(goal, "1.0")
+        own = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, task=tasks))
+        episodes = Episodes(own, 3)
+        episodes.reset([1, 2, 3])
+        limits = torch.tensor(goal.limits)
+        for window in range(2):
+            asked = settings(3, seed=window)
+            asked[:, KINDS] = torch.eye(3)  # one of each kind
+            outcome = episodes.step(asked)
+            assert (outcome.cost.ratios <= limits + 1e-6).all(), (goal, window)
+        assert (episodes.evaluate("test")[1].ratios <= limits + 1e-6).all()
