@@ -11,6 +11,7 @@ from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cost import CostConfig
 from rlkd.data import Goal, Preference, Range, TaskDistribution
 from rlkd.envs.action import ControlConfig
+from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig
