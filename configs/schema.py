@@ -13,6 +13,7 @@ from rlkd.data import Preference, Range, TaskDistribution, check_dataset
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
+from rlkd.io.numbers import check_finite
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
@@ -115,6 +116,7 @@ class ReplayConfig:
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
+        check_finite(self)
         self.env(ControlConfig()).check()
         check_keep(self.keep_checkpoints)
 
@@ -142,6 +144,7 @@ class OnlineConfig:
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
+        check_finite(self)
         self.env(ControlConfig()).check()
         self.agent.check(self.num_windows)
         if self.keep_every < 1:

@@ -19,6 +19,7 @@ from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.scenario import check_keep
 from rlkd.envs.schedule import ControlPlan, fixed_plan
 from rlkd.errors import UserError
+from rlkd.io.numbers import check_finite
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
 from rlkd.models.real.hooks import link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
@@ -95,6 +96,7 @@ class RealConfig:
         for part in (self.cut, self.columns, self.attach, self.train, self.tokens, self.cost):
             part.check()
         self.preference.weights()
+        check_finite(self)
         self.train.torch_device()
 
 

@@ -14,6 +14,7 @@ from rlkd.data import DataSet, Labelled, TaskDistribution, load_dataset
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.schedule import ControlPlan, fixed_plan
 from rlkd.errors import UserError
+from rlkd.io.numbers import check_finite
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.students import Population, SoloStudent, Students, TrainConfig
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
@@ -44,6 +45,7 @@ class EnvConfig:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
             part.check()
+        check_finite(self)
         self.train.torch_device()
         if self.task.num_teachers.high > len(self.teacher.num_samples):
             raise UserError(

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rlkd.agents.evaluation.report import read_run
+from rlkd.cli.configfile import plain_yaml
 from rlkd.cli.main import VERBS, main
 from rlkd.compression import load_student
 from rlkd.cost import CostProfile
@@ -51,6 +52,14 @@ MISTAKES = {
     "rollout_of_one": (["train", "--num_windows", "1", "--ppo.num_students", "1"], ["ppo.num_students: got 1"]),
     "seed": (["train", "--seed", "-1"], ["--seed: got -1"]),
     "profile": (["train", "--cost.profile", "gone.json"], ["gone.json", "rlkd calibrate"]),
+    "octal": (["train", "--student.widths", "[010, 8]"], ["--student.widths: has '010' (line 1)", "leading zeros"]),
+    "sexagesimal": (["train", "--num_windows", "1:30"], ["--num_windows: has '1:30'"]),
+    "underscore": (["train", "--num_windows=1_0"], ["--num_windows: has '1_0'"]),
+    "octal of a verb's own option": (["bench", "--rounds", "010"], ["--rounds: has '010'"]),
+    "yes for true": (["compare", "--tune_exit", "yes"], ["--tune_exit: has 'yes'", "true, false"]),
+    "key twice": (["train", "--also", "[{dataset: wine, dataset: digits}]"], ["--also", "'dataset' twice"]),
+    "nan": (["train", "--ppo.learning_rate", "nan"], ["ppo.learning_rate"]),
+    "infinity in a list": (["train", "--comparison.accuracy_weights", "[0.5, .inf]"], ["accuracy_weights: got"]),
     "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
     "policy not given": (["replay"], ["policy"]),
     "preference": (["replay", "--policy", "gone", "--preference.accuracy", "2"], ["gone"]),
@@ -92,6 +101,18 @@ def test_a_mistake_is_one_line_and_exit_code_two(name: str, capsys: Capture, tmp
         ("task: {label_noise: 0.5}", "task.label_noise: got '0.5'; allowed: a section with keys low, high"),
         ("task: other.yaml", "task: got 'other.yaml'; allowed: a section"),
         ("ppo:", "ppo: got nothing; allowed: a section"),
+        ("train: {batch_size: 8}\nnum_windows: 3\ntrain: {batch_size: 9}", "has the key 'train' twice (lines 1 and 3)"),
+        ("task: {label_noise: {low: 0.1, high: 0.2, low: 0.0}}", "has the key 'low' twice (lines 1 and 1)"),
+        ("also:\n- dataset: wine\n  dataset: digits", "has the key 'dataset' twice (lines 2 and 3)"),
+        ("num_windows: 010", "has '010' (line 1), which versions of YAML read differently"),
+        ("student: {widths: [8, 010]}", "has '010' (line 1)"),
+        ("num_windows: 1:30", "has '1:30' (line 1)"),
+        ("num_windows: 0o17", "has '0o17' (line 1)"),
+        ("num_windows: 1_0", "has '1_0' (line 1)"),
+        ("task: {dataset: no}", "has 'no' (line 1)"),
+        ("task:\n  dataset: 2024-01-01", "has '2024-01-01' (line 2)"),
+        ("student: {<<: {widths: [8]}}", "has '<<' (line 1)"),
+        ("also: [{dataset: wine, student: {widths: [1e99]}}]", "also"),
         ("", "holds nothing"),
         ("# only a remark", "holds nothing"),
         ("[1, 2]", "holds ['1', '2']; allowed: sections and keys"),
@@ -118,6 +139,27 @@ def test_mistakes_in_a_file_are_named(text: str, words: str, capsys: Capture, tm
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_text_in_quotes_and_plain_decimals_are_taken_as_they_are() -> None:
+    tree = plain_yaml("a: '010'\nb: 1e-4\nc: -0.5\nd: [true, 10, 0, null, 3.]\ne: no-one", "x")
+    assert tree == {"a": "010", "b": "1e-4", "c": "-0.5", "d": ["true", "10", "0", "null", "3."], "e": "no-one"}
+
+
+@pytest.mark.parametrize("verb", ["train", "replay", "compare"])
+def test_a_failed_start_leaves_nothing_and_gives_no_advice_to_resume(
+    verb: str, trained: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    (tmp_path / "ours").mkdir()
+    argv = [verb, "--cost.profile", "gone.json"]
+    argv += ["--policy", str(trained / "policy")] if verb != "train" else []
+    for out in ("new", "ours"):
+        assert main([*argv, "--out", out]) == 2
+        err = capsys.readouterr().err
+        assert "gone.json: cannot read it (No such file or directory)" in err
+        assert "--resume" not in err
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "ours").iterdir()) == []
 
 
 def test_a_config_that_is_no_file_is_named(capsys: Capture, tmp_path: Path) -> None:
