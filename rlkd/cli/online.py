@@ -66,10 +66,10 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
         base = bundle.policy.controller() if bundle else hold_start
         one = OneRun(scenario, base, seed, on_window)
         num_updates = learn_online(one, config.num_windows, config.agent, stream_seed(seed, TRAIN_STREAM), watch.logger)
-        watch.close(config)
     one.bring_back_best()
     done = ship(scenario, one.episodes, {**one.last, "num_diverged": 0.0})
     done.figures.update(best_window=one.best_window, agent_updates=num_updates, num_windows=len(watch.positions))
+    watch.close(config, seed, done.figures)
     write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")
     if one.diverged:
         bar.say(f"the student diverged in window {len(watch.positions)}; the one of window {one.best_window} is kept")

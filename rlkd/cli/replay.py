@@ -1,6 +1,7 @@
 """`rlkd replay`: on a student that is a chain, or, with `--data`, on a real model (`rlkd.cli.replay_models`)."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _replay(config: ReplayConfig, bundle: Bundle, options: Namespace, folder: Pa
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
         done = distil(scenario, bundle.policy.controller(), options.seed, watch.window, journal)
-        watch.close(config)
+        watch.close(config, options.seed, done.figures)
     write_student(folder / "student", done, config.preference, bundle.digest)
     return finish(folder, config, plain(config.task), watch, done.figures, done.measured, done.diverged)
 
@@ -112,13 +113,17 @@ class Watch:
             self.far[int(row["window"])] = distance
         if not self.journal.replaying:
             tb.record_window(self.logger, row)
-        self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
         self._bar.advance(1)
+        self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
 
-    def close(self, config: Any) -> None:
-        """End the event file."""
+    def close(self, config: Any, seed: int, figures: Mapping[str, Any]) -> None:
+        """End the event file with the config and how the student did."""
         tb.write_config(self.logger, config)
         tb.write_position_figure(self.logger, torch.tensor(self.positions)[:, None])
+        named = {"test_score": "score", "test_accuracy": "accuracy"}
+        named |= {name: name for name in ("validation_score", "validation_accuracy")}
+        metrics = {name: figures[key] for name, key in named.items()}
+        tb.write_hparams(self.logger, config, seed, metrics, len(self.positions))
         self.logger.close()
 
 
@@ -166,7 +171,9 @@ def _report(
     far: dict[int, float],
 ) -> None:
     lines = [
-        f"test: J {figures['score']:.4f}, accuracy {figures['accuracy']:.4f} "
+        f"validation, by which to choose among runs: J {figures['validation_score']:.4f}, accuracy "
+        f"{figures['validation_accuracy']:.4f}",
+        f"test, to report once and not to choose by: J {figures['score']:.4f}, accuracy {figures['accuracy']:.4f} "
         f"(teacher {figures['teacher_accuracy']:.4f}), MACs {figures['macs_ratio']:.3f} of the dense student's",
     ]
     if "perplexity" in figures:

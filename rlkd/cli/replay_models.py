@@ -83,7 +83,7 @@ def _replay(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
         done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal)
-        watch.close(config)
+        watch.close(config, options.seed, done.figures)
     card = student_card(done.figures, config.preference, bundle.digest)
     save_module_student(done.student, folder / "student", scenario.processor, card)
     task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}

@@ -130,6 +130,7 @@ def ship(scenario: Scenario, episodes: Episodes, last: dict[str, float]) -> Dist
     assert isinstance(students, SoloStudent)
     small = compact_now(episodes)
     dense = compact(students.student, students.student.full_masks(), 1.0)
+    validation, _, validation_score = episodes.evaluate("validation")
     metrics, cost, score = episodes.evaluate("test")
     test = scenario.data.splits["test"]
     with torch.inference_mode():
@@ -137,6 +138,8 @@ def ship(scenario: Scenario, episodes: Episodes, last: dict[str, float]) -> Dist
     figures = {
         "score": DIVERGED_SCORE if diverged else float(score[0]),
         "accuracy": float(metrics.accuracy[0]),
+        "validation_score": DIVERGED_SCORE if diverged else float(validation_score[0]),
+        "validation_accuracy": float(validation.accuracy[0]),
         "compacted_accuracy": float((answers == scenario.data.labels[test]).float().mean()),
         "teacher_agreement": float(metrics.agreement[0]),
         "teacher_accuracy": float(

@@ -72,6 +72,8 @@ def distil_module(
     figures = {
         "score": DIVERGED_SCORE if diverged else float(score[0]),
         "accuracy": float(metrics.accuracy[0]),
+        "validation_score": last["score"],
+        "validation_accuracy": last["accuracy"],
         **answers,
         "teacher_agreement": float(metrics.agreement[0]),
         "exit_rates": [float(r) for r in metrics.exit_rates[0]],

@@ -56,7 +56,7 @@ def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Itera
         with hold(resume, resume=True):
             yield resume
         return
-    folder = out or _free(Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = out or new_folder(verb)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,8 +88,9 @@ def _clear_failed_start(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _free(folder: Path) -> Path:
-    """`folder`, or with a number behind it if runs began in the same second."""
+def new_folder(verb: str) -> Path:
+    """Return `runs/<verb>-<time>`, with a number behind it if runs began in the same second; it is not made yet."""
+    folder = Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))
     return next((path for path in (folder, *names) if not path.exists()), folder)
 

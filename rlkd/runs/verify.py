@@ -276,12 +276,15 @@ def _student_figures(
     kept[1 : len(widths) + 1] = widths
     cost = scenario.profile.cost(template, torch.tensor([kept]), rates, torch.tensor([student.threshold]))
     right = (answers == data.labels[test]).float().mean()
+    validation = data.splits["validation"]
+    right_before = (_answer(student, data.inputs[validation])[0] == data.labels[validation]).float().mean()
     task = draw_task(seed, scenario.config.task, data, len(scenario.signals.accuracy))
     theirs = scenario.signals.mean_logits(task.teachers, test).argmax(-1)
     now = score(right[None], cost, torch.tensor([preference.weights()]))
     return {
         "score": DIVERGED_SCORE if diverged else float(now[0]),
         "accuracy": float(right),
+        "validation_accuracy": float(right_before),
         "compacted_accuracy": float(right),
         "teacher_agreement": float((answers == theirs).float().mean()),
         "teacher_accuracy": float((theirs == data.labels[test]).float().mean()),

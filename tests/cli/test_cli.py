@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -201,7 +202,9 @@ def test_train_writes_a_whole_run_and_refuses_to_overwrite_it(trained: Path, cap
 
 
 @pytest.mark.parametrize("student", ["default", "wide", "conv"])
-def test_replay_writes_a_working_student(trained: Path, tmp_path: Path, profile_file: Path, student: str) -> None:
+def test_replay_writes_a_working_student(
+    trained: Path, tmp_path: Path, profile_file: Path, student: str, capsys: Capture
+) -> None:
     argv = ["replay", "--policy", str(trained / "policy"), "--out", "out", "--cost.profile", str(profile_file)]
     argv += ["--num_windows", "2", "--teacher.num_steps", "60", "--preference.accuracy", "0.9"]
     assert main(argv + (["--config", student] if student != "default" else [])) == 0
@@ -214,7 +217,43 @@ def test_replay_writes_a_working_student(trained: Path, tmp_path: Path, profile_
     accuracy = (answers == data.labels[test]).float().mean()
     assert float(accuracy) == pytest.approx(result["methods"]["policy"]["accuracy"])
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 2
-    assert main(["analyze", "out", str(trained), "--out", "both"]) == 0
+    figures = result["methods"]["policy"]
+    validation = data.splits["validation"]
+    answers = load_student(tmp_path / "out" / "student")(data.inputs[validation]).argmax(-1)
+    accuracy = float((answers == data.labels[validation]).float().mean())
+    assert accuracy == pytest.approx(figures["validation_accuracy"])
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == (
+        f"validation, by which to choose among runs: J {figures['validation_score']:.4f}, accuracy {accuracy:.4f}"
+    )
+    assert lines[1].startswith("test, to report once and not to choose by: J ")
+    for window in (1, 2):
+        assert f"distilling: window {window} of 2, score " in err
+    scalars = read_run(tmp_path / "out").scalars
+    for name in ("validation_score", "validation_accuracy"):
+        assert scalars[f"hparam/{name}"][1] == pytest.approx([figures[name]])
+    assert scalars["hparam/test_accuracy"][1] == pytest.approx([figures["accuracy"]])
+
+
+def test_analyze_leaves_the_reports_of_several_runs_alone(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(trained, tmp_path / "other")
+    own = (trained / "report.html").read_bytes()
+    assert main(["analyze", "other"]) == 0
+    assert (tmp_path / "other" / "report.html").read_bytes() != own  # a run alone is drawn anew, under its own name
+    capsys.readouterr()
+    assert main(["analyze", str(trained), "other"]) == 0
+    assert (trained / "report.html").read_bytes() == own
+    (page,) = tmp_path.glob("runs/analyze-*/report.html")
+    assert str(page.relative_to(tmp_path)) in capsys.readouterr().out
+    assert main(["analyze", str(trained), "other", "--out", str(trained)]) == 2
+    assert "is one of the runs, whose own report would be lost" in capsys.readouterr().err
+    events = next((tmp_path / "other" / "tensorboard").iterdir())
+    blob = bytearray(events.read_bytes())
+    blob[len(blob) // 3] ^= 4
+    events.write_bytes(blob)
+    assert main(["analyze", "other", "--out", "both"]) == 0
+    assert "damaged from byte" in capsys.readouterr().err
 
 
 def test_a_damaged_policy_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -287,7 +326,7 @@ sys.exit(main(sys.argv[1:]))
 """
     call = [sys.executable, "-c", code, "train", *tiny, "--out", "full"]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
-    said = [line for line in done.stderr.splitlines() if "student trainings" not in line]
+    said = [line for line in done.stderr.splitlines() if line.startswith("rlkd: ") or "Error" in line]
     assert done.returncode == 2, done.stderr
     assert len(said) == 1, done.stderr
     assert said[0].startswith("rlkd: ")

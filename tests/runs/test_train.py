@@ -83,6 +83,10 @@ def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, 
     tags = set(accumulator.Tags()["scalars"])
     wanted = {"rollout/ep_rew_mean", "train/loss", "student/score", "action/temperature", "reward/return"}
     assert wanted <= tags
+    named = {"hparam/test_score": result["methods"]["policy"]["score"]["mean"]}  # the columns of the HPARAMS tab
+    named |= {f"hparam/{name}": row["difference"] for name, row in result["paired"].items()}
+    for name, value in named.items():
+        assert [e.value for e in accumulator.Scalars(name)] == pytest.approx([value], abs=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [e.value for e in accumulator.Scalars("student/score")] == pytest.approx([r["score"] for r in rows])
     assert not any("wall" in key or "_per_s" in key for row in rows for key in row)
