@@ -43,7 +43,8 @@ from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.cost.profile import machine
 from rlkd.data import Preference
 from rlkd.data.anchors import Anchors
-from rlkd.data.tables import ColumnConfig, split_of
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import split_of
 from rlkd.envs.action import ControlConfig, published_setting, with_values
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
 from rlkd.envs.schedule import ControlPlan

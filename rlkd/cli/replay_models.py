@@ -71,11 +71,11 @@ def _replay(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
         if is_finished(folder, journal.finished):
             return 0
-        packages = ("transformers", "tokenizers", "datasets")
+        packages = ("transformers", "tokenizers", "pyarrow")
         describe(journal, folder, config, options.seed, bar.say, packages, {"policy": str(options.policy)})
         controls, plan = bundle.policy.controls, bundle.policy.plan
         scenario = build_real_scenario(with_own_profile(config, folder), controls, plan, options.seed, bar.say)
-        write_whole(folder / "mapping.txt", scenario.tables)
+        write_whole(folder / "mapping.txt", f"{scenario.tables}\n{scenario.report}")
         bar.say(scenario.tables)
         if not (folder / f"{PROFILE}.json").exists():
             scenario.profile.save(folder / f"{PROFILE}.json")
