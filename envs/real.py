@@ -159,7 +159,8 @@ class RealScenario:
         told = {"logits": signals.logits, "features": signals.features, "maps": signals.maps}
         if isinstance(signals, TokenSignals):
             told |= {**signals.tokens._asdict(), "losses": signals.losses, "counted": signals.counted}
-        return {**self.data.inputs, "labels": self.data.labels, **told, **self.initial}
+        splits = {f"split {name}": index for name, index in self.data.splits.items()}
+        return {**self.data.inputs, "labels": self.data.labels, **splits, **told, **self.initial}
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """As `EpisodeScenario.cost`, for N = 1."""
@@ -225,7 +226,8 @@ def build_real_scenario(
     if config.teacher_device_map is None:
         teacher.model.cpu()
     quality = describe_quality(signals, teacher.data)
-    say(quality)
+    if quality:
+        say(quality)
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)

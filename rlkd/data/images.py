@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlkd.data.layout import split_named
-from rlkd.data.readers import is_hidden
+from rlkd.data.readers import is_hidden, walk
 from rlkd.data.samples import Split
 from rlkd.data.tally import Tally
 from rlkd.errors import UserError
@@ -58,7 +58,7 @@ def is_image(path: Path) -> bool:
 
 def has_images(folder: Path) -> bool:
     """Whether an image stands anywhere in a folder."""
-    return any(is_image(path) and not is_hidden(path.relative_to(folder)) for path in folder.rglob("*"))
+    return any(is_image(path) and not is_hidden(path.relative_to(folder)) for path in walk(folder))
 
 
 def read_images(folder: Path, is_skipping: bool) -> ImageFolder:
@@ -73,7 +73,7 @@ def read_images(folder: Path, is_skipping: bool) -> ImageFolder:
     """
     tally = Tally("files")
     chosen: list[Path] = []
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = walk(folder)
     for path in files:
         name = path.relative_to(folder)
         if is_hidden(name):

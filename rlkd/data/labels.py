@@ -5,7 +5,8 @@ The names of the classes come from `id2label` of the model's configuration. A la
 1. by its exact name;
 2. as a number that is the name of a class: 1, 1.0 and "1" are the class "1";
 3. only where every class is called LABEL_<i>: as the number i ("1", 1.0 and 1 are LABEL_1);
-4. by its name in other case or with spaces at its ends, as long as no two names and no two labels become one.
+4. by its name in other case, with spaces at its ends or with its accents in another encoding (NFC, NFD), as long as no
+   two names and no two labels become one.
 
 `--columns.classes [a,b,...]` tells the names of the numbers 0, 1, ... where the data or the model have numbers only;
 then a number in the data stands for that name, and so does a class LABEL_<i>. Everything else is refused with the
@@ -14,6 +15,7 @@ number of its row: other names, fractions, lists (one-hot rows, several labels),
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
 DEFAULT_NAME = re.compile(r"LABEL_(0|[1-9]\d*)", re.ASCII)
 BY_NAME, BY_NUMBER = "name", "number that is a name"
 BY_DEFAULT, BY_OPTION = "number in LABEL_<i>", "number, by --columns.classes"
-FOLDED = "name, in other case or with spaces"
+FOLDED = "name, spelled otherwise"
 MOST_NAMES = 12  # names that a message lists
 
 
@@ -239,7 +241,7 @@ def _number(label: str | int | float | Decimal) -> Decimal | None:
 
 
 def _fold(name: str) -> str:
-    return name.strip().casefold()
+    return unicodedata.normalize("NFC", name.strip().casefold())
 
 
 def _unique(pairs: Iterable[tuple[Hashable, int]]) -> dict[Hashable, int]:

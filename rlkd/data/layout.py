@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
-from rlkd.data.readers import COMPRESSIONS, METADATA, is_hidden, table_format
+from rlkd.data.readers import COMPRESSIONS, METADATA, is_hidden, table_format, walk
 from rlkd.data.samples import Split
 from rlkd.data.tally import Tally
 from rlkd.errors import UserError
@@ -70,7 +70,7 @@ def find_files(
         UserError: files in several folders, a split in some names only, a shard that is missing, one table in two
             formats, or an unclear name.
     """
-    everything = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    everything = walk(folder)
     visible = [path for path in everything if not is_hidden(path.relative_to(folder))]
     for path in everything:
         if is_hidden(path.relative_to(folder)):

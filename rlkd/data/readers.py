@@ -6,18 +6,19 @@ of CSV are texts as they stand ("01" stays "01", "NA" stays "NA"), other formats
 
 import bz2
 import codecs
-import csv
 import gzip
 import io
 import json
 import lzma
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from rlkd.data.columns import Columns, find_column, lines_of
+from rlkd.data.delimited import SEPARATORS, delimited_columns
 from rlkd.data.labels import NumberedName
 from rlkd.errors import UserError
 from rlkd.io.files import read_bytes
@@ -34,19 +35,7 @@ FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 MAX_TABLE_BYTES = 2**33
 CHUNK_BYTES = 2**20
-SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}
 BROKEN = (OSError, EOFError, ValueError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Columns of one file, by the names that were asked for."""
-
-    names: list[str]  # all columns that the file has
-    cells: dict[str, list[Any]]  # of the columns that were asked for and exist, num_rows each
-    num_rows: int
-    num_blank: int = 0  # lines without a character
-    notes: list[str] = field(default_factory=list)  # how it was read, where that is not the plain way
 
 
 def table_format(name: str) -> str:
@@ -91,25 +80,8 @@ def read_columns(path: Path, wanted: Sequence[str]) -> Columns:
         return _arrow_columns(content, kind, path, wanted)
     text = decode(content, path)
     if kind in SEPARATORS:
-        return _delimited_columns(text, kind, path, wanted)
+        return delimited_columns(text, kind, path, wanted)
     return _json_columns(text, path, wanted)
-
-
-def find_column(names: Sequence[str], wanted: str, path: Path) -> int | None:
-    """Place of a column: by its exact name, else in other case or with spaces, where only one is called so.
-
-    Raises:
-        UserError: several columns are called so.
-    """
-    folded = wanted.strip().casefold()
-    exact = [place for place, name in enumerate(names) if name == wanted]
-    similar = [place for place, name in enumerate(names) if name.strip().casefold() == folded]
-    for found in (exact, similar):
-        if len(found) > 1:
-            raise UserError(f"{path}: {len(found)} columns are called {wanted!r}; rename all but one")
-        if found:
-            return found[0]
-    return None
 
 
 def decode(content: bytes, path: Path) -> str:
@@ -120,10 +92,15 @@ def decode(content: bytes, path: Path) -> str:
     """
     is_utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}: line {line}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    zero = text.find("\x00")
+    if zero >= 0:
+        line = text.count("\n", 0, zero) + 1
+        raise UserError(f"{path}: line {line}: has a zero byte, as UTF-16 without its mark has; convert it to UTF-8")
+    return text
 
 
 def _unpacked(content: bytes, path: Path, is_wanted: Callable[[str], object]) -> tuple[bytes, str]:
@@ -183,109 +160,29 @@ def _read_all(file: Any, path: Path) -> bytes:
     return b"".join(parts)
 
 
+def walk(folder: Path) -> list[Path]:
+    """All files below a folder in the order of their paths, links to files and folders followed.
+
+    Raises:
+        UserError: a folder that cannot be read, or a link that leads back.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    files: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        home = Path(place)
+        for name in folders:
+            if (home / name).is_symlink() and home.resolve().is_relative_to((home / name).resolve()):
+                raise UserError(f"{home / name}: is a link that leads back to a folder above it; remove it")
+        files += [home / name for name in names if (home / name).is_file()]
+    return sorted(files)
+
+
 def is_hidden(path: PurePath) -> bool:
     """Whether a file is the operating system's or an editor's: .DS_Store, ._train.csv, __MACOSX, .ipynb_checkpoints."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _delimited_columns(text: str, kind: str, path: Path, wanted: Sequence[str]) -> Columns:
-    """CSV or TSV. The separator is the one that brings out most of the wanted columns in the header."""
-    text, separators = _after_separator_line(text, SEPARATORS[kind])
-    headers = {mark: _header(text, mark) for mark in separators}
-    num_found = {mark: sum(find_column(headers[mark], name, path) is not None for name in wanted) for mark in headers}
-    mark = max(separators, key=lambda m: (num_found[m], 0 if any(num_found.values()) else len(headers[m])))
-    records, notes = _records(text, mark, kind, path)
-    if mark != separators[0]:
-        notes.append(f"its columns are separated by {'tabs' if mark == chr(9) else repr(mark)}")
-    header, *body = records
-    rows = [row for row in body if row]
-    found = {name: find_column(header, name, path) for name in wanted}
-    cells = {name: [row[place] for row in rows] for name, place in found.items() if place is not None}
-    return Columns(header, cells, len(rows), len(body) - len(rows), notes)
-
-
-def _after_separator_line(text: str, separators: str) -> tuple[str, str]:
-    """Excel's first line `sep=;`, where there is one, tells the separator and is no row."""
-    first, _, rest = text.partition("\n")
-    told = first.strip().strip('"')
-    return (rest, told[4]) if told.lower().startswith("sep=") and len(told) == 5 else (text, separators)
-
-
-def _header(text: str, mark: str) -> list[str]:
-    try:
-        return next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=mark)), [])
-    except csv.Error:
-        return []
-
-
-def _records(text: str, mark: str, kind: str, path: Path) -> tuple[list[list[str]], list[str]]:
-    """Header and rows, [] for a blank line, and how quotation marks were read where that is not as in CSV.
-
-    Quotation marks are those of CSV (RFC 4180) where every record then has as many fields as the header. They are
-    ordinary characters where only that gives such records, one a line, as in the TSV files of GLUE.
-
-    Raises:
-        UserError: neither holds, or both hold and the numbers of rows differ.
-    """
-    quoted, problem = _quoted_records(text, mark)
-    if problem is None:
-        problem = _irregular(quoted, mark)
-    if '"' not in text or (kind == ".csv" and len(_header(text, mark)) < 2):
-        plain, plain_problem = quoted, problem
-    else:
-        plain = _without_head([line.split(mark) if line else [] for line in _lines(text)])
-        plain_problem = _irregular(plain, mark)
-    if problem is None and plain_problem is None and len(quoted) != len(plain):
-        if kind != ".tsv" or len(plain[0]) < 2:
-            raise UserError(
-                f"{path}: has {len(quoted) - 1} rows where quotation marks enclose fields and {len(plain) - 1} where "
-                "they are ordinary characters; which is meant is unknown: give the data as JSON lines"
-            )
-        problem = "a row would go beyond its line"
-    if problem is None:
-        return quoted, []
-    if plain_problem is None:
-        return plain, ["its quotation marks are ordinary characters: they do not enclose fields"]
-    raise UserError(f"{path}: {plain_problem if kind == '.tsv' else problem}")
-
-
-def _lines(text: str) -> list[str]:
-    """Lines that end in \\n, \\r\\n or \\r; other characters that str.splitlines takes for an end are text."""
-    return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
-
-
-def _without_head(records: list[list[str]]) -> list[list[str]]:
-    """The records from the first one that is not blank."""
-    return records[next((i for i, record in enumerate(records) if record), len(records)) :]
-
-
-def _quoted_records(text: str, mark: str) -> tuple[list[list[str]], str | None]:
-    """Records by the rules of CSV, and what breaks them."""
-    limit = csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    records: list[list[str]] = []
-    try:
-        records.extend(reader)
-    except csv.Error as error:
-        return (
-            records,
-            f"line {reader.line_num}: {error}; enclose a field with quotation marks in such marks and double them",
-        )
-    finally:
-        csv.field_size_limit(limit)
-    return _without_head(records), None
-
-
-def _irregular(records: Sequence[list[str]], mark: str) -> str | None:
-    """What is wrong with the first record that has another number of fields than the header; None if all have it."""
-    for row, record in enumerate(records):
-        if record and len(record) != len(records[0]):
-            shown = "tab" if mark == "\t" else repr(mark)
-            return (
-                f"row {row}: got {len(record)} fields; its header has {len(records[0])} (separator {shown}); enclose "
-                "fields that contain the separator in quotation marks"
-            )
-    return None
 
 
 def _json_columns(text: str, path: Path, wanted: Sequence[str]) -> Columns:
@@ -293,7 +190,7 @@ def _json_columns(text: str, path: Path, wanted: Sequence[str]) -> Columns:
     try:
         value = _parse(text)
     except json.JSONDecodeError:
-        lines = [(number, line) for number, line in enumerate(_lines(text), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(lines_of(text), 1) if line.strip()]
         value = [_parse_line(line, number, path) for number, line in lines]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error!s:.100})") from error

@@ -142,7 +142,7 @@ def _raw_rows(
             cells[0][i],
             cells[1][i] if second else "",
             cells[2][i],
-            _source(part.cells[source][i], place, source) if has_source else None,
+            clean_source(part.cells[source][i], place, source) if has_source else None,
             _split(None if told is None else told[i], split, told is not None, place, columns.split),
         )
 
@@ -165,8 +165,12 @@ def _split(cell: Any, of_file: Split | None, is_told: bool, place: Place, column
     return named
 
 
-def _source(cell: Any, place: Place, column: str) -> str | None:
-    """A source as a text; None where it is missing."""
+def clean_source(cell: Any, place: Place, column: str) -> str | None:
+    """A source as a text: 1, 1.0 and "1" are one source; None where it is missing.
+
+    Raises:
+        UserError: a cell of another type, or a fraction.
+    """
     if is_missing(cell):
         return None
     if isinstance(cell, str | NumberedName):

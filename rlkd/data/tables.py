@@ -22,8 +22,8 @@ from rlkd.data.idx import is_idx_folder, read_idx_folder
 from rlkd.data.images import has_images, read_images
 from rlkd.data.labels import Place, describe_matches, match_labels
 from rlkd.data.layout import find_files, split_named
-from rlkd.data.readers import COMPRESSIONS, FORMATS, METADATA, is_hidden, is_table, table_format
-from rlkd.data.rows import ColumnConfig, Rows, read_rows
+from rlkd.data.readers import COMPRESSIONS, FORMATS, METADATA, is_hidden, is_table, table_format, walk
+from rlkd.data.rows import ColumnConfig, Rows, clean_source, read_rows
 from rlkd.data.samples import Split
 from rlkd.data.tally import Tally
 from rlkd.errors import UserError
@@ -116,7 +116,7 @@ def _allowed() -> str:
 
 def has_tables(folder: Path) -> bool:
     """Whether a table stands anywhere in a folder."""
-    names = (path for path in folder.rglob("*") if table_format(path.name) and not is_hidden(path.relative_to(folder)))
+    names = (path for path in walk(folder) if table_format(path.name) and not is_hidden(path.relative_to(folder)))
     return any(path.name.lower() not in METADATA for path in names)
 
 
@@ -162,10 +162,12 @@ def _array_table(path: Path) -> Table:
     for place, name in zip(places, splits or [], strict=False):
         if not isinstance(name, str) or split_named(name) is None:
             raise UserError(f"{path}: row {place[1]}: got split {name!r:.40}; allowed: {', '.join(SPLITS)}")
-    for place, source in zip(places, arrays.sources, strict=True):
-        if not isinstance(source, str | int):
-            raise UserError(f"{path}: row {place[1]}: got source {source!r:.40}; allowed: a text or a whole number")
-    sources = [str(source) for source in arrays.sources]
+    sources = []
+    for place, cell in zip(places, arrays.sources, strict=True):
+        source = clean_source(cell, place, "source")
+        if source is None:
+            raise UserError(f"{path}: row {place[1]}: has no source; allowed: a text or a whole number")
+        sources.append(source)
     tally = Tally("rows", len(places))
     return Table(path.stem, "array", arrays.inputs, arrays.labels, sources, splits, places, (tally,))
 
