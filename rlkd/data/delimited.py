@@ -51,13 +51,10 @@ def _records(text: str, mark: str, kind: str, path: Path) -> tuple[list[list[str
         UserError: neither holds, or both hold and the numbers of rows differ.
     """
     quoted, problem = _quoted_records(text, mark)
-    if problem is None:
-        problem = _irregular(quoted, mark)
-    if '"' not in text or (kind == ".csv" and len(_header(text, mark)) < 2):
+    if '"' not in text:
         plain, plain_problem = quoted, problem
     else:
-        plain = _without_head([line.split(mark) if line else [] for line in lines_of(text)])
-        plain_problem = _irregular(plain, mark)
+        plain, plain_problem = _plain_records(text, mark, kind)
     if problem is None and plain_problem is None and len(quoted) != len(plain):
         if kind != ".tsv" or len(plain[0]) < 2:
             raise UserError(
@@ -72,26 +69,39 @@ def _records(text: str, mark: str, kind: str, path: Path) -> tuple[list[list[str
     raise UserError(f"{path}: {plain_problem if kind == '.tsv' else problem}")
 
 
+def _plain_records(text: str, mark: str, kind: str) -> tuple[list[list[str]], str | None]:
+    """Records where quotation marks are ordinary characters, and why the text has no such records."""
+    records = _without_head([line.split(mark) if line else [] for line in lines_of(text)])
+    problem = _irregular(records, mark)
+    if problem is None and kind == ".csv":
+        if len(records[0]) < 2:
+            problem = "a table of one column"
+        if any(len(cell) > 1 and cell[0] == cell[-1] == '"' for record in records for cell in record):
+            problem = "quotation marks that enclose a field"
+    return records, problem
+
+
 def _without_head(records: list[list[str]]) -> list[list[str]]:
     """The records from the first one that is not blank."""
     return records[next((i for i, record in enumerate(records) if record), len(records)) :]
 
 
 def _quoted_records(text: str, mark: str) -> tuple[list[list[str]], str | None]:
-    """Records by the rules of CSV, and what breaks them."""
+    """Records by the rules of CSV, and what breaks them; spaces after separators go where the header has them."""
     limit = csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    header = _header(text, mark)
+    has_spaces = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=mark, strict=True, skipinitialspace=has_spaces)
     records: list[list[str]] = []
     try:
         records.extend(reader)
     except csv.Error as error:
-        return (
-            records,
-            f"line {reader.line_num}: {error}; enclose a field with quotation marks in such marks and double them",
-        )
+        return records, f"line {reader.line_num}: {error}; enclose such a field in quotation marks and double its own"
     finally:
         csv.field_size_limit(limit)
-    return _without_head(records), None
+    records = _without_head(records)
+    return records, _irregular(records, mark)
 
 
 def _irregular(records: Sequence[list[str]], mark: str) -> str | None:

@@ -140,6 +140,8 @@ def _zip_member(content: bytes, path: Path, is_wanted: Callable[[str], object]) 
         tables = [name for name in names if is_wanted(name)]
         if len(tables) != 1 or len(names) != 1:
             shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" or "nothing"
+            if "[Content_Types].xml" in names:
+                raise UserError(f"{path}: is an Excel file; save it as CSV")
             raise UserError(f"{path}: holds {shown}; allowed: a zip archive of one table or text; unpack it first")
         with archive.open(tables[0]) as file:
             inner = _read_all(file, path)
@@ -164,7 +166,7 @@ def walk(folder: Path) -> list[Path]:
     """All files below a folder in the order of their paths, links to files and folders followed.
 
     Raises:
-        UserError: a folder that cannot be read, or a link that leads back.
+        UserError: a folder that cannot be read, a link that leads back, or a link to nothing.
     """
 
     def refuse(error: OSError) -> None:
@@ -176,7 +178,10 @@ def walk(folder: Path) -> list[Path]:
         for name in folders:
             if (home / name).is_symlink() and home.resolve().is_relative_to((home / name).resolve()):
                 raise UserError(f"{home / name}: is a link that leads back to a folder above it; remove it")
-        files += [home / name for name in names if (home / name).is_file()]
+        for path in (home / name for name in names):
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{path}: is a link to nothing; fetch the file that it names, or remove it")
+            files += [path] * path.is_file()
     return sorted(files)
 
 
@@ -198,6 +203,8 @@ def _json_columns(text: str, path: Path, wanted: Sequence[str]) -> Columns:
         value = _rows_of_object(value, path, wanted)
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise UserError(f"{path}: got {type(value).__name__}; allowed: JSON lines or a list of objects, one a row")
+    if not value:
+        raise UserError(f"{path}: has no row; remove it or fetch it again")
     names = list(dict.fromkeys(name for row in value for name in row))
     found = {name: find_column(names, name, path) for name in wanted}
     cells = {name: [row.get(names[place]) for row in value] for name, place in found.items() if place is not None}

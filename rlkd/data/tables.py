@@ -128,7 +128,7 @@ def table_files(path: Path) -> tuple[list[tuple[Split | None, Path]], Tally]:
     """
     tally = Tally("files")
     if path.is_dir():
-        found = find_files(path, lambda name: bool(table_format(name)), "tables", tally)
+        found = find_files(path, is_table, "tables", tally)
         if not found:
             raise UserError(f"{path}: holds no table and no image in a class folder; give {_allowed()}")
         return found, tally

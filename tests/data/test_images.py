@@ -69,6 +69,15 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert (len(table.samples), table.splits) == (30, None)
 
 
+def test_class_folders_may_be_links(tmp_path: Path) -> None:
+    for i in range(6):
+        save(tmp_path / "store" / ("cat", "dog")[i % 2] / f"{i}.png", i)
+    (tmp_path / "d").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "store" / name)
+    assert read(tmp_path / "d").labels == ["cat"] * 3 + ["dog"] * 3
+
+
 def test_other_files_are_counted(tmp_path: Path) -> None:
     for i in range(4):
         save(tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i}.{('png', 'JPG', 'bmp', 'WebP')[i]}", i)

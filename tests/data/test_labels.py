@@ -78,6 +78,7 @@ def test_case_is_folded_only_where_that_stays_unique() -> None:
     assert numbers(["A", "a", "B"], ["A", "a", "B"]) == [0, 1, 2]
     assert numbers(["A", "a", "b"], ["A", "a", "B"]) == [0, 1, 2]
     assert numbers(["POS", " neg "], ["neg", "pos"]) == [1, 0]
+    assert numbers(["cafe\u0301"], ["caf\u00e9", "bar"]) == [0]  # the same text, composed and decomposed
     assert "would both be the class 'a'" in refused(["A", "a", "B"], ["a", "b"])
     assert "got label 'ä'" in refused(["ä"], ["a", "b"])
     assert "got label 'STRASSE'" in refused(["STRASSE"], ["strasse", "straße"])

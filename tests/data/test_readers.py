@@ -60,6 +60,11 @@ def test_byte_order_marks(tmp_path: Path, encoding: str) -> None:
     assert rows_of(read_columns(write(tmp_path / "a.csv", as_csv(rows).encode(encoding)), WANTED)) == rows
 
 
+def test_spaces_after_separators(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text, label\n"good, film", "1"\nbad, 0\n')
+    assert rows_of(read_columns(path, WANTED)) == [["good, film", "1"], ["bad", "0"]]
+
+
 def test_excel_tells_its_separator(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "sep=;\r\n" + as_csv(ROWS, delimiter=";"))
     assert rows_of(read_columns(path, WANTED)) == ROWS
@@ -116,6 +121,10 @@ def test_column_names(tmp_path: Path) -> None:
         ("a.csv", b'text,label\n"a, b,1\n', "line 2: unexpected end of data"),
         ("a.csv", b'text,label\n"a, b" c,1\n', "line 2: ',' expected after '\"'"),
         ("a.csv", b"text,label\ncaf\xe9,1\n", "line 2: not UTF-8"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16-le"), "line 1: has a zero byte"),
+        ("a.csv", b"text,label\na\x00,1\n", "line 2: has a zero byte"),
+        ("a.csv", b'text,label\n"say \\"hi\\" to",1\n', "line 2: ',' expected after"),
+        ("a.json", b"[]", "has no row"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: cannot be read as JSON"),
         ("a.jsonl", b'{"text": "a", "text": "b"}\n', "'text' appears twice"),
         ("a.jsonl", b'"text"\n', "allowed: JSON lines or a list of objects"),
@@ -162,6 +171,8 @@ def test_zip_archives_hold_one_table(tmp_path: Path) -> None:
     assert "holds a.csv, b.csv" in refused(archive("two.zip", a_dot_csv=table, b_dot_csv=table))
     assert "holds cat/1.png" in refused(archive("pictures.zip", cat__1_dot_png=b"x"))
     assert "one.zip" in refused(archive("nested.zip", one_dot_zip=one.read_bytes()))
+    excel = archive("book.zip", **{"[Content_Types]_dot_xml": b"x", "xl__workbook_dot_xml": b"x"})
+    assert "is an Excel file; save it as CSV" in refused(excel)
     assert "compressed once more" in refused(archive("twice.zip", a_dot_csv=gzip.compress(table)))
 
 

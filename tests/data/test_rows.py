@@ -88,6 +88,20 @@ def test_names_of_files_and_folders_tell_the_splits(tmp_path: Path, names: tuple
     assert read(tmp_path / "d").lines() == ["3 files seen, 3 used", "60 rows seen, 60 used"]
 
 
+def test_links_are_followed(tmp_path: Path) -> None:
+    write(tmp_path / "blobs" / "abc", ROWS)
+    (tmp_path / "d" / "data").mkdir(parents=True)
+    (tmp_path / "d" / "data" / "train.csv").symlink_to(tmp_path / "blobs" / "abc")
+    assert len(read(tmp_path / "d").samples) == 60
+    (tmp_path / "linked").symlink_to(tmp_path / "d" / "data")
+    assert len(read(tmp_path / "linked").samples) == 60
+    (tmp_path / "d" / "test.csv").symlink_to(tmp_path / "blobs" / "gone")
+    assert "test.csv: is a link to nothing" in refused(tmp_path / "d")
+    (tmp_path / "d" / "test.csv").unlink()
+    (tmp_path / "d" / "data" / "up").symlink_to(tmp_path / "d")
+    assert "is a link that leads back" in refused(tmp_path / "d")
+
+
 def test_shards_are_put_together_or_missed(tmp_path: Path) -> None:
     for i, part in enumerate((ROWS[:20], ROWS[20:30])):
         write(tmp_path / f"train-0000{i}-of-00002.jsonl", part)
