@@ -14,6 +14,7 @@ from rlkd.envs.action import ControlConfig
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
+from rlkd.io.numbers import check_finite
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
@@ -158,6 +159,7 @@ class DistilConfig:
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
+        check_finite(self)
         self.goal.check()
         self.guard.check()
         for name in ("floor_share", "limit_share"):
@@ -198,6 +200,7 @@ class OnlineConfig:
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
+        check_finite(self)
         self.env(ControlConfig()).check()
         self.agent.check(self.num_windows)
         if self.keep_every < 1:

@@ -14,13 +14,16 @@ from rlkd.cost import Cost
 from rlkd.cost.real import ModuleProfile, count_work, load_speed, profile_module
 from rlkd.data import Goal, Preference, Range, Split, Task, TaskDistribution
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
-from rlkd.data.tables import ColumnConfig, Table, make_examples, read_table
-from rlkd.data.texts import DOCUMENTS, make_token_examples, read_texts
+from rlkd.data.labels import class_names
+from rlkd.data.loading import load_examples, load_table
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import Table
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.references import References, stated_reference
 from rlkd.envs.scenario import check_keep
 from rlkd.errors import UserError
+from rlkd.io.numbers import check_finite
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
 from rlkd.models.real.hooks import link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
@@ -41,8 +44,10 @@ from rlkd.students.real.causal import CausalStudent, TokenConfig
 from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, evaluated_samples
 from rlkd.students.real.processes import first_alone
 from rlkd.teachers import Signals
-from rlkd.teachers.real.module_signals import module_signals
+from rlkd.teachers.real.module_signals import describe_quality, module_signals
 from rlkd.teachers.real.token_signals import TokenSignals, token_signals
+
+NUM_LINES = 20  # of the report on the data that are printed
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class RealConfig:
     processor), or a hub id."""
     data: str
     """A CSV, TSV, JSON lines, Parquet or .npz file, or a folder of such files named by split, or of images; for a
-    language model .txt files, too."""
+    language model .txt files, too. docs/data.md has the table of what is accepted."""
     student: str = ""
     """Folder or hub id of a model, or a JSON configuration (fresh weights); by default it is cut from the teacher."""
     teacher_device_map: str | None = None
@@ -101,6 +106,7 @@ class RealConfig:
         self.goal.check()
         self.guard.check()
         self.goal.weights(self.preference)
+        check_finite(self)
         self.train.torch_device()
 
 
@@ -129,6 +135,7 @@ class RealScenario:
     kind: Kind
     processor: Any  # tokenizer or image processor of the student; None for arrays
     tables: str  # what was mapped to what, and which controls there are
+    report: str  # of the data: what was used, and the class that each label means
     is_reverse: bool = False  # of a language model's response term
     teacher: nn.Module | None = None  # to be timed beside the student; None where it is spread over devices
     teacher_data: Examples | None = None  # the samples with the teacher's own inputs
@@ -161,7 +168,8 @@ class RealScenario:
         told = {"logits": signals.logits, "features": signals.features, "maps": signals.maps}
         if isinstance(signals, TokenSignals):
             told |= {**signals.tokens._asdict(), "losses": signals.losses, "counted": signals.counted}
-        return {**self.data.inputs, "labels": self.data.labels, **told, **self.initial}
+        splits = {f"split {name}": index for name, index in self.data.splits.items()}
+        return {**self.data.inputs, "labels": self.data.labels, **splits, **told, **self.initial}
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """As `EpisodeScenario.cost`, for N = 1."""
@@ -226,6 +234,7 @@ class _Side:
     data: Examples
     plan: Plan
     processor: Any
+    table: Table  # what `data` was made of
 
 
 def build_real_scenario(
@@ -249,7 +258,7 @@ def build_real_scenario(
     """
     config.check()
     kind = kind_of(load_config(config.teacher), config.teacher)
-    teacher = _teacher(config, kind)
+    teacher = _teacher(config, kind, say)
     student = _student(config, kind, teacher, seed)
     device = config.train.torch_device()
     blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
@@ -264,6 +273,9 @@ def build_real_scenario(
         signals = _signals(config, teacher, places, say)
     if config.teacher_device_map is None:
         teacher.model.cpu()
+    quality = describe_quality(signals, teacher.data)
+    if quality:
+        say(quality)
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
@@ -287,6 +299,7 @@ def build_real_scenario(
         kind,
         student.processor,
         f"{link_table(links)}\n\n{control_table(student.plan)}\n{_about_tokens(config, signals)}",
+        f"{student.data.report}{quality}",
         config.tokens.divergence == "reverse",
         teacher.model if is_whole else None,
         teacher.data if is_whole else None,
@@ -313,19 +326,26 @@ def _about_tokens(config: RealConfig, signals: Signals) -> str:
     )
 
 
-def _teacher(config: RealConfig, kind: Kind) -> _Side:
+def _teacher(config: RealConfig, kind: Kind, say: Callable[[str], object]) -> _Side:
     model = load_model(config.teacher, kind, config.allow_pickle, device_map=config.teacher_device_map)
-    if kind == "causal_lm":
-        processor = load_processor(config.teacher, kind)
-        data: Examples = _examples(read_texts(Path(config.data), config.columns), processor, model, config)
-        _check_size(config.teacher, model, data)
-        return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor)
-    table = read_table(Path(config.data), config.columns)
-    if table.kind != ("text" if kind == "sequence_classification" else "image") and table.kind != "array":
-        raise UserError(f"{config.data}: got {table.kind}s for {config.teacher}, which is for {kind.replace('_', ' ')}")
+    described: Any = model.config
+    if kind != "causal_lm":  # one spelling of the classes, which the student takes over
+        names = class_names(described, config.teacher)
+        described.id2label, described.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    table = load_table(Path(config.data), kind, config.columns, config.teacher)
     processor = None if table.kind == "array" else load_processor(config.teacher, kind)
-    data = _examples(table, processor, model, config)
-    return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor)
+    data = load_examples(table, processor, described, config.columns, config.teacher)
+    say(_beginning(data.report))
+    if kind == "causal_lm":
+        _check_size(config.teacher, model, data)
+    return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor, table)
+
+
+def _beginning(report: str) -> str:
+    """The first lines of a report on data; a table of many classes is for the file."""
+    lines = report.splitlines()
+    more = len(lines) - NUM_LINES
+    return "\n".join(lines[:NUM_LINES]) + (f"\n... ({more} more lines in mapping.txt)" if more > 0 else "")
 
 
 def _student(config: RealConfig, kind: Kind, teacher: _Side, seed: int) -> _Side:
@@ -336,18 +356,17 @@ def _student(config: RealConfig, kind: Kind, teacher: _Side, seed: int) -> _Side
         model, _ = student_from_teacher(teacher.model, kind, config.cut)
     elif Path(config.student).suffix == ".json":
         fresh = load_config(config.student)
-        fresh.id2label, fresh.label2id = dict(described.id2label), dict(described.label2id)
+        _take_classes(fresh, described)
         model = new_model(fresh, kind, seed)
     else:
         is_causal = kind == "causal_lm"
         model = load_model(config.student, kind, config.allow_pickle, None if is_causal else data.num_classes, seed)
-        own_config: Any = model.config
-        own_config.id2label, own_config.label2id = dict(described.id2label), dict(described.label2id)
+        _take_classes(model.config, described)
         own = None if processor is None else _own_processor(config.student, kind)
         if own is not None and is_causal:
             check_same_tokenizer(processor, own)
         elif own is not None and _differ(processor, own):
-            processor, data = own, _examples(read_table(Path(config.data), config.columns), own, teacher.model, config)
+            processor, data = own, load_examples(teacher.table, own, described, config.columns, config.teacher)
     _check_size(config.student or "student", model, data)
     own_size = getattr(model.config, "vocab_size", None)
     if kind == "causal_lm" and own_size != data.num_classes:
@@ -355,7 +374,12 @@ def _student(config: RealConfig, kind: Kind, teacher: _Side, seed: int) -> _Side
             f"{config.student or 'student'}: its vocabulary has {own_size} tokens, the teacher's {data.num_classes}; "
             "token-level distillation needs one: give the student that vocab_size"
         )
-    return _Side(model, data, _plan(model, data, config.attach), processor)
+    return _Side(model, data, _plan(model, data, config.attach), processor, teacher.table)
+
+
+def _take_classes(config: Any, teacher: Any) -> None:
+    """Give a student's configuration the names of the teacher's classes; a language model's may have none."""
+    config.id2label, config.label2id = dict(teacher.id2label or {}), dict(teacher.label2id or {})
 
 
 def _own_processor(source: str, kind: Kind) -> Any:
@@ -370,13 +394,6 @@ def _differ(ours: Any, theirs: Any) -> bool:
     if hasattr(ours, "get_vocab"):
         return vocabulary_differences(ours, theirs) is not None
     return bool(ours.to_dict() != theirs.to_dict())
-
-
-def _examples(table: Table, processor: Any, teacher: nn.Module, config: RealConfig) -> Examples:
-    described: Any = teacher.config
-    if table.kind == DOCUMENTS:
-        return make_token_examples(table, processor, int(described.vocab_size), config.columns)
-    return make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
 
 
 def _check_size(name: str, model: nn.Module, data: Examples) -> None:

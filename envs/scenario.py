@@ -14,6 +14,7 @@ from rlkd.data import DataSet, Labelled, Task, TaskDistribution, draw_task, load
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
 from rlkd.errors import UserError
+from rlkd.io.numbers import check_finite
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.students import Population, SoloStudent, Students, TrainConfig
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
@@ -48,6 +49,7 @@ class EnvConfig:
             raise UserError(f"warm_windows: got {self.warm_windows}; allowed: at least 0")
         for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
             part.check()
+        check_finite(self)
         self.train.torch_device()
         if self.task.num_teachers.high > len(self.teacher.num_samples):
             raise UserError(

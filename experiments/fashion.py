@@ -18,7 +18,8 @@ import real_study
 import torch
 import torch.nn.functional as F
 
-from rlkd.data.tables import ColumnConfig, make_examples, read_table
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import make_examples, read_table
 from rlkd.envs.real import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
@@ -29,6 +30,7 @@ from rlkd.students.optimizers import new_optimizer, schedule
 from rlkd.students.real.module import ModuleTrainConfig
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+COLUMNS = ColumnConfig(classes=list(CLASSES))  # what the labels 0 to 9 of the files mean
 RATE, BATCH = 1e-3, 64
 
 
@@ -37,8 +39,7 @@ def train_teacher(data_folder: Path, folder: Path, num_steps: int) -> dict[str, 
     if (folder / "teacher.json").exists():
         return dict(json.loads((folder / "teacher.json").read_text()))
     began = time.perf_counter()
-    columns = ColumnConfig()
-    data = make_examples(read_table(data_folder, columns), None, None, len(CLASSES), columns)
+    data = make_examples(read_table(data_folder, COLUMNS), None, CLASSES, COLUMNS)
     config = transformers().ViTConfig(
         image_size=28,
         patch_size=7,
@@ -93,6 +94,7 @@ def main() -> int:
     config = RealConfig(
         teacher=str(teacher_folder),
         data=str(options.data),
+        columns=COLUMNS,
         cut=StudentCut(layers=options.layers),
         train=ModuleTrainConfig(
             steps_per_window=options.steps_per_window,

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from rlkd.agents.baselines.schedules import follow
 
 from rlkd.agents.baselines.published import published
-from rlkd.agents.baselines.schedules import follow
 from rlkd.agents.baselines.search import SearchConfig, search_plans
 from rlkd.agents.evaluation.comparison import compare
 from rlkd.agents.evaluation.held_out import held_out_seeds

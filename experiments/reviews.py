@@ -23,7 +23,8 @@ import real_study
 import torch
 import torch.nn.functional as F
 
-from rlkd.data.tables import ColumnConfig, make_examples, read_table
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import make_examples, read_table
 from rlkd.envs.real import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
@@ -91,7 +92,7 @@ def fine_tune_teacher(model_folder: Path, table: Path, folder: Path, num_steps: 
         model: Any = load_model(str(model_folder), "sequence_classification", num_classes=2)
         model.config.id2label, model.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
         tokenizer = load_processor(str(model_folder), "sequence_classification")
-        data = make_examples(read_table(table, COLUMNS), tokenizer, model.config.label2id, 2, COLUMNS)
+        data = make_examples(read_table(table, COLUMNS), tokenizer, ("neg", "pos"), COLUMNS)
         optimizer = new_optimizer(model, "adamw", 5e-5, 0.01)
         train = data.splits["train"]
         for step in range(num_steps):

@@ -12,3 +12,7 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         half = LONGEST // 2 - 10
         super().__init__(message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}")
+
+
+class WriteError(UserError):
+    """Something could not be written: a run that ended with this can go on once it can."""

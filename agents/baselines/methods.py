@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
+from rlkd.agents.baselines.schedules import Shape, as_point, follow
 from torch import Tensor
 
 from rlkd.agents.baselines.gradients import adversarial_temperature, hypergradient
 from rlkd.agents.baselines.pbt import PBTConfig, find_schedule
 from rlkd.agents.baselines.published import SCHEDULES, annealed, published, upon
-from rlkd.agents.baselines.schedules import Shape, as_point, follow
 from rlkd.agents.baselines.search import SearchConfig, Shortlist, search_plans
 from rlkd.agents.baselines.task_search import Sampler, Trials, search_tasks
 from rlkd.agents.baselines.teacher_weights import TeacherWeightsConfig, learn_teacher_weights, weighing

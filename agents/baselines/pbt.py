@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from rlkd.agents.baselines.schedules import follow
 from torch import Tensor
 
-from rlkd.agents.baselines.schedules import follow
 from rlkd.agents.policy.controllers import run
 from rlkd.data import TaskDistribution
 from rlkd.envs.action import NUM_CONTROLS

@@ -15,9 +15,9 @@ import optuna
 import torch
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
+from rlkd.agents.baselines.schedules import Shape, as_point, follow_each, num_axes, run_plans, to_plan
 from torch import Tensor
 
-from rlkd.agents.baselines.schedules import Shape, as_point, follow_each, num_axes, run_plans, to_plan
 from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.data import TaskDistribution
 from rlkd.envs.scenario import Scenario

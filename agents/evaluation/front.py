@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rlkd.agents.baselines.schedules import run_plans
 
 from rlkd.agents.baselines.methods import Request
-from rlkd.agents.baselines.schedules import run_plans
 from rlkd.agents.baselines.task_search import Trials, cost_of, hypervolume, search_fronts
 from rlkd.agents.evaluation.comparison import interval
 from rlkd.agents.policy.controllers import Controller, Results, run

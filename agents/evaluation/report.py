@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlkd.agents.evaluation.events import Scalars, read_scalars
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
-from rlkd.io.files import MAX_JSON_BYTES, MAX_TENSOR_BYTES, inside, number, read_bytes, read_json, reason, write_whole
+from rlkd.io.files import MAX_JSON_BYTES, inside, number, read_bytes, read_json, reason, write_whole
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_EVENT_FILES = 64
-Scalars = dict[str, tuple[list[int], list[float]]]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,18 @@ class Run:
     scalars: Scalars  # steps and values of every tag
     result: dict[str, Any] | None  # result.json; None if the run did not get to its end
     texts: dict[str, str]  # command.txt, versions.json, config.yaml, as far as they exist
+    notes: tuple[str, ...] = ()  # what could not be read of the event files
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.name
+        return self.folder.resolve().name
+
+    @property
+    def label(self) -> str:
+        """The name for a legend, where matplotlib reads dollar signs as formulas and hides what begins with "_"."""
+        text = self.name.replace("$", r"\$")
+        return f" {text}" if text.startswith("_") else text
 
 
 def read_run(folder: Path) -> Run:
@@ -52,16 +59,9 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{events}: holds no TensorBoard event file; give the folder of a train or replay run")
     if len(files) > MAX_EVENT_FILES:
         raise UserError(f"{events}: holds {len(files)} event files; allowed: at most {MAX_EVENT_FILES}")
-    for file in files:
-        _check_records(inside(folder, f"tensorboard/{file.name}"))
-    try:
-        # as far as the report needs them: no images, histograms or tensors are kept
-        accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
-        accumulator.Reload()
-        tags = accumulator.Tags()["scalars"]
-        scalars = {tag: _series(accumulator.Scalars(tag)) for tag in tags}
-    except Exception as error:  # the reader raises whatever its parsers raise; none of it is this program's fault
-        raise UserError(f"{events}: cannot read the event file ({error!r:.100})") from error
+    scalars, notes = read_scalars([inside(folder, f"tensorboard/{file.name}") for file in files])
+    if notes and not scalars:
+        raise UserError(f"{notes[0]}; give the folder of another run")
     result = None
     if (folder / "result.json").exists():
         result = read_json(inside(folder, "result.json"), "a run's result")
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> Run:
         for name in names
         if (folder / name).exists()
     }
-    run = Run(folder, scalars, result, texts)
+    run = Run(folder, scalars, result, texts, tuple(notes))
     try:
         _section(run), _points(run)  # whatever the report takes from the result is there and of its kind
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -79,21 +79,6 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'result.json'}: not a run's result, or a damaged one ({reason(error):.100})"
         ) from error
     return run
-
-
-def _check_records(path: Path) -> None:
-    """Raises UserError for an event file with a record so long that TensorBoard's reader would take all memory."""
-    blob = read_bytes(path, MAX_TENSOR_BYTES)
-    place = 0
-    while place + 8 <= len(blob):
-        length = int.from_bytes(blob[place : place + 8], "little")
-        if length > MAX_TENSOR_BYTES:
-            raise UserError(f"{path}: damaged (a record of {length} bytes at {place})")
-        place += 8 + 4 + length + 4  # length, its checksum, content, its checksum
-
-
-def _series(events: list[Any]) -> tuple[list[int], list[float]]:
-    return [e.step for e in events], [e.value for e in events]
 
 
 def write_report(runs: list[Run], out: Path) -> list[Path]:
@@ -106,7 +91,9 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
     images = {}
     for name, figure in figures.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a run's name may be in any script
+            figure.savefig(buffer, format="png", dpi=150)
         images[name] = buffer.getvalue()
         write_whole(out / f"{name}.png", images[name])
     write_whole(out / "report.html", page(runs, images))
@@ -116,10 +103,11 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
 def _against(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Values of `tag` over student trainings where the run counts them, else over its own steps."""
     steps, values = run.scalars.get(tag, ([], []))
-    trainings = dict(zip(*run.scalars.get("student/num_trainings", ([], [])), strict=True))
-    if trainings:
-        trainings[0] = 0.0  # before the first update
-    return np.array([trainings.get(s, s) for s in steps]), np.array(values)
+    counted_at, trainings = run.scalars.get("student/num_trainings", ([], []))
+    if not counted_at:
+        return np.array(steps), np.array(values)
+    # between two counts, where a damaged file lost one, the count grows evenly; nothing is trained before the first
+    return np.interp(steps, [*counted_at], [0.0, *trainings[1:]]), np.array(values)
 
 
 def _grid(axis: Axes, title: str, x: str, y: str) -> None:
@@ -159,7 +147,7 @@ def reward_curves(runs: list[Run]) -> Figure:
         for i, run in enumerate(runs):
             x, y = _against(run, tag)
             if len(x):
-                axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=run.name, linewidth=1.5)
+                axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=run.label, linewidth=1.5)
         _grid(axis, title, _progress_name(runs), unit)
         if not axis.lines:
             axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
@@ -173,7 +161,7 @@ def controls(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, name in zip(figure.subplots(3, 4, sharey=True).flat, CONTROLS, strict=True):
         for i, run in enumerate(runs):
-            axis.plot(*_against(run, f"action/{name}"), color=COLOURS[i % len(COLOURS)], label=run.name, linewidth=1.5)
+            axis.plot(*_against(run, f"action/{name}"), color=COLOURS[i % len(COLOURS)], label=run.label, linewidth=1.5)
         _grid(axis, name, "", "")
         axis.set_ylim(-0.03, 1.03)
     figure.supxlabel(_progress_name(runs), fontsize=10)
@@ -224,11 +212,11 @@ def _points(run: Run) -> list[tuple[str, str, dict[str, float]]]:
 
     if "goals" in run.result:
         return [
-            (f"{run.name}: {method}", str(table["name"]), {name: drawn(entry[name]["mean"], name) for name in names})
+            (f"{run.label}: {method}", str(table["name"]), {name: drawn(entry[name]["mean"], name) for name in names})
             for table in run.result["goals"]
             for method, entry in table["methods"].items()
         ]
-    return [(f"{run.name}: {m}", "", {n: drawn(e[n], n) for n in names}) for m, e in run.result["methods"].items()]
+    return [(f"{run.label}: {m}", "", {n: drawn(e[n], n) for n in names}) for m, e in run.result["methods"].items()]
 
 
 _STYLE = """
@@ -267,6 +255,7 @@ def page(runs: list[Run], images: dict[str, bytes]) -> str:
 
 def _section(run: Run) -> str:
     parts = [f"<h2>{html.escape(run.name)}</h2>"]
+    parts += [f"<p>Note: {html.escape(note)}.</p>" for note in run.notes]
     if run.result is None:
         parts.append("<p>This run has no result: it was stopped before its end, or is still running.</p>")
     else:

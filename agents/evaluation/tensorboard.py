@@ -1,6 +1,6 @@
 """What goes to TensorBoard besides stable-baselines3's own keys."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,21 @@ def controls_figure(u: np.ndarray) -> Canvas:
 
 
 def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]) -> None:
-    """Hyperparameters with the final test score."""
+    """Write the hyperparameters of a `train` run with its final test score and leads."""
+    metrics = {"test_score": result["methods"]["policy"]["score"]["mean"]}
+    metrics |= {name: row["difference"] for name, row in result["paired"].items()}
+    write_hparams(logger, config, seed, metrics, result["cost"]["agent_trainings"] * config.num_windows)
+
+
+def write_hparams(logger: Logger, config: Any, seed: int, metrics: Mapping[str, float], step: int) -> None:
+    """Write hyperparameters with metrics for TensorBoard's HPARAMS tab, which reads the metrics as scalars."""
     flat = {"seed": seed, **_flatten(plain(config))}
     hparams = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}
-    metrics = {"hparam/test_score": result["methods"]["policy"]["score"]["mean"]}
-    metrics |= {f"hparam/{name}": row["difference"] for name, row in result["paired"].items()}
-    logger.record("hparams", HParam(hparams, metrics), exclude=("stdout", "log", "json", "csv"))
-    logger.dump(result["cost"]["agent_trainings"] * config.num_windows)
+    named = {f"hparam/{name}": value for name, value in metrics.items()}
+    logger.record("hparams", HParam(hparams, named), exclude=("stdout", "log", "json", "csv"))
+    for name, value in named.items():
+        logger.record(name, value)
+    logger.dump(step)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 import rlkd.configs
-from rlkd.cli.configfile import check_config_file, check_options, check_values
+from rlkd.cli.configfile import check_config_file, check_option_values, check_options, check_values
 from rlkd.errors import UserError
 
 Config = TypeVar("Config")
@@ -69,6 +69,7 @@ def parse(
         for file in files:
             check_config_file(file, config_class)
         check_options(resolved, config_class)
+    check_option_values(resolved, parser)
     try:
         namespace = parser.parse_args(resolved)
         ready = parser.instantiate(namespace)

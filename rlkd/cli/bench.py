@@ -38,9 +38,9 @@ def run(argv: list[str]) -> int:
     say = partial(print, file=sys.stderr)
     result = bench(config, options.num_students, options.rounds, say, options.device_students)
     table = Table(title=f"student updates/s, {options.num_students} in lock-step, medians of {options.rounds} rounds")
-    table.add_column("way")
+    table.add_column("way", overflow="fold")
     for column in ("updates/s", "lowest", "highest", "trainings/s", *(f"{name} is" for name in result["ratio"])):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for name, row in result["updates_per_s"].items():
         ratios = (f"{r[name]:.1f} x" if name in r else "" for r in result["ratio"].values())
         rates = [f"{row[k]:,.0f}" for k in ("median", "low", "high")]

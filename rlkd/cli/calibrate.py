@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     save_profile(profile, options.out)
     table = Table(title=f"latency of a batch of {config.batch_size}, one thread, microseconds", title_justify="left")
     for column in ("inputs kept", "units kept", "exit rate", "measured", "spread (IQR)", "fitted"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in profile.provenance["grid"]:
         times = (f"{row[key] * 1e6:.1f}" for key in ("latency_s", "spread_s", "fitted_s"))
         table.add_row(*(f"{row[key]:.2f}" for key in ("feature_keep", "unit_keep", "exit_rate")), *times)

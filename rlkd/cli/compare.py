@@ -7,7 +7,7 @@ from rich.console import Console
 
 from rlkd.agents.policy.bundle import load_bundle
 from rlkd.cli.arguments import add_run_options, new_parser
-from rlkd.cli.progress import Bar, comparison_table, front_table
+from rlkd.cli.progress import Bar, print_comparison, print_front
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
 from rlkd.configs import CompareConfig
 from rlkd.errors import UserError
@@ -43,9 +43,9 @@ def _run_one(argv: list[str], name: str | None) -> int:
     console = Console(width=None if Console().is_terminal else 150)
     num_tasks = result["num_tasks"] * result["num_seeds"]
     for weight, entry in result["preferences"].items():
-        console.print(comparison_table(f"accuracy weight {weight}: {num_tasks} held-out tasks, test", entry))
+        print_comparison(console, f"accuracy weight {weight}: {num_tasks} held-out tasks, test", entry)
     if result["front"]:
-        console.print(front_table(f"accuracy-cost plane: {num_tasks} held-out tasks, test", result["front"]))
+        print_front(console, f"accuracy-cost plane: {num_tasks} held-out tasks, test", result["front"])
     console.print(f"figures: {folder / 'result.json'}, {folder / 'result.csv'}", highlight=False)
     return 0
 

@@ -91,7 +91,7 @@ def _distil(config: DistilConfig, bundle: Bundle, options: Namespace, folder: Pa
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
         done = distil(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)
-        watch.close(config)
+        watch.close(config, options.seed, done.figures)
     weights = config.goal.weights(config.preference)
     write_student(folder / "student", done, weights, bundle.digest)
     return finish(

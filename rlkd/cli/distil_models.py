@@ -74,12 +74,12 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
         if is_finished(folder, journal.finished):
             return 0
-        packages = ("transformers", "tokenizers", "datasets")
+        packages = ("transformers", "tokenizers", "pyarrow")
         describe(journal, folder, config, options.seed, bar.say, packages, policy_option(options))
         controls, start = bundle.policy.controls, bundle.policy.start
         scenario = build_real_scenario(with_own_profile(config, folder), controls, start, options.seed, bar.say)
         scenario = with_goal(scenario, config.goal, config.preference)
-        write_whole(folder / "mapping.txt", scenario.tables)
+        write_whole(folder / "mapping.txt", f"{scenario.tables}\n{scenario.report}")
         bar.say(scenario.tables)
         if not (folder / f"{PROFILE}.json").exists():
             scenario.profile.save(folder / f"{PROFILE}.json")
@@ -88,7 +88,7 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
         done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)
-        watch.close(config)
+        watch.close(config, options.seed, done.figures)
     weights = config.goal.weights(config.preference)
     card = student_card(done.figures, weights, bundle.digest)
     save_module_student(done.student, folder / "student", scenario.processor, card)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import rlkd
+from rlkd.cli.output import complain, named_streams
 from rlkd.errors import UserError
-from rlkd.io.files import write_error
 
 VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
@@ -42,37 +42,24 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    args = sys.argv[1:] if argv is None else argv
-    if not args or args[0] in ("-h", "--help"):
-        print(usage())
-        return OK if args else USAGE
-    if args[0] == "--version":
-        print(f"rlkd {rlkd.__version__}")
-        return OK
-    try:
-        if args[0] in RENAMED:
-            print(f"rlkd: {args[0]} is now called {RENAMED[args[0]]}", file=sys.stderr)
-            args = [RENAMED[args[0]], *args[1:]]
-        if args[0] not in VERBS:
-            from rlkd.cli.arguments import closest
+    """Run the command line and return its exit code.
 
-            raise UserError(f"no verb {args[0]!r}; allowed: {', '.join(VERBS)}{closest(args[0], VERBS)}")
-        with warnings.catch_warnings(), _failures_of_threads() as failures:
-            # SB3 advises against 1 window an episode and the like on every start; errors stay errors
-            warnings.filterwarnings("ignore", category=UserWarning, module="stable_baselines3")
-            module = {"list": "listing"}.get(args[0], args[0])
-            code: int = importlib.import_module(f"rlkd.cli.{module}").run(args[1:])
-        if failures:
-            raise failures[0]
-        return code
+    Called without `argv`, as the installed command is, it hides the warnings of libraries, about which a user can do
+    nothing; `python -W` and PYTHONWARNINGS bring them back.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    if argv is None and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    try:
+        with named_streams():
+            return _run(args)
     except UserError as error:
-        print(f"rlkd: {one_line(str(error))}", file=sys.stderr)
+        complain(f"rlkd: {one_line(str(error))}")
         return USAGE
     except KeyboardInterrupt as error:
         is_signal = type(error) is not KeyboardInterrupt
         what = "terminated" if is_signal else "interrupted"
-        print(f"rlkd: {what}{f'; {one_line(str(error))}' if error.args else ''}", file=sys.stderr)
+        complain(f"rlkd: {what}{f'; {one_line(str(error))}' if error.args else ''}")
         return TERMINATED if is_signal else INTERRUPTED
     except BrokenPipeError:
         return FAILED
@@ -80,13 +67,40 @@ def main(argv: list[str] | None = None) -> int:
         words = ("allocate memory", "out of memory")  # of the CPU's allocator and of a GPU's
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
-        print(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once", file=sys.stderr)
+        complain(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once")
         return USAGE
     except OSError as error:  # a folder that cannot be written or a full disk, in a library that knows no UserError
         if error.errno is None:
             raise
-        print(f"rlkd: {one_line(str(write_error(error.filename or 'output', error)))}", file=sys.stderr)
+        from rlkd.io.files import write_error  # torch, which takes seconds to load, comes with it
+
+        complain(f"rlkd: {one_line(str(write_error(error.filename or 'output', error)))}")
         return USAGE
+
+
+def _run(args: list[str]) -> int:
+    """Run the verb and return its exit code."""
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return OK if args else USAGE
+    if args[0] == "--version":
+        print(f"rlkd {rlkd.__version__}")
+        return OK
+    if args[0] in RENAMED:
+        complain(f"rlkd: {args[0]} is now called {RENAMED[args[0]]}")
+        args = [RENAMED[args[0]], *args[1:]]
+    if args[0] not in VERBS:
+        from rlkd.cli.arguments import closest
+
+        raise UserError(f"no verb {args[0]!r}; allowed: {', '.join(VERBS)}{closest(args[0], VERBS)}")
+    with warnings.catch_warnings(), _failures_of_threads() as failures:
+        # SB3 advises against 1 window an episode and the like on every start; errors stay errors
+        warnings.filterwarnings("ignore", category=UserWarning, module="stable_baselines3")
+        module = {"list": "listing"}.get(args[0], args[0])
+        code: int = importlib.import_module(f"rlkd.cli.{module}").run(args[1:])
+    if failures:
+        raise failures[0]
+    return code
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What the commands that train one student show and write: the goal before, every window, and the outcome."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,8 +121,8 @@ class Watch:
         self.u.append([row[f"u_{name}"] for name in CONTROLS])
         if not self.journal.replaying:
             tb.record_window(self.logger, row)
-        self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
         self._bar.advance(1)
+        self._bar.figures(score=row["score"], accuracy=row["accuracy"], macs_ratio=row["macs_ratio"])
 
     def _distance(self, observation: Tensor) -> tuple[float, str]:
         """Largest distance of an observation [1, O] from the training mean in deviations, and of what."""
@@ -132,10 +132,14 @@ class Watch:
         apart = ((observation[0] - policy.mean) / policy.deviation).abs()
         return float(policy.spread_of(observation)[0]), OBSERVATIONS[int(apart.argmax())]
 
-    def close(self, config: Any) -> None:
-        """End the event file."""
+    def close(self, config: Any, seed: int, figures: Mapping[str, Any]) -> None:
+        """End the event file with the config and how the student did."""
         tb.write_config(self.logger, config)
         tb.write_controls_figure(self.logger, torch.tensor(self.u)[:, None])
+        named = {"test_score": "score", "test_accuracy": "accuracy"}
+        named |= {name: name for name in ("validation_score", "validation_accuracy")}
+        metrics = {name: figures[key] for name, key in named.items()}
+        tb.write_hparams(self.logger, config, seed, metrics, len(self.u))
         self.logger.close()
 
 

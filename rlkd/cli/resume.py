@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from rlkd.cli.arguments import check_seed, parse
-from rlkd.errors import UserError
+from rlkd.errors import UserError, WriteError
 from rlkd.io.records import plain
 from rlkd.runs.folder import run_folder
 
@@ -102,10 +102,10 @@ def resumable_folder(options: Namespace, verb: str, out: Path | None = None) -> 
         try:
             yield folder
         except (KeyboardInterrupt, UserError) as error:
-            could_not_write = isinstance(error.__cause__, OSError)
-            if (could_not_write or isinstance(error, KeyboardInterrupt)) and (folder / "config.yaml").is_file():
+            can_go_on = isinstance(error, KeyboardInterrupt | WriteError)
+            if can_go_on and (folder / "config.yaml").is_file():
                 again = "go on with: " + shlex.join(["rlkd", verb, "--resume", str(folder)])
-                error.args = (f"{error}; {again}" if could_not_write else again,)
+                error.args = (f"{error}; {again}" if str(error) else again,)
             raise
 
 

@@ -4,7 +4,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from rlkd.cli.arguments import add_run_options, closest, new_parser
-from rlkd.cli.progress import Bar, comparison_table
+from rlkd.cli.progress import Bar, print_comparison
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
 from rlkd.errors import UserError
@@ -33,11 +33,12 @@ def run(argv: list[str]) -> int:
     console = Console(width=None if Console().is_terminal else 150)
     for entry in result["goals"]:
         title = f"{entry['name']}: {result['num_tasks']} held-out tasks ({entry['num_feasible']} feasible), test"
-        console.print(comparison_table(title, entry))
+        print_comparison(console, title, entry)
     student = result["student"]
     dense = student["measured"]["batch_64"]
     console.print(
-        f"one clean student: accuracy {student['accuracy']:.4f} (teacher {student['teacher_accuracy']:.4f}) with "
+        f"one clean student: accuracy {student['accuracy']:.4f} on test data, {student['validation_accuracy']:.4f} on "
+        f"validation data, by which to choose (teacher {student['teacher_accuracy']:.4f}), with "
         f"{student['macs_ratio']:.3f} of the dense MACs; measured at batch 64: {dense['latency_s'] * 1e6:.1f} us, "
         f"dense {dense['dense_latency_s'] * 1e6:.1f} us (speed-up {dense['speedup']:.2f})",
         highlight=False,

@@ -1,6 +1,6 @@
 """Samples of a real model's task: several input tensors by name, labels, three splits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ class Examples:
     labels: Tensor  # [S] int64
     num_classes: int
     splits: dict[Split, Tensor]  # each [S_split] int64, disjoint
+    report: str = field(
+        default="", kw_only=True
+    )  # what was seen, used and left out, the splits, and the class that each label means
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """Inputs of the samples at `index` [B], their common padding cut off."""

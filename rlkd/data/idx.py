@@ -16,7 +16,13 @@ WHAT = (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1))  # how they go on, a
 
 def is_idx_folder(path: Path) -> bool:
     """Whether the folder holds training images as an IDX file, gzipped or not."""
-    return path.is_dir() and any((path / f"train-{WHAT[0][0]}{ending}").is_file() for ending in ("", ".gz"))
+    return path.is_dir() and _first(path, f"train-{WHAT[0][0]}") is not None
+
+
+def _first(path: Path, name: str) -> Path | None:
+    """The file called so, gzipped or not; some copies are called train-images.idx3-ubyte."""
+    names = [f"{spelling}{ending}" for spelling in (name, name.replace("-idx", ".idx")) for ending in ("", ".gz")]
+    return next((path / name for name in names if (path / name).is_file()), None)
 
 
 def read_idx_folder(path: Path) -> tuple[NDArray[np.float32], list[int], list[str], list[str]]:
@@ -44,7 +50,7 @@ def read_idx_folder(path: Path) -> tuple[NDArray[np.float32], list[int], list[st
 
 
 def _find(path: Path, name: str) -> Path:
-    for ending in ("", ".gz"):
-        if (path / f"{name}{ending}").is_file():
-            return path / f"{name}{ending}"
+    found = _first(path, name)
+    if found is not None:
+        return found
     raise UserError(f"{path}: no file {name} or {name}.gz; allowed: IDX files train-* and t10k-*, images and labels")

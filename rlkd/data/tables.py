@@ -1,159 +1,201 @@
-"""A user's own data for real models: CSV, JSON lines, Parquet, arrays, IDX files, or a folder of images.
+"""A user's own data for real models: tables, arrays, IDX files or a folder of images, all as one `Table`.
 
 Splits are the ones given (files or folders called train, validation, test, or a column), else cut once by a hash
-of each sample's source, so that one source never stands on both sides and no run's seed moves a sample.
+of each sample's source, so that one source never stands on both sides and no run's seed moves a sample. docs/data.md
+has the table of what is accepted.
 """
 
 import hashlib
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkd.data.arrays import read_arrays
 from rlkd.data.examples import Examples
 from rlkd.data.idx import is_idx_folder, read_idx_folder
+from rlkd.data.images import has_images, read_images
+from rlkd.data.labels import Place, describe_matches, match_labels
+from rlkd.data.layout import find_files, split_named
+from rlkd.data.readers import COMPRESSIONS, FORMATS, METADATA, is_hidden, is_table, table_format, walk
+from rlkd.data.rows import ColumnConfig, Rows, clean_source, read_rows
 from rlkd.data.samples import Split
+from rlkd.data.tally import Tally
 from rlkd.errors import UserError
-from rlkd.io.files import opened
 
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SHARES = (0.7, 0.85)  # hashes below these, as shares of their range, are train and validation; the rest is test
-OTHER_NAMES = {"val": "validation", "dev": "validation", "valid": "validation"}
-
-
-@dataclass(frozen=True)
-class ColumnConfig:
-    """Which columns of a table mean what."""
-
-    text: str = "text"
-    """Column of the texts (tables)."""
-    pair: str | None = None
-    """Column of second texts, for pairs."""
-    prompt: str | None = None
-    """Language models: column of what stands before a text, is given to the model and is not learned."""
-    label: str = "label"
-    """Column of the labels."""
-    source: str | None = None
-    """Column of where a sample comes from; samples of one source stay in one split. By default a column called
-    `source` where there is one, else a sample is its own source: copies of one text or image stay together."""
-    split: str = "split"
-    """Column with train, validation or test, where there is one."""
-    max_length: int = 128
-    """Tokens that longer texts are cut to; language models learn a longer document in pieces of this length."""
-
-    def check(self) -> None:
-        """Raises UserError for a text without a token."""
-        if self.max_length < 2:
-            raise UserError(f"columns.max_length: got {self.max_length}; allowed: at least 2")
+IMAGES_AT_ONCE = 64
+Kind = Literal["text", "image", "array", "document"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they were read."""
+    """S rows as they were read."""
 
     name: str
-    kind: str  # "text", "image" or "array"
+    kind: Kind
     samples: Sequence[Any] | NDArray[Any]  # texts, pairs of texts, images, or rows of an array
-    labels: list[int] | list[str]
+    labels: list[Any]
     sources: list[str]
     splits: list[str] | None  # one a row; None: to be cut
+    places: Sequence[Place] = ()  # where each row stands, for messages
+    tallies: tuple[Tally, ...] = ()  # what was seen, used and left out
+    notes: tuple[str, ...] = ()  # what else a user should know of the reading
+
+    def lines(self) -> list[str]:
+        """What to print of the reading: numbers seen, used and left out, and notes."""
+        return [line for tally in self.tallies for line in tally.lines()] + [f"note: {note}" for note in self.notes]
+
+    def place(self, row: int) -> Place:
+        """Where a row stands."""
+        return self.places[row] if self.places else (self.name, row + 1)
 
 
 def split_of(source: str) -> Split:
     """The split of a source: 70 % of all sources train, 15 % validate, 15 % test."""
-    share = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
-    return SPLITS[sum(share >= limit for limit in SHARES)]
+    return SPLITS[sum(_share(source) >= limit for limit in SHARES)]
 
 
-def read_table(path: Path, columns: ColumnConfig) -> Table:
-    """Read a file, a folder of files called after their splits, of IDX files, or of images in a folder a class.
+def _share(source: str) -> float:
+    """A number in [0, 1) that depends on the source alone."""
+    return int.from_bytes(hashlib.sha256(source.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
+
+
+def read_table(path: Path, columns: ColumnConfig, wanted: Kind | None = None) -> Table:
+    """Read a file, or a folder of tables, of IDX files, or of images in a folder a class.
+
+    Args:
+        path: of the data.
+        columns: which columns mean what.
+        wanted: "text" or "image" tells what a folder that holds tables and images is read as; by default tables.
 
     Raises:
-        UserError: no such path, an unknown format, a missing column, or the missing extra.
+        UserError: no such path, an unknown format, a missing column, a row that cannot be used, or the missing extra.
     """
     columns.check()
     if not path.exists():
-        raise UserError(
-            f"{path}: no such data; give a {', '.join(READERS)} or .npz file, or a folder of files, images or IDX files"
-        )
-    if path.suffix == ".npz":
-        return _read_arrays(path)
+        raise UserError(f"{path}: no such data; give {_allowed()}")
+    if path.suffix.lower() == ".npz":
+        return _array_table(path)
     if is_idx_folder(path):
-        return Table(path.name, "array", *read_idx_folder(path))
-    files = table_files(path)
-    if files:
-        return _read_columns(path, files, columns)
-    if path.is_dir():
-        return _read_images(path)
-    raise UserError(f"{path}: got a {path.suffix or 'nameless'} file; allowed: {', '.join(READERS)}, .npz or a folder")
+        inputs, labels, sources, splits = read_idx_folder(path)
+        tally = Tally("images", len(labels))
+        return Table(path.name, "array", inputs, labels, sources, splits, tallies=(tally,))
+    if path.is_dir() and has_images(path) and (wanted == "image" or not has_tables(path)):
+        return _image_table(path, columns)
+    files, tally = table_files(path)
+    rows = read_rows(files, columns, columns.pair, has_labels=True)
+    return table_of_rows(path, "text", rows, rows.texts if columns.pair is None else rows.pairs(), tally)
 
 
-def encode_labels(table: Table, label2id: Mapping[str, int] | None) -> Tensor:
-    """Class numbers [S] int64, as the teacher counts them.
+def table_of_rows(path: Path, kind: Kind, rows: Rows, samples: Sequence[Any], tally: Tally) -> Table:
+    """The table of the rows of one file, or of the files of a folder that `tally` counts."""
+    return Table(
+        name=path.name if path.is_dir() else path.name.split(".")[0] or path.name,
+        kind=kind,
+        samples=samples,
+        labels=rows.labels,
+        sources=rows.sources,
+        splits=[split for split in rows.splits if split is not None] or None,
+        places=rows.places,
+        tallies=(*([tally] if path.is_dir() else []), rows.tally),
+        notes=tuple(rows.notes),
+    )
 
-    Args:
-        table: labels are numbers from 0, or names.
-        label2id: the teacher's own names; names that are none of them are an error unless the teacher has none
-            (LABEL_0, LABEL_1, ...), then names are numbered in alphabetical order.
+
+def _allowed() -> str:
+    formats = f"{', '.join(FORMATS)} (also {', '.join(COMPRESSIONS)})"
+    return f"a {formats} or .npz file, or a folder of tables, images or IDX files"
+
+
+def has_tables(folder: Path) -> bool:
+    """Whether a table stands anywhere in a folder."""
+    names = (path for path in walk(folder) if table_format(path.name) and not is_hidden(path.relative_to(folder)))
+    return any(path.name.lower() not in METADATA for path in names)
+
+
+def table_files(path: Path) -> tuple[list[tuple[Split | None, Path]], Tally]:
+    """Table files with the splits that their names tell, or the one file that was given, and what was seen.
 
     Raises:
-        UserError: a label that no class has.
+        UserError: there is none.
     """
-    num_classes = len(label2id) if label2id else None
-    if all(isinstance(label, int) for label in table.labels):
-        numbers = torch.tensor(table.labels, dtype=torch.int64)
-        if numbers.min() < 0 or (num_classes is not None and int(numbers.max()) >= num_classes):
-            raise UserError(
-                f"{table.name}: got labels from {int(numbers.min())} to {int(numbers.max())}; allowed: 0 to "
-                f"{(num_classes or 1) - 1}, the teacher's classes"
-            )
-        return numbers
-    names = sorted({str(label) for label in table.labels})
-    known = dict(label2id or {})
-    if not known or all(name.startswith("LABEL_") for name in known):
-        if num_classes is not None and len(names) > num_classes:
-            raise UserError(f"{table.name}: got {len(names)} labels; allowed: {num_classes}, the teacher's classes")
-        known = {name: i for i, name in enumerate(names)}
-    lower = {name.lower(): number for name, number in known.items()}
-    for name in names:
-        if name.lower() not in lower:
-            raise UserError(f"{table.name}: got label {name!r}; allowed: {', '.join(known)}, the teacher's classes")
-    return torch.tensor([lower[str(label).lower()] for label in table.labels])
+    tally = Tally("files")
+    if path.is_dir():
+        found = find_files(path, is_table, "tables", tally)
+        if not found:
+            raise UserError(f"{path}: holds no table and no image in a class folder; give {_allowed()}")
+        return found, tally
+    if not is_table(path.name):
+        hint = "; save it as CSV" if path.suffix.lower() in (".xlsx", ".xls", ".ods") else ""
+        raise UserError(f"{path}: got a {path.suffix or 'nameless'} file; give {_allowed()}{hint}")
+    tally.use()
+    return [(None, path)], tally
 
 
-def make_examples(
-    table: Table, processor: Any, label2id: Mapping[str, int] | None, num_classes: int, columns: ColumnConfig
-) -> Examples:
+def _image_table(path: Path, columns: ColumnConfig) -> Table:
+    found = read_images(path, is_skipping=columns.broken == "skip")
+    places = [(str(file), 0) for file in found.paths]
+    return Table(
+        name=path.name,
+        kind="image",
+        samples=found.images,
+        labels=found.labels,
+        sources=found.sources,
+        splits=found.splits,
+        places=places,
+        tallies=(found.tally,),
+        notes=tuple(found.notes),
+    )
+
+
+def _array_table(path: Path) -> Table:
+    arrays = read_arrays(path)
+    places = [(str(path), row) for row in range(1, len(arrays.labels) + 1)]
+    splits = arrays.splits
+    for place, name in zip(places, splits or [], strict=False):
+        if not isinstance(name, str) or split_named(name) is None:
+            raise UserError(f"{path}: row {place[1]}: got split {name!r:.40}; allowed: {', '.join(SPLITS)}")
+    sources = []
+    for place, cell in zip(places, arrays.sources, strict=True):
+        source = clean_source(cell, place, "source")
+        if source is None:
+            raise UserError(f"{path}: row {place[1]}: has no source; allowed: a text or a whole number")
+        sources.append(source)
+    tally = Tally("rows", len(places))
+    return Table(path.stem, "array", arrays.inputs, arrays.labels, sources, splits, places, (tally,))
+
+
+def make_examples(table: Table, processor: Any, names: Sequence[str], columns: ColumnConfig) -> Examples:
     """Tokenised texts, processed images or arrays as they are.
 
     Args:
         table: of `read_table`.
         processor: the tokenizer or image processor that stands beside the model; unused for arrays.
-        label2id: as in `encode_labels`.
-        num_classes: C of the teacher.
-        columns: gives the length that texts are cut to.
+        names: C names of the model's classes, of `rlkd.data.labels.class_names`.
+        columns: gives the length that texts are cut to and the names of numbered classes.
 
     Raises:
-        UserError: a split without a sample.
+        UserError: a label that no class has, or a split without a sample.
     """
-    labels = encode_labels(table, label2id)
+    places = [table.place(row) for row in range(len(table.labels))]
+    labels, matches = match_labels(table.labels, names, places, classes=columns.classes)
+    splits, notes = make_splits(table)
     if table.kind == "text":
         inputs = _tokenise(list(table.samples), processor, columns.max_length)
     elif table.kind == "image":
-        done = processor(images=[image.convert("RGB") for image in table.samples], return_tensors="pt")
-        inputs = {"pixel_values": done["pixel_values"].float()}  # [S, 3, H, W]
+        inputs = {"pixel_values": _pixels(table.samples, processor)}
     else:
         values = torch.from_numpy(np.ascontiguousarray(table.samples))
         inputs = {"pixel_values" if values.ndim == 4 else "inputs": values.float()}
-    return Examples(table.name, inputs, labels, num_classes, make_splits(table))
+    report = "\n".join([*table.lines(), *notes, "", describe_matches(matches)])
+    return Examples(table.name, inputs, labels, len(names), splits, report=report)
 
 
 def _tokenise(samples: Sequence[Any], tokenizer: Any, max_length: int) -> dict[str, Tensor]:
@@ -166,121 +208,60 @@ def _tokenise(samples: Sequence[Any], tokenizer: Any, max_length: int) -> dict[s
     return {name: done[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in done}
 
 
-def make_splits(table: Table) -> dict[Split, Tensor]:
-    """Rows of every split, as given, else cut by source.
+def _pixels(images: Sequence[Any] | NDArray[Any], processor: Any) -> Tensor:
+    """[S, channels, H, W] float32."""
+    parts = []
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        done = processor(images=list(images[start : start + IMAGES_AT_ONCE]), return_tensors="pt")
+        parts.append(done["pixel_values"].float())
+    return torch.cat(parts)
+
+
+def make_splits(table: Table) -> tuple[dict[Split, Tensor], list[str]]:
+    """Rows of every split, as given, else cut by source, and lines that say so.
+
+    Where train alone is given it is cut as if no split were; without validation a part of train becomes validation,
+    without test a half of validation becomes test.
 
     Raises:
-        UserError: an unknown split, or one without a sample.
+        UserError: an unknown split, no train split, or a split without a sample.
     """
-    given: Sequence[str] = table.splits if table.splits is not None else [split_of(s) for s in table.sources]
-    names = [OTHER_NAMES.get(name, name) for name in given]
-    unknown = sorted(set(names) - set(SPLITS))
-    if unknown:
-        raise UserError(f"{table.name}: got split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
-    if "validation" not in names and table.splits is not None:
-        names = _cut_validation(names, table.sources)
+    names = [split_of(s) for s in table.sources]
+    note = "no splits were given: sources were cut 70 : 15 : 15 by their hash"
+    if table.splits is not None:
+        names, note = _given_splits(table)
     splits = {
         split: torch.tensor([i for i, n in enumerate(names) if n == split], dtype=torch.int64) for split in SPLITS
     }
     for split, index in splits.items():
         if not len(index):
             raise UserError(f"{table.name}: no sample is in the {split} split; give more sources, or a split column")
-    return splits
+    sizes = ", ".join(f"{split} {len(index)}" for split, index in splits.items())
+    return splits, [f"splits: {sizes} ({note})"]
 
 
-def _cut_validation(names: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Where only train and test are given, sources of train whose hash says validation become validation."""
-    return [
-        "validation" if name == "train" and split_of(source) == "validation" else name
-        for name, source in zip(names, sources, strict=True)
-    ]
-
-
-def table_files(path: Path) -> dict[str, Path]:
-    """Table files by split, or one under "" for all."""
-    if path.is_file():
-        return {"": path} if path.suffix in READERS else {}
-    found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        split = OTHER_NAMES.get(file.stem, file.stem)
-        if file.suffix in READERS and split in SPLITS:
-            found[split] = file
-    return found
-
-
-def _read_columns(path: Path, files: Mapping[str, Path], columns: ColumnConfig) -> Table:
-    rows: dict[str, list[Any]] = {"sample": [], "label": [], "source": [], "split": []}
-    source = columns.source
-    for split, file in files.items():
-        options = {"sep": "\t"} if file.suffix == ".tsv" else {}
-        part = load_rows(file, READERS[file.suffix], data_files=str(file), **options)
-        for name in (columns.text, columns.label, *filter(None, (columns.pair, source))):
-            if name not in part.column_names:
-                raise UserError(f"{file}: no column {name!r}; it has {', '.join(part.column_names)} (--columns.*)")
-        texts, labels = part[columns.text], part[columns.label]
-        pairs = part[columns.pair] if columns.pair else None
-        samples = list(zip(texts, pairs, strict=True)) if pairs is not None else list(texts)
-        by = source or ("source" if "source" in part.column_names else None)
-        rows["sample"] += samples
-        rows["label"] += list(labels)
-        rows["source"] += [str(s) for s in (part[by] if by else samples)]
-        if split:
-            rows["split"] += [split] * len(samples)
-        elif columns.split in part.column_names:
-            rows["split"] += [str(s) for s in part[columns.split]]
-    if any(value is None for name in ("sample", "label") for value in rows[name]):
-        raise UserError(f"{path}: a row has no text or no label; remove it")
-    labels = [label if isinstance(label, int) else str(label) for label in rows["label"]]
-    return Table(path.stem, "text", rows["sample"], labels, rows["source"], rows["split"] or None)
-
-
-def _read_images(path: Path) -> Table:
-    """CLASS/image files, or SPLIT/CLASS/image files."""
-    data = load_rows(path, "imagefolder", data_dir=str(path), split=None)
-    samples, labels, sources, splits = [], [], [], []
-    for split, part in data.items():
-        if "label" not in part.column_names:
-            raise UserError(f"{path}: no folder a class was found; allowed: CLASS/IMAGE or train/CLASS/IMAGE, test/...")
-        names = part.features["label"].names
-        for row in part:
-            samples.append(row["image"])
-            labels.append(names[row["label"]])
-            sources.append(hashlib.sha256(row["image"].tobytes()).hexdigest())
-            splits.append(str(split))
-    return Table(path.name, "image", samples, labels, sources, splits if len(data) > 1 else None)
-
-
-def _read_arrays(path: Path) -> Table:
-    """`inputs` [S, ...] and `labels` [S], optionally `source` [S] and `split` [S]; no pickles."""
-    try:
-        with opened(path) as (raw, _), np.load(raw, allow_pickle=False) as file:
-            arrays: dict[str, NDArray[Any]] = dict(file)
-        inputs, labels = arrays["inputs"], arrays["labels"]
-        if min(inputs.ndim, labels.ndim) < 1:
-            raise ValueError("a single value")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not arrays `inputs` and `labels` ({error!s:.80})") from error
-    if len(inputs) != len(labels) or not len(labels):
-        raise UserError(f"{path}: got {len(inputs)} inputs for {len(labels)} labels; allowed: as many, at least one")
-    given = arrays.get("source")
-    sources = [hashlib.sha256(row.tobytes()).hexdigest() for row in inputs] if given is None else given.tolist()
-    splits = arrays["split"].tolist() if "split" in arrays else None
-    return Table(path.stem, "array", inputs, labels.tolist(), [str(s) for s in sources], splits)
-
-
-def load_rows(path: Path, reader: str, split: str | None = "train", **options: Any) -> Any:
-    """`datasets.load_dataset` on local files; its many exceptions become one line."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{path}: reading it needs the package datasets; run `pip install 'rlkd[hf]'`") from error
-    were_disabled = datasets.are_progress_bars_disabled()
-    try:
-        datasets.disable_progress_bars()
-        return datasets.load_dataset(reader, split=split, **options)
-    except Exception as error:  # whatever its readers raise, the file is at fault
-        cause = error.__cause__ or error
-        raise UserError(f"{path}: cannot be read as {reader} ({' '.join(str(cause).split())[:120]})") from error
-    finally:
-        if not were_disabled:
-            datasets.enable_progress_bars()
+def _given_splits(table: Table) -> tuple[list[Split], str]:
+    """The split of every row, with those that are missing cut from the others, and a line that says so."""
+    named = [(split_named(name), name) for name in table.splits or []]
+    unknown = sorted({name for split, name in named if split is None})
+    if unknown:
+        raise UserError(f"{table.name}: got split {unknown[0]!r:.40}; allowed: {', '.join(SPLITS)}")
+    names = [split for split, _ in named if split is not None]
+    given = set(names)
+    if "train" not in given:
+        raise UserError(f"{table.name}: no sample is in the train split; it has {', '.join(sorted(given))} only")
+    if given == {"train"}:
+        return [split_of(s) for s in table.sources], "train alone was given: its sources were cut 70 : 15 : 15 by hash"
+    if "validation" not in given:
+        cut: list[Split] = [
+            "validation" if name == "train" and split_of(source) == "validation" else name
+            for name, source in zip(names, table.sources, strict=True)
+        ]
+        return cut, "no validation split was given: sources of train whose hash says so became validation"
+    if "test" not in given:
+        cut = [
+            "test" if name == "validation" and _share(source) >= 0.5 else name
+            for name, source in zip(names, table.sources, strict=True)
+        ]
+        return cut, "no labelled test split was given: about half of the sources of validation became test"
+    return list(names), "as given"

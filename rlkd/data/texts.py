@@ -14,47 +14,50 @@ from typing import Any
 import torch
 
 from rlkd.data.examples import PADDING_MASK, TokenExamples, next_token_mask
-from rlkd.data.tables import (
-    OTHER_NAMES,
-    READERS,
-    SHARES,
-    SPLITS,
-    ColumnConfig,
-    Table,
-    load_rows,
-    make_splits,
-    table_files,
-)
+from rlkd.data.labels import say_place
+from rlkd.data.layout import find_files
+from rlkd.data.readers import COMPRESSIONS, FORMATS, is_table, is_text, read_text
+from rlkd.data.rows import ColumnConfig, read_rows
+from rlkd.data.tables import SHARES, SPLITS, Table, has_tables, make_splits, table_files, table_of_rows
+from rlkd.data.tally import Tally
 from rlkd.errors import UserError
-from rlkd.io.files import read_bytes
 
-MAX_TEXT_BYTES = 2**28
-DOCUMENTS = "document"  # kind of a table of texts
+ALLOWED = f".txt, {', '.join(FORMATS)} ({', '.join(COMPRESSIONS)}, too), or a folder of such files"
 
 
 def read_texts(path: Path, columns: ColumnConfig) -> Table:
     """Documents with their prompts ("" where there is none), as pairs of strings.
 
     Raises:
-        UserError: no such path, an unknown format, or a missing column.
+        UserError: no such path, an unknown format, a missing column, or a row that cannot be used.
     """
     columns.check()
     if not path.exists():
-        raise UserError(f"{path}: no such data; give a .txt, {', '.join(READERS)} file, or a folder of such files")
-    files = table_files(path)
-    if files:
-        return _read_rows(path, files, columns)
-    if columns.prompt is not None:
-        raise UserError(f"{path}: --columns.prompt needs a table; allowed: {', '.join(READERS)}")
-    if path.suffix == ".txt":
-        return _cut_in_order(path)
-    texts = sorted(path.glob("*.txt")) if path.is_dir() else []
+        raise UserError(f"{path}: no such data; give {ALLOWED}")
+    if has_tables(path) if path.is_dir() else is_table(path.name) and not is_text(path.name):
+        files, tally = table_files(path)
+        rows = read_rows(files, columns, columns.prompt, has_labels=False)
+        samples = list(zip(rows.seconds, rows.texts, strict=True))
+        return table_of_rows(path, "document", rows, samples, tally)
+    tally = Tally("files")
+    texts = find_files(path, is_text, "texts", tally) if path.is_dir() else [(None, path)] * is_text(path.name)
     if not texts:
-        raise UserError(f"{path}: no text was found; allowed: .txt, {', '.join(READERS)} or a folder of such files")
-    names = [OTHER_NAMES.get(file.stem, file.stem) for file in texts]
-    splits = names if set(names) <= set(SPLITS) else None
-    samples = [("", _read(file)) for file in texts]
-    return Table(path.name, DOCUMENTS, samples, [], [file.name for file in texts], splits)
+        raise UserError(f"{path}: no text was found; allowed: {ALLOWED}")
+    if columns.prompt is not None:
+        raise UserError(f"{path}: --columns.prompt needs a table; allowed: {', '.join(FORMATS)}")
+    if not path.is_dir():
+        return _cut_in_order(path)
+    splits = [str(split) for split, _ in texts if split is not None] or None
+    return Table(
+        name=path.name,
+        kind="document",
+        samples=[("", _read_document(file)) for _, file in texts],
+        labels=[],
+        sources=[file.name for _, file in texts],
+        splits=splits,
+        places=[(str(file), 0) for _, file in texts],
+        tallies=(tally,),
+    )
 
 
 def make_token_examples(table: Table, tokenizer: Any, vocabulary: int, columns: ColumnConfig) -> TokenExamples:
@@ -69,15 +72,20 @@ def make_token_examples(table: Table, tokenizer: Any, vocabulary: int, columns: 
     Raises:
         UserError: a prompt that leaves nothing to learn, or a split without a piece.
     """
+    tally = Tally("pieces")
     pieces: list[tuple[list[int], int]] = []  # tokens, and how many of them are the prompt's
     sources: list[str] = []
     splits: list[str] = []
     for row, (prompt, text) in enumerate(table.samples):
-        new = (
-            _pieces(text, tokenizer, columns.max_length)
-            if columns.prompt is None
-            else [_after_prompt(prompt, text, tokenizer, columns.max_length, f"{table.name}: row {row + 1}")]
-        )
+        where = say_place(table.place(row))
+        if columns.prompt is None:
+            every = _pieces(text, tokenizer, columns.max_length)
+            new = [(ids, num_given) for ids, num_given in every if len(ids) > 1]
+            if len(new) < len(every):
+                tally.leave_out("have one token, which leaves nothing to learn", where)
+        else:
+            new = [_after_prompt(prompt, text, tokenizer, columns.max_length, where)]
+        tally.use(len(new))
         pieces += new
         sources += [table.sources[row]] * len(new)
         splits += [] if table.splits is None else [table.splits[row]] * len(new)
@@ -86,21 +94,24 @@ def make_token_examples(table: Table, tokenizer: Any, vocabulary: int, columns: 
             f"{table.name}: no text has two tokens; a language model learns each token from those before it"
         )
     ids, mask, prompts = _padded(pieces, tokenizer.pad_token_id or 0)
-    rows = Table(table.name, DOCUMENTS, pieces, [], sources, splits if table.splits is not None else None)
+    rows = Table(table.name, "document", pieces, [], sources, splits if table.splits is not None else None)
+    indices, notes = make_splits(rows)
+    report = "\n".join([*table.lines(), *tally.lines(), *notes]) + "\n"
     return TokenExamples(
         table.name,
         {"input_ids": ids, PADDING_MASK: mask},
         torch.zeros(len(pieces), dtype=torch.int64),
         vocabulary,
-        make_splits(rows),
+        indices,
         next_token_mask(mask, prompts),
+        report=report,
     )
 
 
 def _pieces(text: str, tokenizer: Any, length: int) -> list[tuple[list[int], int]]:
-    """Of one document; a rest of one token has nothing to learn and is left out."""
+    """All pieces of one document, each without a prompt; the last one may have one token, which is nothing to learn."""
     ids = tokenizer(text, verbose=False)["input_ids"]
-    return [(ids[i : i + length], 0) for i in range(0, len(ids), length) if len(ids) - i > 1]
+    return [(ids[i : i + length], 0) for i in range(0, len(ids), length)]
 
 
 def _after_prompt(prompt: str, text: str, tokenizer: Any, length: int, where: str) -> tuple[list[int], int]:
@@ -124,41 +135,17 @@ def _padded(pieces: Sequence[tuple[list[int], int]], pad: int) -> tuple[torch.Te
     return ids, (place < lengths[:, None]).long(), (place < prompts[:, None]).long()
 
 
-def _read_rows(path: Path, files: dict[str, Path], columns: ColumnConfig) -> Table:
-    samples: list[tuple[str, str]] = []
-    sources: list[str] = []
-    splits: list[str] = []
-    for split, file in files.items():
-        options = {"sep": "\t"} if file.suffix == ".tsv" else {}
-        part = load_rows(file, READERS[file.suffix], data_files=str(file), **options)
-        for name in filter(None, (columns.text, columns.prompt, columns.source)):
-            if name not in part.column_names:
-                raise UserError(f"{file}: no column {name!r}; it has {', '.join(part.column_names)} (--columns.*)")
-        texts = list(part[columns.text])
-        prompts = list(part[columns.prompt]) if columns.prompt is not None else [""] * len(texts)
-        if any(value is None for value in (*texts, *prompts)):
-            raise UserError(f"{file}: a row has no text or no prompt; remove it")
-        new = [(str(prompt), str(text)) for prompt, text in zip(prompts, texts, strict=True)]
-        by = columns.source or ("source" if "source" in part.column_names else None)
-        samples += new
-        sources += [str(s) for s in part[by]] if by else ["\n".join(pair) for pair in new]
-        if split:
-            splits += [split] * len(new)
-        elif columns.split in part.column_names:
-            splits += [str(s) for s in part[columns.split]]
-    return Table(path.stem, DOCUMENTS, samples, [], sources, splits or None)
-
-
 def _cut_in_order(path: Path) -> Table:
     """One text, cut at the lines that stand nearest to 70 % and 85 % of it."""
-    lines = _read(path).splitlines(keepends=True)
+    lines = _read_document(path).splitlines(keepends=True)
     ends = [0, *(round(share * len(lines)) for share in SHARES), len(lines)]
     parts = [("", "".join(lines[a:b])) for a, b in pairwise(ends)]
-    return Table(path.stem, DOCUMENTS, parts, [], list(SPLITS), list(SPLITS))
+    places = [(str(path), 0)] * len(parts)
+    return Table(path.stem, "document", parts, [], list(SPLITS), list(SPLITS), places)
 
 
-def _read(path: Path) -> str:
-    try:
-        return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+def _read_document(path: Path) -> str:
+    text = read_text(path)
+    if not text.strip():
+        raise UserError(f"{path}: is empty; remove it")
+    return text

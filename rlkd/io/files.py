@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from rlkd.errors import UserError
+from rlkd.errors import UserError, WriteError
 
 MAX_JSON_BYTES = 2**20  # cards, cost profiles, results and the headers of safetensors: ours have a few KiB
 MAX_TENSOR_BYTES = 64 * 2**20
@@ -272,10 +272,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_error(path: Path | str, error: OSError) -> UserError:
-    """What to tell the user when `path` could not be written."""
+def write_error(path: Path | str, error: OSError) -> WriteError:
+    """Return what the user is told when `path` could not be written."""
     if error.errno in _FULL:
-        return UserError(
+        return WriteError(
             f"{path}: cannot write it, the disk is full ({error.strerror}); free some room, then run it again"
         )
-    return UserError(f"{path}: cannot write it ({error.strerror or error}); choose a place that can be written")
+    return WriteError(f"{path}: cannot write it ({error.strerror or error}); choose a place that can be written")

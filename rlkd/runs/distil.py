@@ -193,12 +193,13 @@ def shared_figures(trained: Trained) -> tuple[dict[str, Any], Metrics, Cost]:
     Its accuracy on validation, by which its window was chosen, stands among the figures.
     """
     episodes, lost = trained.episodes, is_lost(trained)
-    validation: Metrics = episodes.evaluate("validation")[0]
+    validation, _, validation_score = episodes.evaluate("validation")
     metrics, cost, score = episodes.evaluate("test")
     accuracy = (float(validation.accuracy[0]), float(metrics.accuracy[0]))
     figures: dict[str, Any] = {
         "score": float(worst_score(episodes.floors[:, 1])[0]) if lost else float(score[0]),
         "accuracy": accuracy[1],
+        "validation_score": float(worst_score(episodes.floors[:, 0])[0]) if lost else float(validation_score[0]),
         "validation_accuracy": accuracy[0],
         **goal_figures(episodes, accuracy, cost, lost),
         "best_window": trained.best_window,

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 import rlkd
-from rlkd.errors import UserError
+from rlkd.errors import UserError, WriteError
 from rlkd.io.files import write_whole
 from rlkd.io.lock import hold
 from rlkd.io.records import plain, write_json
@@ -37,9 +38,16 @@ class Progress(Protocol):
         """A line for the user."""
 
 
+# what a run writes before its first training, and what there is only after it
+START_FILES = ("config.yaml", "command.txt", "versions.json", "cost_profile*.json", "mapping.txt", "tensorboard")
+RESULTS = ("checkpoints", "metrics.jsonl", "result.json")
+
+
 @contextmanager
 def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Iterator[Path]:
     """Make the run folder, `out` or `runs/<verb>-<time>`, or take `resume`, and hold it alone until the run ends.
+
+    A run that fails before its first training leaves nothing behind, so that the corrected command can use the folder.
 
     Raises:
         UserError: it holds a run already, or another run works in it, or it cannot be written.
@@ -48,19 +56,41 @@ def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Itera
         with hold(resume, resume=True):
             yield resume
         return
-    folder = out or _free(Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = out or new_folder(verb)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise UserError(f"--out: {folder} exists and is no folder; choose another folder") from error
     except OSError as error:
         raise UserError(f"--out: cannot write {folder} ({error.strerror}); choose another folder") from error
-    with hold(folder):
-        yield folder
+    try:
+        with hold(folder):
+            try:
+                yield folder
+            except Exception as error:
+                if not isinstance(error, WriteError | OSError):
+                    _clear_failed_start(folder)
+                raise
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
-def _free(folder: Path) -> Path:
-    """`folder`, or with a number behind it if runs began in the same second."""
+def _clear_failed_start(folder: Path) -> None:
+    """Delete what the run wrote, unless anything of it was trained."""
+    if any((folder / name).exists() for name in RESULTS):
+        return
+    for path in [path for pattern in START_FILES for path in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def new_folder(verb: str) -> Path:
+    """Return `runs/<verb>-<time>`, with a number behind it if runs began in the same second; it is not made yet."""
+    folder = Path("runs") / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))
     return next((path for path in (folder, *names) if not path.exists()), folder)
 

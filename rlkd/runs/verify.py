@@ -119,27 +119,24 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
         UserError: there is no result, or the data cannot be read.
     """
     from rlkd.compression.real.cut import load_module_student
-    from rlkd.data.tables import make_examples, read_table
-    from rlkd.data.texts import make_token_examples, read_texts
+    from rlkd.data.examples import TokenExamples
+    from rlkd.data.loading import load_examples, load_table
     from rlkd.models.real.pretrained import load_processor
     from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
 
     recorded = _replayed(read_result(folder))
     try:
         student = load_module_student(folder / "student")
-        is_causal = student.shipment.kind == "causal_lm"
-        table = (read_texts if is_causal else read_table)(Path(config.data), config.columns)
-        model = str(folder / "student" / "model")
-        processor = None if table.kind == "array" else load_processor(model, student.shipment.kind)
+        kind, model = student.shipment.kind, str(folder / "student" / "model")
+        table = load_table(Path(config.data), kind, config.columns, model)
+        processor = None if table.kind == "array" else load_processor(model, kind)
+        data = load_examples(table, processor, student.model.config, config.columns, model)
     except UserError as error:
         return [Row("student", (str(error),))]
-    if is_causal:
-        texts = make_token_examples(table, processor, student.shipment.num_classes, config.columns)
-        anchors = config.tokens.anchors(texts.num_classes)
-        figures = shipped_perplexity(student, texts, texts.splits["test"], anchors)
+    if isinstance(data, TokenExamples):
+        anchors = config.tokens.anchors(data.num_classes)
+        figures = shipped_perplexity(student, data, data.splits["test"], anchors)
     else:
-        described: Any = student.model.config
-        data = make_examples(table, processor, dict(described.label2id), int(described.num_labels), config.columns)
         figures = {"compacted_accuracy": shipped_accuracy(student, data, data.splits["test"])}
     names = ("accuracy", "latency_ratio", "energy_ratio")
     if all(isinstance(recorded.get(name), float) for name in names):
@@ -287,6 +284,8 @@ def _student_figures(student: CompactStudent, scenario: Scenario, seed: int, div
     kept[1 : len(widths) + 1] = widths
     cost = scenario.profile.cost(template, torch.tensor([kept]), rates, torch.tensor([student.threshold]))
     right = (answers == data.labels[test]).float().mean()
+    validation = data.splits["validation"]
+    right_before = (_answer(student, data.inputs[validation])[0] == data.labels[validation]).float().mean()
     task = draw_task(seed, scenario.config.task, data, len(scenario.signals.accuracy))
     teacher = scenario.signals.mean_logits(task.teachers, test).argmax(-1)
     floor = scenario.references([task])[:, 1] * task.keep  # [1]
@@ -296,6 +295,7 @@ def _student_figures(student: CompactStudent, scenario: Scenario, seed: int, div
         "score": float(now[0]),
         **goal,
         "accuracy": float(right),
+        "validation_accuracy": float(right_before),
         "compacted_accuracy": float(right),
         "teacher_agreement": float((answers == teacher).float().mean()),
         "teacher_accuracy": float((teacher == data.labels[test]).float().mean()),

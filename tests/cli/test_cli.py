@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from rlkd.agents.evaluation.report import read_run
+from rlkd.cli.configfile import plain_yaml
 from rlkd.cli.main import VERBS, main
 from rlkd.compression import load_student
 from rlkd.cost import CostProfile
@@ -51,6 +53,14 @@ MISTAKES = {
     "rollout_of_one": (["train", "--num_windows", "1", "--ppo.num_students", "1"], ["ppo.num_students: got 1"]),
     "seed": (["train", "--seed", "-1"], ["--seed: got -1"]),
     "profile": (["train", "--cost.profile", "gone.json"], ["gone.json", "rlkd calibrate"]),
+    "octal": (["train", "--student.widths", "[010, 8]"], ["--student.widths: has '010' (line 1)", "leading zeros"]),
+    "sexagesimal": (["train", "--num_windows", "1:30"], ["--num_windows: has '1:30'"]),
+    "underscore": (["train", "--num_windows=1_0"], ["--num_windows: has '1_0'"]),
+    "octal of a verb's own option": (["bench", "--rounds", "010"], ["--rounds: has '010'"]),
+    "yes for true": (["compare", "--tune_exit", "yes"], ["--tune_exit: has 'yes'", "true, false"]),
+    "key twice": (["train", "--also", "[{dataset: wine, dataset: digits}]"], ["--also", "'dataset' twice"]),
+    "nan": (["train", "--ppo.learning_rate", "nan"], ["ppo.learning_rate"]),
+    "infinity in a list": (["train", "--comparison.accuracy_weights", "[0.5, .inf]"], ["accuracy_weights: got"]),
     "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
     "policy not given": (["replay"], ["policy"]),
     "preference": (["replay", "--policy", "gone", "--preference.accuracy", "2"], ["gone"]),
@@ -92,6 +102,18 @@ def test_a_mistake_is_one_line_and_exit_code_two(name: str, capsys: Capture, tmp
         ("task: {label_noise: 0.5}", "task.label_noise: got '0.5'; allowed: a section with keys low, high"),
         ("task: other.yaml", "task: got 'other.yaml'; allowed: a section"),
         ("ppo:", "ppo: got nothing; allowed: a section"),
+        ("train: {batch_size: 8}\nnum_windows: 3\ntrain: {batch_size: 9}", "has the key 'train' twice (lines 1 and 3)"),
+        ("task: {label_noise: {low: 0.1, high: 0.2, low: 0.0}}", "has the key 'low' twice (lines 1 and 1)"),
+        ("also:\n- dataset: wine\n  dataset: digits", "has the key 'dataset' twice (lines 2 and 3)"),
+        ("num_windows: 010", "has '010' (line 1), which versions of YAML read differently"),
+        ("student: {widths: [8, 010]}", "has '010' (line 1)"),
+        ("num_windows: 1:30", "has '1:30' (line 1)"),
+        ("num_windows: 0o17", "has '0o17' (line 1)"),
+        ("num_windows: 1_0", "has '1_0' (line 1)"),
+        ("task: {dataset: no}", "has 'no' (line 1)"),
+        ("task:\n  dataset: 2024-01-01", "has '2024-01-01' (line 2)"),
+        ("student: {<<: {widths: [8]}}", "has '<<' (line 1)"),
+        ("also: [{dataset: wine, student: {widths: [1e99]}}]", "also"),
         ("", "holds nothing"),
         ("# only a remark", "holds nothing"),
         ("[1, 2]", "holds ['1', '2']; allowed: sections and keys"),
@@ -118,6 +140,27 @@ def test_mistakes_in_a_file_are_named(text: str, words: str, capsys: Capture, tm
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_text_in_quotes_and_plain_decimals_are_taken_as_they_are() -> None:
+    tree = plain_yaml("a: '010'\nb: 1e-4\nc: -0.5\nd: [true, 10, 0, null, 3.]\ne: no-one", "x")
+    assert tree == {"a": "010", "b": "1e-4", "c": "-0.5", "d": ["true", "10", "0", "null", "3."], "e": "no-one"}
+
+
+@pytest.mark.parametrize("verb", ["train", "replay", "compare"])
+def test_a_failed_start_leaves_nothing_and_gives_no_advice_to_resume(
+    verb: str, trained: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    (tmp_path / "ours").mkdir()
+    argv = [verb, "--cost.profile", "gone.json"]
+    argv += ["--policy", str(trained / "policy")] if verb != "train" else []
+    for out in ("new", "ours"):
+        assert main([*argv, "--out", out]) == 2
+        err = capsys.readouterr().err
+        assert "gone.json: cannot read it (No such file or directory)" in err
+        assert "--resume" not in err
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "ours").iterdir()) == []
 
 
 def test_a_config_that_is_no_file_is_named(capsys: Capture, tmp_path: Path) -> None:
@@ -159,7 +202,9 @@ def test_train_writes_a_whole_run_and_refuses_to_overwrite_it(trained: Path, cap
 
 
 @pytest.mark.parametrize("student", ["default", "wide", "conv"])
-def test_replay_writes_a_working_student(trained: Path, tmp_path: Path, profile_file: Path, student: str) -> None:
+def test_replay_writes_a_working_student(
+    trained: Path, tmp_path: Path, profile_file: Path, student: str, capsys: Capture
+) -> None:
     argv = ["replay", "--policy", str(trained / "policy"), "--out", "out", "--cost.profile", str(profile_file)]
     argv += ["--num_windows", "2", "--teacher.num_steps", "60", "--preference.accuracy", "0.9"]
     assert main(argv + (["--config", student] if student != "default" else [])) == 0
@@ -172,7 +217,43 @@ def test_replay_writes_a_working_student(trained: Path, tmp_path: Path, profile_
     accuracy = (answers == data.labels[test]).float().mean()
     assert float(accuracy) == pytest.approx(result["methods"]["policy"]["accuracy"])
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 2
-    assert main(["analyze", "out", str(trained), "--out", "both"]) == 0
+    figures = result["methods"]["policy"]
+    validation = data.splits["validation"]
+    answers = load_student(tmp_path / "out" / "student")(data.inputs[validation]).argmax(-1)
+    accuracy = float((answers == data.labels[validation]).float().mean())
+    assert accuracy == pytest.approx(figures["validation_accuracy"])
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == (
+        f"validation, by which to choose among runs: J {figures['validation_score']:.4f}, accuracy {accuracy:.4f}"
+    )
+    assert lines[1].startswith("test, to report once and not to choose by: J ")
+    for window in (1, 2):
+        assert f"distilling: window {window} of 2, score " in err
+    scalars = read_run(tmp_path / "out").scalars
+    for name in ("validation_score", "validation_accuracy"):
+        assert scalars[f"hparam/{name}"][1] == pytest.approx([figures[name]])
+    assert scalars["hparam/test_accuracy"][1] == pytest.approx([figures["accuracy"]])
+
+
+def test_analyze_leaves_the_reports_of_several_runs_alone(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(trained, tmp_path / "other")
+    own = (trained / "report.html").read_bytes()
+    assert main(["analyze", "other"]) == 0
+    assert (tmp_path / "other" / "report.html").read_bytes() != own  # a run alone is drawn anew, under its own name
+    capsys.readouterr()
+    assert main(["analyze", str(trained), "other"]) == 0
+    assert (trained / "report.html").read_bytes() == own
+    (page,) = tmp_path.glob("runs/analyze-*/report.html")
+    assert str(page.relative_to(tmp_path)) in capsys.readouterr().out
+    assert main(["analyze", str(trained), "other", "--out", str(trained)]) == 2
+    assert "is one of the runs, whose own report would be lost" in capsys.readouterr().err
+    events = next((tmp_path / "other" / "tensorboard").iterdir())
+    blob = bytearray(events.read_bytes())
+    blob[len(blob) // 3] ^= 4
+    events.write_bytes(blob)
+    assert main(["analyze", "other", "--out", "both"]) == 0
+    assert "damaged from byte" in capsys.readouterr().err
 
 
 def test_a_damaged_policy_is_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -245,7 +326,7 @@ sys.exit(main(sys.argv[1:]))
 """
     call = [sys.executable, "-c", code, "train", *tiny, "--out", "full"]
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
-    said = [line for line in done.stderr.splitlines() if "student trainings" not in line]
+    said = [line for line in done.stderr.splitlines() if line.startswith("rlkd: ") or "Error" in line]
     assert done.returncode == 2, done.stderr
     assert len(said) == 1, done.stderr
     assert said[0].startswith("rlkd: ")

@@ -13,7 +13,7 @@ import torch
 from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import main
 from rlkd.compression.real.cut import load_module_student
-from rlkd.data.tables import ColumnConfig
+from rlkd.data.rows import ColumnConfig
 from rlkd.data.texts import make_token_examples, read_texts
 
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "4", "--cost.batch_size", "4"]
@@ -24,7 +24,7 @@ V = len(tiny_models.WORDS) + 3
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a policy, a teacher, a student's configuration and texts."""
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    tiny_models.need_transformers()
     folder = tmp_path_factory.mktemp("place")
     tiny_models.save_policy(folder / "policy")
     tiny_models.tiny("llama", layers=3, vocab_size=V, tie_word_embeddings=True).save_pretrained(folder / "llama")

@@ -13,7 +13,8 @@ import torch
 from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import main
 from rlkd.compression.real.cut import load_module_student
-from rlkd.data.tables import ColumnConfig, make_examples, read_table
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import make_examples, read_table
 
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
 GOOD, BAD = ("good", "fine", "bright", "great"), ("bad", "dull", "slow", "poor")
@@ -22,7 +23,7 @@ GOOD, BAD = ("good", "fine", "bright", "great"), ("bad", "dull", "slow", "poor")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a policy, text and image teachers, and data."""
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    tiny_models.need_transformers()
     t = tiny_models.need_transformers()
     folder = tmp_path_factory.mktemp("place")
     tiny_models.save_policy(folder / "policy")
@@ -75,7 +76,7 @@ def test_a_text_student_from_files_to_a_shipped_model(place: Path, tmp_path: Pat
     t = tiny_models.need_transformers()
     tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "a" / "student" / "model")
     table = read_table(place / "reviews.csv", ColumnConfig())
-    data = make_examples(table, tokenizer, {"neg": 0, "pos": 1}, 2, ColumnConfig())
+    data = make_examples(table, tokenizer, ("neg", "pos"), ColumnConfig())
     test = data.splits["test"]
     with torch.no_grad():
         answers = student(**data.batch(test)).argmax(-1)
@@ -146,7 +147,10 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "no such teacher": (["--teacher", "./gone", *data], ["gone", "no such folder"]),
         "no such data": ([*teacher, "--data", "gone.csv"], ["gone.csv"]),
         "wrong column": ([*teacher, *data, "--columns.text", "review"], ["'review'", "text, label, source"]),
-        "images for a text model": ([*teacher, "--data", str(place / "two.npz")], ["does not take"]),
+        "images for a text model": (
+            [*teacher, "--data", str(place / "two.npz"), "--columns.classes", "[neg,pos]"],
+            ["does not take"],
+        ),
         "texts for an image model": (["--teacher", str(place / "vit"), *data], ["got texts"]),
         "too many layers": ([*teacher, *data, "--cut.layers", "9"], ["cut.layers: got 9", "1 to 3"]),
         "unknown key": ([*teacher, *data, "--cut.layer", "2"], ["did you mean --cut.layers"]),

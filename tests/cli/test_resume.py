@@ -11,8 +11,7 @@ import pytest
 
 from rlkd.cli.main import main
 from rlkd.cli.progress import Bar
-from rlkd.errors import UserError
-from rlkd.io.files import write_whole
+from rlkd.io.files import write_error, write_whole
 
 Capture = pytest.CaptureFixture[str]
 
@@ -63,13 +62,13 @@ def test_a_full_disk_and_sigterm_lose_nothing_and_say_how_to_go_on(
 ) -> None:
     def full(path: Path, content: bytes | str) -> None:
         if "state-000002" in path.name:
-            raise UserError(f"{path}: the disk is full") from OSError(errno.ENOSPC, "No space left on device")
+            raise write_error(path, OSError(errno.ENOSPC, "No space left on device"))
         write_whole(path, content)
 
     with monkeypatch.context() as patch:
         patch.setattr("rlkd.io.checkpoints.write_whole", full)
         assert main(["train", *tiny, "--ppo.num_iterations", "2", "--out", "cut"]) == 2
-    assert capsys.readouterr().err.endswith("the disk is full; go on with: rlkd train --resume cut\n")
+    assert capsys.readouterr().err.endswith("then run it again; go on with: rlkd train --resume cut\n")
     assert not (here / "cut" / "run.lock").exists()
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:

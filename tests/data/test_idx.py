@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rlkd.data.idx import is_idx_folder
-from rlkd.data.tables import ColumnConfig, make_examples, read_table
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import make_examples, read_table
 from rlkd.errors import UserError
 
 COLUMNS = ColumnConfig()
@@ -36,7 +37,7 @@ def test_images_labels_and_splits(folder: Path) -> None:
     table = read_table(folder, COLUMNS)
     assert table.kind == "array"
     assert table.sources[58] == table.sources[59] != table.sources[57]
-    data = make_examples(table, None, None, 3, COLUMNS)
+    data = make_examples(table, None, ("LABEL_0", "LABEL_1", "LABEL_2"), COLUMNS)
     pixels = data.inputs["pixel_values"]
     assert pixels.shape == (80, 1, 5, 4)
     first = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)[0]

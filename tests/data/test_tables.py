@@ -9,21 +9,12 @@ import pytest
 import tiny_models
 import torch
 
-from rlkd.data.tables import SPLITS, ColumnConfig, Table, encode_labels, make_examples, read_table, split_of
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import SPLITS, Table, make_examples, read_table, split_of
 from rlkd.errors import UserError
 
 COLUMNS = ColumnConfig()
 ROWS = [{"text": f"good film {i % 30}", "label": "pos" if i % 2 else "neg", "source": f"s{i % 15}"} for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    import datasets
-
-    datasets.disable_progress_bars()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
@@ -54,7 +45,7 @@ def test_all_formats_give_the_same_table(tmp_path: Path, ending: str) -> None:
 
 def examples_of(table: Table, tmp_path: Path, **changes: Any) -> Any:
     tokenizer = tiny_models.save_tokenizer(tmp_path / "tokenizer")
-    return make_examples(table, tokenizer, {"neg": 0, "pos": 1}, 2, ColumnConfig(**changes))
+    return make_examples(table, tokenizer, ("neg", "pos"), ColumnConfig(**changes))
 
 
 def test_no_source_stands_on_two_sides_and_every_sample_on_one(tmp_path: Path) -> None:
@@ -96,8 +87,8 @@ def test_given_splits_are_kept(tmp_path: Path) -> None:
 
 
 def test_texts_become_tokens_and_masks(tmp_path: Path) -> None:
-    rows = [{"text": "good film", "label": 1, "split": s} for s in SPLITS]
-    rows += [{"text": "the plot was not good", "label": 0, "split": "train"}]
+    rows = [{"text": "good film", "label": "pos", "split": s} for s in SPLITS]
+    rows += [{"text": "the plot was not good", "label": "neg", "split": "train"}]
     table = read_table(write(tmp_path / "a.jsonl", rows), COLUMNS)
     examples = examples_of(table, tmp_path)
     assert examples.inputs["attention_mask"].sum(1).tolist() == [4, 4, 4, 7]
@@ -107,7 +98,7 @@ def test_texts_become_tokens_and_masks(tmp_path: Path) -> None:
 
 
 def test_pairs_are_told_apart(tmp_path: Path) -> None:
-    rows = [{"text": "good film", "other": "bad plot", "label": 1, "split": s} for s in SPLITS]
+    rows = [{"text": "good film", "other": "bad plot", "label": "pos", "split": s} for s in SPLITS]
     columns = ColumnConfig(pair="other")
     examples = examples_of(read_table(write(tmp_path / "a.jsonl", rows), columns), tmp_path)
     assert examples.inputs["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
@@ -126,7 +117,7 @@ def test_images_and_their_classes(tmp_path: Path) -> None:
     assert table.kind == "image"
     assert sorted(table.labels) == ["cat"] * 6 + ["dog"] * 7
     processor = t.ViTImageProcessor(size={"height": 16, "width": 16})
-    examples = make_examples(table, processor, {"dog": 0, "cat": 1}, 2, COLUMNS)
+    examples = make_examples(table, processor, ("dog", "cat"), COLUMNS)
     assert examples.inputs["pixel_values"].shape == (13, 3, 16, 16)
     assert len(examples.splits["test"]) == 3
     expected = [{"dog": 0, "cat": 1}[str(name)] for name in table.labels]
@@ -136,7 +127,7 @@ def test_images_and_their_classes(tmp_path: Path) -> None:
 def test_arrays(tmp_path: Path) -> None:
     inputs = np.random.default_rng(0).random((40, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "a.npz", inputs=inputs, labels=np.arange(40) % 3)
-    examples = make_examples(read_table(tmp_path / "a.npz", COLUMNS), None, None, 3, COLUMNS)
+    examples = make_examples(read_table(tmp_path / "a.npz", COLUMNS), None, ("LABEL_0", "LABEL_1", "LABEL_2"), COLUMNS)
     np.testing.assert_array_equal(examples.inputs["pixel_values"].numpy(), inputs)
     assert examples.labels.tolist() == [i % 3 for i in range(40)]
     whole = (tmp_path / "a.npz").read_bytes()
@@ -149,20 +140,6 @@ def test_arrays(tmp_path: Path) -> None:
         read_table(tmp_path / "b.npz", COLUMNS)
 
 
-def table_of(labels: list[Any]) -> Table:
-    return Table("t", "text", [""] * len(labels), labels, [""] * len(labels), None)
-
-
-def test_labels_meet_the_teacher_s_classes_by_name() -> None:
-    assert encode_labels(table_of(["pos", "Neg"]), {"POS": 0, "NEG": 1}).tolist() == [0, 1]
-    assert encode_labels(table_of(["b", "a"]), {"LABEL_0": 0, "LABEL_1": 1}).tolist() == [1, 0]
-    assert encode_labels(table_of([1, 0]), {"x": 0, "y": 1}).tolist() == [1, 0]
-    with pytest.raises(UserError, match="'good'; allowed: pos, neg"):
-        encode_labels(table_of(["good"]), {"pos": 0, "neg": 1})
-    with pytest.raises(UserError, match="from 0 to 2; allowed: 0 to 1"):
-        encode_labels(table_of([0, 2]), {"pos": 0, "neg": 1})
-
-
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": \n')
@@ -171,7 +148,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     cases = {
         tmp_path / "gone.csv": "no such data",
         tmp_path / "a.txt": "got a .txt file",
-        tmp_path / "broken.jsonl": "cannot be read as json",
+        tmp_path / "broken.jsonl": "line 1: cannot be read as JSON",
         tmp_path / "named.csv": "no column 'text'; it has review, label",
     }
     for path, words in cases.items():

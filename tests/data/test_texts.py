@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 from rlkd.data.examples import TokenExamples
-from rlkd.data.tables import ColumnConfig
+from rlkd.data.rows import ColumnConfig
 from rlkd.data.texts import make_token_examples, read_texts
 from rlkd.errors import UserError
 
@@ -23,7 +23,7 @@ def number(word: str) -> int:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    tiny_models.need_transformers()
     return tiny_models.save_causal_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -133,8 +133,8 @@ def test_mistakes_are_one_line(tmp_path: Path, tokenizer: Any) -> None:
         (rows, {"prompt": "question"}, "no column 'question'"),
         (tmp_path / "latin.txt", {"prompt": "question"}, "needs a table"),
         (long, {"prompt": "prompt", "max_length": 4}, "row 1: got a prompt of 4"),
-        (null, {}, "no text or no prompt"),
-        (rows, {}, "no sample is in the validation split"),
+        (null, {}, "row 2: has no text"),
+        (rows, {}, "no sample is in the"),
         (tmp_path / "one.txt", {}, "no sample is in the"),
     ]
     for path, columns, words in cases:

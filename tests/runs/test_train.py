@@ -101,6 +101,10 @@ def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, 
     wanted = {"rollout/ep_rew_mean", "train/loss", "student/score", "student/goal_met", "action/temperature"}
     wanted |= {"reward/return", "eval/score", "eval/goal_met", "eval/shortfall", "eval/latency_saving"}
     assert wanted <= tags
+    named = {"hparam/test_score": result["methods"]["policy"]["score"]["mean"]}  # the columns of the HPARAMS tab
+    named |= {f"hparam/{name}": row["difference"] for name, row in result["paired"].items()}
+    for name, value in named.items():
+        assert [e.value for e in accumulator.Scalars(name)] == pytest.approx([value], abs=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [e.value for e in accumulator.Scalars("student/score")] == pytest.approx([r["score"] for r in rows])
     assert [e.value for e in accumulator.Scalars("eval/score")] == pytest.approx([e["score"] for e in evaluations])

@@ -1,5 +1,6 @@
 """Signals of a real teacher for all samples: one pass, cached as memory-mapped files."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,14 +10,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rlkd.data.examples import PADDING_MASK, Examples, to_device
+from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples, to_device
 from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.io.memory import enough_memory
 from rlkd.models.attention_map import attention_map
 from rlkd.models.real.attachment import Plan, logits_of
 from rlkd.models.real.hooks import capture, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
-from rlkd.models.real.pretrained import state_of
+from rlkd.models.real.pretrained import state_of, transformers
 from rlkd.teachers.signals import Signals
 
 Say = Callable[[str], object]
@@ -63,11 +64,31 @@ def module_signals(
     return Signals(logits[None], tensors["features"][None], maps[None], accuracy[None], entropy[None], plan.is_conv)
 
 
+def describe_quality(signals: Signals, data: Examples) -> str:
+    """The teacher's accuracy on validation in one line, with a warning where it is no better than a constant answer."""
+    if isinstance(data, TokenExamples):
+        return ""
+    accuracy, labels = float(signals.accuracy[0]), data.labels[data.splits["validation"]]
+    chance = float(labels.bincount().max()) / len(labels)
+    line = (
+        f"the teacher answers {accuracy:.3f} of the validation samples rightly; the commonest class has {chance:.3f}\n"
+    )
+    if accuracy > chance or accuracy == 1.0:
+        return line
+    return (
+        f"{line}WARNING: the teacher is at or below chance on these data: its classes may mean something else than the "
+        "labels (see the table of labels in mapping.txt), or its inputs are prepared in another way\n"
+    )
+
+
 def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
-    """What signals depend on; preprocessing is in the inputs."""
+    """What signals depend on: weights, configuration, data with their preprocessing, and versions."""
     splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
+    config: Any = teacher.config
     return {
         "teacher": digest_tensors(state_of(teacher).items()),
+        "config": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
+        "transformers": transformers().__version__,
         "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
         "torch": torch.__version__,
     }

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from planned import network_plan
+from rlkd.envs.schedule import fixed_plan
 
 from rlkd.agents.baselines.methods import (
     METHODS,
@@ -26,7 +27,6 @@ from rlkd.agents.policy.policy import TENSORS, Policy
 from rlkd.data import Preference
 from rlkd.envs import CONTROLS, OBSERVATIONS, Scenario
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.schedule import fixed_plan
 from rlkd.errors import UserError
 from rlkd.students import TrainConfig
 

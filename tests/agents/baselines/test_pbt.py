@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 import torch
+from rlkd.agents.baselines.schedules import run_plans
 from torch import Tensor
 
 from rlkd.agents.baselines.pbt import PBTConfig, _winners, find_schedule
-from rlkd.agents.baselines.schedules import run_plans
 from rlkd.data import Preference, TaskDistribution
 from rlkd.envs import Scenario
 from rlkd.errors import UserError

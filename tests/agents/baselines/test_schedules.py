@@ -1,6 +1,6 @@
 import torch
-
 from rlkd.agents.baselines.schedules import follow, follow_each, run_plans
+
 from rlkd.agents.policy.controllers import run
 from rlkd.envs import Scenario
 from rlkd.envs.episodes import Episodes

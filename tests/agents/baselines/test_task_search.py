@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from rlkd.agents.baselines.schedules import Shape
+
 from rlkd.agents.baselines.task_search import Sampler, Trials, cost_of, hypervolume, search_fronts, search_tasks
 from rlkd.data import Preference
 from rlkd.envs import Scenario

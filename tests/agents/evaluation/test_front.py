@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rlkd.agents.baselines.schedules import follow
 
 from rlkd.agents.baselines.methods import Request
-from rlkd.agents.baselines.schedules import follow
 from rlkd.agents.baselines.search import SearchConfig, Shortlist
 from rlkd.agents.baselines.task_search import cost_of, hypervolume, search_fronts
 from rlkd.agents.evaluation.front import compare_fronts, undominated

@@ -1,0 +1,82 @@
+"""Standard output and standard error that cannot be written, and what a user is not shown."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CALL = [sys.executable, "-c", "import sys; from rlkd.cli.main import main; sys.exit(main())"]
+
+
+def shell(command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run `command` with $RLKD standing for the command line."""
+    env = {**os.environ, "PY": sys.executable, "CODE": CALL[2], **more}
+    return subprocess.run(
+        ["bash", "-c", command.replace("$RLKD", '"$PY" -c "$CODE"')],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=env,
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("verb", ["list", "--help", "--version", "calibrate --student.widths [8] --student.exits []"])
+def test_a_full_device_names_standard_output(verb: str, tmp_path: Path) -> None:
+    done = shell(f"$RLKD {verb} > /dev/full", tmp_path)
+    assert done.stderr == (
+        "rlkd: standard output: cannot write it, the disk is full (No space left on device); free some room, then run "
+        "it again\n"
+    )
+    assert done.returncode == 2
+
+
+def test_closed_streams_end_in_one_line_or_in_silence(tmp_path: Path) -> None:
+    done = shell("$RLKD list >&-", tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "rlkd: standard output is closed; redirect it to a file or to /dev/null\n",
+    )
+    assert shell("$RLKD trian 2>&-", tmp_path).returncode == 2
+    done = shell("$RLKD trian 2>/dev/full", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    done = shell("set -o pipefail; $RLKD list | head -c 1", tmp_path)
+    assert done.stderr == ""
+    assert done.stdout == "d"
+
+
+def test_characters_that_a_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    done = shell("$RLKD analyze 'läuft'", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert done.stderr == "rlkd: l\\xe4uft: no such run folder\n"
+
+
+def test_warnings_of_libraries_are_shown_only_on_request(tmp_path: Path) -> None:
+    noisy = (
+        "import sys, warnings; from rlkd.cli import listing, main; run = listing.run\n"
+        "def loud(argv):\n    warnings.warn('glyph missing'); return run(argv)\n"
+        "listing.run = loud; sys.argv = ['rlkd', 'list']; sys.exit(main.main())"
+    )
+    shown = [
+        subprocess.run([sys.executable, *flags, "-c", noisy], capture_output=True, text=True, check=True).stderr
+        for flags in ([], ["-W", "default"])
+    ]
+    assert shown[0] == ""
+    assert "glyph missing" in shown[1]
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(tmp_path: Path) -> None:
+    code = "import sys; from rlkd.cli.main import main; print('ready', flush=True); sys.exit(main())"
+    call = [sys.executable, "-c", code, "bench", "--rounds", "1000"]
+    run = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[1] == "rlkd: interrupted\n"
+    assert run.returncode == 130
