@@ -75,7 +75,9 @@ def comparison_table(title: str, entry: dict[str, Any]) -> Table:
         "MACs",
         "latency",
         "energy",
-        "policy's lead in J [95 %]",
+        "goals met within 1 point",
+        "shortfall",
+        "lead in J over it [95 %]",
         "wins",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -92,6 +94,8 @@ def comparison_table(title: str, entry: dict[str, Any]) -> Table:
             f"{m['score']['mean']:.4f}",
             f"{m['score']['iqm']:.4f} [{low:.4f}, {high:.4f}]",
             *(f"{m[key]['mean']:.3f}" for key in ("accuracy", "macs_ratio", "latency_ratio", "energy_ratio")),
+            "" if m["goal_met_within_1_point"] is None else f"{m['goal_met_within_1_point']:.1%}",
+            f"{m['shortfall']:.4f}",
             lead,
             wins,
         )
