@@ -43,7 +43,7 @@ def observed(shift: float, has_floor: bool = True, limit: float = float("inf")) 
         preference=torch.tensor([[0.0, 0.75, 0.25]]),
         anchor=torch.tensor([0.55 + shift]),
         has_floor=torch.tensor([has_floor]),
-        latency_limit=torch.tensor([limit]),
+        limits=torch.tensor([[limit, float("inf"), 0.9, float("inf")]]) if limit < 1 else torch.full((1, 4), limit),
     )
     now = Snapshot(
         windows_done=torch.tensor([5.0]),

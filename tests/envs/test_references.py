@@ -1,4 +1,4 @@
-"""Reference accuracies, floors and warm starts: what is trained once, and that it is the same however it was asked for."""
+"""Reference accuracies, floors and warm starts: what is trained once, and that it is the same whatever asked for it."""
 
 import dataclasses
 
