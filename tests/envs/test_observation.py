@@ -52,7 +52,7 @@ def observed(shift: float, has_floor: bool = True, limit: float = float("inf")) 
         score_change=torch.tensor([0.07]),
         metrics=metrics(torch.tensor([0.5 + shift]), torch.tensor([[0.4 + shift, 0.6 + shift]])),
         previous=torch.tensor([[0.47, 0.38, 0.55]]) + shift,
-        cost=Cost(one, one, one, 0.6 * one, 0.5 * one, 0.4 * one),
+        cost=Cost(one, one, one, 0.6 * one, 0.5 * one, 0.4 * one, one, 0.3 * one),
         probes={name: torch.tensor([0.02]) for name in PROBES},
         telemetry=Telemetry(
             losses=torch.full((n, 4), 1.0),
