@@ -110,6 +110,12 @@ class ExperimentConfig:
                 "from"
             )
 
+    @property
+    def steps_per_window(self) -> int:
+        """Optimizer steps of a window, in the mean over those of a rollout."""
+        windows = sum(scenario.num_windows for scenario in self.scenarios)
+        return round(sum(s.num_windows * s.train.steps_per_window for s in self.scenarios) / windows)
+
     def envs(self, scenarios: Sequence[ScenarioConfig]) -> list[EnvConfig]:
         """Environments of `scenarios`, which share tasks and ranges of the controls."""
         return [

@@ -111,7 +111,7 @@ def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]
     metrics = {"hparam/test_score": result["methods"]["policy"]["score"]["mean"]}
     metrics |= {f"hparam/{name}": row["difference"] for name, row in result["paired"].items()}
     logger.record("hparams", HParam(hparams, metrics), exclude=("stdout", "log", "json", "csv"))
-    logger.dump(result["cost"]["agent_trainings"] * config.num_windows)
+    logger.dump(result["cost"]["agent_trainings"])
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
