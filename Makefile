@@ -6,7 +6,7 @@ EXTRAS ?= dev,hf
 
 .PHONY: train test check lint types format clean
 
-# The main job: learn a policy on digits, compare it on held-out tasks. Less than 20 minutes on two cores.
+# The main job: learn a small policy and compare it on held-out tasks, in about ten minutes on two cores.
 train: $(READY)
 	$(BIN)/rlkd train --config default $(ARGS)
 

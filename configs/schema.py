@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from rlkd.agents.baselines.methods import METHODS, NEED_POLICY, WEIGH_TEACHERS
+from rlkd.agents.baselines.methods import METHODS, check_needs
 from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.ppo.online import OnlineAgentConfig
 from rlkd.agents.ppo.train import PPOConfig
@@ -25,18 +25,26 @@ class ComparisonConfig:
     """The comparison on held-out tasks that ends a run."""
 
     num_tasks: int = 128
-    """Fresh tasks, the same for every method and preference."""
-    accuracy_weights: tuple[float, ...] = (0.6, 0.4, 0.9)
-    """Accuracy weights of the preferences that are compared; the first one gives result.json's main figures."""
+    """Fresh tasks, the same for every method and goal."""
+    keeps: tuple[float, ...] = (0.95, 0.98, 1.0)
+    """Goals: accuracy floors as shares of the reference accuracy (task.reference)."""
+    accuracy_weights: tuple[float, ...] = ()
+    """Further goals: weights of accuracy without a floor; the first goal of all gives result.json's main entry."""
 
     def check(self) -> None:
-        """Raises UserError for too few tasks or an impossible weight."""
+        """Raises UserError for too few tasks, no goal or an impossible one."""
         if self.num_tasks < 2:
             raise UserError(f"comparison.num_tasks: got {self.num_tasks}; allowed: at least 2")
-        if not self.accuracy_weights or not all(0 <= w <= 1 for w in self.accuracy_weights):
-            raise UserError(
-                f"comparison.accuracy_weights: got {list(self.accuracy_weights)}; allowed: one or more from 0 to 1"
-            )
+        if not all(0 < keep <= 2 for keep in self.keeps):
+            raise UserError(f"comparison.keeps: got {list(self.keeps)}; allowed: above 0, at most 2")
+        if not all(0 <= w <= 1 for w in self.accuracy_weights):
+            raise UserError(f"comparison.accuracy_weights: got {list(self.accuracy_weights)}; allowed: 0 to 1")
+        if not (self.keeps or self.accuracy_weights):
+            raise UserError("comparison: got no goal; allowed: at least one of keeps or of accuracy_weights")
+        for name in ("keeps", "accuracy_weights"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"comparison.{name}: got {list(values)}; allowed: each once")
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,12 @@ class ExperimentConfig:
                 "ppo.num_students: got 1 with one scenario of num_windows 1; allowed: at least 2 of either, to learn "
                 "from"
             )
+
+    @property
+    def steps_per_window(self) -> int:
+        """Optimizer steps of a window, in the mean over those of a rollout."""
+        windows = sum(scenario.num_windows for scenario in self.scenarios)
+        return round(sum(s.num_windows * s.train.steps_per_window for s in self.scenarios) / windows)
 
     def envs(self, scenarios: Sequence[ScenarioConfig]) -> list[EnvConfig]:
         """Environments of `scenarios`, which share tasks and ranges of the controls."""
@@ -209,18 +223,21 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class CompareConfig(EnvConfig):
-    """`rlkd compare`: the same tasks under several controllers. Without a policy a search gives the static settings."""
+    """`rlkd compare`: the same tasks under several controllers. What is tuned is tuned for each goal."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     keep_checkpoints: int = 2
     """States that stay on the disk."""
-    methods: str = "static,published,annealed"
-    """Comma-separated (`rlkd list`); the others are paired with the policy, or with the first."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    methods: str = "constant,nncf,cubic"
+    """Comma-separated (`rlkd list`); the others are paired with the policy, or with the first. `dense` always joins."""
     num_seeds: int = 1
     """Sets of comparison.num_tasks fresh tasks."""
     policy: str | None = None
-    """Folder of the policy that method `policy` replays; its static settings then serve `static`, with no search."""
+    """Folder of the policy that method `policy` replays; its control ranges and start replace the config's."""
+    blind: str | None = None
+    """Folder of a second policy, for method `blind`: one that sees only what is known beforehand."""
     tune_exit: bool = False
     """Tune every student's exit threshold on validation after its training, whatever the method."""
     front_trials: int = 0
@@ -229,8 +246,8 @@ class CompareConfig(EnvConfig):
     """Accuracy weights that make up the policy's front."""
 
     def method_names(self) -> list[str]:
-        """`methods` as a list, each once."""
-        return list(dict.fromkeys(name.strip() for name in self.methods.split(",")))
+        """`methods` as a list, each once, and `dense`, which tells what is feasible."""
+        return list(dict.fromkeys([*(name.strip() for name in self.methods.split(",")), "dense"]))
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
@@ -238,19 +255,18 @@ class CompareConfig(EnvConfig):
         check_keep(self.keep_checkpoints)
         self.search.check()
         self.comparison.check()
+        self.guard.check()
         for name in self.method_names():
             if name not in METHODS:
                 close = difflib.get_close_matches(name, METHODS, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UserError(f"methods: got {name!r}; allowed: {', '.join(METHODS)}{hint}")
-            if self.policy is None and name in NEED_POLICY:
-                raise UserError(f"methods: {name} needs a policy; give its folder with --policy")
-        weighing = [name for name in self.method_names() if name in WEIGH_TEACHERS]
-        if weighing and self.task.num_teachers.high < 2:
-            raise UserError(
-                f"methods: {weighing[0]} weighs several teachers, and task.num_teachers gives a task one; allowed with "
-                "task.num_teachers.high of 2 or more"
-            )
+        check_needs(
+            self.method_names(),
+            has_policy=self.policy is not None,
+            has_blind=self.blind is not None,
+            has_teachers=self.task.num_teachers.high >= 2,
+        )
         if self.num_seeds < 1:
             raise UserError(f"num_seeds: got {self.num_seeds}; allowed: at least 1")
         if self.front_trials < 0 or (self.front_trials and self.policy is None):

@@ -22,15 +22,11 @@ class GuardConfig:
     """Undo a window at once that falls too far below the floor after the goal had been met."""
     tolerance: float = 0.005
     """Accuracy below the floor that a window may have without being undone."""
-    confidence: float = 0.0
-    """Standard errors of validation accuracy by which a window must exceed the floor to meet the goal."""
 
     def check(self) -> None:
-        """Raises UserError for a negative number."""
-        if not (self.tolerance >= 0 and self.confidence >= 0):
-            raise UserError(
-                f"guard: got tolerance {self.tolerance:g}, confidence {self.confidence:g}; allowed: at least 0 each"
-            )
+        """Raises UserError for a negative tolerance."""
+        if not self.tolerance >= 0:
+            raise UserError(f"guard.tolerance: got {self.tolerance:g}; allowed: at least 0")
 
 
 class Guard:
@@ -47,7 +43,6 @@ class Guard:
         self._episodes, self._config = episodes, config or GuardConfig()
         self._config.check()
         n = episodes.num_students
-        self._num_samples = len(episodes.scenario.data.splits["validation"])
         self.best_window = torch.zeros(n, dtype=torch.int64)  # [N], counted from 1; 0: none yet
         self.met = torch.zeros(n, dtype=torch.bool)  # [N], whether the best window met the goal on validation
         self.num_undone = torch.zeros(n, dtype=torch.int64)  # [N]
@@ -60,8 +55,7 @@ class Guard:
         """Keep the best window and undo what must be undone; returns the observation [N, O] to act on next."""
         episodes, accuracy = self._episodes, outcome.metrics.accuracy
         floor = episodes.floors[:, 0]  # [N]
-        error = (accuracy * (1.0 - accuracy) / self._num_samples).clamp_min(0.0).sqrt()
-        met = meets_goal(accuracy - self._config.confidence * error, floor)
+        met = meets_goal(accuracy, floor)
         value = torch.where(met, outcome.score, accuracy).to(self._value)
         better = torch.where(met == self.met, value >= self._value, met) & ~outcome.diverged  # [N]
         had_met = self.met

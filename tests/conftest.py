@@ -88,11 +88,22 @@ def double_scenario(scenario: Scenario) -> Iterator[Scenario]:
 def tiny(profile_file: Path) -> list[str]:
     """Options that make `rlkd train` a matter of seconds."""
     main = (
-        f"{{num_windows: 3, train: {{steps_per_window: 3, batch_size: 16}}, cost: {{profile: {profile_file}}}, "
+        f"num_windows: 3, train: {{steps_per_window: 3, batch_size: 16}}, cost: {{profile: {profile_file}}}, "
         "teacher: {num_samples: [40, 897], num_steps: 60}"
     )
     return [
-        *("--config", "smoke", "--scenarios", f"[{main}}}]"),
-        *("--validation", f"[{main}, student: {{widths: [12, 8]}}}}]"),
+        *("--config", "smoke", "--scenarios", f"[{{{main}}}]"),
+        *("--validation", f"[{{{main}, student: {{widths: [12, 8]}}}}]"),
         *("--search.num_settings", "3", "--comparison.num_tasks", "8"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_scenario(profile_file: Path) -> list[str]:
+    """Options of the scenario of `tiny`, for `rlkd compare`."""
+    return [
+        *("--cost.profile", str(profile_file), "--teacher.num_samples", "[40, 897]", "--teacher.num_steps", "60"),
+        *("--num_windows", "3", "--train.steps_per_window", "3", "--train.batch_size", "16"),
+        *("--search.num_settings", "3", "--search.tasks_per_setting", "4", "--search.num_finalists", "2"),
+        *("--search.tasks_per_finalist", "4", "--comparison.num_tasks", "8", "--comparison.keeps", "[0.98]"),
     ]

@@ -31,14 +31,14 @@ def adversarial_temperature(base: Controller, seed: int) -> Controller:
     generator = torch.Generator().manual_seed(seed)
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        position = base(observation, episodes, window)
+        u = base(observation, episodes, window)
         if window == 0:
-            return position
+            return u
         config = episodes.scenario.config.controls
-        temperature = decode(episodes.position, config, episodes.scenario.data.num_classes).temperature  # [N]
+        temperature = decode(episodes.u, config, episodes.scenario.data.num_classes).temperature  # [N]
         share = 0.5 * (1.0 - math.cos(math.pi * window / max(1, episodes.scenario.config.num_windows - 1)))
         slope = look(episodes, generator).log_temperature.nan_to_num()  # where a gradient overflows it stays
-        return with_values(position, {"temperature": temperature * (TEMPERATURE_RATE * share * slope).exp()}, config)
+        return with_values(u, {"temperature": temperature * (TEMPERATURE_RATE * share * slope).exp()}, config)
 
     return controller
 
@@ -53,16 +53,16 @@ def hypergradient(base: Controller, seed: int) -> Controller:
     generator = torch.Generator().manual_seed(seed)
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        position = base(observation, episodes, window).clone()
+        u = base(observation, episodes, window).clone()
         if window == 0:
-            return position
+            return u
         columns = [CONTROLS.index(f"weight_{family}") for family in FAMILIES]
         moved = WEIGHT_RATE / (2 * WEIGHT_LOGIT) * look(episodes, generator).alignment.nan_to_num()  # [N, 4]
-        weights = episodes.position[:, columns] + moved
+        weights = episodes.u[:, columns] + moved
         # only differences of logits count: keep the largest at the top of its range so that none is clipped away
         used = available_families(_chain_scenario(episodes).template.is_conv, episodes.scenario.signals.are_conv)
-        position[:, columns] = (weights + (1.0 - weights[:, used].amax(-1, keepdim=True))).clamp(0.0, 1.0)
-        return position
+        u[:, columns] = (weights + (1.0 - weights[:, used].amax(-1, keepdim=True))).clamp(0.0, 1.0)
+        return u
 
     return controller
 
@@ -70,7 +70,7 @@ def hypergradient(base: Controller, seed: int) -> Controller:
 def look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
     """How the losses answer to the controls now, on samples that `generator` draws."""
     scenario = _chain_scenario(episodes)
-    controls = decode(episodes.position, scenario.config.controls, scenario.data.num_classes)
+    controls = decode(episodes.u, scenario.config.controls, scenario.data.num_classes)
     structure = scenario.new_structure()
     return sensitivity(
         episodes.students, structure, episodes.tasks, controls, scenario.data, scenario.signals, generator

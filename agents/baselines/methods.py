@@ -1,286 +1,381 @@
-"""The controllers that `rlkd compare --methods` knows, each built for one preference of a scenario."""
+"""The controllers that `rlkd compare --methods` knows: one table, from which lists, checks and budgets are made.
 
+A new baseline is one entry of METHODS. Each is built for one goal.
+"""
+
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
-from rlkd.agents.baselines.schedules import Shape, as_point, follow
 from torch import Tensor
 
 from rlkd.agents.baselines.gradients import adversarial_temperature, hypergradient
 from rlkd.agents.baselines.pbt import PBTConfig, find_schedule
-from rlkd.agents.baselines.published import SCHEDULES, annealed, published, upon
-from rlkd.agents.baselines.search import SearchConfig, Shortlist, search_plans
+from rlkd.agents.baselines.published import SCHEDULES, annealed, curriculum, upon
+from rlkd.agents.baselines.recipes import RECIPES, for_all
+from rlkd.agents.baselines.search import SearchConfig, first_settings, search_recipe
 from rlkd.agents.baselines.task_search import Sampler, Trials, search_tasks
 from rlkd.agents.baselines.teacher_weights import TeacherWeightsConfig, learn_teacher_weights, weighing
-from rlkd.agents.policy.controllers import Controller, hold_start, run
+from rlkd.agents.policy.controllers import Controller, follow, hold_start, run
 from rlkd.agents.policy.policy import Policy
 from rlkd.data import TaskDistribution
-from rlkd.envs.action import CONTROLS, NUM_CONTROLS, change
+from rlkd.envs.action import CONTROLS, NUM_CONTROLS, change, published_setting
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
 from rlkd.io.journal import Arrays, Journal, recall
 
 NUM_ABLATION_TASKS = 128
 BUDGETS = (10, 25, 50, 100)
+Needs = Literal["", "policy", "blind", "teachers"]
+Found = TypeVar("Found")
 
-SEARCHES: dict[str, tuple[Sampler, Shape, int]] = {
-    **{f"random_{b}": ("random", "static", b) for b in BUDGETS},
-    **{f"tpe_{b}": ("tpe", "static", b) for b in BUDGETS},
-    **{f"tpe_linear_{b}": ("tpe", "linear", b) for b in BUDGETS},
-}
 SWITCHES: dict[str, tuple[str, ...]] = {
     "weights": tuple(name for name in CONTROLS if name.startswith("weight_")),
-    **{name: (name,) for name in CONTROLS if not name.startswith("weight_")},
-}
-NEED_POLICY = (
-    "policy",
-    "plan",
-    "plan_at_start",
-    "open_loop",
-    "mean_action",
-    "random_policy",
-    *(f"without_{name}" for name in SWITCHES),
-    "policy_mtkd_rl",
-)
-WEIGH_TEACHERS = ("mtkd_rl", "policy_mtkd_rl")
-
-METHODS = {
-    "policy": "closed loop: the learned policy (needs --policy)",
-    "static": "best static setting of the search, or of the policy's own, for the preference",
-    "plan": "the learned plan that the policy's actions change, unchanged (needs --policy)",
-    "plan_at_start": "the learned plan as it is at the beginning, from the task alone, never revised (needs --policy)",
-    "published": "CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05, T = 4, the whole student",
-    "annealed": "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
-    "alpha_weighted": "labels and softened answers half and half at T = 5; the rest as static",
-    "temperature_decay": "T = 5 * 0.99^epoch, at least 1; the rest as static",
-    "temperature_stages": "T = 4, 3, 2, 1; the rest as static",
-    "fewer_features": "kept inputs 80 % to 30 %; the rest as static",
-    "alpha_by_confidence": "weight of the labels by the teacher's confidence; the rest as static",
-    "curriculum": "labels; answers; all families by what each does for validation; then pruning and exits as static",
-    "linear": "every control from a first to a last value in a line, tuned over training tasks by TPE",
-    "cosine": "every control from a first to a last value along half a cosine, tuned over training tasks by TPE",
-    "ctkd": "temperature climbs the response loss (curriculum temperature); the rest as static",
-    "hypergradient": "loss weights follow the one-step hypergradient; the rest as static",
-    "pbt": "the schedule that population-based training finds on training tasks, replayed",
-    **{f"random_{b}": f"best of {b} random static settings on validation, for every single task" for b in BUDGETS},
-    **{f"tpe_{b}": f"best of {b} TPE trials over static settings, for every single task" for b in BUDGETS},
-    **{f"tpe_linear_{b}": f"best of {b} TPE trials over linear schedules, for every single task" for b in BUDGETS},
-    "open_loop": "the policy's mean schedule over training tasks, blind to task and student (needs --policy)",
-    "mean_action": "the policy's mean setting over training tasks, held constant (needs --policy)",
-    "random_policy": "uniformly random changes in every window (needs --policy)",
-    **{f"without_{name}": f"the policy with {name} as static (needs --policy)" for name in SWITCHES},
-    # last: `Request.generator` counts
-    "mtkd_rl": "several teachers weighed sample by sample, learned over training tasks (MTKD-RL); the rest as static",
-    "policy_mtkd_rl": "teachers weighed as in mtkd_rl, learned under the policy, which sets the rest (needs --policy)",
+    **{name: (name,) for name in ("temperature", "feature_keep", "unit_keep", "learning_rate")},
+    "exits": tuple(name for name in CONTROLS if name.startswith("exit_")),
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What controllers are built from, for one preference."""
+    """What controllers are built from, for one goal."""
 
     scenario: Scenario
-    tasks: TaskDistribution  # its preference fixed
+    tasks: TaskDistribution  # their goal fixed
     seeds: tuple[int, ...]  # of the compared tasks; a per-task search trains on them and reads their validation
-    static: Shortlist
-    policy: Policy | None
-    search: SearchConfig  # of tuned schedules
+    search: SearchConfig  # of tuned recipes
     seed: int
     on_window: Callable[[int], object]
-    tuned: Mapping[str, Shortlist] = field(default_factory=dict)  # `tune`'s
+    policy: Policy | None = None
+    blind: Policy | None = None  # learned without what training shows
+    guard: GuardConfig | None = field(default_factory=GuardConfig)  # of every training
     journal: Journal | None = None
+    budgets: Mapping[tuple[Sampler, str], int] = field(default_factory=dict)  # of per-task searches, the largest asked
+    found: dict[str, object] = field(default_factory=dict, compare=False)  # what methods share, under this goal
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A random source of its own for each method."""
-        return torch.Generator().manual_seed(self.seed * 64 + list(METHODS).index(purpose) % 64)
+        """A random source of its own for each purpose."""
+        return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(purpose.encode()))
+
+    def once(self, key: str, find: Callable[[], Found]) -> Found:
+        """What `find` gives, computed the first time that `key` is asked for."""
+        if key not in self.found:
+            self.found[key] = find()
+        return self.found[key]  # type: ignore[return-value]
+
+    def tuned(self, recipe: str) -> Tensor:
+        """[A], the best point of a recipe over training tasks of this goal."""
+
+        def find() -> Tensor:
+            first = first_settings(self.scenario.config.controls)
+            if recipe != "constant":  # what is best without a schedule is tried first
+                first = torch.cat([self.tuned("constant")[None], first])
+            return search_recipe(
+                RECIPES[recipe],
+                [self.scenario],
+                self.search,
+                self.generator(recipe),
+                tasks=[self.tasks],
+                known=first,
+                guard=self.guard,
+                on_window=self.on_window,
+                journal=self.journal,
+            )
+
+        return self.once(recipe, find)
+
+    def constant(self) -> Controller:
+        """The best constant setting for the goal."""
+        return self.best_of("constant")
+
+    def best_of(self, recipe: str) -> Controller:
+        """A recipe, tuned for the goal."""
+        return RECIPES[recipe].controller(for_all(self.tuned(recipe)))
 
 
-def num_trainings(name: str) -> int:
-    """Full student trainings that a method spends on every single task it is asked to solve."""
-    return SEARCHES[name][2] if name in SEARCHES else 1
+@dataclass(frozen=True)
+class Baseline:
+    """One way of setting controls."""
+
+    meaning: str
+    build: Callable[[Request], Controller]
+    finds: tuple[str, ...] = ()
+    """What must be found over training tasks before: keys of `_cost_of_finding`."""
+    needs: tuple[Needs, ...] = ()
+    trainings_per_task: int = 1
+    """Full student trainings that it spends on every single task it is asked to solve."""
+    search: tuple[Sampler, str] | None = None
+    """Sampler and recipe of a per-task search."""
+    start: Callable[[Request], Tensor] | None = None
+    """[12], the setting that training begins with; by default the scenario's."""
 
 
-def total_trainings(names: Iterable[str], num_tasks: int) -> int:
-    """Student trainings of a comparison under one preference: what methods are found with, and their replay.
-
-    Without those of `tune`, which all preferences share.
-    """
-    names = list(names)
-    shared = {SEARCHES[name][:2]: 0 for name in names if name in SEARCHES}
-    for name in names:
-        if name in SEARCHES:
-            *kind, budget = SEARCHES[name]
-            shared[tuple(kind)] = max(shared[tuple(kind)], budget)  # type: ignore[index]
-    found = sum(shared.values()) * num_tasks
-    found += PBTConfig().num_trainings * ("pbt" in names)
-    found += TeacherWeightsConfig().num_trainings * len(set(WEIGH_TEACHERS) & set(names))
-    found += NUM_ABLATION_TASKS * bool({"open_loop", "mean_action"} & set(names))
-    return found + len(names) * num_tasks
+def _tuned(recipe: str, meaning: str) -> Baseline:
+    finds = (recipe,) if recipe == "constant" else ("constant", recipe)
+    return Baseline(f"{meaning}; tuned for the goal over training tasks by TPE", lambda r: r.best_of(recipe), finds)
 
 
-def tune(names: Iterable[str], request: Request) -> dict[str, Shortlist]:
-    """The schedules among `names` that are tuned over training tasks: once for all preferences."""
-    shapes: dict[str, Shape] = {"linear": "linear", "cosine": "cosine"}
+def _upon_constant(meaning: str, build: Callable[[Request], Controller], *more: str, needs: Needs = "") -> Baseline:
+    return Baseline(f"{meaning}; the rest as constant", build, ("constant", *more), (needs,) if needs else ())
+
+
+def _of_policy(meaning: str, build: Callable[[Request], Controller], *finds: str) -> Baseline:
+    return Baseline(f"{meaning} (needs --policy)", build, finds, ("policy",))
+
+
+def _per_task(sampler: Sampler, recipe: str, what: str) -> dict[str, Baseline]:
+    prefix = sampler if recipe == "constant" else f"{sampler}_{recipe}"
+    trials = {"random": "random", "tpe": "TPE trials over"}[sampler]
     return {
-        name: search_plans(
-            [request.scenario],
-            request.search,
-            request.generator(name),
-            request.on_window,
-            shapes[name],
-            as_point(request.static.points, shapes[name]),
-            request.journal,
+        f"{prefix}_{b}": Baseline(
+            f"best of {b} {trials} {what} on validation, for every single task",
+            lambda r, b=b: _searched(r, sampler, recipe).best(b),  # type: ignore[misc]
+            ("constant",),
+            trainings_per_task=b,
+            search=(sampler, recipe),
         )
-        for name in names
-        if name in shapes
+        for b in BUDGETS
     }
+
+
+def _policy(request: Request) -> Policy:
+    assert request.policy is not None  # `check_needs` has seen to it
+    return request.policy
+
+
+def _blind(request: Request) -> Policy:
+    assert request.blind is not None
+    return request.blind
+
+
+METHODS: dict[str, Baseline] = {
+    "policy": _of_policy("closed loop: the learned policy", lambda r: _policy(r).controller()),
+    "blind": Baseline(
+        "a policy that sees only what is known beforehand (needs --blind)",
+        lambda r: _blind(r).controller(),
+        needs=("blind",),
+        start=lambda r: _blind(r).start,
+    ),
+    "start": _of_policy("the setting that the policy begins with, unchanged", lambda r: hold_start),
+    "open_loop": _of_policy(
+        "the policy's mean controls over time on training tasks, whatever is seen",
+        lambda r: follow(mean_controls(r)),
+        "mean controls",
+    ),
+    "mean_action": _of_policy(
+        "the policy's mean setting on training tasks, as a constant one",
+        lambda r: follow(mean_controls(r).mean(0, keepdim=True)),
+        "mean controls",
+    ),
+    "dense": Baseline(
+        "CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05, T = 4, the whole student",
+        lambda r: RECIPES["constant"].controller(for_all(published_setting(r.scenario.config.controls))),
+    ),
+    "constant": _tuned("constant", "the best constant setting"),
+    "nncf": _tuned("nncf", "prune while above the floor; below it go back, and halve the step at each reversal"),
+    "cubic": _tuned("cubic", "gradual pruning of units and inputs along the cubic schedule to a final share"),
+    "one_shot": _tuned("one_shot", "dense, pruned once, then fine-tuned"),
+    "two_phase": _tuned("two_phase", "the published setting for a third of the windows, then another one"),
+    "linear": _tuned("linear", "every control from a first to a last value in a line"),
+    "cosine": _tuned("cosine", "every control from a first to a last value along half a cosine"),
+    "annealed": Baseline(
+        "temperature 5 to 1, kept units 0.8 to 0.3, weight from teacher to labels, cosine learning rate",
+        lambda r: annealed,
+    ),
+    **{
+        name: _upon_constant(meaning, lambda r, name=name: upon(r.constant(), SCHEDULES[name]))  # type: ignore[misc]
+        for name, meaning in {
+            "alpha_weighted": "labels and softened answers half and half at T = 5",
+            "temperature_decay": "T = 5 * 0.99^epoch, at least 1",
+            "temperature_stages": "T = 4, 3, 2, 1",
+            "fewer_features": "kept inputs 80 % to 30 %",
+            "alpha_by_confidence": "weight of the labels by the teacher's confidence",
+        }.items()
+    },
+    "curriculum": _upon_constant(
+        "labels; answers; all families by what each does for validation; then pruning and exits",
+        lambda r: curriculum(r.constant()),
+    ),
+    "ctkd": _upon_constant(
+        "temperature climbs the response loss (curriculum temperature)",
+        lambda r: adversarial_temperature(r.constant(), r.seed),
+    ),
+    "hypergradient": _upon_constant(
+        "loss weights follow the one-step hypergradient", lambda r: hypergradient(r.constant(), r.seed)
+    ),
+    "pbt": Baseline(
+        "the schedule that population-based training finds on training tasks, replayed",
+        lambda r: _pbt(r),
+        ("constant", "pbt"),
+    ),
+    "mtkd_rl": _upon_constant(
+        "several teachers weighed sample by sample, learned over training tasks (MTKD-RL)",
+        lambda r: _weighed(r, "mtkd_rl", r.constant()),
+        "mtkd_rl",
+        needs="teachers",
+    ),
+    "policy_mtkd_rl": Baseline(
+        "teachers weighed as in mtkd_rl, learned under the policy, which sets the rest (needs --policy)",
+        lambda r: _weighed(r, "policy_mtkd_rl", _policy(r).controller()),
+        ("policy_mtkd_rl",),
+        ("policy", "teachers"),
+    ),
+    **_per_task("random", "constant", "constant settings"),
+    **_per_task("tpe", "constant", "constant settings"),
+    **_per_task("tpe", "two_phase", "settings after a dense first third"),
+    **_per_task("tpe", "linear", "linear schedules"),
+    "random_policy": _of_policy("uniformly random changes in every window", lambda r: _random(r)),
+    **{
+        f"without_{name}": _of_policy(
+            f"the policy with {name} as constant",
+            lambda r, off=off: _without(off, _policy(r).controller(), r.constant()),  # type: ignore[misc]
+            "constant",
+        )
+        for name, off in SWITCHES.items()
+    },
+}
+
+
+def check_needs(names: Iterable[str], *, has_policy: bool, has_blind: bool, has_teachers: bool) -> None:
+    """Raises UserError for a method that lacks what it is built from."""
+    missing: dict[Needs, tuple[bool, str]] = {
+        "policy": (has_policy, "a policy; give its folder with --policy"),
+        "blind": (has_blind, "a blind policy; give its folder with --blind"),
+        "teachers": (has_teachers, "several teachers a task; give task.num_teachers.high of 2 or more"),
+    }
+    for name in names:
+        for need in METHODS[name].needs:
+            if need and not missing[need][0]:
+                raise UserError(f"methods: {name} needs {missing[need][1]}")
+
+
+def total_trainings(names: Iterable[str], num_tasks: int, search: SearchConfig) -> int:
+    """Student trainings of a comparison under one goal: what methods are found with, and their runs on the tasks."""
+    names = list(names)
+    found = {key for name in names for key in METHODS[name].finds}
+    searches: dict[tuple[Sampler, str], int] = {}
+    for name in names:
+        kind = METHODS[name].search
+        if kind:
+            searches[kind] = max(searches.get(kind, 0), METHODS[name].trainings_per_task)
+    cost = sum(_cost_of_finding(key, search) for key in found)
+    return cost + (sum(searches.values()) + len(names)) * num_tasks
+
+
+def _cost_of_finding(key: str, search: SearchConfig) -> int:
+    """Student trainings on training tasks."""
+    others = {
+        "pbt": PBTConfig().num_trainings,
+        "mtkd_rl": TeacherWeightsConfig().num_trainings,
+        "policy_mtkd_rl": TeacherWeightsConfig().num_trainings,
+        "mean controls": NUM_ABLATION_TASKS,
+    }
+    return search.num_trainings if key in RECIPES else others[key]
 
 
 def build_methods(names: Iterable[str], request: Request) -> dict[str, Controller]:
-    """The named controllers.
+    """The named controllers; what several of them share is found once.
 
     Raises:
-        UserError: a policy's ablation without a policy.
+        UserError: a method that needs a policy, or several teachers, without them.
     """
     names = list(names)
-    for name in names:
-        if name in NEED_POLICY and request.policy is None:
-            raise UserError(f"--methods: {name} needs a policy; give its folder with --policy")
-    trials = _searched(names, request)
-    blind = {"open_loop", "mean_action"} & set(names)
-    mean = mean_positions(request) if blind else torch.zeros(1, NUM_CONTROLS)  # [W, 9]
-    built = {}
-    for name in names:
-        if name in SEARCHES:
-            sampler, shape, budget = SEARCHES[name]
-            built[name] = trials[sampler, shape].best(budget)
-        elif name in ("open_loop", "mean_action"):
-            built[name] = follow(mean if name == "open_loop" else mean.mean(0, keepdim=True))
-        else:
-            built[name] = _build(name, request)
-    return built
+    has_teachers = request.tasks.num_teachers.high >= 2
+    check_needs(
+        names,
+        has_policy=request.policy is not None,
+        has_blind=request.blind is not None,
+        has_teachers=has_teachers,
+    )
+    budgets: dict[tuple[Sampler, str], int] = {}
+    for method in (METHODS[name] for name in names):
+        if method.search:
+            budgets[method.search] = max(budgets.get(method.search, 0), method.trainings_per_task)
+    request = replace(request, budgets=budgets)
+    return {name: METHODS[name].build(request) for name in names}
 
 
-def _build(name: str, request: Request) -> Controller:
-    scenario, static = request.scenario, request.static.controller()
-    if name in SCHEDULES:
-        return upon(static, SCHEDULES[name])
-    if request.policy is not None:
-        if name == "policy":
-            return request.policy.controller()
-        if name == "plan_at_start":
-            return _never_revised(request.policy)
-        if name == "random_policy":
-            return _random(request.generator(name), request.policy)
-        if name.startswith("without_"):
-            return _without(SWITCHES[name.removeprefix("without_")], request.policy.controller(), static)
-    if name in request.tuned:
-        return request.tuned[name].controller()
-    if name == "pbt":
-        first = request.static.best(_preference(request))[0]
-        generator = request.generator(name)
-        on_window, journal = request.on_window, request.journal
-        return follow(find_schedule(scenario, PBTConfig(), request.tasks, first, generator, on_window, journal))
-    if name in WEIGH_TEACHERS:
-        base = static if request.policy is None or name == "mtkd_rl" else request.policy.controller()
-        config, generator = TeacherWeightsConfig(), request.generator(name)
-        theta = learn_teacher_weights(
-            scenario, config, request.tasks, base, generator, request.on_window, request.journal
-        )
-        return weighing(base, theta)
-    simple: dict[str, Callable[[], Controller]] = {
-        "static": lambda: static,
-        "plan": lambda: hold_start,
-        "published": lambda: published(scenario.config.controls),
-        "annealed": lambda: annealed,
-        "ctkd": lambda: adversarial_temperature(static, request.seed),
-        "hypergradient": lambda: hypergradient(static, request.seed),
-    }
-    return simple[name]()
-
-
-def _searched(names: Iterable[str], request: Request) -> dict[tuple[Sampler, Shape], Trials]:
-    """One search for every sampler and shape, as long as the largest budget that is asked for."""
-    budgets: dict[tuple[Sampler, Shape], int] = {}
-    for sampler, shape, budget in (SEARCHES[name] for name in names if name in SEARCHES):
-        budgets[sampler, shape] = max(budget, budgets.get((sampler, shape), 0))
-    first = request.static.best(_preference(request))[0]
-    return {
-        (sampler, shape): search_tasks(
+def _searched(request: Request, sampler: Sampler, recipe: str) -> Trials:
+    """One search for all budgets of a sampler and recipe, as long as the largest that is asked for."""
+    return request.once(
+        f"{sampler} search of {recipe}",
+        lambda: search_tasks(
             request.scenario,
             request.seeds,
             request.tasks,
-            sampler,
-            shape,
-            budget,
-            first,
-            request.seed,
-            request.on_window,
-            request.journal,
-        )
-        for (sampler, shape), budget in budgets.items()
-    }
+            sampler=sampler,
+            recipe=RECIPES[recipe],
+            num_trials=request.budgets[sampler, recipe],
+            first=request.tuned("constant"),
+            seed=request.seed,
+            guard=request.guard,
+            on_window=request.on_window,
+            journal=request.journal,
+        ),
+    )
 
 
-def _preference(request: Request) -> Tensor:
-    """[1, 3], the fixed one of the tasks."""
-    accuracy, share = request.tasks.accuracy_weight.low, request.tasks.latency_share.low
-    return torch.tensor([[accuracy, (1 - accuracy) * share, (1 - accuracy) * (1 - share)]])
-
-
-def mean_positions(request: Request) -> Tensor:
-    """[W, 9], where the policy's controls stand on average in every window over fresh training tasks.
-
-    Under the preference of the comparison, so that the blind baseline knows as much of the budget as the policy.
-    """
-    assert request.policy is not None
-    controller, num_windows = request.policy.controller(), request.scenario.config.num_windows
-    generator = request.generator("open_loop")
-    seeds = torch.randint(2**59, (NUM_ABLATION_TASKS,), generator=generator).tolist()
+def mean_controls(request: Request) -> Tensor:
+    """[W, 12], the policy's mean unit controls in every window over fresh training tasks of the same goal."""
+    controller, num_windows = _policy(request).controller(), request.scenario.config.num_windows
+    seeds = torch.randint(2**59, (NUM_ABLATION_TASKS,), generator=request.generator("mean controls")).tolist()
 
     def compute() -> Arrays:
-        positions: list[Tensor] = []
+        seen: list[Tensor] = []
 
         def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-            positions.append(controller(observation, episodes, window))
-            return positions[-1]
+            seen.append(controller(observation, episodes, window))
+            return seen[-1]
 
         run(request.scenario, recorded, seeds, request.tasks, final_split="validation", on_window=request.on_window)
-        return {"positions": torch.stack(positions).mean(1).numpy()}
+        return {"controls": torch.stack(seen).mean(1).numpy()}
 
-    shapes = {"positions": ("float32", (num_windows, NUM_CONTROLS))}
-    known = recall(request.journal, "mean positions", {"seeds": seeds, "tasks": asdict(request.tasks)}, shapes, compute)
-    return torch.from_numpy(known["positions"])
+    shapes = {"controls": ("float32", (num_windows, NUM_CONTROLS))}
+
+    def find() -> Tensor:
+        inputs = {"seeds": seeds, "tasks": asdict(request.tasks)}
+        return torch.from_numpy(recall(request.journal, "mean controls", inputs, shapes, compute)["controls"])
+
+    return request.once("mean controls", find)
 
 
-def _never_revised(policy: Policy) -> Controller:
-    """The plan that the first network decides at the beginning of an episode, kept to its end; for one run."""
-    held = torch.empty(0)
+def _pbt(request: Request) -> Controller:
+    first, generator = request.tuned("constant"), request.generator("pbt")
+    schedule = find_schedule(
+        request.scenario, PBTConfig(), request.tasks, first, generator, request.on_window, request.journal
+    )
+    return follow(schedule)
+
+
+def _weighed(request: Request, purpose: str, base: Controller) -> Controller:
+    theta = learn_teacher_weights(
+        request.scenario,
+        TeacherWeightsConfig(),
+        request.tasks,
+        base,
+        request.generator(purpose),
+        request.on_window,
+        request.journal,
+    )
+    return weighing(base, theta)
+
+
+def _random(request: Request) -> Controller:
+    generator, policy = request.generator("random_policy"), _policy(request)
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        nonlocal held
-        num_windows = episodes.scenario.config.num_windows
-        first = replace(policy.plan, networks=policy.plan.networks[:1])
-        now = torch.full((len(observation),), float(window))
-        if window == 0:
-            held = first.revise(first.begin(len(observation)), observation, now, num_windows)
-        return first.now(held, now, num_windows)
+        action = 2 * torch.rand(episodes.u.shape, generator=generator) - 1
+        return change(episodes.u, action, episodes.start, policy.controls)
 
     return controller
 
 
-def _random(generator: torch.Generator, policy: Policy) -> Controller:
-    def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        action = 2 * torch.rand(episodes.start.shape, generator=generator) - 1
-        return change(episodes.start, action, policy.controls)
-
-    return controller
-
-
-def _without(switched_off: tuple[str, ...], policy: Controller, static: Controller) -> Controller:
-    mask = torch.tensor([name not in switched_off for name in CONTROLS])  # [9]
+def _without(switched_off: tuple[str, ...], policy: Controller, constant: Controller) -> Controller:
+    mask = torch.tensor([name not in switched_off for name in CONTROLS])  # [12]
     return lambda observation, episodes, window: torch.where(
-        mask, policy(observation, episodes, window), static(observation, episodes, window)
+        mask, policy(observation, episodes, window), constant(observation, episodes, window)
     )

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from rlkd.agents.baselines.schedules import follow
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import run
+from rlkd.agents.policy.controllers import follow, run
 from rlkd.data import TaskDistribution
 from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
@@ -60,19 +59,19 @@ def find_schedule(
     on_window: Callable[[int], object] | None = None,
     journal: Journal | None = None,
 ) -> Tensor:
-    """[W, 9], positions of the best schedule in every window, chosen on validation.
+    """[W, 12], unit controls of the best schedule in every window, chosen on validation.
 
     Args:
         scenario: what the tasks share.
         config: checked here.
-        tasks: training tasks, their preference fixed.
-        first: [9], setting around which the populations begin; the first member of each holds exactly it.
+        tasks: training tasks, their goal fixed.
+        first: [12], setting around which the populations begin; the first member of each holds exactly it.
         generator: of tasks and settings.
         on_window: called with the number of students after every window.
         journal: as of `rlkd.agents.policy.controllers.run`.
     """
     config.check()
-    lines = _winners(scenario, config, tasks, first, generator, on_window, journal)  # [G, W, 9]
+    lines = _winners(scenario, config, tasks, first, generator, on_window, journal)  # [G, W, 12]
     seeds = torch.randint(2**59, (config.num_trials,), generator=generator).tolist()
     means = []
     for line in lines:
@@ -99,7 +98,7 @@ def _winners(
     on_window: Callable[[int], object] | None,
     journal: Journal | None = None,
 ) -> Tensor:
-    """[G, W, 9], the line of settings behind the best student of every group."""
+    """[G, W, 12], the line of settings behind the best student of every group."""
     num_windows, num_students = scenario.config.num_windows, config.num_groups * config.group_size
     # all of it before the training, so that the generator does not know whether that was done or is remembered
     seeds = torch.randint(2**59, (config.num_groups,), generator=generator).tolist()
@@ -122,17 +121,17 @@ def _train_groups(
     noise: Tensor,
     on_window: Callable[[int], object] | None,
 ) -> Tensor:
-    """[G, W, 9], as `_winners`; `seeds` are the groups' tasks, `noise` [W, N, 9] is standard normal."""
+    """[G, W, 12], as `_winners`; `seeds` are the groups' tasks, `noise` [W, N, 12] is standard normal."""
     groups, size = config.num_groups, config.group_size
     num_students, num_replaced = groups * size, max(1, round(config.replaced * size))
     episodes = Episodes(scenario, num_students, tasks)
     episodes.reset([seed for seed in seeds for _ in range(size)])
     is_first = torch.arange(num_students) % size == 0
-    position = (first + config.spread * noise[0].masked_fill(is_first[:, None], 0.0)).clamp(0.0, 1.0)  # [N, 9]
+    u = (first + config.spread * noise[0].masked_fill(is_first[:, None], 0.0)).clamp(0.0, 1.0)  # [N, 12]
     history = torch.empty(num_students, 0, NUM_CONTROLS)
     for window in range(scenario.config.num_windows):
-        outcome = episodes.step(position)
-        history = torch.cat([history, position[:, None]], dim=1)  # [N, w, 9]
+        outcome = episodes.step(u)
+        history = torch.cat([history, u[:, None]], dim=1)  # [N, w, 9]
         if on_window:
             on_window(num_students)
         ranked = outcome.score.view(groups, size).argsort(dim=-1, descending=True, stable=True)  # [G, S]
@@ -146,6 +145,6 @@ def _train_groups(
         history = history[sources]
         changed = torch.zeros(num_students, dtype=torch.bool)
         changed[worst.flatten()] = True
-        moved = position[sources] + 0.5 * config.spread * noise[window + 1]
-        position = torch.where(changed[:, None], moved.clamp(0.0, 1.0), position)
+        moved = u[sources] + 0.5 * config.spread * noise[window + 1]
+        u = torch.where(changed[:, None], moved.clamp(0.0, 1.0), u)
     raise AssertionError("an episode has at least one window")

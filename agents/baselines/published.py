@@ -1,8 +1,8 @@
-"""Hand-made baselines: the fixed settings and the schedules of published recipes.
+"""Hand-made baselines: the schedules of published recipes.
 
 Each sets what its source prescribes. What it does not prescribe (how much is pruned, exits, the learning rate)
-comes from a base controller, the best static setting for the preference, so that no recipe loses for lack of
-compression; `published` and `annealed` alone are whole recipes of their own.
+comes from a base controller, the best constant setting for the goal, so that no recipe loses for lack of
+compression; `annealed` alone is a whole recipe of its own.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlkd.agents.baselines.gradients import look
 from rlkd.agents.policy.controllers import Controller
-from rlkd.envs.action import ControlConfig, encode, published_setting, with_values
+from rlkd.envs.action import encode, with_exit_kind, with_values
 from rlkd.envs.episodes import Episodes
 from rlkd.losses import FAMILIES
 
@@ -28,12 +28,6 @@ class Moment(NamedTuple):
     episodes: Episodes
     window: int
     done: float  # 0 in the first window, 1 in the last
-
-
-def published(config: ControlConfig) -> Controller:
-    """The fixed published setting: 0.5 : 0.3 : 0.15 : 0.05 at T = 4, the whole student."""
-    position = published_setting(config)
-    return lambda observation, episodes, window: position.expand_as(episodes.start)
 
 
 def annealed(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
@@ -60,8 +54,8 @@ def upon(base: Controller, values_at: Callable[[Moment], Values]) -> Controller:
     """A schedule of some controls; the others are `base`'s."""
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-        position = base(observation, episodes, window)
-        return with_values(position, values_at(_moment(episodes, window)), episodes.scenario.config.controls)
+        u = base(observation, episodes, window)
+        return with_values(u, values_at(_moment(episodes, window)), episodes.scenario.config.controls)
 
     return controller
 
@@ -102,7 +96,22 @@ def alpha_by_confidence(moment: Moment) -> Values:
     return _weights(alpha, 1.0 - alpha, 0.0, 0.0)
 
 
-def curriculum(moment: Moment) -> Values:
+def curriculum(base: Controller) -> Controller:
+    """The stages of `_curriculum` upon `base`, without early exits before the last stage."""
+    staged = upon(base, _curriculum)
+
+    def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        u = staged(observation, episodes, window)
+        return with_exit_kind(u, "never") if _stage(_moment(episodes, window)) < 3 else u
+
+    return controller
+
+
+def _stage(moment: Moment) -> int:
+    return min(3, math.floor(4 * moment.done))
+
+
+def _curriculum(moment: Moment) -> Values:
     """Five stages, as far as their parts exist, in four equal parts of the training.
 
     1. Labels alone. 2. Answers 0.8 and labels 0.2. 3. Reward-weighted: all families, each with its published weight
@@ -111,8 +120,8 @@ def curriculum(moment: Moment) -> Values:
     get slower in int8. 5. Latency: the published weights under the base's pruning and exits. Before it the student is
     whole.
     """
-    stage = min(3, math.floor(4 * moment.done))
-    whole: Values = {"feature_keep": 1.0, "unit_keep": 1.0, "exit_threshold": 1.0}
+    stage = _stage(moment)
+    whole: Values = {"feature_keep": 1.0, "unit_keep": 1.0}
     held = {0: (1.0, 0.0, 0.0, 0.0), 1: (0.2, 0.8, 0.0, 0.0), 3: PUBLISHED}
     weights: tuple[float | Tensor, ...] = reward_weights(moment) if stage == 2 else held[stage]
     return {**_weights(*weights), "temperature": 4.0, **(whole if stage < 3 else {})}
@@ -136,7 +145,6 @@ SCHEDULES: dict[str, Callable[[Moment], Values]] = {
     "temperature_stages": temperature_stages,
     "fewer_features": fewer_features,
     "alpha_by_confidence": alpha_by_confidence,
-    "curriculum": curriculum,
 }
 
 

@@ -121,7 +121,8 @@ def search_recipe(
                     scenario, recipe, each, rows, distribution, guard=guard, on_window=on_window, journal=journal
                 )
                 parts.append(results.score.reshape(len(points), len(some)))
-        return np.concatenate(parts, axis=1).mean(1)
+        mean: NDArray[np.float64] = np.concatenate(parts, axis=1).mean(axis=1)
+        return mean
 
     points, values = torch.empty(0, recipe.num_axes), np.empty(0)
     while len(points) < config.num_settings:

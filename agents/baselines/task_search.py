@@ -14,16 +14,15 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, FloatDistribution
-from rlkd.agents.baselines.schedules import Shape, as_point, follow_each, num_axes, run_plans, to_plan
 from torch import Tensor
 
+from rlkd.agents.baselines.recipes import RECIPES, Recipe, for_tasks
+from rlkd.agents.baselines.search import axes, named, run_points
 from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.data import TaskDistribution
+from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import Scenario
 from rlkd.io.journal import Journal
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 Sampler = Literal["random", "tpe"]
 OnWindow = Callable[[int], object] | None
@@ -34,7 +33,8 @@ class Trials:
     """All trials of M tasks."""
 
     seeds: tuple[int, ...]  # [M], of the tasks
-    plans: Tensor  # [M, B, W, 9], positions of the controls in every window
+    recipe: Recipe
+    points: Tensor  # [M, B, A] of the recipe
     score: NDArray[np.float64]  # [M, B], J on validation
     accuracy: NDArray[np.float64]  # [M, B]
     latency_ratio: NDArray[np.float64]  # [M, B]
@@ -43,18 +43,21 @@ class Trials:
     def best(self, budget: int) -> Controller:
         """Every task's best of its first `budget` trials, as a controller for those tasks."""
         chosen = torch.from_numpy(self.score[:, :budget].argmax(1))  # [M]; ties go to the earlier trial
-        return follow_each(self.seeds, self.plans[torch.arange(len(self.seeds)), chosen])
+        points = self.points[torch.arange(len(self.seeds)), chosen]
+        return self.recipe.controller(for_tasks(self.seeds, points))
 
 
 def search_tasks(
     scenario: Scenario,
     seeds: Sequence[int],
     tasks: TaskDistribution,
+    *,
     sampler: Sampler,
-    shape: Shape,
+    recipe: Recipe,
     num_trials: int,
     first: Tensor,
     seed: int,
+    guard: GuardConfig | None = None,
     on_window: OnWindow = None,
     journal: Journal | None = None,
 ) -> Trials:
@@ -63,44 +66,38 @@ def search_tasks(
     Args:
         scenario: what the tasks share.
         seeds: M tasks.
-        tasks: the distribution that the seeds draw from, its preference fixed.
+        tasks: the distribution that the seeds draw from, its goal fixed.
         sampler: "random", or "tpe" (Bergstra et al. 2011), multivariate.
-        shape: of the plans.
+        recipe: what is tuned.
         num_trials: full trainings a task.
-        first: [9], the first trial of every task: the best setting known before the search.
+        first: [12], the first trial of every task: the best constant setting known before the search.
         seed: of the samplers.
+        guard: of every training; by default its last window counts.
         on_window: called with the number of students after every window.
         journal: as of `rlkd.agents.policy.controllers.run`.
     """
     studies = [
         optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed + i)) for i in range(len(seeds))
     ]
-    return _search(
-        scenario,
-        seeds,
-        tasks,
-        studies,
-        shape,
-        num_trials,
-        first,
-        on_window,
-        lambda r: r.score[:, None],
-        journal,
-        f"{sampler} search over {shape} plans",
-    )
+
+    def train(points: Tensor) -> Results:
+        return run_points(scenario, recipe, seeds, points, tasks, guard=guard, on_window=on_window, journal=journal)
+
+    return _search(seeds, recipe, studies, num_trials, first, train, lambda r: r.score[:, None])
 
 
 def search_fronts(
     scenario: Scenario,
     seeds: Sequence[int],
     tasks: TaskDistribution,
+    *,
     num_trials: int,
     first: Tensor,
     seed: int,
     on_window: OnWindow = None,
     journal: Journal | None = None,
 ) -> Trials:
-    """Search each task's static settings for the front of accuracy against cost (multi-objective TPE).
+    """Search each task's constant settings for the front of accuracy against cost (multi-objective TPE).
 
     Ozaki et al. 2022, as Optuna has it; cost is 0.75 latency + 0.25 energy, both ratios to the dense student.
     Arguments as in `search_tasks`.
@@ -111,19 +108,15 @@ def search_fronts(
         )
         for i in range(len(seeds))
     ]
-    return _search(
-        scenario,
-        seeds,
-        tasks,
-        studies,
-        "static",
-        num_trials,
-        first,
-        on_window,
-        lambda r: np.stack([r.accuracy, cost_of(r.latency_ratio, r.energy_ratio)], axis=-1),
-        journal,
-        "search for fronts",
-    )
+    recipe = RECIPES["constant"]
+
+    def train(points: Tensor) -> Results:
+        return run_points(scenario, recipe, seeds, points, tasks, on_window=on_window, journal=journal)
+
+    def values(r: Results) -> NDArray[np.float64]:
+        return np.stack([r.accuracy, cost_of(r.latency_ratio, r.energy_ratio)], axis=-1)
+
+    return _search(seeds, recipe, studies, num_trials, first, train, values)
 
 
 def cost_of(latency_ratio: NDArray[np.float64], energy_ratio: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -138,38 +131,32 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def _search(
-    scenario: Scenario,
     seeds: Sequence[int],
-    tasks: TaskDistribution,
+    recipe: Recipe,
     studies: Sequence[optuna.Study],
-    shape: Shape,
     num_trials: int,
     first: Tensor,
-    on_window: OnWindow,
+    train: Callable[[Tensor], Results],
     values_of: Callable[[Results], NDArray[np.float64]],
-    journal: Journal | None,
-    label: str,
 ) -> Trials:
     """Ask every study, train all tasks, tell every study, `num_trials` times."""
-    names = [f"u{i}" for i in range(num_axes(shape))]
-    axes: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in names}
     for study in studies:
-        study.enqueue_trial(dict(zip(names, as_point(first[None], shape)[0].tolist(), strict=True)))
-    plans, columns = [], []
+        for point in recipe.first(first[None]):
+            study.enqueue_trial(named(point))
+    points, columns = [], []
     for _ in range(num_trials):
-        asked = [study.ask(axes) for study in studies]
-        points = torch.tensor([[trial.params[name] for name in names] for trial in asked])  # [M, 9 or 18]
-        plan = to_plan(points, shape, scenario.config.num_windows)  # [M, W, 9]
-        results = run_plans(scenario, seeds, plan, tasks, "validation", on_window, journal=journal, label=label)
+        asked = [study.ask(axes(recipe.num_axes)) for study in studies]
+        drawn = torch.tensor([list(trial.params.values()) for trial in asked])  # [M, A]
+        results = train(drawn)
         for study, trial, values in zip(studies, asked, values_of(results), strict=True):
             study.tell(trial, [float(v) for v in values])
-        plans.append(plan)
+        points.append(drawn)
         columns.append(results)
     stacked = {
         name: np.stack([getattr(r, name) for r in columns], axis=1)
         for name in ("score", "accuracy", "latency_ratio", "energy_ratio")
     }
-    return Trials(tuple(seeds), torch.stack(plans, dim=1), **stacked)
+    return Trials(tuple(seeds), recipe, torch.stack(points, dim=1), **stacked)
 
 
 def hypervolume(

@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from rlkd.agents.baselines.schedules import run_plans
 
 from rlkd.agents.baselines.methods import Request
+from rlkd.agents.baselines.recipes import RECIPES
+from rlkd.agents.baselines.search import run_points
 from rlkd.agents.baselines.task_search import Trials, cost_of, hypervolume, search_fronts
 from rlkd.agents.evaluation.comparison import interval
-from rlkd.agents.policy.controllers import Controller, Results, run
+from rlkd.agents.policy.controllers import Results, run
 from rlkd.data import Preference
 
 Points = list[tuple[NDArray[np.float64], NDArray[np.float64]]]  # accuracy [P_m] and cost [P_m] of every task
 
 
 def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_trials: int) -> dict[str, Any]:
-    """Hypervolumes of the policy's, the static shortlist's and the searched fronts, and paired differences.
+    """Hypervolumes of the policy's and the searched fronts, and their paired difference.
 
     Args:
         request: with a policy; `tasks` gives the distribution.
-        accuracy_weights: preferences that the policy and the shortlist are asked for.
+        accuracy_weights: preferences that the policy is asked for.
         num_trials: full trainings that the search spends on each task.
 
     Returns:
@@ -35,59 +35,53 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
     """
     if request.policy is None:
         raise ValueError("compare_fronts: the request has no policy")
-    fronts: dict[str, Points] = {}
-    means: dict[str, list[dict[str, float]]] = {}
-    controllers: dict[str, Controller] = {
-        "policy": request.policy.controller(),
-        "static": request.static.controller(),
-    }
-    for name, controller in controllers.items():
-        results = []
-        for weight in accuracy_weights:
-            tasks = request.tasks.with_preference(Preference(weight))
-            results.append(
-                run(
-                    request.scenario,
-                    controller,
-                    request.seeds,
-                    tasks,
-                    on_window=request.on_window,
-                    journal=request.journal,
-                    label=f"{name}'s front at {weight}",
-                )
-            )
-        accuracy = np.stack([r.accuracy for r in results], axis=1)  # [M, P]
-        cost = np.stack([cost_of(r.latency_ratio, r.energy_ratio) for r in results], axis=1)
-        fronts[name] = list(zip(accuracy, cost, strict=True))
-        means[name] = [
-            {"accuracy_weight": w, "accuracy": float(a), "cost": float(c)}
-            for w, a, c in zip(accuracy_weights, accuracy.mean(0), cost.mean(0), strict=True)
-        ]
+    results = [
+        run(
+            request.scenario,
+            request.policy.controller(),
+            request.seeds,
+            request.tasks.with_preference(Preference(weight)),
+            on_window=request.on_window,
+            journal=request.journal,
+            label=f"policy's front at {weight}",
+        )
+        for weight in accuracy_weights
+    ]
+    accuracy = np.stack([r.accuracy for r in results], axis=1)  # [M, P]
+    cost = np.stack([cost_of(r.latency_ratio, r.energy_ratio) for r in results], axis=1)
+    fronts: dict[str, Points] = {"policy": list(zip(accuracy, cost, strict=True))}
+    means = [
+        {"accuracy_weight": w, "accuracy": float(a), "cost": float(c)}
+        for w, a, c in zip(accuracy_weights, accuracy.mean(0), cost.mean(0), strict=True)
+    ]
     middle = request.tasks.with_preference(Preference(0.6))
-    first = request.static.best(torch.tensor([Preference(0.6).weights()]))[0]
     trials = search_fronts(
-        request.scenario, request.seeds, middle, num_trials, first, request.seed, request.on_window, request.journal
+        request.scenario,
+        request.seeds,
+        middle,
+        num_trials=num_trials,
+        first=request.policy.start,
+        seed=request.seed,
+        on_window=request.on_window,
+        journal=request.journal,
     )
     baseline = f"search_{num_trials}"
     fronts[baseline] = _on_test(trials, request)
     generator = np.random.default_rng(request.seed)
     areas = {name: np.array([hypervolume(a, c) for a, c in points]) for name, points in fronts.items()}
-    spent = {"policy": len(accuracy_weights), "static": len(accuracy_weights), baseline: num_trials}
+    spent = {"policy": len(accuracy_weights), baseline: num_trials}
     methods = {
         name: {
             "hypervolume": {**interval(area, "iqm", generator), "mean": float(area.mean())},
             "trainings_per_task": spent[name],
-            "front": means.get(name, []),
+            "front": means if name == "policy" else [],
         }
         for name, area in areas.items()
     }
-    paired = {}
-    for name in ("static", baseline):
-        gap = areas["policy"] - areas[name]
-        row = interval(gap, "difference", generator)
-        row["probability_of_improvement"] = float(((gap > 0) + 0.5 * (gap == 0)).mean())
-        paired[f"policy-{name}"] = row
-    return {"num_tasks": len(request.seeds), "methods": methods, "paired": paired}
+    lead = areas["policy"] - areas[baseline]
+    row = interval(lead, "difference", generator)
+    row["probability_of_improvement"] = float(((lead > 0) + 0.5 * (lead == 0)).mean())
+    return {"num_tasks": len(request.seeds), "methods": methods, "paired": {f"policy-{baseline}": row}}
 
 
 def undominated(accuracy: NDArray[np.float64], cost: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -104,16 +98,15 @@ def _on_test(trials: Trials, request: Request) -> Points:
     rows, columns = np.nonzero(np.stack([undominated(a, c) for a, c in zip(trials.accuracy, cost, strict=True)]))
     seeds = [trials.seeds[i] for i in rows]
     tasks = request.tasks.with_preference(Preference(0.6))  # changes J alone, which is not read here
-    plans = trials.plans[rows, columns]
-    results: Results = run_plans(
+    results: Results = run_points(
         request.scenario,
+        RECIPES["constant"],
         seeds,
-        plans,
+        trials.points[rows, columns],
         tasks,
-        "test",
-        request.on_window,
+        split="test",
+        on_window=request.on_window,
         journal=request.journal,
-        label="searched fronts",
     )
     test_cost = cost_of(results.latency_ratio, results.energy_ratio)
     return [(results.accuracy[rows == i], test_cost[rows == i]) for i in range(len(trials.seeds))]

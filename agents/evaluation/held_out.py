@@ -1,13 +1,15 @@
-"""Held-out tasks, and every method on them under each preference: what `train` ends with and `compare` is."""
+"""Held-out tasks, and every method on them under each goal: what `train` ends with and `compare` is."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from rlkd.agents.baselines.methods import Request, build_methods, tune
+from rlkd.agents.baselines.methods import METHODS, Request, build_methods
 from rlkd.agents.policy.controllers import Results, run
-from rlkd.data import Preference
+from rlkd.data import Preference, TaskDistribution
+from rlkd.envs.scenario import Scenario
 
 SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM, PLAN_STREAM, GATE_STREAM = 1, 2, 3, 4, 5, 6
 
@@ -24,32 +26,64 @@ def held_out_seeds(seed: int, num_tasks: int) -> list[int]:
     return [2**60 + int(s) for s in torch.randint(2**59, (num_tasks,), generator=generator)]
 
 
+@dataclass(frozen=True)
+class AskedGoal:
+    """A goal of all tasks of a comparison."""
+
+    name: str
+    description: dict[str, Any]  # for result.json
+    tasks: TaskDistribution
+
+
+def asked_goals(tasks: TaskDistribution, keeps: Sequence[float], accuracy_weights: Sequence[float]) -> list[AskedGoal]:
+    """Floors as shares of the reference accuracy, then weights."""
+    floors = [
+        AskedGoal(f"keep {keep:g}", {"keep": keep, "reference": tasks.reference}, tasks.with_keep(keep))
+        for keep in keeps
+    ]
+    weights = [
+        AskedGoal(
+            f"accuracy weight {weight:g}",
+            {"weights": list(Preference(weight).weights())},
+            tasks.with_preference(Preference(weight)),
+        )
+        for weight in accuracy_weights
+    ]
+    return [*floors, *weights]
+
+
 def run_methods(
-    names: Sequence[str], request: Request, accuracy_weights: Sequence[float], tune_exit: bool = False
-) -> dict[float, dict[str, Results]]:
-    """Test results of every method on the same tasks under each accuracy weight.
+    names: Sequence[str], request: Request, goals: Sequence[AskedGoal], tune_exit: bool = False
+) -> dict[str, dict[str, Results]]:
+    """Test results of every method on the same tasks under each goal, by the goal's name; test data are read once.
 
     Args:
         names: of `METHODS`.
-        request: its tasks' preference is replaced by each of `accuracy_weights` in turn.
-        accuracy_weights: of the preferences.
+        request: its tasks are replaced by those of each goal in turn.
+        goals: what is asked for.
         tune_exit: tune every student's exit threshold on validation after its training.
     """
-    request = dataclasses.replace(request, tuned=tune(names, request))
-    tables: dict[float, dict[str, Results]] = {}
-    for weight in accuracy_weights:
-        asked = dataclasses.replace(request, tasks=request.tasks.with_preference(Preference(weight)))
-        tables[weight] = {
+    tables: dict[str, dict[str, Results]] = {}
+    for goal in goals:
+        asked = replace(request, tasks=goal.tasks, found={})
+        tables[goal.name] = {
             name: run(
-                asked.scenario,
+                _beginning(name, asked),
                 controller,
                 asked.seeds,
                 asked.tasks,
                 on_window=asked.on_window,
                 tune_exit=tune_exit,
+                guard=asked.guard,
                 journal=asked.journal,
                 label=name,
             )
             for name, controller in build_methods(names, asked).items()
         }
     return tables
+
+
+def _beginning(name: str, request: Request) -> Scenario:
+    """The scenario, with the setting that a method begins with."""
+    start = METHODS[name].start
+    return replace(request.scenario, start=start(request)) if start else request.scenario

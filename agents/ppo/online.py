@@ -4,8 +4,8 @@ Unlike `rlkd.agents.ppo.train`, which learns over many students and is replayed 
 Every few windows PPO (Schulman et al. 2017, by stable-baselines3) is updated on what was just observed. The reward of a
 window is the change of J on validation that it brought. Actions change what a base controller would do: a learned
 policy's controls, or the setting that the scenario starts with. The head starts at zero, so before its first update the
-agent is its base and exploration. The student of the window with the best J on validation ships. The agent never resets
-the episode.
+agent is its base and exploration. The best window's student ships (`rlkd.envs.guard`). The agent never resets the
+episode.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from rlkd.agents.policy.controllers import Controller
 from rlkd.agents.ppo.train import begin_unchanged
 from rlkd.envs.action import NUM_CONTROLS, change
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.guard import Guard
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS
 from rlkd.envs.rows import window_row
 from rlkd.envs.scenario import Scenario
@@ -88,7 +89,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.diverged = False
         self._scenario, self._base, self._on_window = scenario, base, on_window
         self._observation = self.episodes.reset([seed])
-        self._window, self._best_score, self.best_window = 0, -np.inf, 0
+        self._guard, self._window = Guard(self.episodes), 0
 
     def reset(self, **_: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """What is observed now; the run goes on, whatever the caller believes to begin."""
@@ -97,16 +98,18 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Train one window under the base's controls, changed by `action` [12]."""
         base = self._base(self._observation, self.episodes, self._window)  # [1, 12]
-        moved = torch.from_numpy(np.asarray(action, dtype=np.float32))[None]
-        outcome = self.episodes.step(change(base, moved, base, self._scenario.config.controls))
-        self._observation, self._window = outcome.observation, self._window + 1
+        changes = torch.from_numpy(np.asarray(action, dtype=np.float32))[None]
+        outcome = self.episodes.step(change(base, changes, base, self._scenario.config.controls))
+        self._observation, self._window = self._guard.after_window(outcome), self._window + 1
         self.diverged = bool(outcome.diverged[0])
         row = self.last = window_row(self._window - 1, self.episodes.u, outcome, self._scenario)
-        if not self.diverged and row["score"] > self._best_score:
-            self._best_score, self.best_window = row["score"], self._window
-            self._best = self.episodes.training_state()
         self._on_window(row, outcome.observation, self.episodes)
         return self._seen(), float(outcome.reward[0]), False, False, {}
+
+    @property
+    def best_window(self) -> int:
+        """The window that ships if the run ends now, counted from 1; 0: none."""
+        return int(self._guard.best_window[0])
 
     def bring_back_best(self) -> None:
         """Put the student of the best window back into the episodes.
@@ -116,7 +119,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         """
         if self.best_window == 0:
             raise UserError("online: the student diverged in its first window; lower its learning rate")
-        self.episodes.load_training_state(self._best)
+        self._guard.finish()
 
     def _seen(self) -> NDArray[np.float32]:
         """The observation scaled from its bounds to [-1, 1]: there are no earlier runs to standardise by."""

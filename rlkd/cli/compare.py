@@ -32,21 +32,22 @@ def run(argv: list[str]) -> int:
 def _run_one(argv: list[str], name: str | None) -> int:
     config, options = parse_run(_parser, argv, CompareConfig)
     config.check()
-    bundle = load_bundle(Path(config.policy)) if config.policy else None
+    bundle, blind = (load_bundle(Path(place)) if place else None for place in (config.policy, config.blind))
     use_one_thread()
     out = options.out / name if name and options.out else options.out
     with resumable_folder(options, "compare", out) as folder, Bar(config.train.steps_per_window) as bar:
         journal = Journal(folder, options.resume is not None, say=bar.say)
         if is_finished(folder, journal.finished):
             return 0
-        result = compare_methods(config, bundle, folder, options.seed, bar, journal)
+        result = compare_methods(config, bundle, folder, options.seed, bar, journal, blind)
     console = Console(width=None if Console().is_terminal else 150)
     num_tasks = result["num_tasks"] * result["num_seeds"]
-    for weight, entry in result["preferences"].items():
-        print_comparison(console, f"accuracy weight {weight}: {num_tasks} held-out tasks, test", entry)
+    for entry in result["goals"]:
+        title = f"{entry['name']}: {num_tasks} held-out tasks ({entry['num_feasible']} feasible), test"
+        print_comparison(console, title, entry)
     if result["front"]:
         print_front(console, f"accuracy-cost plane: {num_tasks} held-out tasks, test", result["front"])
-    console.print(f"figures: {folder / 'result.json'}, {folder / 'result.csv'}", highlight=False)
+    console.print(f"metrics: {folder / 'result.json'}, {folder / 'result.csv'}", highlight=False)
     return 0
 
 
@@ -55,8 +56,8 @@ def _parser() -> ArgumentParser:
         "compare",
         "Train the same held-out tasks under several controllers and compare them in pairs, on test data.",
         [
-            "--methods static,published,annealed --num_seeds 2",
-            "--policy runs/first/policy --methods policy,static,open_loop,tpe_25 --num_seeds 5",
+            "--methods constant,nncf,cubic --comparison.keeps [0.98] --num_seeds 2",
+            "--policy runs/first/policy --methods policy,constant,nncf,open_loop,tpe_25 --num_seeds 5",
             "configs/compare/*.yaml --policy runs/first/policy --out runs/compare  (one folder a file)",
             "--resume runs/compare/baselines",
         ],

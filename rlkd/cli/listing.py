@@ -23,7 +23,7 @@ def run(argv: list[str]) -> int:
             "feature": _first_line(hint),
             "attention": _first_line(attention_transfer),
         },
-        "controllers (rlkd compare --methods)": METHODS,
+        "controllers (rlkd compare --methods)": {name: method.meaning for name, method in METHODS.items()},
         "configs (--config)": {
             name: (CONFIG_FOLDER / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in config_names()
         },

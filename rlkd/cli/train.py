@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
     config, options = parse_run(_parser, argv, ExperimentConfig)
     config.check()
     use_one_thread()
-    with resumable_folder(options, "train", options.out) as folder, Bar(steps_per_window(config)) as bar:
+    with resumable_folder(options, "train", options.out) as folder, Bar(config.steps_per_window) as bar:
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
         if is_finished(folder, journal.finished):
             return 0
@@ -52,12 +52,6 @@ def run(argv: list[str]) -> int:
     console.print(f"report: {folder / 'report.html'}   curves: tensorboard --logdir {folder}", highlight=False)
     console.print(f"policy: {folder / 'policy'}   next: rlkd distil --policy {folder / 'policy'}", highlight=False)
     return 0
-
-
-def steps_per_window(config: ExperimentConfig) -> int:
-    """Optimizer steps of a window, in the mean over those of a rollout."""
-    windows = sum(scenario.num_windows for scenario in config.scenarios)
-    return round(sum(s.num_windows * s.train.steps_per_window for s in config.scenarios) / windows)
 
 
 def _parser() -> ArgumentParser:

@@ -63,7 +63,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
             return verify_compare(folder, compared, seed, bar, policy)
     if "ppo" in tree:
         trained, seed = _config(folder, ExperimentConfig)
-        with Bar(trained.train.steps_per_window) as bar:
+        with Bar(trained.steps_per_window) as bar:
             return verify_train(folder, trained, seed, bar)
     replayed, seed = _config(folder, DistilConfig)
     with Bar(replayed.train.steps_per_window) as bar:

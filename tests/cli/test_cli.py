@@ -64,8 +64,8 @@ MISTAKES = {
     "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
     "policy not given": (["replay"], ["policy"]),
     "preference": (["replay", "--policy", "gone", "--preference.accuracy", "2"], ["gone"]),
-    "unknown method": (["compare", "--methods", "statc"], ["'statc'", "did you mean 'static'?"]),
-    "method without policy": (["compare", "--methods", "static,policy"], ["--policy"]),
+    "unknown method": (["compare", "--methods", "constat"], ["'constat'", "did you mean 'constant'?"]),
+    "method without policy": (["compare", "--methods", "constant,policy"], ["--policy"]),
     "no such run": (["analyze", "gone"], ["gone"]),
     "calibrate": (["calibrate", "--batch_size", "0"], ["batch_size: got 0"]),
     "too many halvings": (
@@ -264,25 +264,6 @@ def test_a_damaged_policy_is_one_line(trained: Path, tmp_path: Path, capsys: Cap
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_compare_pairs_the_methods(trained: Path, tmp_path: Path, tiny: list[str]) -> None:
-    argv = ["compare", *tiny, "--policy", str(trained / "policy"), "--num_seeds", "2", "--out", "out"]
-    assert main([*argv, "--methods", "policy,static,open_loop,mean_action,published,annealed"]) == 0
-    result = read_run_result(tmp_path / "out")
-    assert (result["num_tasks"], result["num_seeds"]) == (8, 2)
-    assert set(result["paired"]) == {
-        f"policy-{m}" for m in ("static", "open_loop", "mean_action", "published", "annealed")
-    }
-    lines = (tmp_path / "out" / "result.csv").read_text().splitlines()
-    assert len(lines) == 1 + 6 * 16
-    scores = [float(line.split(",")[3]) for line in lines[1:] if ",policy," in line]
-    mean = result["methods"]["policy"]["score"]["mean"]
-    assert mean == pytest.approx(sum(scores) / len(scores))
-
-
-def read_run_result(folder: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    return dict(yaml.safe_load((folder / "result.json").read_text()))
-
-
 def test_a_file_and_options_mean_the_same(tmp_path: Path, tiny: list[str]) -> None:
     (tmp_path / "c.yaml").write_text("task: {label_noise: {high: 0.3}}\nppo: {hidden: 7}\n")
     options = ["--task.label_noise.high", "0.3", "--ppo.hidden", "7"]
@@ -303,16 +284,6 @@ def test_calibrate_writes_a_profile_that_train_takes(tmp_path: Path) -> None:
     assert main(["calibrate", "--student.widths", "[8, 8]", "--batch_size", "4", "--out", "p.json"]) == 0
     assert (tmp_path / "p.json").exists()
     assert torch.get_num_threads() == 1
-
-
-def test_compare_makes_a_folder_for_each_file(tmp_path: Path, tiny: list[str]) -> None:
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(f"methods: static, published\nnum_seeds: {len(name) - 2}\n")
-    options = [o for o in tiny if o not in ("--config", "smoke")]
-    options += ["--search.tasks_per_setting", "2", "--search.tasks_per_finalist", "2", "--comparison.accuracy_weights"]
-    assert main(["compare", "one.yaml", "two.yaml", *options, "[0.6]", "--out", "all"]) == 0
-    for name in ("one", "two"):
-        assert set(read_run_result(tmp_path / "all" / name)["methods"]) == {"static", "published"}
 
 
 @pytest.mark.parametrize("blocks", [4, 16, 32])

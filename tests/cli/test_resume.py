@@ -144,17 +144,31 @@ def test_a_replay_goes_on_window_by_window(here: Path, monkeypatch: pytest.Monke
     assert main(["replay", "--resume", "stopped", "--policy", "moved"]) == 0  # where the policy lies does not matter
 
 
+def compared(tiny: list[str]) -> list[str]:
+    """Those of the options that `rlkd compare` has, too."""
+    pairs = zip(tiny[::2], tiny[1::2], strict=True)
+    return [part for pair in pairs if pair[0] != "--config" and not pair[0].startswith("--ppo") for part in pair]
+
+
 COMPARISON = (
-    *("--methods", "policy,static,published,open_loop,random_policy,hypergradient,linear,random_10,tpe_10"),
+    *("--methods", "policy,constant,annealed,open_loop,random_policy,hypergradient,linear,random_10,tpe_10"),
     *("--search.num_settings", "3", "--search.tasks_per_setting", "2", "--search.tasks_per_finalist", "2"),
-    *("--comparison.num_tasks", "2", "--comparison.accuracy_weights", "[0.6, 0.9]", "--tune_exit", "true"),
+    *(
+        "--comparison.num_tasks",
+        "2",
+        "--comparison.keeps",
+        "[0.9]",
+        "--comparison.accuracy_weights",
+        "[0.6]",
+        "--tune_exit",
+        "true",
+    ),
     *("--front_trials", "2", "--front_weights", "[0.5, 0.9]"),
 )
 
 
 def test_a_comparison_goes_on_with_its_searches(here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    common = [o for o in tiny if o not in ("--config", "smoke")]
-    options = [*common, *COMPARISON, "--policy", "whole/policy"]
+    options = [*compared(tiny), *COMPARISON, "--policy", "whole/policy"]
     assert main(["compare", *options, "--out", "compared"]) == 0
     trained = 0
     for window in (2, 14, 60, 110, 170):
@@ -172,9 +186,9 @@ def test_another_policy_is_noticed(
     here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     options = [
-        *(o for o in tiny if o not in ("--config", "smoke")),
+        *compared(tiny),
         "--methods",
-        "policy,static",
+        "policy,constant",
         "--policy",
         "mine/policy",
     ]

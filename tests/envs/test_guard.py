@@ -18,7 +18,7 @@ UNITS = CONTROLS.index("unit_keep")
 def begin(scenario: Scenario, count: int = 3, keep: float = 0.8) -> tuple[Episodes, Tensor]:
     config = dataclasses.replace(scenario.config, task=dataclasses.replace(scenario.config.task, reference="0.5"))
     episodes = Episodes(dataclasses.replace(scenario, config=config), count, config.task.with_keep(keep))
-    return episodes, episodes.reset(SEEDS[:count])  # floors: 0.4
+    return episodes, episodes.reset(SEEDS[:count])  # floors on validation: 0.4 and some caution, below 0.42
 
 
 def claim(outcome: Outcome, accuracy: list[float], score: list[float]) -> Outcome:
@@ -35,7 +35,7 @@ def test_the_best_of_those_that_met_the_goal_ships_else_the_most_accurate(scenar
     episodes, _ = begin(scenario)
     guard = Guard(episodes)
     # student 0 meets the goal in the second and third window, 1 never, 2 at the end
-    accuracy = [[0.39, 0.2, 0.1], [0.45, 0.3, 0.2], [0.40, 0.1, 0.3], [0.2, 0.2, 0.5]]
+    accuracy = [[0.39, 0.2, 0.1], [0.45, 0.3, 0.2], [0.43, 0.1, 0.3], [0.2, 0.2, 0.5]]
     score = [[0.9, 0.1, 0.1], [0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [0.8, 0.9, 0.1]]
     seen = []
     for a, j in zip(accuracy, score, strict=True):
@@ -71,7 +71,7 @@ def test_a_window_far_below_the_floor_is_undone_once_the_goal_had_been_met(scena
     before, u = parameters(episodes), episodes.u.clone()
     small = episodes.start.clone()
     small[:, UNITS] = 0.3
-    outcome = claim(episodes.step(small), [0.34, 0.1, 0.36], [0.5] * 3)  # 2 is within the tolerance
+    outcome = claim(episodes.step(small), [0.34, 0.1, 0.38], [0.5] * 3)  # 2 is within the tolerance
     after = parameters(episodes)
     observation = guard.after_window(outcome)
     assert guard.num_undone.tolist() == [1, 0, 0]
@@ -108,16 +108,6 @@ def test_a_population_and_one_student_alone_agree(double_scenario: Scenario, und
     torch.testing.assert_close(group.evaluate("test")[2][:1], alone.evaluate("test")[2])
 
 
-def test_confidence_asks_for_more_than_the_floor(scenario: Scenario) -> None:
-    num_samples = len(scenario.data.splits["validation"])
-    error = (0.42 * 0.58 / num_samples) ** 0.5  # floor 0.4
-    for z, met in ((0.5 * 0.02 / error, True), (1.5 * 0.02 / error, False)):
-        episodes, _ = begin(scenario)
-        guard = Guard(episodes, GuardConfig(confidence=z))
-        guard.after_window(claim(episodes.step(episodes.start), [0.42] * 3, [0.5] * 3))
-        assert guard.met.tolist() == [met] * 3
-
-
 def test_a_guard_resumes_where_it_was(scenario: Scenario) -> None:
     sequence = [[0.45, 0.2, 0.1], [0.3, 0.3, 0.2], [0.2, 0.1, 0.3]]
 
@@ -146,5 +136,5 @@ def test_goals_are_met_up_to_rounding() -> None:
 
 
 def test_impossible_guards_are_refused(scenario: Scenario) -> None:
-    with pytest.raises(UserError, match="guard: got tolerance -1"):
+    with pytest.raises(UserError, match="guard.tolerance: got -1"):
         Guard(begin(scenario)[0], GuardConfig(tolerance=-1.0))

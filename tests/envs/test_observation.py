@@ -43,7 +43,7 @@ def observed(shift: float, has_floor: bool = True, limit: float = float("inf")) 
         preference=torch.tensor([[0.0, 0.75, 0.25]]),
         anchor=torch.tensor([0.55 + shift]),
         has_floor=torch.tensor([has_floor]),
-        latency_limit=torch.tensor([limit]),
+        limits=torch.tensor([[limit, float("inf"), 0.9, float("inf")]]) if limit < 1 else torch.full((1, 4), limit),
     )
     now = Snapshot(
         windows_done=torch.tensor([5.0]),
@@ -52,7 +52,7 @@ def observed(shift: float, has_floor: bool = True, limit: float = float("inf")) 
         score_change=torch.tensor([0.07]),
         metrics=metrics(torch.tensor([0.5 + shift]), torch.tensor([[0.4 + shift, 0.6 + shift]])),
         previous=torch.tensor([[0.47, 0.38, 0.55]]) + shift,
-        cost=Cost(one, one, one, 0.6 * one, 0.5 * one, 0.4 * one),
+        cost=Cost(one, one, one, 0.6 * one, 0.5 * one, 0.4 * one, one, 0.3 * one),
         probes={name: torch.tensor([0.02]) for name in PROBES},
         telemetry=Telemetry(
             losses=torch.full((n, 4), 1.0),

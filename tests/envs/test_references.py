@@ -1,4 +1,4 @@
-"""Reference accuracies, floors and warm starts: they are trained once, and are the same however they are asked for."""
+"""Reference accuracies, floors and warm starts: what is trained once, and that it is the same whatever asked for it."""
 
 import dataclasses
 

@@ -9,8 +9,8 @@ from rlkd.envs.reward import score, worst_score
 
 def cost(latency: list[float], energy: list[float]) -> Cost:
     ratio, other = torch.tensor(latency), torch.tensor(energy)
-    zeros = torch.zeros(len(latency))
-    return Cost(macs=zeros, latency_s=zeros, energy_j=zeros, macs_ratio=zeros, latency_ratio=ratio, energy_ratio=other)
+    none = torch.zeros(len(latency))
+    return Cost(none, none, none, ratio, other, none, none, none)
 
 
 def test_weights_alone() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlkd.envs import CONTROLS, Scenario
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.references import References
 from rlkd.models import GateConfig, Outputs, StudentConfig, build_student
 from rlkd.students.gating import GateTraining, Stakes
 
@@ -47,16 +48,17 @@ def test_a_resumed_gated_student_goes_on_with_its_own_beta(scenario: Scenario, n
     gate = GateConfig(enabled=True, beta_step=0.1, steps_per_rise=15)  # beta is 0.1, 0.2, 0.3 in the first windows
     config = dataclasses.replace(scenario.config, student=StudentConfig(widths=(8, 8), gate=gate))
     gated = dataclasses.replace(scenario, config=config, template=build_student(config.student, (8, 8), 10))
+    gated = dataclasses.replace(gated, known=References())
     first, second = Episodes(gated, num_students), Episodes(gated, num_students)
     seeds = [2**60 + i for i in range(num_students)]
     first.reset(seeds)
-    position = first.start.clone()
-    position[:, CONTROLS.index("learning_rate")] = 0.9
-    first.step(position)
+    u = first.start.clone()
+    u[:, CONTROLS.index("learning_rate")] = 0.9
+    first.step(u)
     second.reset([seed + 7 for seed in seeds])
     second.load_training_state(first.training_state())
     for episodes in (first, second):
-        episodes.step(position)
+        episodes.step(u)
     mine, other = first.students.state_dict(), second.students.state_dict()
     for name, value in mine.items():
         assert torch.equal(value, other[name]), name

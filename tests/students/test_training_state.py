@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlkd.data import draw_task
-from rlkd.envs import DistillationVectorEnv, Scenario
+from rlkd.envs import CONTROLS, DistillationVectorEnv, Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig, build_student
@@ -80,10 +80,11 @@ def test_students_go_on_as_if_they_had_not_stopped(scenario: Scenario, n: int) -
     assert differences(kept, state) == []  # copies: no later training reaches into them
 
 
-def test_episodes_go_on_in_the_middle_of_their_plan(scenario: Scenario) -> None:
+def test_episodes_go_on_in_the_middle(goal_scenario: Scenario) -> None:
+    scenario = goal_scenario
     old, new = DistillationVectorEnv(3, scenario=scenario), DistillationVectorEnv(3, scenario=scenario)
     old.reset(seed=4)
-    action = np.full((3, 9), 0.4, dtype=np.float32)
+    action = np.full((3, len(CONTROLS)), 0.4, dtype=np.float32)
     old.step_flat(action)
     old.episodes.reset([77], torch.tensor([1]))  # out of step with the others, as after a divergence
     old.step_flat(-action)
@@ -98,16 +99,16 @@ def test_episodes_go_on_in_the_middle_of_their_plan(scenario: Scenario) -> None:
 
     assert different() == []
     for _ in range(scenario.config.num_windows):
-        (seen, rewards, *_), (ours, theirs, *_) = old.step_flat(action), new.step_flat(action)
-        np.testing.assert_array_equal(seen, ours)
-        np.testing.assert_array_equal(rewards, theirs)
+        (seen, rewards, *_), (again, repeated, *_) = old.step_flat(action), new.step_flat(action)
+        np.testing.assert_array_equal(seen, again)
+        np.testing.assert_array_equal(rewards, repeated)
     assert different() == []
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("tasks", torch.tensor([-1, 3]), "a task's seed is -1 or 3"),
+        ("tasks", torch.tensor([[5, -1], [3, 4]]), "a task's seed is -1 or 5"),
         ("students.batches", torch.full((2, 5056), 7, dtype=torch.uint8), "a random source cannot be restored"),
     ],
 )

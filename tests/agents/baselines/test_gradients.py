@@ -16,7 +16,7 @@ from rlkd.models import StudentConfig
 from rlkd.students import Population
 from rlkd.students.sensitivity import Sensitivity, sensitivity
 
-BASE = torch.tensor([0.8, 0.8, 0.8, 0.8, 0.5, 0.9, 0.9, 0.5, 0.5])
+BASE = torch.tensor([0.8, 0.8, 0.8, 0.8, 0.5, 0.9, 0.9, 0.5, 0.5, 0.0, 0.0, 1.0])
 T = CONTROLS.index("temperature")
 NOTHING = torch.zeros(1)
 Method = Callable[[Controller, int], Controller]
@@ -37,7 +37,7 @@ def after(scenario: Scenario, num_windows: int, num_students: int = 4) -> Episod
 
 def look(episodes: Episodes, seed: int) -> Sensitivity:
     scenario = episodes.scenario
-    controls = decode(episodes.position, scenario.config.controls, scenario.data.num_classes)
+    controls = decode(episodes.u, scenario.config.controls, scenario.data.num_classes)
     g = torch.Generator().manual_seed(seed)
     return sensitivity(
         episodes.students, scenario.template, episodes.tasks, controls, scenario.data, scenario.signals, g
@@ -52,15 +52,15 @@ def test_the_first_window_is_the_bases(scenario: Scenario, method: Method) -> No
 @pytest.mark.parametrize(("window", "share"), [(1, 0.25), (2, 0.75), (3, 1.0)])
 def test_temperature_climbs_the_response_loss(scenario: Scenario, window: int, share: float) -> None:
     episodes = after(scenario, window)
-    position = adversarial_temperature(base, 5)(NOTHING, episodes, window)
+    u = adversarial_temperature(base, 5)(NOTHING, episodes, window)
     slope = look(episodes, 5).log_temperature
     assert slope.abs().min() > 1e-3
     # log T in units of the range, log 10
     wanted = BASE[T] + 0.5 * share * slope / math.log(10)
-    torch.testing.assert_close(position[:, T], wanted.clamp(0, 1), atol=1e-5, rtol=0)
-    assert torch.equal((position[:, T] - BASE[T]).sign(), slope.sign())
-    others = [i for i in range(9) if i != T]
-    assert torch.equal(position[:, others], BASE[others].expand(4, -1))
+    torch.testing.assert_close(u[:, T], wanted.clamp(0, 1), atol=1e-5, rtol=0)
+    assert torch.equal((u[:, T] - BASE[T]).sign(), slope.sign())
+    others = [i for i in range(12) if i != T]
+    assert torch.equal(u[:, others], BASE[others].expand(4, -1))
 
 
 def test_temperature_goes_on_from_where_it_is_and_stays_in_its_range(scenario: Scenario) -> None:
@@ -69,21 +69,21 @@ def test_temperature_goes_on_from_where_it_is_and_stays_in_its_range(scenario: S
     high[T] = 1.0
     episodes.step(high.expand(4, -1))
     slope = look(episodes, 2).log_temperature
-    position = adversarial_temperature(base, 2)(NOTHING, episodes, 2)
+    u = adversarial_temperature(base, 2)(NOTHING, episodes, 2)
     wanted = (1.0 + 0.5 * 0.75 * slope / math.log(10)).clamp(0, 1)
-    torch.testing.assert_close(position[:, T], wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(u[:, T], wanted, atol=1e-5, rtol=0)
 
 
 def test_weights_move_by_twice_the_difference_of_cosines(scenario: Scenario) -> None:
     episodes = after(scenario, 1)
-    position = hypergradient(base, 5)(NOTHING, episodes, 1)
+    u = hypergradient(base, 5)(NOTHING, episodes, 1)
     cosines = look(episodes, 5).alignment
-    logits = 4 * (2 * position[:, :4] - 1)
+    logits = 4 * (2 * u[:, :4] - 1)
     gaps = logits - logits[:, :1]  # the base weighs all families alike
-    assert (position[:, :4] > 0).all()  # none was clipped
+    assert (u[:, :4] > 0).all()  # none was clipped
     torch.testing.assert_close(gaps, 2.0 * (cosines - cosines[:, :1]), atol=1e-5, rtol=0)
-    assert position[:, :4].amax(1).tolist() == pytest.approx([1.0] * 4)
-    assert torch.equal(position[:, 4:], BASE[4:].expand(4, -1))
+    assert u[:, :4].amax(1).tolist() == pytest.approx([1.0] * 4)
+    assert torch.equal(u[:, 4:], BASE[4:].expand(4, -1))
 
 
 def test_weight_moves_from_a_teacher_that_is_wrong_to_labels_that_are_right(scenario: Scenario) -> None:
@@ -94,7 +94,7 @@ def test_weight_moves_from_a_teacher_that_is_wrong_to_labels_that_are_right(scen
     controller = hypergradient(base, 1)
     for window in range(4):
         episodes.step(controller(NOTHING, episodes, window))
-    weights = decode(episodes.position, scenario.config.controls, 10).weights
+    weights = decode(episodes.u, scenario.config.controls, 10).weights
     assert (weights[:, 0] > 3 * weights[:, 1]).all()
 
 
@@ -104,8 +104,8 @@ def test_a_family_that_cannot_be_used_takes_no_room_from_the_others(config: EnvC
     dominated = BASE.clone()
     dominated[:4] = torch.tensor([0.3, 0.3, 0.3, 1.0])  # attention, which these teachers cannot give
     episodes.step(dominated.expand(2, -1))
-    position = hypergradient(base, 0)(NOTHING, episodes, 2)
-    assert position[:, :3].amax(1).tolist() == pytest.approx([1.0, 1.0])
+    u = hypergradient(base, 0)(NOTHING, episodes, 2)
+    assert u[:, :3].amax(1).tolist() == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("method", [adversarial_temperature, hypergradient])
@@ -114,8 +114,8 @@ def test_students_whose_gradients_overflow_keep_what_they_have(scenario: Scenari
     assert isinstance(episodes.students, Population)
     for parameter in episodes.students._parameters.values():
         parameter.mul_(1e30)
-    position = method(base, 0)(NOTHING, episodes, 1)
-    now, before = (decode(p, scenario.config.controls, 10) for p in (position, BASE.expand(2, -1)))
+    u = method(base, 0)(NOTHING, episodes, 1)
+    now, before = (decode(p, scenario.config.controls, 10) for p in (u, BASE.expand(2, -1)))
     torch.testing.assert_close(now.weights, before.weights)
     torch.testing.assert_close(now.temperature, before.temperature, atol=1e-5, rtol=0)
 

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.baselines.gradients import look
-from rlkd.agents.baselines.published import SCHEDULES, Values, annealed, published, upon
+from rlkd.agents.baselines.published import SCHEDULES, Values, annealed, curriculum, upon
+from rlkd.agents.policy.controllers import Controller
 from rlkd.data import Range, Task
 from rlkd.envs import ControlConfig, Scenario
-from rlkd.envs.action import CONTROLS, SCALARS, decode, published_setting
+from rlkd.envs.action import CONTROLS, decode
 from rlkd.envs.episodes import Episodes
 from rlkd.students import Controls
 from rlkd.students.sensitivity import Sensitivity
 
-BASE = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.35, 0.2]])
+BASE = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.35, 0.2, 0.0, 0.0, 1.0]])
 NOTHING = torch.zeros(1)  # schedules do not observe
 
 
@@ -35,9 +36,13 @@ def begun(scenario: Scenario, num_students: int = 2, num_windows: int = 4, num_l
     return episodes
 
 
+def built(name: str) -> Controller:
+    return curriculum(base) if name == "curriculum" else upon(base, SCHEDULES[name])
+
+
 def controls_of(name: str, episodes: Episodes, window: int) -> Controls:
-    position = upon(base, SCHEDULES[name])(NOTHING, episodes, window)
-    return decode(position, episodes.scenario.config.controls, episodes.scenario.data.num_classes)
+    u = built(name)(NOTHING, episodes, window)
+    return decode(u, episodes.scenario.config.controls, episodes.scenario.data.num_classes)
 
 
 def temperatures(name: str, episodes: Episodes) -> list[float]:
@@ -149,7 +154,7 @@ def test_the_third_stage_weighs_families_by_what_they_do_for_validation(
 def test_the_third_stage_looks_at_the_students_themselves(scenario: Scenario) -> None:
     episodes = begun(scenario, 3)
     for window in range(2):
-        episodes.step(upon(base, SCHEDULES["curriculum"])(NOTHING, episodes, window))
+        episodes.step(built("curriculum")(NOTHING, episodes, window))
     weights = controls_of("curriculum", episodes, 2).weights
     pay = look(episodes, torch.Generator().manual_seed(2)).alignment  # [3, 4]
     assert pay[:, :2].min() > 0
@@ -159,13 +164,6 @@ def test_the_third_stage_looks_at_the_students_themselves(scenario: Scenario) ->
             share = [0.5, 0.3, 0.15, 0.05]
             assert ratio == pytest.approx((share[i] * pay[:, i] / (share[j] * pay[:, j])).tolist(), rel=1e-3)
     assert torch.equal(weights, controls_of("curriculum", episodes, 2).weights)
-
-
-def test_the_published_setting_never_changes(scenario: Scenario) -> None:
-    episodes = begun(scenario)
-    for window in range(4):
-        position = published(scenario.config.controls)(NOTHING, episodes, window)
-        assert torch.equal(position, published_setting(scenario.config.controls).expand(2, 9))
 
 
 def test_annealing_at_its_beginning_middle_and_end(scenario: Scenario) -> None:
@@ -191,17 +189,20 @@ SETS: dict[str, tuple[str, ...]] = {
     "temperature_stages": ("temperature",),
     "fewer_features": ("feature_keep",),
     "alpha_by_confidence": ("weights",),
-    "curriculum": ("weights", "temperature", "feature_keep", "unit_keep", "exit_threshold"),
+    "curriculum": ("weights", "temperature", "feature_keep", "unit_keep", "exits"),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", SETS)
 def test_what_a_schedule_does_not_set_is_the_bases(scenario: Scenario, name: str) -> None:
     episodes, kept = begun(scenario), BASE.clone()
-    others = [i for i, c in enumerate(CONTROLS) if ("weights" if c not in SCALARS else c) not in SETS[name]]
+    assert set(SETS) == {*SCHEDULES, "curriculum"}
+    kinds = {"weights": "weight_", "exits": "exit_"}
+    begins = tuple(kinds.get(name, name) for name in SETS[name])
+    others = [i for i, control in enumerate(CONTROLS) if not control.startswith(begins)]
     for window in range(4):
-        position = upon(base, SCHEDULES[name])(NOTHING, episodes, window)
-        assert torch.equal(position[:, others], BASE[:, others].expand(2, -1)), window
+        u = built(name)(NOTHING, episodes, window)
+        assert torch.equal(u[:, others], BASE[:, others].expand(2, -1)), window
     assert torch.equal(BASE, kept)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.baselines import teacher_weights
-from rlkd.agents.baselines.methods import METHODS, Request, build_methods, total_trainings
-from rlkd.agents.baselines.search import SearchConfig, Shortlist
+from rlkd.agents.baselines.methods import Request, build_methods, total_trainings
+from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.baselines.teacher_weights import (
     SPREAD,
     TeacherWeightsConfig,
@@ -15,7 +15,7 @@ from rlkd.agents.baselines.teacher_weights import (
     learn_teacher_weights,
     weighing,
 )
-from rlkd.agents.evaluation.held_out import run_methods
+from rlkd.agents.evaluation.held_out import asked_goals, run_methods
 from rlkd.agents.policy.controllers import Controller, hold_start
 from rlkd.agents.policy.policy import Policy, actor_shapes
 from rlkd.data import Preference, Range, TaskDistribution
@@ -26,6 +26,7 @@ from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.students import TrainConfig
 
+SEARCH = SearchConfig(num_settings=2, tasks_per_setting=2, num_finalists=1, tasks_per_finalist=2)
 SMALL = TeacherWeightsConfig(num_iterations=2, num_groups=2, group_size=2)
 
 
@@ -95,16 +96,12 @@ def test_only_weights_differ_from_the_base(scenario: Scenario) -> None:
 
 def test_rlkd_compare_knows_it_and_counts_what_it_costs(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlkd.agents.baselines.methods.TeacherWeightsConfig", lambda: SMALL)
-    static = Shortlist(torch.full((1, 9), 0.5), torch.zeros(1, 3))
     counted: list[int] = []
-    request = Request(
-        scenario, scenario.config.task, (2**60, 2**60 + 1), static, None, SearchConfig(), 0, counted.append
-    )
-    names = ["static", "mtkd_rl"]
-    table = run_methods(names, request, [0.6])[0.6]
-    assert (table["mtkd_rl"].score != table["static"].score).any()
-    assert sum(counted) == total_trainings(names, 2) * scenario.config.num_windows
-    assert list(METHODS)[-2:] == ["mtkd_rl", "policy_mtkd_rl"]  # the others keep their random sources
+    request = Request(scenario, scenario.config.task, (2**60, 2**60 + 1), SEARCH, 0, counted.append)
+    names, goals = ["constant", "mtkd_rl"], asked_goals(scenario.config.task, (), (0.6,))
+    (table,) = run_methods(names, request, goals).values()
+    assert (table["mtkd_rl"].score != table["constant"].score).any()
+    assert sum(counted) == total_trainings(names, 2, SEARCH) * scenario.config.num_windows
 
 
 def test_weights_are_learned_under_what_they_are_held_with(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,22 +112,21 @@ def test_weights_are_learned_under_what_they_are_held_with(scenario: Scenario, m
         return torch.ones(3)
 
     monkeypatch.setattr("rlkd.agents.baselines.methods.learn_teacher_weights", learn)
-    static = Shortlist(torch.full((1, 9), 0.5), torch.zeros(1, 3))
     weights = {name: torch.zeros(shape) for name, shape in actor_shapes(4).items()}
     weights["action.bias"] += 0.5
     size = len(OBSERVATIONS)
-    policy = Policy(weights, torch.zeros(size), torch.ones(size), scenario.plan, static, scenario.config.controls)
+    policy = Policy(weights, torch.zeros(size), torch.ones(size), scenario.start, scenario.config.controls)
     seeds = (2**60, 2**60 + 1)
-    request = Request(scenario, scenario.config.task, seeds, static, policy, SearchConfig(), 0, lambda count: None)
+    request = Request(scenario, scenario.config.task, seeds, SEARCH, 0, lambda count: None, policy=policy)
     built = build_methods(["mtkd_rl", "policy_mtkd_rl"], request)
     episodes = Episodes(scenario, 2)
     observation = episodes.reset(seeds)
     for (name, controller), base in zip(built.items(), bases, strict=True):
         assert torch.equal(controller(observation, episodes, 0), base(observation, episodes, 0)), name
-    of_static, of_policy = (base(observation, episodes, 0) for base in bases)
-    assert torch.equal(of_static, torch.full((2, 9), 0.5))
+    of_constant, of_policy = (base(observation, episodes, 0) for base in bases)
+    assert torch.equal(of_constant, request.tuned("constant").expand(2, -1))
     assert torch.equal(of_policy, policy.controller()(observation, episodes, 0))
-    assert not torch.equal(of_static, of_policy)
+    assert not torch.equal(of_constant, of_policy)
 
 
 def test_a_group_of_one_is_refused() -> None:

@@ -5,22 +5,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from rlkd.agents.baselines.schedules import follow
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import hold_start
+from rlkd.agents.policy.controllers import Controller, hold_start
 from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, learn_online
 from rlkd.configs import OnlineConfig
 from rlkd.envs import CONTROLS, Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import HIGH, LOW
 from rlkd.errors import UserError
-from rlkd.runs.distil import run_windows, ship
+from rlkd.runs.distil import Trained, run_windows, ship
 
 AGENT = OnlineAgentConfig(windows_per_update=4, num_epochs=2, hidden=8)
-EXIT, RATE, UNITS = (CONTROLS.index(name) for name in ("exit_threshold", "learning_rate", "unit_keep"))
+RATE, UNITS = (CONTROLS.index(name) for name in ("learning_rate", "unit_keep"))
 Row = dict[str, float]
+
+
+def follow(schedule: Tensor) -> Controller:
+    """The settings of a schedule [W, 12], one after the other."""
+    return lambda observation, episodes, window: schedule[min(window, len(schedule) - 1)][None]
+
+
+def settings(scenario: Scenario, num_windows: int, **changes: float) -> Tensor:
+    """[W, 12], the start with some unit controls changed."""
+    schedule = scenario.start.repeat(num_windows, 1)
+    for name, value in changes.items():
+        schedule[:, CONTROLS.index(name)] = value
+    return schedule
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +62,26 @@ def test_no_action_is_the_base_and_the_base_is_a_replay(long: Scenario) -> None:
     hold_base(run, 12)
     replayed: list[Row] = []
     run_windows(long, hold_start, 3, lambda row, observation: replayed.append(row))
-    assert rows == replayed
+    assert [{name: replay[name] for name in row} for row, replay in zip(rows, replayed, strict=True)] == rows
 
 
 def test_a_window_is_rewarded_by_the_change_it_brought(long: Scenario) -> None:
     run, rows = started(long)
     before = float(run.episodes.evaluate("validation")[2][0])
-    rewards = [run.step(np.full(9, 0.3, dtype=np.float32))[1] for _ in range(3)]
+    rewards = [run.step(np.full(len(CONTROLS), 0.3, dtype=np.float32))[1] for _ in range(3)]
     scores = [before, *(row["score"] for row in rows)]
     assert rewards == pytest.approx(np.diff(scores).tolist(), abs=1e-6)
 
 
 def test_an_action_changes_the_base_by_a_share_of_the_range(long: Scenario) -> None:
-    plan = torch.full((1, 9), 0.5)
-    run, rows = started(long, follow(plan))
-    action = np.zeros(9, dtype=np.float32)
+    middle = settings(long, 1, **dict.fromkeys(CONTROLS, 0.5))
+    run, rows = started(long, follow(middle))
+    action, step = np.zeros(len(CONTROLS), dtype=np.float32), long.config.controls.step
     action[UNITS], action[RATE] = -0.4, 1.0
     seen, _, terminated, truncated, _ = run.step(action)
-    assert rows[0]["position_unit_keep"] == pytest.approx(0.5 - 0.35 * 0.4)
-    assert rows[0]["position_learning_rate"] == pytest.approx(0.85)
-    assert rows[0]["position_temperature"] == pytest.approx(0.5)
+    assert rows[0]["u_unit_keep"] == pytest.approx(0.5 - 0.4 * step)
+    assert rows[0]["u_learning_rate"] == pytest.approx(0.5 + step)
+    assert rows[0]["u_temperature"] == pytest.approx(0.5)
     assert (terminated, truncated) == (False, False)
     assert np.abs(seen).max() <= 1.0
     back = (seen + 1) / 2 * (HIGH - LOW) + LOW
@@ -98,8 +109,8 @@ def test_what_it_learns_changes_what_it_does(long: Scenario) -> None:
 
 
 def test_the_best_validated_student_comes_back_and_ships(long: Scenario) -> None:
-    worse = torch.full((12, 9), 0.5)
-    worse[:8, EXIT], worse[8:, EXIT], worse[8:, UNITS] = 0.0, 1.0, 1.0  # after eight windows it becomes whole
+    worse = settings(long, 12, exit_never=0.0, exit_first=1.0, unit_keep=0.6)
+    worse[8:] = settings(long, 4)  # after eight windows it becomes whole
     run, rows = started(long, follow(worse))
     hold_base(run, 12)
     best = max(rows, key=lambda row: row["score"])
@@ -110,7 +121,7 @@ def test_the_best_validated_student_comes_back_and_ships(long: Scenario) -> None
     assert float(score[0]) == pytest.approx(best["score"], abs=1e-6)
     assert float(metrics.accuracy[0]) == pytest.approx(best["accuracy"], abs=1e-6)
     assert float(cost.macs_ratio[0]) == pytest.approx(best["macs_ratio"], abs=1e-6)
-    done = ship(long, run.episodes, run.last)
+    done = ship(long, Trained(run.episodes, run.last, run.best_window, 0))
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
 
 
@@ -118,10 +129,9 @@ def test_a_diverged_run_ends_there_and_keeps_the_best_student(long: Scenario) ->
     controls = dataclasses.replace(long.config.controls, learning_rate=(5e-4, 1e30))
     train = dataclasses.replace(long.config.train, max_rollbacks=0)
     wild = dataclasses.replace(long, config=dataclasses.replace(long.config, controls=controls, train=train))
-    plan = torch.full((12, 9), 0.5)
-    plan[:, RATE] = 0.02
-    plan[5:, RATE] = 1.0
-    run, rows = started(wild, follow(plan))
+    schedule = settings(wild, 12, learning_rate=0.02)
+    schedule[5:, RATE] = 1.0
+    run, rows = started(wild, follow(schedule))
     quiet = dataclasses.replace(AGENT, log_std=-20.0)
     learn_online(run, 12, quiet, 0, None)
     assert run.diverged
@@ -129,8 +139,8 @@ def test_a_diverged_run_ends_there_and_keeps_the_best_student(long: Scenario) ->
     assert 0 < run.best_window < 6
     run.bring_back_best()
     assert float(run.episodes.evaluate("validation")[2][0]) == pytest.approx(max(r["score"] for r in rows), abs=1e-6)
-    plan[:, RATE] = 1.0
-    lost, _ = started(wild, follow(plan))
+    schedule[:, RATE] = 1.0
+    lost, _ = started(wild, follow(schedule))
     hold_base(lost, 12)
     with pytest.raises(UserError, match="diverged in its first window"):
         lost.bring_back_best()
