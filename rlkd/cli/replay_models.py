@@ -84,7 +84,8 @@ def _replay(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         watch = Watch(folder, bundle, bar, journal)
         done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal)
         watch.close(config, options.seed, done.figures)
-    card = student_card(done.figures, config.preference, bundle.digest)
+    prepared = "arrays as they are given" if scenario.processor is None else "as the processor in model/ prepares them"
+    card = {**student_card(done.figures, config.preference, bundle.digest), "input_scale": prepared}
     save_module_student(done.student, folder / "student", scenario.processor, card)
     task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
     return finish(folder, config, task, watch, done.figures, done.measured, done.diverged)

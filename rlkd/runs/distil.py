@@ -11,6 +11,7 @@ from rlkd.agents.policy.controllers import Controller
 from rlkd.compression import CompactStudent, compact, save_student
 from rlkd.cost import median_latency_s
 from rlkd.data import Preference
+from rlkd.data.samples import InputScale
 from rlkd.envs.action import decode
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.reward import DIVERGED_SCORE
@@ -19,6 +20,7 @@ from rlkd.envs.scenario import EpisodeScenario, Scenario
 from rlkd.errors import UserError
 from rlkd.io.files import number, reason
 from rlkd.io.journal import Journal
+from rlkd.io.records import plain
 from rlkd.students import SoloStudent
 
 MEASURED_BATCHES = (1, 64)
@@ -32,6 +34,7 @@ class Distilled:
     figures: dict[str, Any]  # on test data, with the profile's prediction; the same for the same seed
     measured: dict[str, Any]  # latency by the clock
     diverged: bool
+    input_scale: InputScale  # from raw inputs to what the student takes
 
 
 def run_windows(
@@ -161,7 +164,7 @@ def ship(scenario: Scenario, episodes: Episodes, last: dict[str, float]) -> Dist
     measured: dict[str, Any] = {f"batch_{b}": _timed(small, dense, scenario.data.inputs[test], b) for b in batches}
     measured["profile_batch"] = scenario.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
-    return Distilled(small, figures, measured, diverged)
+    return Distilled(small, figures, measured, diverged, scenario.data.scale)
 
 
 def compact_now(episodes: Episodes) -> CompactStudent:
@@ -181,7 +184,8 @@ def student_card(figures: dict[str, Any], preference: Preference, policy_sha256:
 
 def write_student(folder: Path, done: Distilled, preference: Preference, policy_sha256: str) -> None:
     """Save the compacted student with its test figures, in `folder`."""
-    save_student(done.student, folder, student_card(done.figures, preference, policy_sha256))
+    card = student_card(done.figures, preference, policy_sha256)
+    save_student(done.student, folder, {**card, "input_scale": plain(done.input_scale)})
 
 
 def _timed(small: CompactStudent, dense: CompactStudent, inputs: torch.Tensor, batch_size: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.envs.schedule import ControlPlan
 from rlkd.io.journal import Journal
 from rlkd.io.records import JsonLines, plain, write_json
-from rlkd.runs.distil import Distilled, distil, write_student
+from rlkd.runs.distil import distil, write_student
 from rlkd.runs.folder import Progress
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
@@ -64,6 +64,9 @@ def train_experiment(
     found = {
         f"{name} {i}": tensor for i, scenario in enumerate(scenarios) for name, tensor in scenario.tensors().items()
     }
+    # what the last phase needs is made now: a config that it cannot use fails here, and not after all trainings
+    student_config = with_own_profile(replay_config(config).env(config.controls), folder)
+    student_scenario = build_scenario(student_config, say=progress.say)
     remember(journal, "train", found, costs=[plain(scenario.profile) for scenario in scenarios])
     timing = JsonLines(folder / "timing.jsonl", journal)
 
@@ -85,9 +88,15 @@ def train_experiment(
     tables = compare_on_held_out_tasks(scenario, static, policy, config, seed, progress, journal)
     wall_s = journal.elapsed_s()
     result = result_of(config, tables, gain, wall_s)
+    write_json(folder / "result.json", result)  # stays, should the last phase fail
 
     progress.phase("one clean student under the policy", 1, config.num_windows)
-    student = replay_once(config, policy, seed, folder, progress)
+    student_scenario = dataclasses.replace(
+        student_scenario,
+        config=dataclasses.replace(student_config, controls=policy.controls),
+        plan=policy.plan,
+    )
+    student = distil(student_scenario, policy.controller(), seed, lambda row, observation: progress.advance(1))
     scores = {f"{weight}: {name}": row for weight, t in tables.items() for name, row in t["paired"].items()}
     digest = save_bundle(policy, folder / "policy", {**provenance, "scores": scores})
     write_student(folder / "student", student, Preference(config.comparison.accuracy_weights[0]), digest)
@@ -230,14 +239,6 @@ def replay_config(config: ExperimentConfig) -> ReplayConfig:
         cost=config.cost,
         preference=Preference(config.comparison.accuracy_weights[0]),
     )
-
-
-def replay_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
-    """What `rlkd replay` does, with the run's own data and student: clean labels, the best teacher."""
-    scenario = build_scenario(
-        with_own_profile(replay_config(config).env(policy.controls), folder), policy.plan, progress.say
-    )
-    return distil(scenario, policy.controller(), seed, lambda row, observation: progress.advance(1))
 
 
 def learn(
