@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression import CompactStudent, compact, save_student
-from rlkd.cost import median_latency_s
+from rlkd.cost import compare_latency
 from rlkd.data import Preference
 from rlkd.data.samples import InputScale
 from rlkd.envs.action import decode
@@ -189,13 +190,6 @@ def write_student(folder: Path, done: Distilled, preference: Preference, policy_
 
 
 def _timed(small: CompactStudent, dense: CompactStudent, inputs: torch.Tensor, batch_size: int) -> dict[str, float]:
-    """Latency of the compacted and of the dense student on real inputs, one thread, medians of the same rounds."""
+    """Latency of the compacted and of the dense student on real inputs."""
     batch = inputs[torch.arange(batch_size) % len(inputs)]
-    (small_s, small_iqr), (dense_s, dense_iqr) = median_latency_s([small, dense], batch)
-    return {
-        "latency_s": small_s,
-        "spread_s": small_iqr,
-        "dense_latency_s": dense_s,
-        "dense_spread_s": dense_iqr,
-        "speedup": dense_s / small_s,
-    }
+    return compare_latency(partial(small, batch), partial(dense, batch), batch_size)

@@ -1,7 +1,8 @@
 """Replay on a real model: the same loop as on chains, then one evaluation on test data and a shipped student."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
-from rlkd.cost.real import measure
+from rlkd.cost import compare_latency
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import Examples, TokenExamples
 from rlkd.envs.action import decode
@@ -166,17 +167,6 @@ def shipped_accuracy(student: ShippedStudent, data: Examples, index: Tensor, bat
 def _timed(
     small: ShippedStudent, dense: ShippedStudent, data: Examples, index: Tensor, batch_size: int
 ) -> dict[str, float]:
-    """Latency of the shipped and of the dense student on the first samples at `index`, one thread, medians."""
+    """Latency of the shipped and of the dense student on the first samples at `index`."""
     inputs = data.batch(index[torch.arange(batch_size) % len(index)])
-
-    def call(student: ShippedStudent) -> Callable[[Mapping[str, Tensor]], object]:
-        return lambda batch: student(**batch)
-
-    (small_s, small_iqr), (dense_s, dense_iqr) = (measure(call(student), inputs) for student in (small, dense))
-    return {
-        "latency_s": small_s,
-        "spread_s": small_iqr,
-        "dense_latency_s": dense_s,
-        "dense_spread_s": dense_iqr,
-        "speedup": dense_s / small_s,
-    }
+    return compare_latency(partial(small, **inputs), partial(dense, **inputs), batch_size)
