@@ -59,7 +59,7 @@ class Bar:
         if self._task is not None:
             self._bar.update(self._task, advance=num_students, figures=f"{self._shown} {self._rate():,.0f} updates/s")
         tenths = 10 * self._windows // max(self._num_trainings * self._num_windows, 1)
-        if tenths > self._tenths and not self._shown:  # a phase that gives no figures of its own
+        if tenths > self._tenths and not self._shown and self._num_trainings > 1:  # a phase without figures
             self._tenths = tenths
             self._print_line()
 
