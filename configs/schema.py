@@ -146,7 +146,7 @@ class DistilConfig:
     """Decisions; each trains the student for train.steps_per_window steps."""
     task: TaskDistribution = field(default_factory=_clean_task)
     student: StudentConfig = field(default_factory=StudentConfig)
-    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(897,)))
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
     train: TrainConfig = field(default_factory=TrainConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     goal: Goal = field(default_factory=Goal)
@@ -191,7 +191,7 @@ class OnlineConfig:
     """Decisions; each trains the student for train.steps_per_window steps."""
     task: TaskDistribution = field(default_factory=_clean_task)
     student: StudentConfig = field(default_factory=StudentConfig)
-    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(897,)))
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
     train: TrainConfig = field(default_factory=TrainConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     preference: Preference = field(default_factory=Preference)

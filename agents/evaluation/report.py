@@ -45,12 +45,13 @@ class Run:
         return f" {text}" if text.startswith("_") else text
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path | str) -> Run:
     """Read one run folder.
 
     Raises:
         UserError: no such folder, no event file in it, or a file that cannot be read.
     """
+    folder = Path(folder)
     events = folder / "tensorboard"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")

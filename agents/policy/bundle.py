@@ -75,13 +75,14 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
     return digest
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path | str) -> Bundle:
     """Read a bundle.
 
     Raises:
         UserError: a file is missing, damaged, too large or altered, or its schema is not this version's; the
             message names the field that differs.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds bundle.json and policy.safetensors")
     card = read_json(inside(folder, "bundle.json"), "a policy bundle's card")

@@ -90,7 +90,8 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)
         watch.close(config, options.seed, done.figures)
     weights = config.goal.weights(config.preference)
-    card = student_card(done.figures, weights, bundle.digest)
+    prepared = "arrays as they are given" if scenario.processor is None else "as the processor in model/ prepares them"
+    card = {**student_card(done.figures, weights, bundle.digest), "input_scale": prepared}
     save_module_student(done.student, folder / "student", scenario.processor, card)
     task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
     broken = check_shipped_module(done.figures, scenario)

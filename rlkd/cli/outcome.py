@@ -235,8 +235,9 @@ def _lines(
             else ""
         )
         lines.append(
-            f"measured, {name.replace('_', ' ')}: {row['latency_s'] * 1e6:.1f} us (IQR {row['spread_s'] * 1e6:.1f}), "
-            f"dense {row['dense_latency_s'] * 1e6:.1f} us, speed-up {row['speedup']:.2f}{teacher}"
+            f"measured on {row['threads']} thread, {name.replace('_', ' ')}: {row['latency_s'] * 1e6:.1f} us "
+            f"(IQR {row['spread_s'] * 1e6:.1f}, 95th percentile {row['p95_s'] * 1e6:.1f}), dense "
+            f"{row['dense_latency_s'] * 1e6:.1f} us, speed-up {row['speedup']:.2f}{teacher}"
         )
     profile_us = measured["profile_latency_s"] * 1e6  # type: ignore[operator]
     lines.append(f"the cost profile had predicted {profile_us:.1f} us at batch {measured['profile_batch']}")

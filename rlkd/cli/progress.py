@@ -59,7 +59,7 @@ class Bar:
         if self._task is not None:
             self._bar.update(self._task, advance=num_students, figures=f"{self._shown} {self._rate():,.0f} updates/s")
         tenths = 10 * self._windows // max(self._num_trainings * self._num_windows, 1)
-        if tenths > self._tenths and not self._shown:  # a phase that gives no figures of its own
+        if tenths > self._tenths and not self._shown and self._num_trainings > 1:  # a phase without figures
             self._tenths = tenths
             self._print_line()
 
@@ -117,6 +117,7 @@ def _width(console: Console, table: Table) -> int:
 def _comparison_row(name: str, m: dict[str, Any], paired: dict[str, Any]) -> dict[str, str]:
     """Cells of one method by column."""
     low, high = m["score"]["ci95"]
+    met = m["goal_met_within_1_point"]
     row = next((pair for pair_name, pair in paired.items() if pair_name.split("-", 1)[1] == name), None)
     return {
         "method": name,
@@ -126,7 +127,9 @@ def _comparison_row(name: str, m: dict[str, Any], paired: dict[str, Any]) -> dic
         "MACs": f"{m['macs_ratio']['mean']:.3f}",
         "latency": f"{m['latency_ratio']['mean']:.3f}",
         "energy": f"{m['energy_ratio']['mean']:.3f}",
-        "goals met within 1 point": "" if m["goal_met_within_1_point"] is None else f"{m['goal_met_within_1_point']:.1%}",
+        "goals met within 1 point": ""
+        if m["goal_met_within_1_point"] is None
+        else f"{m['goal_met_within_1_point']:.1%}",
         "shortfall": f"{m['shortfall']:.4f}",
         "lead in J over it [95 %]": _lead(row),
         "wins": f"{row['probability_of_improvement']:.0%}" if row else "",

@@ -181,12 +181,13 @@ def _digest(architecture: dict[str, Any], blob: bytes) -> str:
     return hashlib.sha256(text.encode() + b"\n" + blob).hexdigest()
 
 
-def load_student(folder: Path) -> CompactStudent:
+def load_student(folder: Path | str) -> CompactStudent:
     """The student that `save_student` wrote; runs no code from the files.
 
     Raises:
         UserError: a file is missing, altered, too large or of another format, or the architecture makes no student.
     """
+    folder = Path(folder)
     card = read_json(inside(folder, "student.json"), "a student's card")
     weights = inside(folder, "student.safetensors")
     blob = read_bytes(weights, MAX_TENSOR_BYTES)

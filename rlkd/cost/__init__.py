@@ -1,7 +1,7 @@
 """What one inference costs: MACs counted, latency from a measured profile, energy from a labelled estimate."""
 
 from rlkd.cost.profile import Cost, CostConfig, CostProfile, load_or_calibrate, load_profile, save_profile
-from rlkd.cost.timing import calibrate, median_latency_s
+from rlkd.cost.timing import calibrate, compare_latency, time_calls
 from rlkd.cost.workload import Workload, dense_workload, workload
 
 __all__ = [
@@ -10,10 +10,11 @@ __all__ = [
     "CostProfile",
     "Workload",
     "calibrate",
+    "compare_latency",
     "dense_workload",
     "load_or_calibrate",
     "load_profile",
-    "median_latency_s",
     "save_profile",
+    "time_calls",
     "workload",
 ]

@@ -118,12 +118,13 @@ def save_profile(profile: CostProfile, path: Path) -> None:
     write_whole(path, json.dumps(card, indent=1, allow_nan=False) + "\n")
 
 
-def load_profile(path: Path) -> CostProfile:
+def load_profile(path: Path | str) -> CostProfile:
     """Read a profile.
 
     Raises:
         UserError: the file is missing or is no cost profile of this format.
     """
+    path = Path(path)
     try:
         card = read_json(path, "a cost profile")
     except UserError as error:

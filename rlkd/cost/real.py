@@ -8,10 +8,9 @@ measured batch sizes of the dense student, overhead and time a MAC: what pruning
 """
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlkd.compression.selection import exit_ends
 from rlkd.cost.profile import ENERGY_MODEL, MAX_FIGURE, Cost, machine
-from rlkd.cost.timing import NUM_ROUNDS, one_thread
+from rlkd.cost.timing import time_calls
 from rlkd.errors import UserError
 from rlkd.io.files import number, read_json, reason, write_whole
 from rlkd.models.real.attachment import Plan
@@ -252,19 +251,6 @@ class ModuleProfile:
         write_whole(path, json.dumps(card, indent=1) + "\n")
 
 
-def measure(call: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-    """(median, interquartile range) in seconds of `call(inputs)` over NUM_ROUNDS, one thread, warmed up."""
-    seconds = []
-    with one_thread(), torch.inference_mode():
-        call(inputs)
-        for _ in range(NUM_ROUNDS):
-            start = time.perf_counter()
-            call(inputs)
-            seconds.append(time.perf_counter() - start)
-    seconds.sort()
-    return statistics.median(seconds), seconds[3 * NUM_ROUNDS // 4] - seconds[NUM_ROUNDS // 4]
-
-
 def profile_module(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, batch_size: int) -> ModuleProfile:
     """Count the student's work on one sample and time it at two batch sizes.
 
@@ -276,10 +262,9 @@ def profile_module(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, b
     """
     work = count_work(model, inputs, plan)
     sizes = (batch_size, batch_size // 4 if batch_size >= 4 else 4 * batch_size)
-    points = []
-    for size in sizes:
-        rows = {name: values.repeat_interleave(size, dim=0) for name, values in inputs.items()}
-        points.append((size * work.dense_macs, measure(lambda x: model(**x), rows)[0]))
+    batches = [{name: v.repeat_interleave(size, dim=0) for name, v in inputs.items()} for size in sizes]
+    measured = time_calls([partial(model, **batch) for batch in batches])
+    points = [(size * work.dense_macs, latency.median_s) for size, latency in zip(sizes, measured, strict=True)]
     (x1, y1), (x2, y2) = points
     mac_s = max((y1 - y2) / (x1 - x2), 0.0)
     overhead_s = max(y1 - mac_s * x1, 0.0) if mac_s else y1

@@ -4,10 +4,12 @@ Everything is timed on one thread; a figure is the median over interleaved round
 the machine touches one round of every network rather than all rounds of one.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
 
-from rlkd.compression import CompactStudent, compact
+from rlkd.compression import compact
 from rlkd.compression.selection import exit_ends
 from rlkd.cost.profile import ENERGY_MODEL, CostProfile, describe, machine
 from rlkd.cost.workload import REGRESSORS, workload
@@ -26,6 +28,7 @@ FEATURE_KEEPS = (1.0, 0.5, 0.2)
 UNIT_KEEPS = (1.0, 0.5, 0.25, 0.1)
 EXIT_RATES = (0.25, 0.5, 0.75, 0.95)
 NUM_ROUNDS = 9
+REPORT_ROUNDS = 21  # of what is reported, where the 95th percentile needs them
 CALL_TIME_S = 2e-3
 
 
@@ -40,34 +43,77 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one call, over rounds that were interleaved with those of the other calls, on one thread."""
+
+    median_s: float
+    spread_s: float  # interquartile range
+    p95_s: float
+    num_rounds: int
+
+
 def _seconds_a_call(call: Callable[[], object]) -> float:
-    """Mean over as many calls as fill CALL_TIME_S."""
+    """Return the mean over as many calls as fill CALL_TIME_S."""
     start = time.perf_counter()
     call()
     once = max(time.perf_counter() - start, 1e-7)
-    num_calls = round(CALL_TIME_S / once)
-    if num_calls <= 1:
+    if once >= CALL_TIME_S:
         return once
+    num_calls = max(1, round(CALL_TIME_S / once))
     start = time.perf_counter()
     for _ in range(num_calls):
         call()
     return (time.perf_counter() - start) / num_calls
 
 
-def interleaved_s(calls: Sequence[Callable[[], object]]) -> list[tuple[float, float]]:
-    """(median, interquartile range) in seconds of each call, one thread, warmed up; every round times all calls."""
-    with one_thread():
+def time_calls(calls: Sequence[Callable[[], object]], num_rounds: int = NUM_ROUNDS) -> list[Latency]:
+    """Time calls against each other: one thread, a warm-up of each, then rounds of all of them.
+
+    Every second round goes backwards, so that no call always follows the same other one.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    with one_thread(), torch.inference_mode():
         for call in calls:
             _seconds_a_call(call)  # warm-up
-        rounds = [[_seconds_a_call(call) for call in calls] for _ in range(NUM_ROUNDS)]
-    columns = [sorted(column) for column in zip(*rounds, strict=True)]
-    return [(statistics.median(c), c[(3 * NUM_ROUNDS) // 4] - c[NUM_ROUNDS // 4]) for c in columns]
+        for number in range(num_rounds):
+            for i in range(len(calls)) if number % 2 == 0 else reversed(range(len(calls))):
+                seconds[i].append(_seconds_a_call(calls[i]))
+    return [summarise(column) for column in seconds]
 
 
-def median_latency_s(networks: Sequence[CompactStudent], inputs: Tensor) -> list[tuple[float, float]]:
-    """(median, interquartile range) in seconds of one call on `inputs`, one thread, a pair a network."""
-    return interleaved_s([lambda n=network: n(inputs) for network in networks])  # type: ignore[misc]
+def summarise(seconds: Sequence[float]) -> Latency:
+    """Return median, interquartile range and 95th percentile of the rounds."""
+    c = sorted(seconds)
+    return Latency(statistics.median(c), c[3 * len(c) // 4] - c[len(c) // 4], c[math.ceil(0.95 * len(c)) - 1], len(c))
+
+
+def compare_latency(
+    student: Callable[[], object],
+    dense: Callable[[], object],
+    batch_size: int,
+    teacher: Callable[[], object] | None = None,
+) -> dict[str, float]:
+    """Time a student beside the dense one and maybe the teacher, for `result.json`.
+
+    Args:
+        student, dense, teacher: one call on a batch each.
+        batch_size: of that batch.
+
+    Returns:
+        Seconds of a batch by name, the prefix telling whose, and the student's speed-ups.
+    """
+    calls = {"": student, "dense_": dense, **({"teacher_": teacher} if teacher else {})}
+    timed = dict(zip(calls, time_calls(list(calls.values()), REPORT_ROUNDS), strict=True))
+    row: dict[str, float] = {"batch_size": batch_size, "threads": 1, "num_rounds": REPORT_ROUNDS}
+    for prefix, latency in timed.items():
+        row[f"{prefix}latency_s"] = latency.median_s
+        row[f"{prefix}spread_s"] = latency.spread_s
+        row[f"{prefix}p95_s"] = latency.p95_s
+    row["speedup"] = timed["dense_"].median_s / timed[""].median_s
+    if teacher:
+        row["speedup_over_teacher"] = timed["teacher_"].median_s / timed[""].median_s
+    return row
 
 
 def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
@@ -86,7 +132,8 @@ def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
         kept = torch.tensor([[mask.sum() for mask in masks]])
         works.append(workload(student, kept, rates[None], torch.tensor([threshold]), batch_size))
         settings.append(setting)
-    measured = median_latency_s(networks, inputs)
+    calls: list[Callable[[], object]] = [lambda n=network: n(inputs) for network in networks]  # type: ignore[misc]
+    measured = [(latency.median_s, latency.spread_s) for latency in time_calls(calls)]
     rows = torch.cat([work.regressors(batch_size) for work in works]).numpy()  # [M, 8]
     seconds = np.array([median for median, _ in measured])  # [M]
     coefficients = _fit(rows, seconds)

@@ -8,31 +8,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import Tensor
 
 from rlkd.data import files, generated
-from rlkd.data.samples import SPLIT_SEED, DataSet, Split, standardise
+from rlkd.data.samples import SPLIT_SEED, DataSet, InputScale, Split, standard_scale
 from rlkd.errors import UserError
 
 
 def _digits() -> DataSet:
     """scikit-learn's bundled 1,797 grey 8x8 digits (Alpaydin & Kaynak 1998): 897 / 450 / 450 samples."""
+    from sklearn.datasets import load_digits  # here, because a student is loaded without scikit-learn
+
     bunch = load_digits()
     inputs = torch.from_numpy(bunch.images).float() / 16.0  # [1797, 8, 8]
     labels = torch.from_numpy(bunch.target).long()  # [1797]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, validation, test = order[:897], order[897:1347], order[1347:]
-    return DataSet("digits", inputs, labels, 10, {"train": train, "validation": validation, "test": test})
+    return DataSet(
+        "digits",
+        inputs,
+        labels,
+        10,
+        {"train": train, "validation": validation, "test": test},
+        InputScale(divisor=(16.0,)),
+    )
 
 
 def _breast_cancer() -> DataSet:
     """scikit-learn's bundled tumours (Street et al. 1993), 30 features, 2 classes: 284 / 142 / 143 samples."""
+    from sklearn.datasets import load_breast_cancer
+
     return _bundled_table("breast_cancer", load_breast_cancer())
 
 
 def _wine() -> DataSet:
     """scikit-learn's bundled wines (Aeberhard & Forina 1991), 13 features, 3 classes: 89 / 44 / 45 samples."""
+    from sklearn.datasets import load_wine
+
     return _bundled_table("wine", load_wine())
 
 
@@ -42,9 +54,10 @@ def _bundled_table(name: str, bunch: Any) -> DataSet:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     half, quarter = len(labels) // 2, len(labels) // 4
     train, validation, test = order[:half], order[half : half + quarter], order[half + quarter :]
-    inputs = standardise(torch.from_numpy(bunch.data), train)  # [S, D]
+    raw = torch.from_numpy(bunch.data)  # [S, D]
+    scale = standard_scale(raw, train)
     splits: dict[Split, Tensor] = {"train": train, "validation": validation, "test": test}
-    return DataSet(name, inputs, labels, len(bunch.target_names), splits)
+    return DataSet(name, scale.apply(raw), labels, len(bunch.target_names), splits, scale)
 
 
 def _fashion_mnist() -> DataSet:

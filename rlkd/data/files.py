@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.data.samples import DataSet, choose_rows, splits_in_order, standardise
+from rlkd.data.samples import DataSet, InputScale, choose_rows, splits_in_order, standard_scale
 from rlkd.errors import UserError
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -112,7 +112,7 @@ def fashion_mnist(name: str, size: int) -> DataSet:
     images = torch.from_numpy(np.concatenate([fit_images[fit], test_images[test]])).float() / 255.0  # [S, 28, 28]
     labels = torch.from_numpy(np.concatenate([fit_labels[fit], test_labels[test]])).long()  # [S]
     inputs = images if size == 28 else F.adaptive_avg_pool2d(images[:, None], size)[:, 0]
-    return DataSet(name, inputs, labels, 10, splits_in_order(len(fit), len(test)))
+    return DataSet(name, inputs, labels, 10, splits_in_order(len(fit), len(test)), InputScale(divisor=(255.0,)))
 
 
 def read_rda(path: Path, frame: str, label: str) -> tuple[Tensor, Tensor, int]:
@@ -160,4 +160,5 @@ def mlbench(name: str, frame: str, label: str, num_fit: int) -> DataSet:
     fit, test = choose_rows(num_fit, len(codes) - num_fit)
     rows = torch.cat([fit, test + num_fit])  # [S]
     splits = splits_in_order(len(fit), len(test))
-    return DataSet(name, standardise(features[rows], splits["train"]), codes[rows], num_classes, splits)
+    scale = standard_scale(features[rows], splits["train"])
+    return DataSet(name, scale.apply(features[rows]), codes[rows], num_classes, splits, scale)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rlkd.data.samples import MOST_SAMPLES, DataSet, splits_in_order, standardise
+from rlkd.data.samples import MOST_SAMPLES, DataSet, splits_in_order, standard_scale
 from rlkd.errors import UserError
 
 PREFIX = "generated"
@@ -113,5 +113,6 @@ def generate(recipe: Recipe) -> DataSet:
     noise = torch.randn(num_samples, recipe.inputs, generator=generator, dtype=torch.float64)
     deviation = _find_deviation(recipe, noise, picked, means)
     splits = splits_in_order(MOST_SAMPLES["train"] + MOST_SAMPLES["validation"], MOST_SAMPLES["test"])
-    inputs = standardise(means[picked] + deviation * noise, splits["train"])
-    return DataSet(recipe.name, inputs, picked // MODES, recipe.classes, splits)
+    raw = means[picked] + deviation * noise  # [S, D]
+    scale = standard_scale(raw, splits["train"])
+    return DataSet(recipe.name, scale.apply(raw), picked // MODES, recipe.classes, splits, scale)

@@ -1,6 +1,6 @@
 """What every data set is: samples, labels and three disjoint splits that no run's seed can move."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -35,14 +35,30 @@ class Labelled(Protocol):
 
 
 @dataclass(frozen=True)
+class InputScale:
+    """How raw inputs become what a student takes: (raw - offset) / divisor, then bounded to +-limit."""
+
+    offset: tuple[float, ...] = (0.0,)  # one for all inputs, or one for each
+    divisor: tuple[float, ...] = (1.0,)
+    limit: float | None = None  # None: not bounded
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Return float32 inputs [S, ...] of raw ones."""
+        offset, divisor = (torch.tensor(part, dtype=torch.float64) for part in (self.offset, self.divisor))
+        scaled = (raw.double() - offset) / divisor
+        return (scaled if self.limit is None else scaled.clamp(-self.limit, self.limit)).float()
+
+
+@dataclass(frozen=True)
 class DataSet:
     """Samples of one data set and the three disjoint index sets that cut it."""
 
     name: str
-    inputs: Tensor  # [S, *input_shape] float32; images in [0, 1], feature vectors as `standardise` leaves them
+    inputs: Tensor  # [S, *input_shape] float32; scaled by `scale`
     labels: Tensor  # [S] int64
     num_classes: int
     splits: dict[Split, Tensor]  # each [S_split] int64, disjoint, together all of S
+    scale: InputScale = field(default_factory=InputScale)  # from the source's values to `inputs`
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -73,14 +89,14 @@ def splits_in_order(num_fit: int, num_test: int) -> dict[Split, Tensor]:
     return {"train": order[:num_train], "validation": order[num_train:num_fit], "test": order[num_fit:]}
 
 
-def standardise(values: Tensor, train: Tensor) -> Tensor:
-    """[S, D] features with mean 0 and deviation 1 over the train split, then bounded to +-MOST_DEVIATIONS.
+def standard_scale(values: Tensor, train: Tensor) -> InputScale:
+    """Return the scale by which features have mean 0 and deviation 1 over the train split, within MOST_DEVIATIONS.
 
     Args:
         values: [S, D].
-        train: [S_train] int64; the figures come from these samples alone, so test data shape nothing.
+        train: [S_train] int64; the numbers come from these samples alone, so test data shape nothing.
     """
     seen = values[train].double()
     # A feature that never changes in training says nothing: it becomes 0, or the bound where a test sample differs.
     deviation = seen.std(dim=0).clamp_min(1e-6)
-    return ((values.double() - seen.mean(dim=0)) / deviation).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS).float()
+    return InputScale(tuple(seen.mean(dim=0).tolist()), tuple(deviation.tolist()), MOST_DEVIATIONS)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression import CompactStudent, compact, save_student
-from rlkd.cost import Cost, median_latency_s
+from rlkd.cost import Cost, compare_latency
 from rlkd.data import Preference
+from rlkd.data.samples import InputScale
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.guard import Guard, GuardConfig
 from rlkd.envs.reward import worst_score
@@ -20,6 +22,7 @@ from rlkd.envs.scenario import EpisodeScenario, Scenario
 from rlkd.errors import UserError
 from rlkd.io.files import number, reason
 from rlkd.io.journal import Journal
+from rlkd.io.records import plain
 from rlkd.runs.goals import goal_figures
 from rlkd.students import Metrics, SoloStudent
 from rlkd.teachers import load_teachers
@@ -38,6 +41,7 @@ class Distilled:
     figures: dict[str, Any]  # on test data, with the profile's prediction; the same for the same seed
     measured: dict[str, Any]  # latency by the clock
     diverged: bool
+    input_scale: InputScale  # from raw inputs to what the student takes
 
 
 class Trained(NamedTuple):
@@ -179,7 +183,7 @@ def ship(scenario: Scenario, trained: Trained) -> Distilled:
     measured: dict[str, Any] = {f"batch_{b}": _timed(networks, scenario.data.inputs[test], b) for b in batches}
     measured["profile_batch"] = scenario.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
-    return Distilled(small, figures, measured, diverged)
+    return Distilled(small, figures, measured, diverged, scenario.data.scale)
 
 
 def is_lost(trained: Trained) -> bool:
@@ -244,22 +248,12 @@ def student_card(figures: dict[str, Any], weights: Sequence[float], policy_sha25
 def write_student(folder: Path, done: Distilled, preference: Preference | Sequence[float], policy_sha256: str) -> None:
     """Save the compacted student with its test figures, in `folder`."""
     weights = preference.weights() if isinstance(preference, Preference) else preference
-    save_student(done.student, folder, student_card(done.figures, weights, policy_sha256))
+    card = student_card(done.figures, weights, policy_sha256)
+    save_student(done.student, folder, {**card, "input_scale": plain(done.input_scale)})
 
 
 def _timed(networks: Sequence[CompactStudent], inputs: Tensor, batch_size: int) -> dict[str, float]:
-    """Latency of the compacted student, the dense one and the teacher on real inputs, one thread, the same rounds."""
+    """Latency of the compacted student, the dense one and the teacher on real inputs."""
     batch = inputs[torch.arange(batch_size) % len(inputs)]
-    return speeds(median_latency_s(networks, batch))
-
-
-def speeds(timed: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Rows of `measured` from (median, interquartile range) of the student, the dense student and maybe the teacher."""
-    names = ("", "dense_", "teacher_")
-    row: dict[str, float] = {}
-    for name, (median, spread) in zip(names, timed, strict=False):
-        row |= {f"{name}latency_s": median, f"{name}spread_s": spread}
-    row["speedup"] = row["dense_latency_s"] / row["latency_s"]
-    if "teacher_latency_s" in row:
-        row["speedup_over_teacher"] = row["teacher_latency_s"] / row["latency_s"]
-    return row
+    student, dense, teacher = (partial(network, batch) for network in networks)
+    return compare_latency(student, dense, batch_size, teacher)

@@ -1,7 +1,8 @@
 """Distil a real model: the same loop as on chains, then one evaluation on test data and a shipped student."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
-from rlkd.cost.timing import interleaved_s
+from rlkd.cost import compare_latency
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import Examples, TokenExamples
 from rlkd.envs.action import decode
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.real import RealScenario
 from rlkd.io.journal import Journal
-from rlkd.runs.distil import SAME, OnWindow, check_shipped, is_lost, run_windows, shared_figures, speeds
+from rlkd.runs.distil import SAME, OnWindow, check_shipped, is_lost, run_windows, shared_figures
 from rlkd.students import Metrics
 from rlkd.students.evaluation import ExitsByClass
 from rlkd.students.real.module import ModuleStudent
@@ -163,14 +164,13 @@ def shipped_accuracy(student: ShippedStudent, data: Examples, index: Tensor, bat
 def _timed(
     small: ShippedStudent, dense: ShippedStudent, scenario: RealScenario, index: Tensor, batch_size: int
 ) -> dict[str, float]:
-    """Latency of the shipped student, the dense one and the teacher on the first samples at `index`, one thread.
+    """Latency of the shipped student, the dense one and the teacher on the first samples at `index`.
 
     The teacher is left out where it is spread over devices.
     """
     rows = index[torch.arange(batch_size) % len(index)]
     inputs = scenario.data.batch(rows)
-    calls: list[Callable[[], object]] = [lambda: small(**inputs), lambda: dense(**inputs)]
+    teacher = None
     if scenario.teacher is not None and scenario.teacher_data is not None:
-        teacher, given = scenario.teacher.eval(), scenario.teacher_data.batch(rows)
-        calls.append(lambda: teacher(**given))
-    return speeds(interleaved_s(calls))
+        teacher = partial(scenario.teacher.eval(), **scenario.teacher_data.batch(rows))
+    return compare_latency(partial(small, **inputs), partial(dense, **inputs), batch_size, teacher)

@@ -79,6 +79,8 @@ def train_experiment(
         for i, scenario in enumerate((*scenarios, *validation))
         for name, tensor in scenario.tensors().items()
     }
+    # what the last phase needs is made now: a config that it cannot use fails here, and not after all trainings
+    shipped = shipped_scenario(config, folder, progress)
     remember(journal, "train", found, costs=[plain(scenario.profile) for scenario in (*scenarios, *validation)])
     run = Run(
         config=config,
@@ -99,9 +101,10 @@ def train_experiment(
     entries = compare_on_held_out_tasks(scenarios[0], learned.policy, config, seed, progress, journal)
     wall_s = journal.elapsed_s()
     result = result_of(config, entries, learned.evaluations, wall_s)
+    write_json(folder / "result.json", result)  # stays, should the last phase fail
 
     progress.phase("one clean student under the policy", 1, config.scenarios[0].num_windows)
-    student = distil_once(config, learned.policy, seed, folder, progress)
+    student = distil_once(config, shipped, learned.policy, seed=seed, progress=progress)
     scores = {f"{e['name']}: {name}": row for e in entries for name, row in e["paired"].items()}
     digest = save_bundle(learned.policy, folder / "policy", {**run.provenance, "scores": scores})
     asked = distil_config(config)
@@ -288,13 +291,15 @@ def distil_config(config: ExperimentConfig) -> DistilConfig:
     )
 
 
-def shipped_scenario(config: ExperimentConfig, policy: Policy, folder: Path, progress: Progress) -> Scenario:
-    """Of the one student that a `train` run ships, under the run's own cost profile."""
+def shipped_scenario(config: ExperimentConfig, folder: Path, progress: Progress) -> Scenario:
+    """Build the scenario of the one student that a `train` run ships, under the run's own cost profile."""
     own = with_own_profile(distil_config(config), folder)
-    return with_goal(build_scenario(own.env(policy.controls), policy.start, progress.say), own.goal, own.preference)
+    return with_goal(build_scenario(own.env(config.controls), say=progress.say), own.goal, own.preference)
 
 
-def distil_once(config: ExperimentConfig, policy: Policy, seed: int, folder: Path, progress: Progress) -> Distilled:
-    """What `rlkd distil` does."""
-    scenario, guard = shipped_scenario(config, policy, folder, progress), distil_config(config).guard
+def distil_once(
+    config: ExperimentConfig, scenario: Scenario, policy: Policy, seed: int, progress: Progress
+) -> Distilled:
+    """Do what `rlkd distil` does."""
+    scenario, guard = dataclasses.replace(scenario, start=policy.start), distil_config(config).guard
     return distil(scenario, policy.controller(), seed, lambda row, observation: progress.advance(1), guard=guard)

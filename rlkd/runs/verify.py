@@ -9,7 +9,7 @@ import csv
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     given = {name: value for name, value in recorded.items() if name not in ("student", *OF_LEARNING)}
     for name in OF_LEARNING:
         computed.pop(name)
-    student_scenario = shipped_scenario(config, bundle.policy, folder, progress)
+    student_scenario = replace(shipped_scenario(config, folder, progress), start=bundle.policy.start)
     student_rows = _student_rows(folder, student_scenario, seed, recorded.get("student"), bundle.digest)
     return [*compare_results(given, computed), *student_rows]
 

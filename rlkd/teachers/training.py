@@ -31,7 +31,7 @@ class TeacherConfig:
     widths: tuple[int, ...] = (128, 64)
     """Units of each hidden layer."""
     num_samples: tuple[int, ...] = (24, 40, 64, 100, 160, 300, 600, 897)
-    """How many training samples each teacher sees: few make a poor teacher. Every data set has 897."""
+    """How many training samples each teacher sees: few make a poor teacher. 0: all of the train split."""
     num_steps: int = 300
     """Optimizer steps of each teacher (Adam, batches of 64)."""
     learning_rate: float = 2e-3
@@ -39,8 +39,10 @@ class TeacherConfig:
     def check(self) -> None:
         """Raises UserError for a teacher that cannot be trained."""
         StudentConfig(widths=self.widths, exits=()).check()
-        if not self.num_samples or min(self.num_samples) < 1:
-            raise UserError(f"teacher.num_samples: got {list(self.num_samples)}; allowed: one or more numbers >= 1")
+        if not self.num_samples or min(self.num_samples) < 0:
+            raise UserError(
+                f"teacher.num_samples: got {list(self.num_samples)}; allowed: one or more numbers, 0 for all samples"
+            )
         if self.num_steps < 1 or not self.learning_rate > 0:
             raise UserError(
                 f"teacher: got num_steps {self.num_steps}, learning_rate {self.learning_rate:g}; allowed: above 0"
@@ -112,7 +114,7 @@ def _train(teacher: ChainStudent, config: TeacherConfig, data: DataSet, index: i
     generator = torch.Generator().manual_seed(TEACHER_SEED + index)
     initialise(teacher, generator)
     train = data.splits["train"]
-    seen = train[torch.randperm(len(train), generator=generator)[: config.num_samples[index]]]  # [L]
+    seen = train[torch.randperm(len(train), generator=generator)[: config.num_samples[index] or None]]  # [L]
     optimizer = torch.optim.Adam(teacher.parameters(), lr=config.learning_rate)
     masks = teacher.full_masks()
     for _ in range(config.num_steps):

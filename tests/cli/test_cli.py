@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from sklearn.datasets import load_digits
 
 from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.configfile import plain_yaml
@@ -17,6 +19,7 @@ from rlkd.compression import load_student
 from rlkd.cost import CostProfile
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.data import load_dataset
+from rlkd.data.samples import InputScale
 
 Capture = pytest.CaptureFixture[str]
 
@@ -215,6 +218,11 @@ def test_replay_writes_a_working_student(
     test = data.splits["test"]
     answers = load_student(tmp_path / "out" / "student")(data.inputs[test]).argmax(-1)
     accuracy = (answers == data.labels[test]).float().mean()
+    card = json.loads((tmp_path / "out" / "student" / "student.json").read_text())
+    scale = InputScale(**{name: tuple(v) if isinstance(v, list) else v for name, v in card["input_scale"].items()})
+    assert torch.equal(scale.apply(torch.from_numpy(load_digits().images)), data.inputs)  # raw: 0 to 16
+    same = load_student(str(tmp_path / "out" / "student"))  # a text is taken as well as a path
+    assert torch.equal(same(data.inputs[test]).argmax(-1), answers)
     assert float(accuracy) == pytest.approx(result["methods"]["policy"]["accuracy"])
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 2
     figures = result["methods"]["policy"]
@@ -234,6 +242,13 @@ def test_replay_writes_a_working_student(
     for name in ("validation_score", "validation_accuracy"):
         assert scalars[f"hparam/{name}"][1] == pytest.approx([figures[name]])
     assert scalars["hparam/test_accuracy"][1] == pytest.approx([figures["accuracy"]])
+
+
+def test_the_smallest_bundled_data_set_trains_to_its_last_phase(tmp_path: Path, tiny: list[str]) -> None:
+    argv = ["train", *tiny, "--task.dataset", "wine", "--teacher.num_samples", "[20, 40, 80]", "--out", "wine"]
+    assert main(argv) == 0
+    result = yaml.safe_load((tmp_path / "wine" / "result.json").read_text())
+    assert result["student"]["teacher_accuracy"] > 0.8  # of all 89 samples
 
 
 def test_analyze_leaves_the_reports_of_several_runs_alone(trained: Path, tmp_path: Path, capsys: Capture) -> None:

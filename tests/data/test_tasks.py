@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_breast_cancer, load_wine
 
 from rlkd.data import Preference, Range, Task, TaskDistribution, draw_task, load_dataset
 from rlkd.data.distribution import thin_classes
@@ -161,6 +162,9 @@ def test_bundled_tables_are_cut_once_and_standardised_by_their_train_split(
     data = load_dataset(name)
     assert tuple(len(data.splits[split]) for split in ("train", "validation", "test")) == sizes
     assert torch.cat(list(data.splits.values())).unique().numel() == len(data.labels) == sum(sizes)
+    raw = {"breast_cancer": load_breast_cancer, "wine": load_wine}[name]().data
+    assert torch.equal(data.scale.apply(torch.from_numpy(raw)), data.inputs)
+    assert len(data.scale.offset) == len(data.scale.divisor) == num_features
     assert data.inputs.shape == (sum(sizes), num_features)
     assert data.labels.unique().tolist() == list(range(num_classes))
     assert data.inputs[data.splits["train"]].mean(0).abs().max() < 0.1

@@ -18,6 +18,8 @@ from rlkd.cost import CostConfig
 from rlkd.data import TaskDistribution
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, EnvConfig, Scenario, build_scenario
 from rlkd.envs.single import MAX_SEED
+from rlkd.errors import UserError
+from rlkd.io.journal import Journal
 from rlkd.models import StudentConfig
 from rlkd.runs.distil import distil
 from rlkd.runs.train import COMPARED, held_out_seeds, train_experiment
@@ -115,6 +117,25 @@ def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, 
 def made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+class FailsLate(Silent):
+    """Fails when the last phase begins."""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        if name.startswith("one clean student"):
+            raise UserError("the last phase fails")
+
+
+def test_a_failure_in_the_last_phase_keeps_what_the_others_found(small: ExperimentConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the last phase fails"):
+        train_experiment(small, tmp_path, 7, FailsLate())
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["preferences"]) == {"0.6", "0.9"}
+    assert (tmp_path / "policy" / "bundle.json").exists()
+    whole = train_experiment(small, tmp_path, 7, Silent(), Journal(tmp_path, resume=True))
+    assert whole["methods"] == result["methods"]
+    assert (tmp_path / "student" / "student.json").exists()
 
 
 class Interrupting(Silent):

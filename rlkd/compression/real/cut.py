@@ -125,12 +125,13 @@ def save_module_student(student: ShippedStudent, folder: Path, processor: Any, c
     write_whole(folder / "student.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def load_module_student(folder: Path) -> ShippedStudent:
+def load_module_student(folder: Path | str) -> ShippedStudent:
     """Read a folder of `save_module_student`; runs no code from it.
 
     Raises:
         UserError: a file is missing, damaged or altered.
     """
+    folder = Path(folder)
     try:
         card = read_json(inside(folder, "student.json"), "a real student's card")
         if card["format"] != FORMAT:
