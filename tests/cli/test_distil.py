@@ -144,9 +144,9 @@ def test_a_shipped_student_that_answers_otherwise_fails_the_run(
         (["--goal.size", "3"], "goal.size: got 3"),
         (["--goal.keep", "0.9", "--goal.accuracy", "0.9"], "allowed: one floor"),
         (["--goal.keep", "0.9", "--goal.reference", "tacher"], "goal.reference: got 'tacher'"),
-        (["--goal.keep", "much"], "goal.keep: got 'much'"),
+        (["--goal.keep", "much"], "goal.keep: got 'much'; allowed: float or null"),
         (["--goal.kep", "0.9"], "did you mean --goal.keep?"),
-        (["--guard.tolerance", "-1"], "guard: got tolerance -1"),
+        (["--guard.tolerance", "-1"], "guard.tolerance: got -1"),
         (["--task.floor_share", "1"], "task.floor_share: got 1; allowed: 0; state a goal"),
     ],
 )
