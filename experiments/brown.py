@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rlkd.envs.schedule import ControlPlan
 
 from rlkd.agents.evaluation.comparison import compare
 from rlkd.agents.policy.bundle import Bundle, load_bundle
@@ -46,7 +47,6 @@ from rlkd.data.anchors import Anchors
 from rlkd.data.tables import ColumnConfig, split_of
 from rlkd.envs.action import ControlConfig, published_setting, with_values
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
-from rlkd.envs.schedule import ControlPlan
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
 from rlkd.models.real.attachment import AttachConfig

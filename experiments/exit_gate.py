@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from rlkd.agents.baselines.schedules import follow
+
 from rlkd.agents.evaluation.comparison import compare, paired
 from rlkd.agents.evaluation.held_out import held_out_seeds
 from rlkd.agents.policy.controllers import Results, run
