@@ -97,8 +97,11 @@ class ExperimentConfig:
                 "give the data sets in scenarios, and task.dataset as the first scenario's or not at all"
             )
         check_keep(self.keep_checkpoints)
-        for part in (*self.envs(self.scenarios), *self.envs(self.validation), self.search, self.ppo, self.comparison):
-            part.check()
+        for env in (*self.envs(self.scenarios), *self.envs(self.validation)):
+            env.check()
+        self.search.check()
+        self.ppo.check()
+        self.comparison.check()
         for scenario in self.validation:
             if scenario in self.scenarios:
                 raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlkd.data import Task
 from rlkd.data.distribution import reference_accuracy
 from rlkd.envs.action import ControlConfig, decode, published_setting
-from rlkd.students import Population, Students
+from rlkd.students import Population, SoloStudent, Students
 
 NUM_PARALLEL = 128
 
@@ -82,10 +82,8 @@ def stated_reference(reference: str, num_tasks: int) -> Tensor | None:
 
 def load_warm_start(references: References, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:
     """Give the students at `rows` the kept parameters of their tasks; optimizer state stays fresh."""
-    if not isinstance(students, Population):
-        (task,) = tasks
-        students.load_parameters({name: t[None] for name, t in references.parameters[task.seed].items()})
-        return
+    if not isinstance(students, Population | SoloStudent):
+        raise ValueError(f"load_warm_start: got {type(students).__name__}; allowed: students that are chains")
     names = list(references.parameters[tasks[0].seed])
     stacked = {n: torch.stack([references.parameters[task.seed][n] for task in tasks]) for n in names}
     students.load_parameters(stacked, rows)

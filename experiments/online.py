@@ -19,16 +19,15 @@ import numpy as np
 import torch
 from rlkd.agents.baselines.schedules import follow
 
-from rlkd.agents.baselines.published import published
-from rlkd.agents.baselines.search import SearchConfig, search_plans
+from rlkd.agents.baselines.search import SearchConfig, search_setting
 from rlkd.agents.evaluation.comparison import compare
 from rlkd.agents.evaluation.held_out import held_out_seeds
 from rlkd.agents.policy.bundle import load_bundle
-from rlkd.agents.policy.controllers import Controller, Results, hold_start
+from rlkd.agents.policy.controllers import Controller, Results, follow, hold_start
 from rlkd.agents.ppo.online import OneRun, OnlineAgentConfig, learn_online
 from rlkd.configs import OnlineConfig
 from rlkd.data import Preference
-from rlkd.envs.action import NUM_CONTROLS
+from rlkd.envs.action import NUM_CONTROLS, published_setting
 from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.runs.folder import use_one_thread
 
@@ -113,15 +112,16 @@ def main() -> int:
     began = time.perf_counter()
     bundle = load_bundle(Path(sys.argv[1])) if len(sys.argv) == 2 else None
     controls = bundle.policy.controls if bundle else EnvConfig().controls
-    short = build_scenario(EnvConfig(controls=controls), bundle.policy.plan if bundle else None)
-    static = search_plans([short], SEARCH, torch.Generator().manual_seed(0))
-    preference = Preference(ACCURACY_WEIGHT)
-    setting = static.best(torch.tensor([preference.weights()]))  # [1, 9]
-    tasks = short.config.task.with_preference(preference)
+    short = build_scenario(EnvConfig(controls=controls), bundle.policy.start if bundle else None)
+    tasks = short.config.task.with_preference(Preference(ACCURACY_WEIGHT))
+    setting = search_setting([short], SEARCH, torch.Generator().manual_seed(0), tasks=[tasks])  # [12]
     scenario = dataclasses.replace(short, config=dataclasses.replace(short.config, task=tasks, num_windows=NUM_WINDOWS))
-    bases: dict[str, Controller] = {"published": published(controls), "searched": follow(setting)}
+    bases: dict[str, Controller] = {
+        "published": follow(published_setting(controls)[None]),
+        "searched": follow(setting[None]),
+    }
     if bundle:
-        bases |= {"policy": bundle.policy.controller(), "plan": hold_start}
+        bases |= {"policy": bundle.policy.controller(), "start": hold_start}
     agents = {"online": OnlineConfig().agent, "untrained": OnlineAgentConfig(learning_rate=1e-12), "held": None}
     seeds = held_out_seeds(0, NUM_TASKS)
     found = {

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkd.agents.baselines.published import published
 from rlkd.agents.evaluation.comparison import interval
 from rlkd.agents.policy.bundle import load_bundle
+from rlkd.agents.policy.controllers import follow
 from rlkd.configs import DistilConfig
 from rlkd.data import Preference, Range
+from rlkd.envs.action import published_setting
 from rlkd.envs.scenario import build_scenario
 from rlkd.models import StudentConfig
 from rlkd.runs.distil import distil
@@ -48,7 +49,7 @@ def one(data_set: str, num_labels: int, seed: int, policy_folder: Path) -> dict[
     config = dataclasses.replace(base, task=dataclasses.replace(base.task, dataset=data_set, num_labels=samples))
     scenario = build_scenario(config.env(policy.controls), policy.plan)
     small = distil(scenario, policy.controller(), seed, lambda row, observation: None)
-    dense = distil(scenario, published(policy.controls), seed, lambda row, observation: None)
+    dense = distil(scenario, follow(published_setting(policy.controls)[None]), seed, lambda row, observation: None)
     return {
         "teacher_accuracy": small.figures["teacher_accuracy"],
         "accuracy": small.figures["compacted_accuracy"],

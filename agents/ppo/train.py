@@ -305,8 +305,8 @@ def train(
     inputs = {
         "ppo": asdict(config),
         "seed": seed,
-        "scenarios": [[list(s.group_sizes), plain(s.config)] for s in scenarios],
-        "validation": [[list(s.group_sizes), plain(s.config)] for s in validation],
+        "scenarios": [_described(s) for s in scenarios],
+        "validation": [_described(s) for s in validation],
         "start": digest(start),
     }
     num_evaluations = len(config.evaluated()) if validation else 0
@@ -319,6 +319,12 @@ def train(
     weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
     policy = Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
     return Learned(policy, evaluations)
+
+
+def _described(scenario: Scenario) -> list[Any]:
+    """What the journal tells of a scenario; where its cost profile lies does not matter."""
+    config = {name: value for name, value in plain(scenario.config).items() if name != "cost"}
+    return [list(scenario.group_sizes), config]
 
 
 def _figures(

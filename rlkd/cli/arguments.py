@@ -138,6 +138,10 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
     wrong = re.match(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', line)
     if wrong:
         return f"{wrong.group(1)}: got {wrong.group(3)!r:.80}; allowed: {wrong.group(2)}"
+    union = re.match(r'Parser key "([^"]+)": Does not validate .*? Subtypes: \[(.*?)\].* Given value: (.*)', line)
+    if union:
+        kinds = union.group(2).replace("NoneType", "null").replace(", ", " or ")
+        return f"{union.group(1)}: got {union.group(3)!r:.80}; allowed: {kinds}"
     return line
 
 

@@ -193,6 +193,11 @@ class TaskGoal:
     macs_limit: float = math.inf
     size_limit: float = math.inf
 
+    @property
+    def limits(self) -> tuple[float, float, float, float]:
+        """In the order of COSTS."""
+        return self.latency_limit, self.energy_limit, self.macs_limit, self.size_limit
+
 
 @dataclass(frozen=True)
 class GoalDistribution(TaskDistribution):

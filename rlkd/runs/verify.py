@@ -89,9 +89,10 @@ def verify_compare(
     recorded = read_result(folder)
     place = policy or (Path(config.policy) if config.policy else None)
     bundle = load_bundle(place) if place else None
+    blind = load_bundle(Path(config.blind)) if config.blind else None
     config = with_own_profile(config, folder)
     with tempfile.TemporaryDirectory() as again:
-        computed = compare_methods(config, bundle, Path(again), seed, progress)
+        computed = compare_methods(config, bundle, Path(again), seed, progress, blind=blind)
         table = read_csv(Path(again))
     return [*compare_results(recorded, plain(computed)), *_csv_rows(read_csv(folder), table)]
 
@@ -208,7 +209,7 @@ def _named_rows(result: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a result that are compared, by the names that they are reported under."""
     rows: dict[str, Any] = {}
     tables = result.get("goals")
-    groups = {f"{table.get('name')}, ": table for table in tables} if _are_tables(tables) else {}
+    groups = {f"{t.get('name')}, ": t for t in tables} if isinstance(tables, list) and _are_tables(tables) else {}
     for prefix, table in {"": result, **groups}.items():
         for kind in ("methods", "paired"):
             part = table.get(kind)
@@ -347,7 +348,11 @@ def _csv_rows(recorded: Mapping[str, Mapping[str, Sequence[str]]], computed: Map
 
 
 def _numbers(figures: Sequence[str]) -> list[Any]:
-    try:
-        return [float(figure) for figure in figures]
-    except ValueError:
-        return list(figures)
+    """Texts of a row as numbers where they are some."""
+    row: list[Any] = []
+    for figure in figures:
+        try:
+            row.append(float(figure))
+        except ValueError:
+            row.append(figure)
+    return row

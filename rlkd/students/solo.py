@@ -96,8 +96,8 @@ class SoloStudent:
         answers = torch.stack([z.argmax(-1) for z in outputs.logits])  # [E, B]
         return (answers == self._data.labels[index]).float().mean(-1)[None]
 
-    def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take parameters as `state_dict` has them, each [1, ...]."""
+    def load_parameters(self, parameters: Mapping[str, Tensor], rows: Tensor) -> None:
+        """As `Population.load_parameters`; `rows` is [0]."""
         with torch.no_grad():
             for name, parameter in self._module.named_parameters():
                 parameter.copy_(parameters[name.removeprefix("student.")][0])

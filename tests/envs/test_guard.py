@@ -136,5 +136,5 @@ def test_goals_are_met_up_to_rounding() -> None:
 
 
 def test_impossible_guards_are_refused(scenario: Scenario) -> None:
-    with pytest.raises(UserError, match="guard.tolerance: got -1"):
+    with pytest.raises(UserError, match=r"guard\.tolerance: got -1"):
         Guard(begin(scenario)[0], GuardConfig(tolerance=-1.0))

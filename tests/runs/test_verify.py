@@ -17,19 +17,21 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tiny: list[str], tiny_scenario: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run of every kind."""
     folder = tmp_path_factory.mktemp("runs")
     assert main(["train", *tiny, "--out", str(folder / "train")]) == 0
     policy = ["--policy", str(folder / "train" / "policy")]
-    assert main(["replay", *policy, *_replayed(tiny), "--seed", "4", "--out", str(folder / "replay")]) == 0
-    methods = ["--methods", "policy,static,tpe_10", "--comparison.num_tasks", "3"]
-    assert main(["compare", *policy, *tiny, *methods, "--out", str(folder / "compare")]) == 0
+    goal = ["--goal.keep", "0.9", "--goal.reference", "dense"]
+    options = [*_distilled(tiny_scenario), *goal, "--seed", "4", "--out", str(folder / "distil")]
+    assert main(["distil", *policy, *options]) == 0
+    methods = ["--methods", "policy,constant,tpe_10", "--comparison.num_tasks", "3"]
+    assert main(["compare", *policy, *tiny_scenario, *methods, "--out", str(folder / "compare")]) == 0
     return folder
 
 
-def _replayed(tiny: list[str]) -> list[str]:
-    """Those of the options that `rlkd replay` has, too."""
+def _distilled(tiny: list[str]) -> list[str]:
+    """Those of the options that `rlkd distil` has, too."""
     pairs = zip(tiny[::2], tiny[1::2], strict=True)
     return [part for name, value in pairs if name.split(".")[0] in KEPT for part in (name, value)]
 
@@ -52,7 +54,7 @@ def verdict(folder: Path, capsys: Capture, *options: str) -> tuple[int, list[str
     return code, holds, [line.strip() for line in lines if line.startswith(("differs", " "))]
 
 
-def change(path: Path, *keys: str, value: Any) -> None:
+def change(path: Path, *keys: str | int, value: Any) -> None:
     tree = json.loads(path.read_text())
     place = tree
     for key in keys[:-1]:
@@ -61,34 +63,34 @@ def change(path: Path, *keys: str, value: Any) -> None:
     path.write_text(json.dumps(tree))
 
 
-@pytest.mark.parametrize("kind", ["train", "replay", "compare"])
+@pytest.mark.parametrize("kind", ["train", "distil", "compare"])
 def test_a_sound_run_holds(runs: Path, kind: str, capsys: Capture) -> None:
     code, holds, differs = verdict(runs / kind, capsys)
     assert (code, differs) == (0, [])
     wanted = {
         "train": [
-            "methods static",
-            "accuracy weight 0.6, paired policy-plan",
+            "methods constant",
+            "keep 0.98, paired policy-dense",
             "cost",
             "policy_sha256",
             "student score",
         ],
-        "replay": ["student score", "student compacted_accuracy", "student macs_ratio", "student's card"],
-        "compare": ["methods tpe_10", "policy_sha256", "result.csv, accuracy weight 0.6, static"],
+        "distil": ["student score", "student compacted_accuracy", "student macs_ratio", "student's card"],
+        "compare": ["methods tpe_10", "policy_sha256", "result.csv, keep 0.98, constant"],
     }
     assert set(wanted[kind]) <= set(holds)
 
 
 def test_an_altered_table_is_named_by_row_and_figure(copy: Path, capsys: Capture) -> None:
     path = copy / "train" / "result.json"
-    mean = json.loads(path.read_text())["preferences"]["0.6"]["methods"]["static"]["score"]["mean"]
-    change(path, "preferences", "0.6", "methods", "static", "score", "mean", value=mean + 1e-4)
+    mean = json.loads(path.read_text())["goals"][0]["methods"]["constant"]["score"]["mean"]
+    change(path, "goals", 0, "methods", "constant", "score", "mean", value=mean + 1e-4)
     code, holds, differs = verdict(copy / "train", capsys)
     assert code == 1
-    assert differs[0] == "differs  accuracy weight 0.6, methods static"
+    assert differs[0] == "differs  keep 0.98, methods constant"
     assert differs[1].startswith(f"score.mean: recorded {mean + 1e-4!r:.12}")
     assert len(differs) == 2
-    assert "methods static" in holds
+    assert "methods constant" in holds
 
 
 def test_a_row_that_was_added_or_taken_away_is_named(copy: Path, capsys: Capture) -> None:
@@ -108,7 +110,7 @@ def test_a_row_that_was_added_or_taken_away_is_named(copy: Path, capsys: Capture
         "differs  methods tpe_100",
         "does not come out again",
     ]
-    assert differs[4] == "differs  result.csv, accuracy weight 0.6, policy"
+    assert differs[4] == "differs  result.csv, keep 0.98, policy"
     assert differs[5].startswith(f"{columns[2]}.0: recorded 0.999, computed again")
 
 
@@ -125,16 +127,16 @@ def resigned_student(folder: Path) -> None:
 
 
 def test_another_student_in_the_folder_is_found(copy: Path, capsys: Capture) -> None:
-    resigned_student(copy / "replay" / "student")
-    code, holds, differs = verdict(copy / "replay", capsys)
+    resigned_student(copy / "distil" / "student")
+    code, holds, differs = verdict(copy / "distil", capsys)
     assert code == 1
     assert {"differs  student accuracy", "differs  student score"} <= set(differs)
     assert "student teacher_accuracy" in holds
 
 
 def test_a_damaged_student_or_policy_is_a_row_that_differs(copy: Path, capsys: Capture) -> None:
-    (copy / "replay" / "student" / "student.safetensors").write_bytes(b"no tensors")
-    assert verdict(copy / "replay", capsys)[0] == 1
+    (copy / "distil" / "student" / "student.safetensors").write_bytes(b"no tensors")
+    assert verdict(copy / "distil", capsys)[0] == 1
     weights = copy / "train" / "policy" / "policy.safetensors"
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
@@ -154,7 +156,7 @@ def test_another_policy_is_found_by_its_hash_and_by_what_it_does(copy: Path, cap
     code, holds, differs = verdict(copy / "train", capsys)
     assert code == 1
     assert {"differs  policy_sha256", "differs  methods policy", "differs  student's policy"} <= set(differs)
-    assert {"methods static", "methods published", "student accuracy"} <= set(holds)
+    assert {"methods constant", "methods dense", "student accuracy"} <= set(holds)
 
 
 @pytest.mark.parametrize("name", ["gone", "unfinished", "other", "damaged"])
@@ -164,11 +166,11 @@ def test_what_is_no_finished_run_is_a_mistake(copy: Path, name: str, capsys: Cap
         (copy / name).mkdir()
         words = "holds no result.json; give the folder of a finished"
     elif name == "other":
-        shutil.copytree(copy / "replay", copy / name)
+        shutil.copytree(copy / "distil", copy / name)
         (copy / name / "config.yaml").write_text("[1]")
         words = "not a run's config"
     elif name == "damaged":
-        shutil.copytree(copy / "replay", copy / name)
+        shutil.copytree(copy / "distil", copy / name)
         (copy / name / "result.json").write_text('{"methods": 3}')
         words = "methods.policy is missing"
     assert main(["verify", str(copy / name)]) == 2
@@ -197,7 +199,9 @@ def test_differences_by_hand() -> None:
 
 
 def test_clocks_are_not_compared_and_all_else_is() -> None:
-    result = {"cost": {"wall_s": 3.0, "agent_trainings": 5}, "preferences": {"0.6": {"methods": {"a": {"n": 1}}}}}
-    other = {"cost": {"wall_s": 9.0, "agent_trainings": 5}, "preferences": {"0.6": {"methods": {"a": {"n": 2}}}}}
-    found = {row.name: row.differences for row in compare_results(result, other)}
-    assert found == {"accuracy weight 0.6, methods a": ("n: recorded 1, computed again 2",), "cost": ()}
+    def result(wall_s: float, number: int) -> dict[str, Any]:
+        goals = [{"name": "keep 0.98", "methods": {"a": {"n": number}}}]
+        return {"cost": {"wall_s": wall_s, "agent_trainings": 5}, "goals": goals}
+
+    found = {row.name: row.differences for row in compare_results(result(3.0, 1), result(9.0, 2))}
+    assert found == {"keep 0.98, methods a": ("n: recorded 1, computed again 2",), "cost": ()}
