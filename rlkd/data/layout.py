@@ -97,7 +97,10 @@ def find_files(
 
 def _split_of_file(folder: Path, path: Path) -> Split | None:
     above = split_named(path.parent.name) if path.parent != folder else None
-    return above or split_in_name(path)
+    named = split_in_name(path)
+    if above is not None and named is not None and above != named:
+        raise UserError(f"{path}: its name tells {named} and its folder {above}; rename one of them")
+    return above or named
 
 
 def _in_one_place(folder: Path, wanted: Sequence[Path], what: str) -> list[Path]:

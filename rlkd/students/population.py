@@ -54,7 +54,7 @@ class WithAdapter(nn.Module):
         super().__init__()
         self.student = student
         # its first weights come from the task; torch's own would draw from the global generator
-        self.adapter = nn.utils.skip_init(nn.Linear, student.group_sizes[-1], teacher_width)
+        self.adapter = nn.utils.skip_init(nn.Linear, student.group_sizes[-1], teacher_width)  # type: ignore[no-untyped-call]
 
     def forward(self, inputs: Tensor, masks: Masks) -> tuple[Outputs, Tensor]:
         """The student's outputs, and its last features at the teacher's width, [B, F]."""

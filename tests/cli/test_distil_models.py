@@ -64,6 +64,10 @@ def test_a_text_student_from_files_to_a_shipped_model(place: Path, tmp_path: Pat
     assert "bert.encoder.layer.1" in mapping
     assert "bert.encoder.layer.2" in mapping
     assert "feature_keep" in mapping
+    assert "90 rows seen, 90 used" in mapping
+    assert "the teacher answers" in mapping
+    (row,) = (line for line in mapping.splitlines() if line.startswith("pos "))
+    assert row.split() == ["pos", "45", "1", "pos", "name"]
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["window"] for row in rows] == [1, 2]
     settings = [{k: v for k, v in row.items() if k.startswith("u_")} for row in rows]

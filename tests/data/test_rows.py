@@ -134,6 +134,7 @@ def test_files_without_splits_are_one_table(tmp_path: Path) -> None:
         (("train.csv", "train.csv.gz"), "train.csv and train.csv.gz may hold the same rows"),
         (("train_test.csv", "dev.csv"), "its name tells test and train"),
         (("train.csv", "eval.csv"), "its name tells eval"),
+        (("train/test.csv", "train/a.csv"), "its name tells test and its folder train"),
         (("a/x.csv", "b/x.csv"), "has tables in several folders (a, b)"),
         (("dev.csv", "test.csv"), "no sample is in the train split; it has test, validation only"),
         ((), "holds no table"),

@@ -140,6 +140,34 @@ def test_arrays(tmp_path: Path) -> None:
         read_table(tmp_path / "b.npz", COLUMNS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inputs": np.full((9, 4), np.nan)}, "row 1: got an input that is not finite"),
+        ({"inputs": np.full((9, 4), "a")}, "got inputs of type <U1; allowed: real numbers"),
+        ({"inputs": np.ones((9, 4)) + 1j}, "got inputs of type complex128"),
+        ({"labels": np.eye(3)[np.arange(9) % 3]}, "row 1: got a label of type list"),
+        ({"labels": np.arange(8)}, r"got labels \[8\] for 9 inputs"),
+        ({"labels": np.full(9, 2**63, np.uint64)}, "got label '9223372036854775808'"),
+        ({"source": np.full(9, 0.5)}, "row 1: column 'source' holds float 0.5"),
+        ({"split": np.arange(9)}, "row 1: got split 0; allowed: train, validation, test"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    np.savez(tmp_path / "a.npz", **{"inputs": np.ones((9, 4)), "labels": np.arange(9) % 3} | changes)
+    with pytest.raises(UserError, match=words):
+        make_examples(read_table(tmp_path / "a.npz", COLUMNS), None, ("LABEL_0", "LABEL_1", "LABEL_2"), COLUMNS)
+
+
+def test_labels_of_arrays_may_be_numbers_texts_or_truth_values(tmp_path: Path) -> None:
+    order = np.arange(40) % 2
+    for labels in (order.astype(np.float32), order == 1, np.array(["LABEL_0", "LABEL_1"])[order]):
+        np.savez(tmp_path / "a.npz", inputs=np.arange(40.0)[:, None], labels=labels)
+        data = make_examples(read_table(tmp_path / "a.npz", COLUMNS), None, ("LABEL_0", "LABEL_1"), COLUMNS)
+        assert data.labels.tolist() == order.tolist()
+        assert data.report.startswith("40 rows seen, 40 used\nsplits: train ")
+
+
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": \n')
