@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rlkd.agents.baselines.schedules import follow
 
 from rlkd.agents.baselines.search import SearchConfig, search_setting
 from rlkd.agents.evaluation.comparison import compare

@@ -61,12 +61,11 @@ MISTAKES = {
     "underscore": (["train", "--num_windows=1_0"], ["--num_windows: has '1_0'"]),
     "octal of a verb's own option": (["bench", "--rounds", "010"], ["--rounds: has '010'"]),
     "yes for true": (["compare", "--tune_exit", "yes"], ["--tune_exit: has 'yes'", "true, false"]),
-    "key twice": (["train", "--also", "[{dataset: wine, dataset: digits}]"], ["--also", "'dataset' twice"]),
+    "key twice": (["train", "--validation", "[{dataset: wine, dataset: digits}]"], ["--validation", "'dataset' twice"]),
     "nan": (["train", "--ppo.learning_rate", "nan"], ["ppo.learning_rate"]),
     "infinity in a list": (["train", "--comparison.accuracy_weights", "[0.5, .inf]"], ["accuracy_weights: got"]),
-    "policy missing": (["replay", "--policy", "gone"], ["gone", "bundle.json"]),
-    "policy not given": (["replay"], ["policy"]),
-    "preference": (["replay", "--policy", "gone", "--preference.accuracy", "2"], ["gone"]),
+    "policy missing": (["distil", "--policy", "gone"], ["gone", "bundle.json"]),
+    "preference": (["distil", "--policy", "gone", "--preference.accuracy", "2"], ["preference: got accuracy 2"]),
     "unknown method": (["compare", "--methods", "constat"], ["'constat'", "did you mean 'constant'?"]),
     "method without policy": (["compare", "--methods", "constant,policy"], ["--policy"]),
     "no such run": (["analyze", "gone"], ["gone"]),
@@ -205,10 +204,10 @@ def test_train_writes_a_whole_run_and_refuses_to_overwrite_it(trained: Path, cap
 
 
 @pytest.mark.parametrize("student", ["default", "wide", "conv"])
-def test_replay_writes_a_working_student(
+def test_distil_writes_a_working_student(
     trained: Path, tmp_path: Path, profile_file: Path, student: str, capsys: Capture
 ) -> None:
-    argv = ["replay", "--policy", str(trained / "policy"), "--out", "out", "--cost.profile", str(profile_file)]
+    argv = ["distil", "--policy", str(trained / "policy"), "--out", "out", "--cost.profile", str(profile_file)]
     argv += ["--num_windows", "2", "--teacher.num_steps", "60", "--preference.accuracy", "0.9"]
     assert main(argv + (["--config", student] if student != "default" else [])) == 0
     result = read_run(tmp_path / "out").result
@@ -275,7 +274,7 @@ def test_a_damaged_policy_is_one_line(trained: Path, tmp_path: Path, capsys: Cap
     for name in ("bundle.json", "policy.safetensors"):
         (tmp_path / "p").mkdir(exist_ok=True)
         (tmp_path / "p" / name).write_bytes((trained / "policy" / name).read_bytes()[:-50])
-    assert main(["replay", "--policy", "p"]) == 2
+    assert main(["distil", "--policy", "p"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -125,9 +125,9 @@ def test_only_a_run_can_be_resumed(here: Path, capsys: Capture) -> None:
 REPLAY = ("--num_windows", "4", "--train.steps_per_window", "3", "--student.widths", "[12, 8]")
 
 
-def test_a_replay_goes_on_window_by_window(here: Path, monkeypatch: pytest.MonkeyPatch, profile_file: Path) -> None:
+def test_a_student_goes_on_window_by_window(here: Path, monkeypatch: pytest.MonkeyPatch, profile_file: Path) -> None:
     options = [*REPLAY, "--policy", "whole/policy", "--cost.profile", str(profile_file), "--seed", "2"]
-    assert main(["replay", *options, "--out", "replayed"]) == 0
+    assert main(["distil", *options, "--out", "replayed"]) == 0
     for window, argv in (
         (2, [*options, "--out", "stopped"]),
         (1, ["--resume", "stopped"]),
@@ -135,13 +135,13 @@ def test_a_replay_goes_on_window_by_window(here: Path, monkeypatch: pytest.Monke
     ):
         with monkeypatch.context() as patch:
             stop_at(patch, window)  # once what is remembered has been shown, too
-            assert main(["replay", *argv]) == 130
-    assert main(["replay", "--resume", "stopped"]) == 0
+            assert main(["distil", *argv]) == 130
+    assert main(["distil", "--resume", "stopped"]) == 0
     assert_same(
         here / "stopped", here / "replayed", "metrics.jsonl", "student/student.safetensors", "student/student.json"
     )
     shutil.copytree(here / "whole" / "policy", here / "moved")
-    assert main(["replay", "--resume", "stopped", "--policy", "moved"]) == 0  # where the policy lies does not matter
+    assert main(["distil", "--resume", "stopped", "--policy", "moved"]) == 0  # where the policy lies does not matter
 
 
 def compared(tiny: list[str]) -> list[str]:

@@ -97,6 +97,21 @@ def losses_of(student: CausalStudent, temperature: float = 2.0) -> Tensor:
         return student._losses(torch.arange(8), torch.tensor(temperature))
 
 
+def test_a_probe_gives_the_quality_of_every_exit_under_other_masks() -> None:
+    student = student_of()
+    student.train_window(controls(unit_keep=0.9))
+    now = student.evaluate("validation")
+    less = student.probe(torch.tensor([1.0]), torch.tensor([0.3]))
+    assert less.shape == (1, 2)
+    assert torch.equal(student.probe(torch.tensor([1.0]), torch.tensor([0.9])), now.exit_accuracy)
+    assert not torch.equal(less, now.exit_accuracy)
+    student.set_controls(controls(unit_keep=0.3))
+    again = student.evaluate("validation")
+    assert torch.equal(again.exit_accuracy, less)
+    torch.testing.assert_close(less, 1 - again.exit_loss / math.log(V))
+    assert student.num_evaluated("validation") == int(texts().counted[32:40].sum())
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_token_losses_by_hand(reverse: bool) -> None:
     """At k = V the cached teacher is the full one; means are over counted tokens of both exits."""

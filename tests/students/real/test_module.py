@@ -114,6 +114,25 @@ def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) ->
         assert 0 < float(metrics.spread[0, 0]) < 1
 
 
+@pytest.mark.parametrize("family", ["bert", "resnet"])
+def test_a_probe_is_an_evaluation_under_other_masks_and_changes_nothing(family: str) -> None:
+    student = student_of(family)
+    student.train_window(controls(unit_keep=0.9))
+    metrics = student.evaluate("validation")
+    before, state = student.masks(), student.training_state()
+    less = student.probe(torch.tensor([0.5]), torch.tensor([0.3]))
+    assert student.probe(torch.tensor([1.0]), torch.tensor([0.9])) is metrics.exit_accuracy  # nothing is run twice
+    for a, b in zip(before, student.masks(), strict=True):
+        assert torch.equal(a, b)
+    after = student.training_state()
+    assert all(torch.equal(state[name], after[name]) for name in state if name != "token_scores")
+    student.set_controls(controls(feature_keep=0.5, unit_keep=0.3))
+    assert torch.equal(student.evaluate("validation").exit_accuracy, less)
+    student.train_window(controls(unit_keep=0.9))
+    fresh = student.probe(torch.tensor([1.0]), torch.tensor([0.9]))  # the weights are others now
+    assert torch.equal(fresh, student.evaluate("validation").exit_accuracy)
+
+
 @pytest.mark.parametrize("micro_batches", [2, 5])
 def test_accumulation_changes_neither_loss_nor_gradient_step(micro_batches: int) -> None:
     whole, parts = student_of(), student_of(config=replace(TRAIN, micro_batches=micro_batches))
