@@ -49,7 +49,9 @@ def reached(scenario: Scenario, seed: int, schedule: Tensor, tasks: TaskDistribu
 def test_a_pair_by_hand(scenario: Scenario, tasks: TaskDistribution) -> None:
     two, first = with_windows(scenario, 2), torch.full((12,), 0.6)
     kept, changed = 0, 0
-    for seed in range(4):
+    for seed in range(24):  # until both happened
+        if kept and changed:
+            break
         g = generator(seed)
         task = int(torch.randint(2**59, (1,), generator=g))
         members = torch.stack([first, first + 0.2 * torch.randn(2, 12, generator=g)[1]]).clamp(0, 1)
