@@ -262,3 +262,10 @@ def test_a_stated_goal_is_every_task_s() -> None:
 def test_impossible_goals_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         TaskDistribution(**changes).check()
+
+
+def test_goals_are_independent_of_the_other_draws() -> None:
+    tasks = [draw_task(seed, TaskDistribution(floor_share=1.0), DIGITS, 8) for seed in range(300)]
+    keep = torch.tensor([task.keep for task in tasks])
+    for other in ([task.label_noise for task in tasks], [float(len(task.samples)) for task in tasks]):
+        assert abs(float(torch.corrcoef(torch.stack([keep, torch.tensor(other)]))[0, 1])) < 0.2
