@@ -139,6 +139,7 @@ def reward_curves(runs: list[Run]) -> Figure:
         ("student/score", "final score while learning", "J"),
         ("student/accuracy", "final accuracy while learning", "share of samples"),
         ("student/goal_met", "goals met while learning", "share of students with a floor"),
+        ("student/margin", "margin: accuracy less the floor (validation)", "share of samples"),
     ]
     always = ("reward/return", "student/score", "student/accuracy")
     panels = [panel for panel in panels if panel[0] in always or any(panel[0] in run.scalars for run in runs)]
@@ -307,6 +308,7 @@ def _table(caption: str, table: dict[str, Any]) -> str:
 
 
 def _plain_table(methods: dict[str, Any]) -> str:
-    keys = ("score", "accuracy", "teacher_accuracy", "macs_ratio", "latency_ratio", "energy_ratio")
+    keys = ("score", "validation_accuracy", "accuracy", "floor", "shortfall", "teacher_accuracy")
+    keys = (*keys, "macs_ratio", "latency_ratio", "energy_ratio", "size_ratio")
     rows = [[name, *(f"{entry[key]:.4f}" if key in entry else "" for key in keys)] for name, entry in methods.items()]
     return _rows("one student", ["method", *keys], rows)

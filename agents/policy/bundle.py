@@ -189,7 +189,7 @@ def _card(digest: str, provenance: dict[str, Any]) -> str:
     lines += [
         f"- versions: {json.dumps(provenance.get('versions', {}))}",
         "",
-        "Replay: `rlkd replay --policy FOLDER`",
+        "Use: `rlkd distil --policy FOLDER --goal.keep 0.98`",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`--resume RUN`, shared by train, replay and compare: the run's own config, and what a stop says."""
+"""`--resume RUN`, shared by train, distil and compare: the run's own config, and what a stop says."""
 
 import shlex
 import signal

@@ -1,0 +1,93 @@
+"""The scenario of a real model: references of its floors, and the students that it makes."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+
+from rlkd.data import Goal, Preference
+from rlkd.envs import ControlConfig
+from rlkd.envs.action import published_setting
+from rlkd.envs.episodes import Episodes
+from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.models.real.pretrained import StudentCut
+from rlkd.runs.goals import reference_accuracies, task_of, with_goal
+from rlkd.students.real.module import ModuleTrainConfig
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> RealScenario:
+    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    folder = tmp_path_factory.mktemp("real")
+    teacher = tiny_models.tiny("bert", layers=3)
+    teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    teacher.save_pretrained(folder / "bert")
+    tiny_models.save_tokenizer(folder / "bert")
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        rows.writerows(("good film" if i % 2 else "bad plot", "pos" if i % 2 else "neg") for i in range(60))
+    config = RealConfig(
+        teacher=str(folder / "bert"),
+        data=str(folder / "reviews.csv"),
+        num_windows=2,
+        cut=StudentCut(layers=2),
+        train=ModuleTrainConfig(steps_per_window=2, batch_size=8),
+        cost=RealCostConfig(batch_size=4),
+    )
+    return build_real_scenario(config, ControlConfig(), say=lambda line: None)
+
+
+def copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_the_dense_reference_leaves_the_student_in_training_as_it_is(real: RealScenario) -> None:
+    scenario = with_goal(real, Goal(keep=0.9, reference="dense"), Preference())
+    task = task_of(scenario, 5)
+    student = scenario.students(1)
+    student.reset([task])
+    before = copies(student.state_dict())
+    first = reference_accuracies(scenario, task)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    scenario.known.accuracy.clear()
+    assert torch.equal(reference_accuracies(scenario, task), first)  # the same training again
+    again = Episodes(scenario, 1)
+    again.reset([5])
+    for name, tensor in again.students.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_floors_are_shares_of_the_teacher_on_what_students_answer(real: RealScenario) -> None:
+    scenario = with_goal(real, Goal(keep=0.5), Preference())
+    episodes = Episodes(scenario, 1)
+    episodes.reset([1])
+    test = real.data.splits["test"]
+    right = (real.signals.logits[0, test].argmax(-1) == real.data.labels[test]).float().mean()
+    assert float(episodes.floors[0, 1]) == pytest.approx(0.5 * float(right))
+
+
+def test_limits_hold_in_every_window(real: RealScenario) -> None:
+    scenario = with_goal(real, Goal(macs=0.6, size=0.9, latency=0.9), Preference())
+    episodes = Episodes(scenario, 1)
+    episodes.reset([2])
+    u = published_setting(ControlConfig())[None]
+    for _ in range(2):
+        outcome = episodes.step(u)
+        assert float(outcome.cost.macs_ratio) <= 0.6
+        assert float(outcome.cost.size_ratio) <= 0.9
+        assert float(outcome.cost.latency_ratio) <= 0.9
+
+
+def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:
+    sizes = torch.tensor([real.group_sizes], dtype=torch.float32)
+    dense = real.cost(sizes, torch.eye(real.num_exits)[-1:], torch.ones(1))
+    assert float(dense.size_ratio) == 1.0
+    assert float(dense.parameters) == sum(p.numel() for p in real.student.model.parameters())
+    first = real.cost(sizes, torch.eye(real.num_exits)[:1], torch.full((1,), 0.5))
+    assert float(first.size_ratio) < 1.0
