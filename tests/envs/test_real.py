@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -29,8 +28,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealScenario:
     tiny_models.save_tokenizer(folder / "bert")
     with (folder / "reviews.csv").open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["text", "label"])
-        rows.writerows(("good film" if i % 2 else "bad plot", "pos" if i % 2 else "neg") for i in range(60))
+        rows.writerow(["text", "label", "source"])
+        rows.writerows(
+            ("good film" if i % 2 else "bad plot", "pos" if i % 2 else "neg", f"review {i // 3}") for i in range(90)
+        )
     config = RealConfig(
         teacher=str(folder / "bert"),
         data=str(folder / "reviews.csv"),
