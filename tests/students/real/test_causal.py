@@ -100,6 +100,7 @@ def losses_of(student: CausalStudent, temperature: float = 2.0) -> Tensor:
 def test_a_probe_gives_the_quality_of_every_exit_under_other_masks() -> None:
     student = student_of()
     student.train_window(controls(unit_keep=0.9))
+    student.set_controls(controls(unit_keep=0.9))
     now = student.evaluate("validation")
     less = student.probe(torch.tensor([1.0]), torch.tensor([0.3]))
     assert less.shape == (1, 2)

@@ -118,6 +118,7 @@ def test_a_window_reports_every_family_and_evaluation_every_exit(family: str) ->
 def test_a_probe_is_an_evaluation_under_other_masks_and_changes_nothing(family: str) -> None:
     student = student_of(family)
     student.train_window(controls(unit_keep=0.9))
+    student.set_controls(controls(unit_keep=0.9))  # by importance as it is now, as every window ends
     metrics = student.evaluate("validation")
     before, state = student.masks(), student.training_state()
     less = student.probe(torch.tensor([0.5]), torch.tensor([0.3]))
@@ -129,6 +130,7 @@ def test_a_probe_is_an_evaluation_under_other_masks_and_changes_nothing(family: 
     student.set_controls(controls(feature_keep=0.5, unit_keep=0.3))
     assert torch.equal(student.evaluate("validation").exit_accuracy, less)
     student.train_window(controls(unit_keep=0.9))
+    student.set_controls(controls(unit_keep=0.9))
     fresh = student.probe(torch.tensor([1.0]), torch.tensor([0.9]))  # the weights are others now
     assert torch.equal(fresh, student.evaluate("validation").exit_accuracy)
 
