@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rlkd.compression.real.trial import try_out
 from rlkd.cost import Cost
 from rlkd.cost.real import ModuleProfile, count_work, load_speed, profile_module
 from rlkd.data import Preference, Range, TaskDistribution
@@ -23,18 +24,18 @@ from rlkd.envs.schedule import ControlPlan, fixed_plan
 from rlkd.errors import UserError
 from rlkd.io.numbers import check_finite
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
-from rlkd.models.real.hooks import link_places, link_table
+from rlkd.models.real.cutting import StudentCut, student_from_teacher
+from rlkd.models.real.hooks import Link, link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import (
     Kind,
-    StudentCut,
+    as_user_error,
     check_same_tokenizer,
     kind_of,
     load_config,
     load_model,
     load_processor,
     new_model,
-    student_from_teacher,
     vocabulary_differences,
 )
 from rlkd.students import Students
@@ -214,10 +215,15 @@ def build_real_scenario(
     student = _student(config, kind, teacher, seed)
     device = config.train.torch_device()
     blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
-    few = student.data.splits["train"][:2]
-    links = link_places(
-        student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
+    few = student.data.few()
+    links = (
+        link_places(
+            student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
+        )
+        if student.plan.has_features and teacher.plan.has_features
+        else []
     )
+    student = dataclasses.replace(student, plan=_rehearsed(student, links, kind, say))
     places = [link.teacher for link in links]
     if config.teacher_device_map is None:
         teacher.model.to(device)
@@ -253,6 +259,13 @@ def build_real_scenario(
         f"{student.data.report}{quality}",
         config.tokens.divergence == "reverse",
     )
+
+
+def _rehearsed(student: _Side, links: list[Link], kind: Kind, say: Callable[[str], object]) -> Plan:
+    """The student's plan with those controls that it bears, by a dry run on a few samples."""
+    few = student.data.few()
+    batches = [student.data.batch(rows) for rows in (few, few[:1], few[1:2])]
+    return try_out(student.model, student.plan, links, kind, batches, processor=student.processor, say=say)
 
 
 def _signals(config: RealConfig, teacher: _Side, places: list[str], say: Callable[[str], object]) -> Signals:
@@ -361,12 +374,9 @@ def _check_size(name: str, model: nn.Module, data: Examples) -> None:
 
 
 def _plan(model: nn.Module, data: Examples, attach: AttachConfig) -> Plan:
-    try:
-        return make_plan(model, data.batch(data.splits["train"][:2]), attach, data.num_positions)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = {name: list(values.shape[1:]) for name, values in data.inputs.items()}
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{type(model).__name__} does not take inputs of shapes {shapes} ({reason})") from error
+    shapes = {name: list(values.shape[1:]) for name, values in data.inputs.items()}
+    with as_user_error(f"{type(model).__name__} does not take inputs of shapes {shapes}"):
+        return make_plan(model, data.batch(data.few()), attach, data.num_positions)
 
 
 def _typical(data: Examples) -> dict[str, Tensor]:

@@ -90,16 +90,26 @@ class Group:
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """Paths of the model's blocks: the children of its largest `nn.ModuleList`; empty where there is none."""
-    lists = [
-        (sum(p.numel() for p in module.parameters()), len(module), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if not lists:
-        return []
-    _, count, name = max(lists)
-    return [f"{name}.{i}" for i in range(count)]
+    """Paths of the model's blocks: the children of its largest `nn.ModuleList`, or else of its largest
+    `nn.Sequential`; children that are lists themselves give way to their own children; empty where there is none."""
+    for kind in (nn.ModuleList, nn.Sequential):
+        lists = [
+            (sum(p.numel() for p in module.parameters()), len(module), name)
+            for name, module in model.named_modules()
+            if isinstance(module, kind) and len(module)
+        ]
+        if lists:
+            return _flat(model, max(lists)[2])
+    return []
+
+
+def _flat(model: nn.Module, path: str) -> list[str]:
+    """Paths of a list's children, those of lists inside it in their place."""
+    paths = []
+    for name, child in model.get_submodule(path).named_children():
+        inner = f"{path}.{name}"
+        paths += _flat(model, inner) if isinstance(child, nn.ModuleList) else [inner]
+    return paths
 
 
 def layout_of(model: nn.Module, blocks: Sequence[str]) -> Layout | None:
@@ -124,15 +134,19 @@ def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) 
     for index, block in enumerate(blocks):
         down, out = linear(model, f"{block}.{layout.down}"), linear(model, f"{block}.{layout.out}")
         up = tuple(f"{block}.{path}" for path in layout.up)
-        groups.append(Group("units", index, f"{block}.{layout.down}", up, down.in_features, 1))
-        num_heads = int(model.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        if all(linear(model, path).out_features == down.in_features for path in up):
+            groups.append(Group("units", index, f"{block}.{layout.down}", up, down.in_features, 1))
+        num_heads = getattr(model.config, "num_attention_heads", None)
+        if not isinstance(num_heads, int) or num_heads < 1 or out.in_features % num_heads:
+            continue
         writers = tuple(
             f"{block}.{path}"
             for path in layout.queries
             if linear(model, f"{block}.{path}").out_features == out.in_features
         )
-        width = out.in_features // num_heads
-        groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
+        if writers:
+            width = out.in_features // num_heads
+            groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
     return groups
 
 

@@ -6,6 +6,7 @@ returns several things is read at an item: `...attention:1` is the second (in tr
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,8 +105,15 @@ def tensor_at(output: Any, item: int, place: str) -> Tensor:
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> Any:
-    """Call `model` with keyword arguments, or with one tensor."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    """Call `model` with one tensor, or by keyword with those of the inputs that its forward pass names."""
+    return model(inputs) if isinstance(inputs, Tensor) else model(**accepted(model, inputs))
+
+
+def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those inputs that the model's forward pass names; all of them where it names none."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return {name: values for name, values in inputs.items() if name in names} or dict(inputs)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.io.memory import enough_memory
 from rlkd.models.attention_map import attention_map
 from rlkd.models.real.attachment import Plan, logits_of
-from rlkd.models.real.hooks import capture, pool
+from rlkd.models.real.hooks import capture, forward, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
 from rlkd.models.real.pretrained import state_of, transformers
 from rlkd.teachers.signals import Signals
@@ -111,7 +111,7 @@ def _fill(
         for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
             inputs = to_device(data.batch(rows), device)
             mask = inputs.get(PADDING_MASK)
-            logits = logits_of(teacher(**inputs))
+            logits = logits_of(forward(teacher, inputs))
             where = rows.numpy()
             arrays["logits"][where] = logits.float().cpu().numpy()
             features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]

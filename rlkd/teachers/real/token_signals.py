@@ -21,7 +21,7 @@ from rlkd.io.cache import Arrays, Spec, cached_arrays
 from rlkd.io.memory import enough_memory
 from rlkd.losses.tokens import TopK, masked_mean, top_k
 from rlkd.models.real.attachment import Plan, logits_of
-from rlkd.models.real.hooks import capture, pool
+from rlkd.models.real.hooks import capture, forward, pool
 from rlkd.teachers.landmarks import LANDMARKS
 from rlkd.teachers.real.module_signals import TEACHER_LESS, Say, attention_maps, device_of, scale_features, signals_key
 from rlkd.teachers.signals import Signals
@@ -136,7 +136,7 @@ def _fill(
         for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
             inputs = to_device(data.batch(rows), device)
             ids, mask, where = inputs["input_ids"], inputs[PADDING_MASK], rows.numpy()
-            logits = logits_of(teacher(**inputs)).float()  # [B, L, V]
+            logits = logits_of(forward(teacher, inputs)).float()  # [B, L, V]
             log_p = F.log_softmax(logits[:, :-1], dim=-1)  # [B, L - 1, V]
             kept = {
                 **top_k(logits, k)._asdict(),
