@@ -16,6 +16,7 @@ from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
+from rlkd.compression.real.trial import TOLERANCE
 from rlkd.configs import ReplayConfig
 from rlkd.cost import save_profile
 from rlkd.envs.action import CONTROLS
@@ -160,7 +161,14 @@ def finish(
     _report(Console(), folder, figures, measured, watch.far)
     if diverged:
         print(f"rlkd: the student diverged in window {len(watch.positions)}; do not ship it", file=sys.stderr)
-    return 1 if diverged else 0
+    difference = figures.get("shipped_difference", 0.0)
+    if difference > TOLERANCE:
+        print(
+            f"rlkd: the shipped student answers otherwise than the trained one, by {difference:.1e} of its largest "
+            "answer; do not ship it",
+            file=sys.stderr,
+        )
+    return 1 if diverged or difference > TOLERANCE else 0
 
 
 def _report(

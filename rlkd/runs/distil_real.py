@@ -13,12 +13,15 @@ from rlkd.agents.policy.controllers import Controller
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.cost import compare_latency
+from rlkd.compression.real.trial import largest_difference
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import Examples, TokenExamples
 from rlkd.envs.action import decode
 from rlkd.envs.real import RealScenario
 from rlkd.envs.reward import DIVERGED_SCORE
 from rlkd.io.journal import Journal
+from rlkd.models.chain import Masks
+from rlkd.models.real.pretrained import Kind
 from rlkd.runs.distil import run_windows
 from rlkd.students import Metrics
 from rlkd.students.evaluation import ExitsByClass
@@ -26,6 +29,11 @@ from rlkd.students.real.module import ModuleStudent
 from rlkd.teachers.real.token_signals import TokenSignals
 
 MEASURED_BATCHES = (1, 32)
+COMPARED: dict[Kind, tuple[int, int]] = {  # test samples whose shipped and trained answers are compared, and at once
+    "sequence_classification": (64, 8),
+    "image_classification": (64, 8),
+    "causal_lm": (8, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,27 @@ def distil_module(
         "num_diverged": int(diverged),
         "num_rollbacks": int(last["num_rollbacks"]),
     }
+    figures["shipped_difference"] = _shipped_difference(
+        shipped, scenario, unit_masks, keep=keep, threshold=float(controls.exit_threshold[0])
+    )
     batches = sorted({*MEASURED_BATCHES, scenario.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, scenario.data, test, b) for b in batches}
     measured["profile_batch"] = scenario.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return DistilledModule(shipped, figures, measured, diverged)
+
+
+def _shipped_difference(
+    shipped: ShippedStudent, scenario: RealScenario, unit_masks: Masks, *, keep: float, threshold: float
+) -> float:
+    """The largest difference between the shipped student's answers and the trained one's on the first test samples."""
+    student, data = scenario.student.cpu().eval(), scenario.data
+    num_samples, size = COMPARED[scenario.kind]
+    parts = torch.split(data.splits["test"][:num_samples], size)
+    return max(
+        largest_difference(student, shipped, data.batch(rows), unit_masks, keep=keep, threshold=threshold)
+        for rows in parts
+    )
 
 
 def _by_class(exits: ExitsByClass, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind, as_user_error
 
 TOLERANCE = 1e-4  # of answers, relative to the largest one where that is above 1
+NOT_FINITE = 1e9  # stands for the difference of answers of which one is not finite
 BORDER = 1e-5  # confidences this near to the threshold may fall on either side of it
 CONTROLS = ("unit_keep", "exit_threshold", "feature_keep")
 Inputs = Mapping[str, Tensor]
@@ -35,10 +36,10 @@ Inputs = Mapping[str, Tensor]
 
 @torch.no_grad()
 def largest_difference(
-    student: Instrumented, shipped: ShippedStudent, inputs: Inputs, masks: Masks, keep: float, threshold: float
+    student: Instrumented, shipped: ShippedStudent, inputs: Inputs, masks: Masks, *, keep: float, threshold: float
 ) -> float:
     """Compare a shipped student's answers with the trained one's: the largest difference, relative to the largest
-    answer where that is above 1; infinite where one is not finite.
+    answer where that is above 1; NOT_FINITE where an answer is not.
 
     Args:
         student: on the CPU, in evaluation mode.
@@ -51,7 +52,7 @@ def largest_difference(
     logits = torch.stack([z.float() for z in student(inputs, masks, keep).logits])  # [E, B, C] or [E, B, L, V]
     answers = shipped(**inputs)  # [B, C] or [B, L, V]
     if answers.shape != logits.shape[1:]:
-        return float("inf")
+        return NOT_FINITE
     if student.plan.per_token:
         real = inputs[PADDING_MASK].bool() if PADDING_MASK in inputs else torch.ones(answers.shape[:2]).bool()
         logits, answers = logits[:, real], answers[real]  # [E, M, V], [M, V]
@@ -62,7 +63,7 @@ def largest_difference(
     unsure = ((confidence[:-1] - threshold).abs() < BORDER).any(0)  # [M]
     gap = torch.where(unsure, gaps.amin(0), (gaps * taken).sum(0))  # [M]
     if not bool(torch.isfinite(gap).all()):
-        return float("inf")
+        return NOT_FINITE
     return float(gap.max() / logits.abs().max().clamp_min(1.0))
 
 
@@ -159,7 +160,7 @@ def _check_model(model: nn.Module, inputs: Inputs) -> None:
 
 def _difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape or not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        return float("inf")
+        return NOT_FINITE
     return float((a - b).abs().max() / a.abs().max().clamp_min(1.0))
 
 
@@ -206,7 +207,7 @@ def _check(
                 save_module_student(shipped, Path(folder) / "student", processor, {})
                 shipped = load_module_student(Path(folder) / "student")
         for number, inputs in enumerate(batches):
-            gap = largest_difference(student, shipped, inputs, masks, keep, threshold)
+            gap = largest_difference(student, shipped, inputs, masks, keep=keep, threshold=threshold)
             if gap > TOLERANCE:
                 raise UserError(f"the shipped model answers otherwise, by {gap:.1e} of its largest answer")
             if number:

@@ -44,7 +44,9 @@ def module_signals(
     """
     size, width = len(data.labels), sum(plan.widths[plan.blocks.index(place)] for place in places)
     num_positions = NUM_PIXELS if plan.is_conv else (data.num_positions or plan.num_positions) if plan.attention else 0
-    specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32"), "features": ((size, width), "float32")}
+    specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32")}
+    if places:
+        specs["features"] = ((size, width), "float32")
     if num_positions:
         specs["maps"] = ((size, num_positions), "float32")
     key = {**signals_key(teacher, data), "places": " ".join(places)}
@@ -61,7 +63,8 @@ def module_signals(
     log_p = F.log_softmax(logits[train], dim=-1)  # [S_train, C]
     entropy = -(log_p.exp() * log_p).sum(-1).mean() / math.log(data.num_classes)
     maps = tensors.get("maps", torch.zeros(size, 0))
-    return Signals(logits[None], tensors["features"][None], maps[None], accuracy[None], entropy[None], plan.is_conv)
+    features = tensors.get("features", torch.zeros(size, 0))
+    return Signals(logits[None], features[None], maps[None], accuracy[None], entropy[None], plan.is_conv)
 
 
 def describe_quality(signals: Signals, data: Examples) -> str:
@@ -114,11 +117,13 @@ def _fill(
             logits = logits_of(forward(teacher, inputs))
             where = rows.numpy()
             arrays["logits"][where] = logits.float().cpu().numpy()
-            features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
-            arrays["features"][where] = features.float().cpu().numpy()
+            if places:
+                features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+                arrays["features"][where] = features.float().cpu().numpy()
             if "maps" in arrays:
                 arrays["maps"][where] = _maps(seen, attention, last, mask, arrays["maps"].shape[1]).numpy()
-    scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+    if places:
+        scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
 
 
 def scale_features(features: NDArray[Any], widths: Sequence[int], train: Tensor) -> None:

@@ -90,8 +90,9 @@ def token_signals(
         "losses": ((size, length - 1), "float32"),
         "hits": ((size, length - 1), "float32"),
         "entropy": ((size, length - 1), "float32"),
-        "features": ((size, width), "float32"),
     }
+    if places:
+        specs["features"] = ((size, width), "float32")
     if plan.attention:
         specs["maps"] = ((size, length), "float32")
     key = {**signals_key(teacher, data), "places": " ".join(places), "k": str(k)}
@@ -104,7 +105,7 @@ def token_signals(
     tensors = cached_arrays("tokens", key, specs, fill, say)
     signals = TokenSignals(
         logits=torch.zeros(1, size, 0),
-        features=tensors["features"][None],
+        features=tensors.get("features", torch.zeros(size, 0))[None],
         maps=tensors.get("maps", torch.zeros(size, 0))[None],
         accuracy=torch.zeros(1),
         entropy=torch.zeros(1),
@@ -146,8 +147,10 @@ def _fill(
             }
             for name, values in kept.items():
                 arrays[name][where, : values.shape[1]] = values.cpu().numpy()
-            features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
-            arrays["features"][where] = features.float().cpu().numpy()
+            if places:
+                features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+                arrays["features"][where] = features.float().cpu().numpy()
             if "maps" in arrays:
                 arrays["maps"][where] = attention_maps(seen[attention[0]], mask, arrays["maps"].shape[1]).numpy()
-    scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+    if places:
+        scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
