@@ -112,6 +112,7 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     inside = {name for name in leaves if any(name.startswith(f"{block}.") or name == block for block in plan.blocks)}
     first = min((order.index(name) for name in inside), default=len(order))
     before = [leaves[n] for n in leaves if n not in inside and order.index(n) < first]
+    before += [Work(max(0.0, products.macs[""] - sum(leaves[n].macs for n in leaves if n not in inside)), 0.0, 0.0)]
     after = [leaves[n] for n in leaves if n not in inside and order.index(n) > first]
     blocks = []
     for index, path in enumerate(plan.blocks):

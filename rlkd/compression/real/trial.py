@@ -101,6 +101,8 @@ def try_out(
     failure = f"{name}: the dry run before the training failed"
     with as_user_error(failure):
         _check_model(trial, batches[0])
+        if plan.per_token:
+            _check_causal(trial, batches[0])
         _check(trial, borne, links, kind, batches)
         for control in CONTROLS:
             reason: str | None = None
@@ -156,6 +158,19 @@ def _check_model(model: nn.Module, inputs: Inputs) -> None:
         raise UserError(f"{type(model).__name__}: its answers are not finite; give another model")
     if _difference(first, second) > TOLERANCE:
         raise UserError(f"{type(model).__name__}: its answers to one text differ from call to call; give another model")
+
+
+@torch.no_grad()
+def _check_causal(model: nn.Module, inputs: Inputs) -> None:
+    """Raises UserError for a language model that answers a token from the tokens behind it."""
+    ids = inputs["input_ids"]
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 1) % int(ids.max() + 1)
+    first, second = (logits_of(forward(model, {**inputs, "input_ids": i}))[:, :-1] for i in (ids, changed))
+    if _difference(first, second) > TOLERANCE:
+        raise UserError(
+            f"{type(model).__name__}: its answers depend on later tokens; give a causal model (config: is_decoder)"
+        )
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -68,7 +68,13 @@ class Plan:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [B, C], or [B, L, V] a token, of a model's output: its `logits`, or itself."""
+    """Logits [B, C], or [B, L, V] a token, of a model's output: its `logits`, or itself.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(output, Tensor) and "logits" not in output:
+        raise UserError(f"student: got an output with {', '.join(output)}; allowed: one with logits")
     return torch.as_tensor(output if isinstance(output, Tensor) else output["logits"])
 
 
@@ -101,9 +107,6 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
     layout = layout_of(model, blocks)
     attention = _attention_places(model, blocks, layout, inputs)
     logits, observed = _observe(model, blocks, inputs)
-    blocks = [block for block in blocks if observed[block].num_calls]
-    if not blocks:
-        raise UserError("student: no block of its largest list takes part in a pass; name them with --attach.blocks")
     seen = [observed[block] for block in blocks]
     per_token = logits.ndim == 3
     if logits.ndim != 2 and not per_token:
@@ -307,7 +310,7 @@ def _about_exits(exits: tuple[int, ...], per_token: bool) -> str:
 def _why_no_exits(model: nn.Module, seen: Sequence[_Observed], widths: tuple[int, ...], per_token: bool) -> str:
     """Why no exit can stand after a block, or ""."""
     if any(block.num_calls != 1 for block in seen):
-        return "its blocks run several times in one pass"
+        return "its blocks do not run once each, as modules, in one pass"
     if not per_token:
         return ""
     get: Any = getattr(model, "get_output_embeddings", None)

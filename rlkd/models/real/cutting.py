@@ -5,7 +5,7 @@ that counts layers is changed on the meta device, and kept if the model then has
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,28 +66,48 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
         UserError: an impossible cut, or a student that would be as large as the teacher.
     """
     cut.check()
-    blocks = block_paths(teacher)
-    chosen = kept_layers(len(blocks), cut)
-    config = _smaller_config(teacher, kind, cut, chosen, len(blocks))
+    num_blocks = len(block_paths(teacher))
+    if not num_blocks:
+        raise UserError(
+            f"cut: {type(teacher).__name__} has no list of blocks; give the student's config with --student"
+        )
+    chosen = kept_layers(num_blocks, cut)
+    config = _smaller_config(teacher, kind, cut, chosen, num_blocks)
     with as_user_error(f"cut: no smaller {_type(teacher)} can be built; give the student's config with --student"):
         student = new_model(config, kind, seed=0)
-    source, lists = state_of(teacher), (_lists(student), _lists(teacher))
+    source = state_of(teacher)
+    names = _teacher_names(student, teacher, cut.keep, _is_part)
+    if names is None:
+        raise UserError(
+            f"cut: the tensors of a student of type {_type(teacher)} are no parts of the teacher's; give the student's "
+            "config with --student"
+        )
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
-            theirs = source.get(_teacher_name(name, lists, cut.keep))
-            if theirs is None or not _fits(tensor, theirs, cut.width):
-                raise UserError(
-                    f"cut: {name} of a student of type {_type(teacher)} has no counterpart in the teacher; give the "
-                    "student's config with --student"
-                )
-            tensor.copy_(theirs[tuple(slice(size) for size in tensor.shape)])
+            tensor.copy_(source[names[name]][tuple(slice(size) for size in tensor.shape)])
     return student, chosen
 
 
-def _fits(tensor: Tensor, theirs: Tensor, width: float) -> bool:
-    if width == 1.0 or tensor.ndim != theirs.ndim:
-        return tensor.shape == theirs.shape
-    return all(a <= b for a, b in zip(tensor.shape, theirs.shape, strict=True))
+def _teacher_names(
+    student: nn.Module, teacher: nn.Module, keep: str, fits: Callable[[Tensor, Tensor], bool]
+) -> dict[str, str] | None:
+    """The teacher's tensor that each of the student's is copied from; None where one has no counterpart that fits."""
+    theirs, lists = teacher.state_dict(), (_lists(student), _lists(teacher))
+    names = {}
+    for name, tensor in student.state_dict().items():
+        names[name] = other = _teacher_name(name, lists, keep)
+        if other not in theirs or not fits(tensor, theirs[other]):
+            return None
+    return names
+
+
+def _is_whole(tensor: Tensor, theirs: Tensor) -> bool:
+    return tensor.shape == theirs.shape
+
+
+def _is_part(tensor: Tensor, theirs: Tensor) -> bool:
+    pairs = zip(tensor.shape, theirs.shape, strict=False)
+    return tensor.ndim == theirs.ndim and all(a <= b for a, b in pairs)
 
 
 def _type(model: nn.Module) -> str:
@@ -116,11 +136,12 @@ def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]],
 
 def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Sequence[int], num_blocks: int) -> Any:
     """The teacher's configuration with fewer blocks and, for width below 1, narrower ones."""
-    config: Any = teacher.config
+    config: Any = copy.deepcopy(teacher.config)
+    config.architectures = [type(teacher).__name__]
     if len(chosen) == num_blocks and cut.layers is not None:
         smaller = copy.deepcopy(config)
     else:
-        found = _fewer_blocks(teacher, kind, chosen, num_blocks, cut)
+        found = _fewer_blocks(teacher, config, kind, chosen, cut)
         if found is None and cut.width == 1.0:
             raise UserError(
                 f"cut: a model of type {config.model_type} with {num_blocks} blocks cannot be cut into "
@@ -139,28 +160,24 @@ def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Seq
     return smaller
 
 
-def _fewer_blocks(
-    teacher: nn.Module, kind: Kind, chosen: Sequence[int], num_blocks: int, cut: StudentCut
-) -> Any | None:
+def _fewer_blocks(teacher: nn.Module, config: Any, kind: Kind, chosen: Sequence[int], cut: StudentCut) -> Any | None:
     """A configuration whose model has the chosen blocks, or half of every stage's; None where no name was found."""
     blocks = block_paths(teacher)
-    path, full = blocks[0].rpartition(".")[0], _lists(teacher)
-    if len(chosen) < num_blocks:
-        for smaller in _candidates(teacher.config, num_blocks, chosen):
+    path, full, is_shared = blocks[0].rpartition(".")[0], _lists(teacher), len(blocks) == 1
+    for fits in (_is_whole, _is_part):  # a tensor outside of the blocks may have one entry a block
+        for smaller in _candidates(config, len(blocks), chosen) if len(chosen) < len(blocks) else ():
             model = _on_meta(smaller, kind)
-            if model is not None and _lists(model).get(path) == len(chosen):
+            if model is None or _lists(model).get(path) != len(chosen):
+                continue
+            if _teacher_names(model, teacher, cut.keep, fits):
                 return smaller
-    if cut.layers is not None:
-        return None
-    for smaller in _staged(teacher.config):
-        model = _on_meta(smaller, kind)
-        if model is None:
-            continue
-        lists = _lists(model)
-        if lists != full and all(lists.get(name, 0) <= size for name, size in full.items()):
-            return smaller
-        if num_blocks == 1 and lists == full:  # one block that runs several times
-            return smaller
+        for smaller in _halved(config, is_shared) if cut.layers is None else ():
+            model = _on_meta(smaller, kind)
+            if model is None or not _teacher_names(model, teacher, cut.keep, fits):
+                continue
+            lists = _lists(model)
+            if is_shared or (lists != full and all(lists.get(name, 0) <= size for name, size in full.items())):
+                return smaller
     return None
 
 
@@ -193,23 +210,30 @@ def _candidates(config: Any, num_blocks: int, chosen: Sequence[int]) -> Iterator
             if type(value) is int and value == num_blocks:
                 smaller = copy.deepcopy(config)
                 if _set(_part(smaller, path), name, len(chosen), chosen, num_blocks):
-                    yield smaller
+                    yield _without_stage_names(smaller)
 
 
-def _staged(config: Any) -> Iterator[Any]:
-    """Configurations with half of a depth, where it is a list half of every entry."""
+def _halved(config: Any, is_shared: bool) -> Iterator[Any]:
+    """Configurations with half of a depth: of every entry of a list, or of a number where one block runs repeatedly."""
     for path in _parts(config):
         for name in _depth_names(_part(config, path)):
             value: Any = getattr(_part(config, path), name, None)
-            is_list = isinstance(value, list | tuple) and bool(value) and all(type(v) is int for v in value)
-            if not is_list and type(value) is not int:
+            is_list = isinstance(value, list | tuple)
+            entries = list(value) if is_list else [value]
+            if is_list is is_shared or not entries or any(type(v) is not int or v < 1 for v in entries):
                 continue
-            given = value if is_list else [value]
-            fewer = [max(1, int(v * DEFAULT_SHARE)) for v in given]
-            if fewer != list(given) and all(v >= 1 for v in given):
-                smaller = copy.deepcopy(config)
-                if _set(_part(smaller, path), name, type(value)(fewer) if is_list else fewer[0], (), -1):
-                    yield smaller
+            fewer = [max(1, int(v * DEFAULT_SHARE)) for v in entries]
+            smaller = copy.deepcopy(config)
+            if fewer != entries and _set(_part(smaller, path), name, fewer if is_list else fewer[0], (), -1):
+                yield _without_stage_names(smaller)
+
+
+def _without_stage_names(config: Any) -> Any:
+    """The configuration with the names of a backbone's stages made anew: their number follows the depth."""
+    if not hasattr(config, "out_features"):
+        return config
+    entries = {k: v for k, v in config.to_dict().items() if k not in ("stage_names", "out_features", "out_indices")}
+    return type(config).from_dict(entries)
 
 
 def _set(part: Any, name: str, value: Any, chosen: Sequence[int], num_blocks: int) -> bool:
@@ -227,8 +251,9 @@ def _set(part: Any, name: str, value: Any, chosen: Sequence[int], num_blocks: in
 def _on_meta(config: Any, kind: Kind) -> nn.Module | None:
     """The model of a configuration without its weights; None where it cannot be built."""
     try:
+        written = type(config).from_dict(config.to_dict())  # as the student's folder will have it
         with torch.device("meta"):
-            return new_model(config, kind, seed=0)
+            return new_model(written, kind, seed=0)
     except Exception:  # whatever its parts raise, the configuration is no model's
         return None
 

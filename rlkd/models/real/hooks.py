@@ -105,15 +105,16 @@ def tensor_at(output: Any, item: int, place: str) -> Tensor:
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> Any:
-    """Call `model` with one tensor, or by keyword with those of the inputs that its forward pass names."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**accepted(model, inputs))
+    """Call `model` with one tensor, or by keyword with those of the inputs that its forward pass names.
 
-
-def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those inputs that the model's forward pass names; all of them where it names none."""
+    A decoder keeps no cache: nothing is generated here.
+    """
+    if isinstance(inputs, Tensor):
+        return model(inputs)
     parameters = inspect.signature(model.forward).parameters.values()
     names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return {name: values for name, values in inputs.items() if name in names} or dict(inputs)
+    accepted = {name: values for name, values in inputs.items() if name in names} or dict(inputs)
+    return model(**accepted, **({"use_cache": False} if "use_cache" in names else {}))
 
 
 @torch.no_grad()

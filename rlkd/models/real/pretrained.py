@@ -105,9 +105,19 @@ def check_head(config: Any, kind: Kind, source: str) -> None:
 
 
 def _class_of(config: Any, kind: Kind) -> Any:
-    """The class that the configuration names, where it is one for `kind`; else what transformers chooses."""
+    """The class that the configuration names, where it is one for `kind`; else what transformers chooses.
+
+    Raises:
+        UserError: transformers has none.
+    """
     named = sorted(class_names(kind) & set(config.architectures or ()))
-    return getattr(transformers(), named[0] if named else AUTO_CLASSES[kind])
+    if named:
+        return getattr(transformers(), named[0])
+    try:
+        found = getattr(transformers(), AUTO_CLASSES[kind])._model_mapping[type(config)]
+    except KeyError as error:
+        raise UserError(f"a model of type {config.model_type} is not for {kind.replace('_', ' ')}") from error
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def load_model(
@@ -209,11 +219,7 @@ def new_model(config: Any, kind: Kind, seed: int) -> nn.Module:
     """A model of `config` with fresh weights drawn from `seed`, in evaluation mode."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        made = _class_of(config, kind)
-        if hasattr(made, "from_config"):
-            model = made.from_config(config, **OPTIONS)
-        else:
-            model = made._from_config(config, attn_implementation=OPTIONS["attn_implementation"])
+        model = _class_of(config, kind)._from_config(config, attn_implementation=OPTIONS["attn_implementation"])
         return whole_depth(model.eval())
 
 
