@@ -8,7 +8,7 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -89,19 +89,6 @@ def kind_of(config: Any, source: str) -> Kind:
         f"{source}: got architectures {names}; allowed: a classifier of texts or images, or a causal language model, "
         "such as ...ForSequenceClassification, ...ForImageClassification, ...ForCausalLM"
     )
-
-
-def check_head(config: Any, kind: Kind, source: str) -> None:
-    """Refuse a head that does not choose one class of several.
-
-    Raises:
-        UserError: a regression or multi-label head, or a single output.
-    """
-    problem = getattr(config, "problem_type", None)
-    if kind == "causal_lm" or (problem in (None, "single_label_classification") and config.num_labels > 1):
-        return
-    what = f"problem_type {problem!r}" if problem not in (None, "single_label_classification") else "one output"
-    raise UserError(f"{source}: got a model with {what}; allowed: one that chooses one class of at least two")
 
 
 def _class_of(config: Any, kind: Kind) -> Any:
@@ -205,6 +192,12 @@ def read_device_map(text: str) -> dict[str, Any]:
     return {"device_map": read_json(Path(text), "a map from module paths to devices")}
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: the device of its first part that is not on a disk."""
+    held = (p.device for p in model.parameters() if not p.is_meta)
+    return next(held, torch.device("cpu"))
+
+
 def state_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
     """`model.state_dict()`, with the parts that a device map has put on a disk."""
     own = model.state_dict()
@@ -231,11 +224,13 @@ def whole_depth(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_processor(source: str, kind: Kind) -> Any:
+def load_processor(source: str, kind: Kind, say: Callable[[str], object] = print) -> Any:
     """The tokenizer, or the image processor, that stands beside a model.
 
+    A tokenizer without a padding token pads with its end token, which `say` is told.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a tokenizer that can pad with nothing.
     """
     name = "AutoImageProcessor" if kind == "image_classification" else "AutoTokenizer"
     processor = _load(source, getattr(transformers(), name), trust_remote_code=False)
@@ -243,6 +238,7 @@ def load_processor(source: str, kind: Kind) -> Any:
         if processor.eos_token is None:
             raise UserError(f"{source}: its tokenizer has neither a padding nor an end token; set its pad_token")
         processor.pad_token = processor.eos_token
+        say(f"{source}: its tokenizer has no padding token; it pads with {processor.eos_token}")
     return processor
 
 

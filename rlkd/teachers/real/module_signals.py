@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples, to_device
+from rlkd.errors import UserError
 from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.io.memory import enough_memory
 from rlkd.models.attention_map import attention_map
 from rlkd.models.real.attachment import Plan, logits_of
 from rlkd.models.real.hooks import capture, forward, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
-from rlkd.models.real.pretrained import state_of, transformers
+from rlkd.models.real.pretrained import device_of, state_of, transformers
 from rlkd.teachers.signals import Signals
 
 Say = Callable[[str], object]
@@ -58,6 +59,8 @@ def module_signals(
 
     tensors = cached_arrays("signals", key, specs, fill, say)
     logits = tensors["logits"]  # [S, C]
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the teacher's answers are not finite; its weights are damaged, or its inputs too large")
     validation, train = data.splits["validation"], data.splits["train"]
     accuracy = (logits[validation].argmax(-1) == data.labels[validation]).float().mean()
     log_p = F.log_softmax(logits[train], dim=-1)  # [S_train, C]
@@ -93,14 +96,9 @@ def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
         "config": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
         "transformers": transformers().__version__,
         "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
+        "fixed_length": str(data.fixed_length),
         "torch": torch.__version__,
     }
-
-
-def device_of(teacher: nn.Module) -> torch.device:
-    """Where its inputs go: the device of its first part that is not on a disk."""
-    held = (p.device for p in teacher.parameters() if not p.is_meta)
-    return next(held, torch.device("cpu"))
 
 
 @torch.no_grad()
