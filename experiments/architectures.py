@@ -109,7 +109,13 @@ FURTHER: dict[str, dict[str, Any]] = {  # by model type
         "conv_act": "gelu",
         "position_buckets": 8,
     },
-    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 4, "token_dropout": False, "position_embedding_type": "rotary"},
+    "esm": {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "mask_token_id": 4,
+        "token_dropout": False,
+        "position_embedding_type": "rotary",
+    },
     "funnel": {"block_sizes": [2, 2], "num_decoder_layers": 1},
     "squeezebert": {
         "q_groups": 2,

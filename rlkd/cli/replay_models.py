@@ -86,6 +86,7 @@ def _replay(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         watch.close(config, options.seed, done.figures)
     prepared = "arrays as they are given" if scenario.processor is None else "as the processor in model/ prepares them"
     card = {**student_card(done.figures, config.preference, bundle.digest), "input_scale": prepared}
+    card["inputs"] = scenario.data.shape_of_texts()
     save_module_student(done.student, folder / "student", scenario.processor, card)
     task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
     return finish(folder, config, task, watch, done.figures, done.measured, done.diverged)

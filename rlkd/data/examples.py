@@ -34,6 +34,11 @@ class Examples:
         full = mask.shape[1]
         return {k: v[:, :longest] if v.ndim > 1 and v.shape[1] == full else v for k, v in chosen.items()}
 
+    def shape_of_texts(self) -> dict[str, int | bool]:
+        """What to make the same texts of the same data with: the length they are cut to, and whether all have it."""
+        length = self.num_positions
+        return {} if length is None else {"max_length": length, "fixed_length": self.fixed_length}
+
     def few(self) -> Tensor:
         """Choose up to 5 training samples, from the shortest to the longest; returns their numbers, [B] int64."""
         train = self.splits["train"]

@@ -4,7 +4,9 @@ import csv
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import tiny_models
@@ -105,6 +107,39 @@ def test_a_real_student_is_verified_from_its_folder(
         "differs  student compacted_accuracy",
         "differs  student score",
     ]
+
+
+def test_shipped_and_trained_answers_are_compared_in_every_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
+    assert replay(place, tmp_path / "a", *options) == 0
+    result = read_run(tmp_path / "a").result
+    assert result is not None
+    assert 0 <= result["methods"]["policy"]["shipped_difference"] < 1e-4
+    monkeypatch.setattr("rlkd.cli.replay.TOLERANCE", -1.0)  # as if the largest difference that was found were too large
+    assert replay(place, tmp_path / "b", *options) == 1
+    assert "the shipped student answers otherwise than the trained one" in capsys.readouterr().err
+    assert (tmp_path / "b" / "result.json").exists()  # and nothing is lost
+
+
+@pytest.mark.parametrize("name", ["FNetForSequenceClassification", "RobertaForSequenceClassification"])
+def test_texts_are_made_for_verify_as_they_were_for_the_training(
+    name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"max_position_embeddings": 6} if "Roberta" in name else {}  # room for five tokens
+    model: Any = architectures.tiny_model(name, num_classes=2, **changes)
+    model.config.id2label, model.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    model.save_pretrained(tmp_path / "teacher")
+    tiny_models.save_tokenizer(tmp_path / "teacher")
+    options = ["--teacher", str(tmp_path / "teacher"), "--data", str(place / "reviews.csv")]
+    assert replay(place, tmp_path / "a", *options) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert ("longer texts are cut" if changes else "its answers depend on padding") in " ".join(shown.split())
+    assert main(["verify", str(tmp_path / "a")]) == 0
+    assert "holds    student compacted_accuracy" in capsys.readouterr().out
+    card = json.loads((tmp_path / "a" / "student" / "student.json").read_text())
+    assert card["inputs"] == {"max_length": 5 if changes else 7, "fixed_length": not changes}
 
 
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:

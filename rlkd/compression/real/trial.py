@@ -99,7 +99,7 @@ def try_out(
     for control in CONTROLS:
         borne = _with(borne, without(plan, control, ""), control)
     failure = f"{name}: the dry run before the training failed"
-    with as_user_error(failure):
+    with as_user_error(failure), torch.random.fork_rng(devices=[]):  # fresh layers draw from the global generator
         _check_model(trial, batches[0])
         if plan.per_token:
             _check_causal(trial, batches[0])
@@ -256,7 +256,7 @@ def _middle(logits: Tensor) -> float:
 def _check_training(model: nn.Module, plan: Plan, links: Sequence[Link], inputs: Inputs) -> None:
     """Raises UserError where half a student has no finite gradient in training mode; changes running statistics."""
     masks = tuple((torch.arange(group.size) % 2 == 0).float() for group in plan.groups)
-    with torch.random.fork_rng(devices=[]), Instrumented(model, plan, list(links)).train() as student:
+    with Instrumented(model, plan, list(links)).train() as student:
         torch.manual_seed(0)
         outputs = student(inputs, masks, 1.0 if plan.select_after is None else 0.5)
         parts = [*outputs.logits, outputs.features, *([] if outputs.map is None else [outputs.map])]

@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from rlkd.models.chain import Masks
 
+LARGE = 0.25  # of the largest list's weights
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -90,16 +92,20 @@ class Group:
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """Paths of the model's blocks: the children of its largest `nn.ModuleList`, or else of its largest
-    `nn.Sequential`; children that are lists themselves give way to their own children; empty where there is none."""
+    """Paths of the model's blocks: the children of its last large `nn.ModuleList`, or else `nn.Sequential`.
+
+    A list is large with a quarter of the largest one's weights; the last one is the decoder of an encoder-decoder.
+    Children that are lists themselves give way to their own children. Empty where there is no list.
+    """
     for kind in (nn.ModuleList, nn.Sequential):
-        lists = [
-            (sum(p.numel() for p in module.parameters()), len(module), name)
-            for name, module in model.named_modules()
-            if isinstance(module, kind) and len(module)
-        ]
+        lists: dict[str, int] = {}
+        for name, module in model.named_modules():
+            is_inside = any(name.startswith(f"{outer}.") for outer in lists)
+            if isinstance(module, kind) and len(module) and not is_inside:
+                lists[name] = sum(p.numel() for p in module.parameters())
         if lists:
-            return _flat(model, max(lists)[2])
+            largest = max(lists.values())
+            return _flat(model, [name for name, size in lists.items() if size >= LARGE * largest][-1])
     return []
 
 

@@ -205,12 +205,17 @@ def _depth_names(part: Any) -> list[str]:
 def _candidates(config: Any, num_blocks: int, chosen: Sequence[int]) -> Iterator[Any]:
     """Configurations in which one number that equals the number of blocks is that of the chosen ones."""
     for path in _parts(config):
-        for name in _depth_names(_part(config, path)):
-            value = getattr(_part(config, path), name, None)
-            if type(value) is int and value == num_blocks:
-                smaller = copy.deepcopy(config)
-                if _set(_part(smaller, path), name, len(chosen), chosen, num_blocks):
-                    yield _without_stage_names(smaller)
+        values = {name: getattr(_part(config, path), name, None) for name in _depth_names(_part(config, path))}
+        if any(_is_depths(value) for value in values.values()):  # a model in stages: its blocks differ in size
+            continue
+        for name in (name for name, value in values.items() if type(value) is int and value == num_blocks):
+            smaller = copy.deepcopy(config)
+            if _set(_part(smaller, path), name, len(chosen), chosen, num_blocks):
+                yield _without_stage_names(smaller)
+
+
+def _is_depths(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(entry) is int for entry in value)
 
 
 def _halved(config: Any, is_shared: bool) -> Iterator[Any]:

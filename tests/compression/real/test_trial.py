@@ -172,7 +172,7 @@ def test_a_model_without_steady_answers_is_refused(head: type[nn.Module], words:
 def test_a_language_model_that_sees_later_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="depend on later tokens"):
         tried("BertLMHeadModel")
-    student, plan, _ = tried("BertLMHeadModel", is_decoder=True)
+    _, plan, _ = tried("BertLMHeadModel", is_decoder=True)
     assert plan.exits
 
 
