@@ -307,9 +307,8 @@ def page(rows: Sequence[Row]) -> str:
 
 `python experiments/architectures.py --docs docs/architectures.md` makes this page: {len(rows)} architectures, each a tiny
 model with random weights, distilled by default (half of its blocks) with half of everything left out. {len(running)} run;
-{len(rows) - len(running)} are refused in one line before any training, most of them because the blocks of a model in stages
-cannot be halved: give such a student's configuration with `--student`. Trained and shipped answers differ by at most
-{worst:.0e} of the largest answer. transformers {transformers().__version__}.
+{len(rows) - len(running)} are refused in one line before any training (see their remarks). Trained and shipped answers differ by at
+most {worst:.0e} of the largest answer. transformers {transformers().__version__}.
 
 - *units*: hidden units, heads or inner channels can be left out. *exits*: samples, or tokens, can leave early.
 - *tokens*: little attended tokens can be left out; only where the answer is read from the first token and later blocks do

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
-from rlkd.cost import compare_latency
 from rlkd.compression.real.trial import largest_difference
+from rlkd.cost import compare_latency
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import Examples, TokenExamples
 from rlkd.envs.action import decode

@@ -70,6 +70,9 @@ def load_teacher(sources: Sources, kind: Kind, say: Say) -> Side:
     name = sources.teacher
     model = load_model(name, kind, sources.allow_pickle, device_map=sources.device_map)
     described: Any = model.config
+    if kind != "causal_lm" and described.id2label is None:  # some families keep the number of classes alone
+        described.id2label = {i: f"LABEL_{i}" for i in range(int(described.num_labels))}
+        described.label2id = {name: i for i, name in described.id2label.items()}
     if kind != "causal_lm":  # one spelling of the classes, which the student takes over
         names = class_names(described, name)
         described.id2label, described.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
