@@ -4,7 +4,6 @@ import csv
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import architectures
 import numpy as np
@@ -128,18 +127,17 @@ def test_texts_are_made_for_verify_as_they_were_for_the_training(
     name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"max_position_embeddings": 6} if "Roberta" in name else {}  # room for five tokens
-    model: Any = architectures.tiny_model(name, num_classes=2, **changes)
-    model.config.id2label, model.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
-    model.save_pretrained(tmp_path / "teacher")
-    tiny_models.save_tokenizer(tmp_path / "teacher")
-    options = ["--teacher", str(tmp_path / "teacher"), "--data", str(place / "reviews.csv")]
+    architectures.tiny_model(name, **changes).save_pretrained(tmp_path / "teacher")
+    architectures.save_tokenizer(tmp_path / "teacher")
+    data = architectures.write_data(tmp_path, "texts")  # of 5 to 11 tokens
+    options = ["--teacher", str(tmp_path / "teacher"), "--data", str(data)]
     assert replay(place, tmp_path / "a", *options) == 0
-    shown = capsys.readouterr().out.replace("\n", " ")
+    shown = capsys.readouterr().err
     assert ("longer texts are cut" if changes else "its answers depend on padding") in " ".join(shown.split())
     assert main(["verify", str(tmp_path / "a")]) == 0
     assert "holds    student compacted_accuracy" in capsys.readouterr().out
     card = json.loads((tmp_path / "a" / "student" / "student.json").read_text())
-    assert card["inputs"] == {"max_length": 5 if changes else 7, "fixed_length": not changes}
+    assert card["inputs"] == {"max_length": 5 if changes else 11, "fixed_length": not changes}
 
 
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
