@@ -10,35 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkd.compression.real.trial import try_out
 from rlkd.cost import Cost
 from rlkd.cost.real import ModuleProfile, count_work, load_speed, profile_module
 from rlkd.data import Goal, Preference, Range, Split, Task, TaskDistribution
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
-from rlkd.data.labels import class_names
-from rlkd.data.loading import load_examples, load_table
 from rlkd.data.rows import ColumnConfig
-from rlkd.data.tables import Table
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.references import References, stated_reference
 from rlkd.envs.scenario import check_keep
 from rlkd.errors import UserError
 from rlkd.io.numbers import check_finite
-from rlkd.models.real.attachment import AttachConfig, Plan, control_table, make_plan
-from rlkd.models.real.hooks import link_places, link_table
+from rlkd.models.real.attachment import AttachConfig, Plan, control_table
+from rlkd.models.real.cutting import StudentCut
+from rlkd.models.real.hooks import Link, link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import (
     Kind,
-    StudentCut,
-    check_same_tokenizer,
     kind_of,
     load_config,
-    load_model,
-    load_processor,
-    new_model,
-    student_from_teacher,
-    vocabulary_differences,
 )
+from rlkd.models.real.sides import Side, Sources, load_student, load_teacher
 from rlkd.students import Students
 from rlkd.students.real.causal import CausalStudent, TokenConfig
 from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, evaluated_samples
@@ -95,6 +88,19 @@ class RealConfig:
     """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
     allow_pickle: bool = False
     """Read weight files that are pickles, too; they can run code."""
+
+    def sources(self) -> Sources:
+        """The models and the data, and how the student is made of them."""
+        return Sources(
+            teacher=self.teacher,
+            student=self.student,
+            data=self.data,
+            columns=self.columns,
+            cut=self.cut,
+            attach=self.attach,
+            device_map=self.teacher_device_map,
+            allow_pickle=self.allow_pickle,
+        )
 
     def check(self) -> None:
         """Raises UserError for the first impossible value."""
@@ -226,17 +232,6 @@ class RealScenario:
         return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One model with its data."""
-
-    model: nn.Module
-    data: Examples
-    plan: Plan
-    processor: Any
-    table: Table  # what `data` was made of
-
-
 def build_real_scenario(
     config: RealConfig,
     controls: ControlConfig,
@@ -258,14 +253,22 @@ def build_real_scenario(
     """
     config.check()
     kind = kind_of(load_config(config.teacher), config.teacher)
-    teacher = _teacher(config, kind, say)
-    student = _student(config, kind, teacher, seed)
+    sources = config.sources()
+    teacher = load_teacher(sources, kind, say)
+    say(_beginning(teacher.data.report))
+    student, teacher = load_student(sources, kind, teacher, seed, say)
+    _check_smaller(config, student, teacher)
     device = config.train.torch_device()
     blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
-    few = student.data.splits["train"][:2]
-    links = link_places(
-        student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
+    few = student.data.few()
+    links = (
+        link_places(
+            student.model, teacher.model, blocks, teacher.plan.blocks, student.data.batch(few), teacher.data.batch(few)
+        )
+        if student.plan.has_features and teacher.plan.has_features
+        else []
     )
+    student = dataclasses.replace(student, plan=_rehearsed(student, links, kind, say))
     places = [link.teacher for link in links]
     if config.teacher_device_map is None:
         teacher.model.to(device)
@@ -306,7 +309,26 @@ def build_real_scenario(
     )
 
 
-def _signals(config: RealConfig, teacher: _Side, places: list[str], say: Callable[[str], object]) -> Signals:
+def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
+    """Raises UserError where the default cut left the whole teacher."""
+    if config.student or config.cut.layers is not None or config.cut.width < 1.0:
+        return
+    own, theirs = (count_work(side.model, _typical(side.data), side.plan).dense_macs for side in (student, teacher))
+    if own >= theirs:
+        raise UserError(
+            f"cut: the student of {config.teacher} would be as large as the teacher; give --cut.width below 1, or the "
+            "student's config with --student"
+        )
+
+
+def _rehearsed(student: Side, links: list[Link], kind: Kind, say: Callable[[str], object]) -> Plan:
+    """The student's plan with those controls that it bears, by a dry run on a few samples."""
+    few = student.data.few()
+    batches = [student.data.batch(rows) for rows in (few, few[:1], few[1:2])]
+    return try_out(student.model, student.plan, links, kind, batches, processor=student.processor, say=say)
+
+
+def _signals(config: RealConfig, teacher: Side, places: list[str], say: Callable[[str], object]) -> Signals:
     model, plan, data, size = teacher.model, teacher.plan, teacher.data, config.train.evaluation_batch_size
     if not isinstance(data, TokenExamples):
         return module_signals(model, plan, places, data, size, say)
@@ -326,98 +348,11 @@ def _about_tokens(config: RealConfig, signals: Signals) -> str:
     )
 
 
-def _teacher(config: RealConfig, kind: Kind, say: Callable[[str], object]) -> _Side:
-    model = load_model(config.teacher, kind, config.allow_pickle, device_map=config.teacher_device_map)
-    described: Any = model.config
-    if kind != "causal_lm":  # one spelling of the classes, which the student takes over
-        names = class_names(described, config.teacher)
-        described.id2label, described.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    table = load_table(Path(config.data), kind, config.columns, config.teacher)
-    processor = None if table.kind == "array" else load_processor(config.teacher, kind)
-    data = load_examples(table, processor, described, config.columns, config.teacher)
-    say(_beginning(data.report))
-    if kind == "causal_lm":
-        _check_size(config.teacher, model, data)
-    return _Side(model, data, _plan(model, data, AttachConfig(exits=())), processor, table)
-
-
 def _beginning(report: str) -> str:
     """The first lines of a report on data; a table of many classes is for the file."""
     lines = report.splitlines()
     more = len(lines) - NUM_LINES
     return "\n".join(lines[:NUM_LINES]) + (f"\n... ({more} more lines in mapping.txt)" if more > 0 else "")
-
-
-def _student(config: RealConfig, kind: Kind, teacher: _Side, seed: int) -> _Side:
-    """Cut from the teacher, loaded, or fresh from a configuration; with the teacher's inputs unless it has its own."""
-    processor, data = teacher.processor, teacher.data
-    described: Any = teacher.model.config
-    if not config.student:
-        model, _ = student_from_teacher(teacher.model, kind, config.cut)
-    elif Path(config.student).suffix == ".json":
-        fresh = load_config(config.student)
-        _take_classes(fresh, described)
-        model = new_model(fresh, kind, seed)
-    else:
-        is_causal = kind == "causal_lm"
-        model = load_model(config.student, kind, config.allow_pickle, None if is_causal else data.num_classes, seed)
-        _take_classes(model.config, described)
-        own = None if processor is None else _own_processor(config.student, kind)
-        if own is not None and is_causal:
-            check_same_tokenizer(processor, own)
-        elif own is not None and _differ(processor, own):
-            processor, data = own, load_examples(teacher.table, own, described, config.columns, config.teacher)
-    _check_size(config.student or "student", model, data)
-    own_size = getattr(model.config, "vocab_size", None)
-    if kind == "causal_lm" and own_size != data.num_classes:
-        raise UserError(
-            f"{config.student or 'student'}: its vocabulary has {own_size} tokens, the teacher's {data.num_classes}; "
-            "token-level distillation needs one: give the student that vocab_size"
-        )
-    return _Side(model, data, _plan(model, data, config.attach), processor, teacher.table)
-
-
-def _take_classes(config: Any, teacher: Any) -> None:
-    """Give a student's configuration the names of the teacher's classes; a language model's may have none."""
-    config.id2label, config.label2id = dict(teacher.id2label or {}), dict(teacher.label2id or {})
-
-
-def _own_processor(source: str, kind: Kind) -> Any:
-    """The student's own tokenizer or image processor; None where its folder has none."""
-    names = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json")
-    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in names):
-        return None
-    return load_processor(source, kind)
-
-
-def _differ(ours: Any, theirs: Any) -> bool:
-    if hasattr(ours, "get_vocab"):
-        return vocabulary_differences(ours, theirs) is not None
-    return bool(ours.to_dict() != theirs.to_dict())
-
-
-def _check_size(name: str, model: nn.Module, data: Examples) -> None:
-    """Raises UserError for a vocabulary or positions that the inputs go beyond."""
-    described: Any = model.config
-    ids = data.inputs.get("input_ids")
-    if ids is None:
-        return
-    if int(ids.max()) >= described.vocab_size:
-        raise UserError(
-            f"{name}: its vocabulary has {described.vocab_size} tokens; the data have token {int(ids.max())}"
-        )
-    longest = getattr(described, "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] > longest:
-        raise UserError(f"{name}: takes {longest} tokens, the data have {ids.shape[1]}; lower --columns.max_length")
-
-
-def _plan(model: nn.Module, data: Examples, attach: AttachConfig) -> Plan:
-    try:
-        return make_plan(model, data.batch(data.splits["train"][:2]), attach, data.num_positions)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = {name: list(values.shape[1:]) for name, values in data.inputs.items()}
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{type(model).__name__} does not take inputs of shapes {shapes} ({reason})") from error
 
 
 def _typical(data: Examples) -> dict[str, Tensor]:
@@ -431,7 +366,7 @@ def _typical(data: Examples) -> dict[str, Tensor]:
     return data.batch(train[where : where + 1])
 
 
-def _profile(config: RealConfig, student: _Side, one: dict[str, Tensor], say: Callable[[str], object]) -> ModuleProfile:
+def _profile(config: RealConfig, student: Side, one: dict[str, Tensor], say: Callable[[str], object]) -> ModuleProfile:
     if config.cost.profile is None:
         say("timing the dense student at two batch sizes")
         return profile_module(student.model, one, student.plan, config.cost.batch_size)

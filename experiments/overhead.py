@@ -41,7 +41,8 @@ from rlkd.io.files import write_whole
 from rlkd.io.records import write_json
 from rlkd.losses import losses_of
 from rlkd.models.chain import initialise
-from rlkd.models.real.pretrained import StudentCut, new_model, quiet, transformers
+from rlkd.models.real.cutting import StudentCut
+from rlkd.models.real.pretrained import new_model, quiet, transformers
 from rlkd.runs.distil import run_windows
 from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule

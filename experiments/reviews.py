@@ -29,7 +29,8 @@ from rlkd.envs.real import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
 from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.pretrained import StudentCut, load_model, load_processor, quiet
+from rlkd.models.real.cutting import StudentCut
+from rlkd.models.real.pretrained import load_model, load_processor, quiet
 from rlkd.runs.folder import use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
 from rlkd.students.real.module import ModuleTrainConfig

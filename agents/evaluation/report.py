@@ -308,7 +308,7 @@ def _table(caption: str, table: dict[str, Any]) -> str:
 
 
 def _plain_table(methods: dict[str, Any]) -> str:
-    keys = ("score", "validation_accuracy", "accuracy", "floor", "shortfall", "teacher_accuracy")
-    keys = (*keys, "macs_ratio", "latency_ratio", "energy_ratio", "size_ratio")
+    keys = ["score", "validation_accuracy", "accuracy", "floor", "shortfall", "teacher_accuracy"]
+    keys += ["macs_ratio", "latency_ratio", "energy_ratio", "size_ratio"]
     rows = [[name, *(f"{entry[key]:.4f}" if key in entry else "" for key in keys)] for name, entry in methods.items()]
     return _rows("one student", ["method", *keys], rows)

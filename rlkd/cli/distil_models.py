@@ -92,6 +92,7 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
     weights = config.goal.weights(config.preference)
     prepared = "arrays as they are given" if scenario.processor is None else "as the processor in model/ prepares them"
     card = {**student_card(done.figures, weights, bundle.digest), "input_scale": prepared}
+    card["inputs"] = scenario.data.shape_of_texts()
     save_module_student(done.student, folder / "student", scenario.processor, card)
     task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
     broken = check_shipped_module(done.figures, scenario)

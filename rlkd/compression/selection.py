@@ -93,6 +93,40 @@ def gated_exits(gate_logits: Tensor, threshold: Tensor, num_classes: int) -> Ten
     return ((gate_logits >= 0) | always[..., None]) & ~never[..., None]
 
 
+def exits_taken(
+    confidence: Tensor,
+    answer: Tensor,
+    threshold: Tensor,
+    num_classes: int,
+    patience: int = 0,
+    gates: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Which exit answers each sample: [N, E, B] bool with one True a sample.
+
+    Args:
+        confidence: [N, E, B], largest probability at every exit.
+        answer: [N, E, B].
+        threshold: [N].
+        num_classes: C.
+        patience: a sample also leaves where this many exits in a row agree, unless the threshold is at an end; 0: off.
+        gates: one [N, B] an early exit, logits of leaving, which then decide instead of the confidence.
+    """
+    waiting = torch.ones_like(answer[:, 0], dtype=torch.bool)  # [N, B]
+    undecided = ~torch.stack(exit_ends(threshold, num_classes)).any(0)[:, None]  # [N, 1]
+    leaves = []
+    for e in range(answer.shape[1] - 1):
+        if gates:
+            now = gated_exits(gates[e], threshold, num_classes)
+        else:
+            now = exits_at(confidence[:, e], threshold, num_classes)
+        if 0 < patience <= e + 1:
+            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
+            now = now | ((recent == recent[:, :1]).all(1) & undecided)
+        leaves.append(waiting & now)
+        waiting = waiting & ~now
+    return torch.stack([*leaves, waiting], dim=1)
+
+
 def select(student: ChainStudent, scores: Masks, feature_keep: Tensor, unit_keep: Tensor) -> Masks:
     """Masks of all groups: `feature_keep` of the inputs, `unit_keep` of every block's units."""
     return (keep_top(scores[0], feature_keep), *(keep_top(s, unit_keep) for s in scores[1:]))

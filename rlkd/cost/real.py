@@ -8,7 +8,8 @@ measured batch sizes of the dense student, overhead and time a MAC: what pruning
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from rlkd.compression.selection import exit_ends
 from rlkd.cost.profile import ENERGY_MODEL, MAX_FIGURE, Cost, machine
@@ -25,9 +27,16 @@ from rlkd.errors import UserError
 from rlkd.io.files import number, read_json, reason, write_whole
 from rlkd.models.real.attachment import Plan
 from rlkd.models.real.blocks import Group
+from rlkd.models.real.hooks import forward, tensor_at
 
 FORMAT = 1
 NONE_LEFT = 1e-6  # rates are single precision
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+}
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -78,31 +87,37 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     leaves: dict[str, Work] = {}
     order: list[str] = []
     handles = []
+    products = _Products()
+    for path in plan.blocks:
+        block = model.get_submodule(path)
+        handles.append(block.register_forward_pre_hook(lambda *_, path=path: products.enter(path)))
+        handles.append(block.register_forward_hook(lambda *_: products.enter("")))
     for name, module in model.named_modules():
         if isinstance(module, COUNTED) or type(module).__name__ == "Conv1D":
 
-            def hook(module: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-                leaves[name] = _leaf_work(module, output)
+            def hook(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
+                work = _leaf_work(module, tensor_at(output, 0, name))
+                before = leaves.get(name, Work(0, 0, 0))  # a layer that runs several times reads its weights each time
+                leaves[name] = Work(*(a + b for a, b in zip(before, work, strict=True)))
                 order.append(name)
 
             handles.append(module.register_forward_hook(hook))
     was_training = model.training
     try:
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(**inputs)
+        with products:
+            forward(model.eval(), inputs)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    counts = counter.get_flop_counts()
     inside = {name for name in leaves if any(name.startswith(f"{block}.") or name == block for block in plan.blocks)}
     first = min((order.index(name) for name in inside), default=len(order))
     before = [leaves[n] for n in leaves if n not in inside and order.index(n) < first]
+    before += [Work(max(0.0, products.macs[""] - sum(leaves[n].macs for n in leaves if n not in inside)), 0.0, 0.0)]
     after = [leaves[n] for n in leaves if n not in inside and order.index(n) > first]
     blocks = []
     for index, path in enumerate(plan.blocks):
-        total = sum(counts.get(f"{type(model).__name__}.{path}", {}).values()) / 2
-        blocks.append(_block_work(path, index, plan, leaves, total))
+        blocks.append(_block_work(path, index, plan, leaves, products.macs[path]))
     answers = next(iter(inputs.values())).shape[1] if plan.per_token else 1
     exits = tuple(
         Work(
@@ -114,6 +129,34 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     )
     parameters = float(sum(p.numel() for p in model.parameters()))
     return ModuleWork(_sum(before), tuple(blocks), _sum(after), exits, parameters)
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the MACs of matrix products and convolutions, apart by the block that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: Counter[str] = Counter()
+        self._block = ""
+
+    def enter(self, block: str) -> None:
+        """Count what follows for `block`; "" is outside of all."""
+        self._block = block
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        count = FLOPS.get(func.overloadpacket)
+        if count is None:
+            with self:
+                inside = func.decompose(*args, **given)
+            if inside is not NotImplemented:
+                return inside
+        out = func(*args, **given)
+        if count is not None:
+            self.macs[self._block] += count(*args, **given, out_val=out) // 2
+        return out
 
 
 def _leaf_work(module: nn.Module, output: Tensor) -> Work:
@@ -263,7 +306,7 @@ def profile_module(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, b
     work = count_work(model, inputs, plan)
     sizes = (batch_size, batch_size // 4 if batch_size >= 4 else 4 * batch_size)
     batches = [{name: v.repeat_interleave(size, dim=0) for name, v in inputs.items()} for size in sizes]
-    measured = time_calls([partial(model, **batch) for batch in batches])
+    measured = time_calls([partial(forward, model, batch) for batch in batches])
     points = [(size * work.dense_macs, latency.median_s) for size, latency in zip(sizes, measured, strict=True)]
     (x1, y1), (x2, y2) = points
     mac_s = max((y1 - y2) / (x1 - x2), 0.0)

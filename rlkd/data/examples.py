@@ -22,16 +22,28 @@ class Examples:
     report: str = field(
         default="", kw_only=True
     )  # what was seen, used and left out, the splits, and the class that each label means
+    fixed_length: bool = field(default=False, kw_only=True)  # all padding stays in a batch: the answers depend on it
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """Inputs of the samples at `index` [B], their common padding cut off."""
         chosen = {name: values[index] for name, values in self.inputs.items()}
         mask = chosen.get(PADDING_MASK)
-        if mask is None:
+        if mask is None or self.fixed_length:
             return chosen
         longest = int(mask.sum(1).max())
         full = mask.shape[1]
         return {k: v[:, :longest] if v.ndim > 1 and v.shape[1] == full else v for k, v in chosen.items()}
+
+    def shape_of_texts(self) -> dict[str, int | bool]:
+        """What to make the same texts of the same data with: the length they are cut to, and whether all have it."""
+        length = self.num_positions
+        return {} if length is None else {"max_length": length, "fixed_length": self.fixed_length}
+
+    def few(self) -> Tensor:
+        """Choose up to 5 training samples, from the shortest to the longest; returns their numbers, [B] int64."""
+        train = self.splits["train"]
+        ordered = train[self.by_length(train)]
+        return ordered[torch.linspace(0, len(ordered) - 1, min(5, len(ordered))).long()]
 
     def by_length(self, index: Tensor) -> Tensor:
         """[B] int64, places in `index` [B] from the shortest text to the longest: batches then hold little padding."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.compression.real.trial import TOLERANCE, largest_difference
 from rlkd.cost import compare_latency
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import Examples, TokenExamples
@@ -19,6 +20,8 @@ from rlkd.envs.action import decode
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.real import RealScenario
 from rlkd.io.journal import Journal
+from rlkd.models.chain import Masks
+from rlkd.models.real.pretrained import Kind
 from rlkd.runs.distil import SAME, OnWindow, check_shipped, is_lost, run_windows, shared_figures
 from rlkd.students import Metrics
 from rlkd.students.evaluation import ExitsByClass
@@ -28,6 +31,11 @@ from rlkd.teachers.real.token_signals import TokenSignals
 MEASURED_BATCHES = (1, 32)
 SUMMED = 1e-4  # what a quality may differ by from its sums in another order
 ROUNDED = 0.01  # what an accuracy may differ by from training in half precision or on a GPU
+COMPARED: dict[Kind, tuple[int, int]] = {  # test samples whose shipped and trained answers are compared, and at once
+    "sequence_classification": (64, 8),
+    "image_classification": (64, 8),
+    "causal_lm": (8, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,9 @@ def distil_module(
         "macs_of_teacher": scenario.teacher_macs,
         "energy_kind": scenario.profile.energy["kind"],
     }
+    figures["shipped_difference"] = _shipped_difference(
+        shipped, scenario, unit_masks, keep=keep, threshold=float(episodes.threshold[0])
+    )
     batches = sorted({*MEASURED_BATCHES, scenario.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, scenario, test, b) for b in batches}
     measured["profile_batch"] = scenario.profile.batch_size
@@ -87,10 +98,29 @@ def distil_module(
 
 def check_shipped_module(figures: dict[str, Any], scenario: RealScenario) -> str:
     """As `check_shipped`: a cross entropy adds up in another order, and half precision or a GPU rounds otherwise."""
+    difference = figures["shipped_difference"]
+    if difference > TOLERANCE:
+        return (
+            f"the shipped student answers otherwise than the trained one, by {difference:.1e} of its largest answer; "
+            "do not ship it"
+        )
     train = scenario.config.train
     if train.precision != "float32" or train.torch_device().type != "cpu":
         return check_shipped(figures, ROUNDED)
     return check_shipped(figures, SUMMED if scenario.kind == "causal_lm" else SAME)
+
+
+def _shipped_difference(
+    shipped: ShippedStudent, scenario: RealScenario, unit_masks: Masks, *, keep: float, threshold: float
+) -> float:
+    """The largest difference between the shipped student's answers and the trained one's on the first test samples."""
+    student, data = scenario.student.cpu().eval(), scenario.data
+    num_samples, size = COMPARED[scenario.kind]
+    parts = torch.split(data.splits["test"][:num_samples], size)
+    return max(
+        largest_difference(student, shipped, data.batch(rows), unit_masks, keep=keep, threshold=threshold)
+        for rows in parts
+    )
 
 
 def _by_class(exits: ExitsByClass, names: Sequence[str]) -> dict[str, dict[str, Any]]:

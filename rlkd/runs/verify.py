@@ -24,7 +24,7 @@ from rlkd.envs.action import ControlConfig
 from rlkd.envs.reward import KAPPA, MAX_PENALTY, score, worst_score
 from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.errors import UserError
-from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json
+from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json, whole
 from rlkd.io.records import plain
 from rlkd.runs.compare import compare_methods
 from rlkd.runs.folder import Progress
@@ -35,6 +35,8 @@ from rlkd.runs.train import compare_on_held_out_tasks, result_of, shipped_scenar
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # what float32 sums in another order may differ by; a changed answer is far above it
 CLOCK = ("wall_s", "updates_per_s", "trainings_per_s")
 OF_LEARNING = ("evaluations", "shipped_iteration")  # only another training of the policy could tell them
+
+LONGEST_TEXT = 2**20  # tokens
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,13 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
         kind, model = student.shipment.kind, str(folder / "student" / "model")
         table = load_table(Path(config.data), kind, config.columns, model)
         processor = None if table.kind == "array" else load_processor(model, kind)
-        data = load_examples(table, processor, student.model.config, config.columns, model)
-    except UserError as error:
+        card = read_json(folder / "student" / "student.json", "a real student's card")
+        given = card.get("inputs") or {}
+        length = whole(given.get("max_length", config.columns.max_length), "inputs.max_length", 2, LONGEST_TEXT)
+        columns = replace(config.columns, max_length=length)
+        data = load_examples(table, processor, student.model.config, columns, model)
+        data = replace(data, fixed_length=bool(given.get("fixed_length", False)))
+    except (UserError, ValueError, AttributeError) as error:
         return [Row("student", (str(error),))]
     if isinstance(data, TokenExamples):
         anchors = config.tokens.anchors(data.num_classes)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlkd.compression.selection import exit_ends, exits_at, gated_exits, spread
+from rlkd.compression.selection import exits_taken, spread
 from rlkd.losses.hard_label import log_probabilities
 from rlkd.models import Masks
 from rlkd.students.interface import Metrics
@@ -19,40 +19,6 @@ class ExitsByClass:
     num_samples: Tensor  # [C] int64
     exit_rates: Tensor  # [C, E], share of the class's samples that left at each exit
     accuracy: Tensor  # [C], each sample answered by the exit it left at
-
-
-def exits_taken(
-    confidence: Tensor,
-    answer: Tensor,
-    threshold: Tensor,
-    num_classes: int,
-    patience: int = 0,
-    gates: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """Which exit answers each sample: [N, E, B] bool with one True a sample.
-
-    Args:
-        confidence: [N, E, B], largest probability at every exit.
-        answer: [N, E, B].
-        threshold: [N].
-        num_classes: C.
-        patience: as in `summarise`.
-        gates: as in `summarise`.
-    """
-    waiting = torch.ones_like(answer[:, 0], dtype=torch.bool)  # [N, B]
-    undecided = ~torch.stack(exit_ends(threshold, num_classes)).any(0)[:, None]  # [N, 1]
-    leaves = []
-    for e in range(answer.shape[1] - 1):
-        if gates:
-            now = gated_exits(gates[e], threshold, num_classes)
-        else:
-            now = exits_at(confidence[:, e], threshold, num_classes)
-        if 0 < patience <= e + 1:
-            recent = answer[:, e + 1 - patience : e + 1]  # [N, patience, B]
-            now = now | ((recent == recent[:, :1]).all(1) & undecided)
-        leaves.append(waiting & now)
-        waiting = waiting & ~now
-    return torch.stack([*leaves, waiting], dim=1)
 
 
 @torch.no_grad()

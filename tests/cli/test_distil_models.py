@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
 import tiny_models
@@ -105,6 +106,40 @@ def test_a_real_student_is_verified_from_its_folder(
         "differs  student compacted_accuracy",
         "differs  student score",
     ]
+
+
+def test_shipped_and_trained_answers_are_compared_in_every_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
+    assert distil(place, tmp_path / "a", *options) == 0
+    result = read_run(tmp_path / "a").result
+    assert result is not None
+    assert 0 <= result["methods"]["policy"]["shipped_difference"] < 1e-4
+    monkeypatch.setattr(
+        "rlkd.runs.distil_real.TOLERANCE", -1.0
+    )  # as if the largest difference that was found were too large
+    assert distil(place, tmp_path / "b", *options) == 1
+    assert "the shipped student answers otherwise than the trained one" in capsys.readouterr().err
+    assert (tmp_path / "b" / "result.json").exists()  # and nothing is lost
+
+
+@pytest.mark.parametrize("name", ["FNetForSequenceClassification", "RobertaForSequenceClassification"])
+def test_texts_are_made_for_verify_as_they_were_for_the_training(
+    name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"max_position_embeddings": 6} if "Roberta" in name else {}  # room for five tokens
+    architectures.tiny_model(name, **changes).save_pretrained(tmp_path / "teacher")
+    architectures.save_tokenizer(tmp_path / "teacher")
+    data = architectures.write_data(tmp_path, "texts")  # of 5 to 11 tokens
+    options = ["--teacher", str(tmp_path / "teacher"), "--data", str(data)]
+    assert distil(place, tmp_path / "a", *options) == 0
+    shown = capsys.readouterr().err
+    assert ("longer texts are cut" if changes else "its answers depend on padding") in " ".join(shown.split())
+    assert main(["verify", str(tmp_path / "a")]) == 0
+    assert "holds    student compacted_accuracy" in capsys.readouterr().out
+    card = json.loads((tmp_path / "a" / "student" / "student.json").read_text())
+    assert card["inputs"] == {"max_length": 5 if changes else 11, "fixed_length": not changes}
 
 
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from rlkd.models.chain import Masks
 from rlkd.models.real.blocks import Group
 from rlkd.models.real.hooks import resolve
 from rlkd.models.real.instrumented import Instrumented
-from rlkd.models.real.pretrained import CLASSES, HIDDEN_UNITS, Kind, load_model, new_model, quiet
+from rlkd.models.real.pretrained import AUTO_CLASSES, HIDDEN_UNITS, Kind, load_model, new_model, quiet
 
 FORMAT = 2
 WEIGHTS = ("exits.safetensors", "model/model.safetensors")
@@ -48,7 +48,9 @@ DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # what tran
 SPARE_BLOCKS = 32  # layers beyond the card's blocks, such as those of an embedding
 
 
-def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks) -> nn.Module:
+def cut_model(
+    model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks, *, cuts_units: bool = True
+) -> nn.Module:
     """A model on the CPU that answers like `model` under `masks`, physically smaller where it can be.
 
     Args:
@@ -56,11 +58,12 @@ def cut_model(model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Mask
         kind: what it is for.
         groups: its groups.
         masks: one [size] a group.
+        cuts_units: cut hidden units out where every block keeps equally many; else they stay, as zeros.
     """
     described: Any = copy.deepcopy(model.config)
     names = [name for name in HIDDEN_UNITS if isinstance(getattr(described, name, None), int)]
     counts = {int(mask.sum()) for group, mask in zip(groups, masks, strict=True) if group.kind == "units"}
-    cuts_units = len(counts) == 1 and bool(names)
+    cuts_units = cuts_units and len(counts) == 1 and bool(names)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     for group, mask in zip(groups, masks, strict=True):
         reader = f"{group.reader}.weight"
@@ -101,10 +104,12 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
         plan.select_after,
         keep,
         plan.num_classes,
-        plan.select_after is not None or plan.is_conv,
+        plan.drops_rows,
     )
     heads = copy.deepcopy(student.heads).cpu()
-    return shipped_student(cut_model(student.model, kind, plan.groups, unit_masks), heads, shipment)
+    return shipped_student(
+        cut_model(student.model, kind, plan.groups, unit_masks, cuts_units=plan.cuts_units), heads, shipment
+    )
 
 
 def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
@@ -159,8 +164,8 @@ def _shipment(given: Any) -> Shipment:
     values = dict(given)
     if set(values) != {f.name for f in fields(Shipment)}:
         raise ValueError(f"shipment has {sorted(values)!s:.60}; allowed: {[f.name for f in fields(Shipment)]!s:.200}")
-    if values["kind"] not in CLASSES:
-        raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(CLASSES)}")
+    if values["kind"] not in AUTO_CLASSES:
+        raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(AUTO_CLASSES)}")
     for name in ("blocks", "attention", "exits"):
         entries, wanted = values[name], int if name == "exits" else str
         if not isinstance(entries, list) or len(entries) > MAX_BLOCKS or any(type(e) is not wanted for e in entries):
@@ -191,15 +196,25 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def _check_depth(folder: Path, num_blocks: int) -> None:
-    """ValueError for a model of far more layers than the card has blocks: transformers would build them all first."""
+    """ValueError for a model of far more layers than there are blocks or tensors: all would be built first."""
     config = read_json(inside(folder / "model", "config.json"), "a model's configuration")
+    num_tensors = _num_tensors(folder / "model" / "model.safetensors")
     depths = config.get("depths")
     claimed = {name: config.get(name) for name in DEPTHS}
     if isinstance(depths, list):
         claimed["depths"] = len(depths) + sum(d for d in depths if isinstance(d, int))
     for name, value in claimed.items():
-        if isinstance(value, int) and value > num_blocks + SPARE_BLOCKS:
-            raise ValueError(f"{name} is {value!s:.20}; the card has {num_blocks} blocks")
+        if isinstance(value, int) and value > max(num_blocks, num_tensors) + SPARE_BLOCKS:
+            raise ValueError(
+                f"{name} is {value!s:.20}; the card has {num_blocks} blocks and the weights {num_tensors} tensors"
+            )
+
+
+def _num_tensors(path: Path) -> int:
+    with opened(path) as (file, _):
+        head = file.read(8)
+        length = min(int.from_bytes(head, "little"), MAX_TENSOR_BYTES)
+        return len(tensor_shapes(head + file.read(length), str(path)))
 
 
 def _load_heads(folder: Path, shipment: Shipment) -> nn.ModuleList:

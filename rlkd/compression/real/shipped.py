@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rlkd.compression.selection import exit_ends, exits_at
 from rlkd.data.examples import PADDING_MASK
 from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.hooks import pool, tensor_at
+from rlkd.models.real.hooks import forward, pool, tensor_at
 from rlkd.models.real.instrumented import choose_tokens, exit_answer
 from rlkd.models.real.pretrained import Kind
 
@@ -46,6 +47,9 @@ class _Batch:
     waiting: Tensor  # [R] bool; samples that left may stay in the batch
     valid: Tensor | None  # [R, L] bool
     answers: Tensor  # [B, C], filled as samples leave
+    size: int  # B
+    hidden: Tensor | None = None  # what the last block with an exit gave
+    stay: Tensor | None = None  # bool, which of the samples ahead of the last exit are still in the batch
     keep_mask: bool = False  # tokens were left out: the model's own attention mask no longer fits
     mask: Tensor | None = None  # [R, 1, 1, L']
     weights: Tensor | None = None  # [R, heads, L, L] of the selecting block
@@ -67,6 +71,8 @@ class ShippedStudent(nn.Module):
         self._always, self._never = bool(always), bool(never)
         for block, path in enumerate(s.blocks[1:], start=2):
             model.get_submodule(path).register_forward_pre_hook(self._enter(block), with_kwargs=True)
+        for block in () if self._never else s.exits:
+            model.get_submodule(s.blocks[block - 1]).register_forward_hook(self._keep(s.blocks[block - 1]))
         if s.select_after is not None and s.keep < 1.0:
             place = s.attention[s.select_after - 1]
             model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
@@ -80,15 +86,25 @@ class ShippedStudent(nn.Module):
             torch.ones(size, dtype=torch.bool),
             None if padding is None else padding.bool(),
             torch.zeros(size, self.shipment.num_classes),
+            size,
         )
         try:
-            logits = logits_of(self.model(**inputs)).float()
+            logits = logits_of(forward(self.model, inputs)).float()
             now.answers[now.rows[now.waiting]] = logits[now.waiting]
         except _AllLeft:
             pass  # every answer is in place
         finally:
             self._batch = None
         return now.answers
+
+    def _keep(self, path: str) -> Any:
+        """Keep what a block with an exit gives: the next block may be entered with something else."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if self._batch is not None:
+                self._batch.hidden = tensor_at(output, 0, path)
+
+        return hook
 
     def _look(self, number: int, place: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -104,26 +120,27 @@ class ShippedStudent(nn.Module):
             now, s = self._batch, self.shipment
             if now is None:
                 return None
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            first = next(iter(bound.arguments))
-            hidden = bound.arguments[first]
+            before = len(now.rows)
             if number - 1 in s.exits and not self._never:
-                hidden = self._leave(now, hidden, s.exits.index(number - 1))
-            mask = bound.arguments.get("attention_mask")
-            if isinstance(mask, Tensor) and len(mask) == len(now.answers) and not now.keep_mask:
-                bound.arguments["attention_mask"] = mask[now.rows]
-            if number - 1 == s.select_after and s.keep < 1.0:
-                hidden = self._select(now, hidden)
-            if now.keep_mask:
-                bound.arguments["attention_mask"] = now.mask
-            bound.arguments[first] = hidden
+                self._leave(now, s.exits.index(number - 1))
+            if len(now.rows) < now.size:
+                args, kwargs = tree_map(lambda value: _of_rows(value, now, before), (args, kwargs))
+            selects = number - 1 == s.select_after and s.keep < 1.0
+            if not selects and not now.keep_mask:
+                return args, kwargs
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            if selects:
+                first = next(iter(bound.arguments))
+                bound.arguments[first] = self._select(now, bound.arguments[first])
+            bound.arguments["attention_mask"] = now.mask
             return bound.args, bound.kwargs
 
         return hook
 
-    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
-        """Answer the samples that leave here; returns the hidden values of those that stay in the batch."""
-        s = self.shipment
+    def _leave(self, now: _Batch, index: int) -> None:
+        """Answer the samples that leave here, and take them out of the batch where all else can follow."""
+        s, hidden = self.shipment, now.hidden
+        assert hidden is not None
         logits = self.heads[index](pool(hidden, now.valid)).float()  # [R, C]
         confidence, answer = logits.softmax(-1).max(-1)  # [R]
         now.history.append(answer)
@@ -137,14 +154,13 @@ class ShippedStudent(nn.Module):
         if not bool(now.waiting.any()):
             raise _AllLeft
         if not s.drops_rows:
-            return hidden
-        stay = now.waiting
+            return
+        stay = now.stay = now.waiting
         now.rows, now.waiting = now.rows[stay], now.waiting[stay]
         now.history = [answers[stay] for answers in now.history]
         now.valid = None if now.valid is None else now.valid[stay]
         now.weights = None if now.weights is None else now.weights[stay]
         now.mask = None if now.mask is None else now.mask[stay]
-        return hidden[stay]
 
     def _select(self, now: _Batch, hidden: Tensor) -> Tensor:
         assert now.weights is not None
@@ -165,18 +181,19 @@ class ShippedCausal(ShippedStudent):
         ids = inputs["input_ids"]
         padding = inputs.get(PADDING_MASK)
         waiting = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()  # [B, L]
-        now = self._batch = _Batch(torch.arange(len(ids)), waiting, waiting, torch.empty(0))
+        now = self._batch = _Batch(torch.arange(len(ids)), waiting, waiting, torch.empty(0), len(ids))
         try:
-            logits = logits_of(self.model(**inputs)).float()  # [B, L, V]
+            logits = logits_of(forward(self.model, inputs)).float()  # [B, L, V]
         except _AllLeft:
             return now.answers
         finally:
             self._batch = None
         return torch.where(now.waiting[..., None], logits, now.answers) if len(now.answers) else logits
 
-    def _leave(self, now: _Batch, hidden: Tensor, index: int) -> Tensor:
+    def _leave(self, now: _Batch, index: int) -> None:
         """Answer the tokens that leave here; all stay in the batch."""
-        s = self.shipment
+        s, hidden = self.shipment, now.hidden
+        assert hidden is not None
         logits = exit_answer(self.model, self.heads[index], hidden, now.valid, True).float()  # [B, L, V]
         if self._always:  # nothing to decide, which over a vocabulary would cost more than a block
             now.answers = logits
@@ -193,7 +210,13 @@ class ShippedCausal(ShippedStudent):
         now.waiting = now.waiting & ~leave
         if not bool(now.waiting.any()):
             raise _AllLeft
-        return hidden
+
+
+def _of_rows(value: Any, now: _Batch, before: int) -> Any:
+    """Take from a tensor of all samples, or of the `before` ones ahead of this exit, the rows still in the batch."""
+    if not isinstance(value, Tensor) or not value.ndim or len(value) in (len(now.rows), 1):
+        return value
+    return value[now.stay if len(value) == before else now.rows]
 
 
 def shipped_student(model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> ShippedStudent:

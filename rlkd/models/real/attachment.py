@@ -1,15 +1,18 @@
 """What of a real student can be controlled: found from one dry pass, and said in a table."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from rlkd.data.examples import PADDING_MASK
 from rlkd.errors import UserError
 from rlkd.models.real.blocks import Group, Layout, block_paths, find_groups, layout_of
-from rlkd.models.real.hooks import capture, forward, resolve, width_of
+from rlkd.models.real.hooks import capture, forward, resolve, tensor_at, width_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Plan:
     patience: int  # exits in a row that must agree; 0: that rule is off
     controls: dict[str, str]  # control: what it does here, or "not available: ..."
     per_token: bool  # a language model: one answer a position, and exits answer through the model's own head
+    drops_rows: bool  # a shipped student can take samples that left out of the batch: all that blocks are given follows
+    has_features: bool  # the last block gives one row of features a sample
+    cuts_units: bool  # hidden units can be cut out of the shipped model; else masked ones stay, as zeros
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -62,16 +68,32 @@ class Plan:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [B, C], or [B, L, V] a token, of a model's output: its `logits`, or itself."""
+    """Logits [B, C], or [B, L, V] a token, of a model's output: its `logits`, or itself.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(output, Tensor) and "logits" not in output:
+        raise UserError(f"student: got an output with {', '.join(output)}; allowed: one with logits")
     return torch.as_tensor(output if isinstance(output, Tensor) else output["logits"])
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """What one forward pass showed of a block, beside a second pass with one row and one position fewer."""
+
+    hidden: Tensor | None  # first tensor of its output; None where its first size is not the batch
+    num_calls: int
+    enters_as_left: bool  # its first argument is the output of the block before
+    follows_rows: bool  # every other tensor that it is given has the batch, or one, as first size
+
+
 def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConfig, num_positions: int | None) -> Plan:
-    """Look at one forward pass of `model`.
+    """Look at two forward passes of `model`.
 
     Args:
         model: gives logits [B, C], or [B, L, V] a token, alone or under `logits`.
-        inputs: of a few samples.
+        inputs: of a few samples, at least two.
         config: what to attach.
         num_positions: longest sequence; by default the length in this pass.
 
@@ -84,49 +106,182 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         raise UserError("student: no nn.ModuleList of blocks was found; name them with --attach.blocks PATTERN")
     layout = layout_of(model, blocks)
     attention = _attention_places(model, blocks, layout, inputs)
-    was_training = model.training
-    with capture(model.eval(), blocks) as seen:
-        logits = logits_of(forward(model, inputs))
-    model.train(was_training)
+    logits, observed = _observe(model, blocks, inputs)
+    seen = [observed[block] for block in blocks]
     per_token = logits.ndim == 3
     if logits.ndim != 2 and not per_token:
         raise UserError(
             f"student: got logits of shape {list(logits.shape)}; allowed: [samples, classes] or [samples, tokens, "
             "vocabulary]"
         )
-    last = seen[blocks[-1]]
-    widths = tuple(width_of(seen[block]) for block in blocks)
-    no_exits = per_token and not _has_head_for(model, widths)
-    exits = () if no_exits and config.exits is None else _exits(config, len(blocks), no_exits)
-    why_not = _why_no_selection(logits, last, attention, config.select_after, len(blocks))
+    last = seen[-1].hidden
+    widths = tuple(0 if block.hidden is None else width_of(block.hidden) for block in seen)
+    why_no_exits = _why_no_exits(model, seen, widths, per_token)
+    exits = () if why_no_exits and config.exits is None else _exits(config, len(blocks), why_no_exits)
+    if not all(seen[block - 1].hidden is not None for block in exits):
+        exits, why_no_exits = (), "a block gives no features of the batch"
+    why_not = _why_no_selection(logits, seen, attention, config.select_after)
     groups = tuple(find_groups(model, blocks, layout))
-    length = (num_positions or last.shape[1]) if last.ndim == 3 else 1
+    is_conv = last is not None and last.ndim == 4
+    length = (num_positions or last.shape[1]) if last is not None and last.ndim == 3 else 1
     controls = {
+        "weight_feature": "features of the last block"
+        if last is not None
+        else "not available: its features do not follow the batch",
         "weight_attention": (
             "attention weights of the last block"
             if attention
             else "activations of the last block over pixels"
-            if last.ndim == 4
+            if is_conv
             else "not available: the model gives no attention weights"
         ),
         "feature_keep": f"not available: {why_not}" if why_not else f"tokens after block {config.select_after}",
         "unit_keep": _units_in_words(groups),
-        "exit_threshold": _about_exits(exits, per_token),
+        "exit_threshold": f"not available: {why_no_exits}" if why_no_exits else _about_exits(exits, per_token),
     }
     return Plan(
-        tuple(blocks),
-        widths,
-        exits,
-        groups,
-        attention,
-        None if why_not else config.select_after,
-        1 if why_not else length,
-        logits.shape[-1],
-        last.ndim == 4,
-        config.patience,
-        controls,
-        per_token,
+        blocks=tuple(blocks),
+        widths=widths,
+        exits=exits,
+        groups=groups,
+        attention=attention,
+        select_after=None if why_not else config.select_after,
+        num_positions=1 if why_not else length,
+        num_classes=logits.shape[-1],
+        is_conv=is_conv,
+        patience=config.patience,
+        controls=controls,
+        per_token=per_token,
+        drops_rows=not per_token
+        and all(block.enters_as_left and block.follows_rows for block in seen[1:])
+        and _bears_fewer_rows(model, blocks[-1], inputs, logits),
+        has_features=last is not None,
+        cuts_units=any(group.kind == "units" for group in groups),
     )
+
+
+def without(plan: Plan, control: str, reason: str) -> Plan:
+    """The plan with one control switched off: `unit_keep`, `feature_keep` or `exit_threshold`."""
+    controls = {**plan.controls, control: f"not available: {reason}"}
+    if control == "unit_keep":
+        return replace(plan, groups=(), cuts_units=False, controls=controls)
+    if control == "feature_keep":
+        return replace(plan, select_after=None, num_positions=1, controls=controls)
+    return replace(plan, exits=(), controls=controls)
+
+
+def keep_zeros(plan: Plan) -> Plan:
+    """The plan for a model whose hidden units cannot be cut out: masked ones stay in the shipped model, as zeros."""
+    text = plan.controls["unit_keep"].replace("masked heads stay", "masked ones stay")
+    return replace(plan, cuts_units=False, controls={**plan.controls, "unit_keep": text})
+
+
+def _observe(
+    model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, _Observed]]:
+    """Logits of a pass, with their graph, and what the pass showed of every block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with _calls(model, blocks) as first:
+            logits = logits_of(forward(model, inputs))
+        with _calls(model, blocks) as second, torch.no_grad():
+            other = _other_pass(model, inputs, second)
+    finally:
+        model.train(was_training)
+    sizes = (len(next(iter(inputs.values()))), other)
+    observed: dict[str, _Observed] = {}
+    before: Tensor | None = None
+    for block in blocks:
+        calls, others = first[block], second[block]
+        hidden = _hidden(calls, others, sizes) if calls and others else None
+        entered = calls[0][0] if calls else None
+        observed[block] = _Observed(
+            hidden,
+            len(calls),
+            before is not None and entered is not None and torch.equal(entered, before),
+            bool(calls) and bool(others) and _follow_rows(calls[0][1], others[0][1], sizes),
+        )
+        before = hidden
+    return logits, observed
+
+
+Call = tuple[Tensor | None, list[Tensor], Any]  # first argument, the other tensors, output
+
+
+@contextmanager
+def _calls(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
+    """Calls of every block within the `with` block, in their order."""
+    calls: dict[str, list[Call]] = {block: [] for block in blocks}
+    handles = []
+    for block in blocks:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, block: str = block) -> None:
+            leaves = tree_leaves((args, kwargs))
+            first = leaves[0] if leaves and isinstance(leaves[0], Tensor) else None
+            calls[block].append((first, [leaf for leaf in leaves[1:] if isinstance(leaf, Tensor)], output))
+
+        handles.append(model.get_submodule(block).register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _other_pass(model: nn.Module, inputs: Mapping[str, Tensor], calls: dict[str, list[Call]]) -> int:
+    """Run another number of rows and, where the model takes it, one position of a text fewer; gives that number."""
+    size = len(next(iter(inputs.values())))
+    index = torch.arange(size - 1) if size > 1 else torch.zeros(2, dtype=torch.int64)
+    rows = {name: values[index] for name, values in inputs.items()}
+    mask = rows.get(PADDING_MASK)
+    length = 0 if mask is None else mask.shape[1]
+    shorter = {k: v[:, :-1] if v.ndim > 1 and v.shape[1] == length else v for k, v in rows.items()}
+    try:
+        forward(model, shorter)
+    except Exception:  # a model that takes whole texts alone: what the blocks showed before it failed does not count
+        for seen in calls.values():
+            seen.clear()
+        forward(model, rows)
+    return len(index)
+
+
+def _hidden(calls: Sequence[Call], others: Sequence[Call], sizes: tuple[int, int]) -> Tensor | None:
+    """What the last call gave: [B, L, D], [B, C, H, W] or [B, D] with B the batch's and the width the model's own."""
+    try:
+        hidden, smaller = (tensor_at(given[-1][2], 0, "") for given in (calls, others))
+    except UserError:
+        return None
+    fits = (hidden.shape[0], smaller.shape[0]) == sizes and 2 <= hidden.ndim <= 4
+    return hidden if fits and hidden.ndim == smaller.ndim and width_of(hidden) == width_of(smaller) else None
+
+
+@torch.no_grad()
+def _bears_fewer_rows(model: nn.Module, last: str, inputs: Mapping[str, Tensor], logits: Tensor) -> bool:
+    """Whether the model answers the rest rightly when one row is taken away ahead of its last block."""
+    size = len(logits)
+
+    def drop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tree_map(lambda v: v[:-1] if isinstance(v, Tensor) and v.ndim and len(v) == size else v, (args, kwargs))
+
+    was_training = model.training
+    handle = model.get_submodule(last).register_forward_pre_hook(drop, with_kwargs=True)
+    try:
+        fewer = logits_of(forward(model.eval(), inputs))
+    except Exception:  # what follows needs every row, whatever it raises
+        return False
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return size > 1 and fewer.shape[0] == size - 1 and torch.allclose(fewer, logits[:-1], rtol=1e-4, atol=1e-5)
+
+
+def _follow_rows(tensors: Sequence[Tensor], others: Sequence[Tensor], sizes: tuple[int, int]) -> bool:
+    """Whether each has the batch as first size, or one."""
+    if len(tensors) != len(others):
+        return False
+    pairs = zip(tensors, others, strict=True)
+    return all(a.ndim > 0 and (a.shape[0], b.shape[0]) in (sizes, (1, 1)) for a, b in pairs)
 
 
 def _units_in_words(groups: tuple[Group, ...]) -> str:
@@ -152,19 +307,22 @@ def _about_exits(exits: tuple[int, ...], per_token: bool) -> str:
     return f"exits after blocks {list(exits)}{how}"
 
 
-def _has_head_for(model: nn.Module, widths: tuple[int, ...]) -> bool:
-    """Whether the head of a language model reads what every block gives."""
+def _why_no_exits(model: nn.Module, seen: Sequence[_Observed], widths: tuple[int, ...], per_token: bool) -> str:
+    """Why no exit can stand after a block, or ""."""
+    if any(block.num_calls != 1 for block in seen):
+        return "its blocks do not run once each, as modules, in one pass"
+    if not per_token:
+        return ""
     get: Any = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
-    return isinstance(head, nn.Linear) and set(widths) == {head.in_features}
+    if isinstance(head, nn.Linear) and set(widths) == {head.in_features}:
+        return ""
+    return "the model's head does not read what its blocks give"
 
 
-def _exits(config: AttachConfig, num_blocks: int, no_exits: bool) -> tuple[int, ...]:
-    if no_exits and config.exits:
-        raise UserError(
-            f"attach.exits: got {list(config.exits)}; allowed: [], for this model's head does not read what its blocks "
-            "give"
-        )
+def _exits(config: AttachConfig, num_blocks: int, why_not: str) -> tuple[int, ...]:
+    if why_not and config.exits:
+        raise UserError(f"attach.exits: got {list(config.exits)}; allowed: [], for {why_not}")
     if config.exits is None:
         return (num_blocks // 2,) if num_blocks > 1 else ()
     if sorted(set(config.exits)) != list(config.exits) or not set(config.exits) <= set(range(1, num_blocks)):
@@ -193,19 +351,22 @@ def _attention_places(
     return places if all(w.ndim == 4 and w.shape[-1] == w.shape[-2] for w in seen.values()) else ()
 
 
-def _why_no_selection(
-    logits: Tensor, last: Tensor, attention: tuple[str, ...], select_after: int, num_blocks: int
-) -> str:
+def _why_no_selection(logits: Tensor, seen: Sequence[_Observed], attention: tuple[str, ...], select_after: int) -> str:
     """Why tokens cannot be left out, or "". The answer must hang on the first position alone, which always stays."""
-    if last.ndim != 3:
+    last = seen[-1].hidden
+    if last is None or last.ndim != 3:
         return "the blocks give no tokens"
     if logits.ndim == 3:
         return "every token has an answer of its own"
     if not attention:
         return "the model gives no attention weights"
-    if select_after >= num_blocks:
+    if select_after >= len(seen):
         return f"no block comes after block {select_after}"
-    (gradient,) = torch.autograd.grad(logits.sum(), last)
+    if any(block.num_calls != 1 for block in seen) or not all(block.enters_as_left for block in seen[select_after:]):
+        return "its blocks do not hand their tokens on from one to the next"
+    (gradient,) = torch.autograd.grad(logits.sum(), last, allow_unused=True)
+    if gradient is None:
+        return "the head does not read the last block"
     if bool(gradient[:, 1:].abs().sum() > 0):
         return "the head reads more than the first token"
     return ""

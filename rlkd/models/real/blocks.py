@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from rlkd.models.chain import Masks
 
+LARGE = 0.25  # of the largest list's weights
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -90,16 +92,30 @@ class Group:
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """Paths of the model's blocks: the children of its largest `nn.ModuleList`; empty where there is none."""
-    lists = [
-        (sum(p.numel() for p in module.parameters()), len(module), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if not lists:
-        return []
-    _, count, name = max(lists)
-    return [f"{name}.{i}" for i in range(count)]
+    """Paths of the model's blocks: the children of its last large `nn.ModuleList`, or else `nn.Sequential`.
+
+    A list is large with a quarter of the largest one's weights; the last one is the decoder of an encoder-decoder.
+    Children that are lists themselves give way to their own children. Empty where there is no list.
+    """
+    for kind in (nn.ModuleList, nn.Sequential):
+        lists: dict[str, int] = {}
+        for name, module in model.named_modules():
+            is_inside = any(name.startswith(f"{outer}.") for outer in lists)
+            if isinstance(module, kind) and len(module) and not is_inside:
+                lists[name] = sum(p.numel() for p in module.parameters())
+        if lists:
+            largest = max(lists.values())
+            return _flat(model, [name for name, size in lists.items() if size >= LARGE * largest][-1])
+    return []
+
+
+def _flat(model: nn.Module, path: str) -> list[str]:
+    """Paths of a list's children, those of lists inside it in their place."""
+    paths = []
+    for name, child in model.get_submodule(path).named_children():
+        inner = f"{path}.{name}"
+        paths += _flat(model, inner) if isinstance(child, nn.ModuleList) else [inner]
+    return paths
 
 
 def layout_of(model: nn.Module, blocks: Sequence[str]) -> Layout | None:
@@ -124,15 +140,19 @@ def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) 
     for index, block in enumerate(blocks):
         down, out = linear(model, f"{block}.{layout.down}"), linear(model, f"{block}.{layout.out}")
         up = tuple(f"{block}.{path}" for path in layout.up)
-        groups.append(Group("units", index, f"{block}.{layout.down}", up, down.in_features, 1))
-        num_heads = int(model.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        if all(linear(model, path).out_features == down.in_features for path in up):
+            groups.append(Group("units", index, f"{block}.{layout.down}", up, down.in_features, 1))
+        num_heads = getattr(model.config, "num_attention_heads", None)
+        if not isinstance(num_heads, int) or num_heads < 1 or out.in_features % num_heads:
+            continue
         writers = tuple(
             f"{block}.{path}"
             for path in layout.queries
             if linear(model, f"{block}.{path}").out_features == out.in_features
         )
-        width = out.in_features // num_heads
-        groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
+        if writers:
+            width = out.in_features // num_heads
+            groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
     return groups
 
 

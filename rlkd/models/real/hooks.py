@@ -6,6 +6,7 @@ returns several things is read at an item: `...attention:1` is the second (in tr
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,8 +105,16 @@ def tensor_at(output: Any, item: int, place: str) -> Tensor:
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> Any:
-    """Call `model` with keyword arguments, or with one tensor."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    """Call `model` with one tensor, or by keyword with those of the inputs that its forward pass names.
+
+    A decoder keeps no cache: nothing is generated here.
+    """
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    accepted = {name: values for name, values in inputs.items() if name in names} or dict(inputs)
+    return model(**accepted, **({"use_cache": False} if "use_cache" in names else {}))
 
 
 @torch.no_grad()

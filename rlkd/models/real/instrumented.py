@@ -9,18 +9,19 @@ later blocks compute fewer positions, in training as at inference. The first tok
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rlkd.data.examples import PADDING_MASK
 from rlkd.models.attention_map import attention_map
 from rlkd.models.chain import Masks
 from rlkd.models.real.attachment import Plan, logits_of
 from rlkd.models.real.blocks import mask_groups
-from rlkd.models.real.hooks import Link, build_adapters, pool, tensor_at
+from rlkd.models.real.hooks import Link, build_adapters, forward, pool, tensor_at
 
 NUM_PIXELS = 16  # positions of a convolutional attention map
 
@@ -50,7 +51,9 @@ class _Pass:
 
 
 class Instrumented(nn.Module):
-    """A model with what `Plan` says attached to it.
+    """A model with what `Plan` says attached to it, until `detach` takes all hooks off again.
+
+    It is a context manager, too, which detaches at its end.
 
     Args:
         model: any module; called by keyword, its own forward pass is untouched while this one is not running.
@@ -64,15 +67,32 @@ class Instrumented(nn.Module):
         self.heads = nn.ModuleList(new_head(plan.widths[block - 1], plan) for block in plan.exits)
         self.adapters = build_adapters(links)
         self._pass: _Pass | None = None
+        self._handles: list[RemovableHandle] = []
+        linked = {plan.blocks.index(link.student) + 1 for link in links}
+        read = {*plan.exits, *linked, *([len(plan.blocks)] if plan.is_conv else [])}
         for number, path in enumerate(plan.blocks, start=1):
             block = model.get_submodule(path)
-            block.register_forward_pre_hook(self._selector(number), with_kwargs=True)
-            block.register_forward_hook(self._keeper(number, "hidden", 0, path))
+            if plan.select_after is not None:
+                self._handles.append(block.register_forward_pre_hook(self._selector(number), with_kwargs=True))
+            if number in read:
+                self._handles.append(block.register_forward_hook(self._keeper(number, "hidden", 0, path)))
         for number, place in enumerate(plan.attention, start=1):
             module = model.get_submodule(place.partition(":")[0])
-            module.register_forward_hook(self._keeper(number, "weights", 1, place))
+            self._handles.append(module.register_forward_hook(self._keeper(number, "weights", 1, place)))
         ones = tuple(torch.ones(group.size) for group in plan.groups)
-        mask_groups(model, plan.groups, lambda: self._pass.masks if self._pass else ones)
+        self._handles += mask_groups(model, plan.groups, lambda: self._pass.masks if self._pass else ones)
+
+    def detach(self) -> None:
+        """Take all hooks off the model, which is then as it was before; this module can no longer be called."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
     def forward(self, inputs: Mapping[str, Tensor], masks: Masks, keep: float = 1.0) -> ModuleOutputs:
         """Logits of every exit, adapted features and the attention map.
@@ -82,11 +102,13 @@ class Instrumented(nn.Module):
             masks: one [size] a group of the plan.
             keep: share of each sample's tokens that blocks after `plan.select_after` see.
         """
+        if not self._handles and (self.plan.groups or self.plan.exits or self.links):
+            raise RuntimeError("this model was detached; make a new Instrumented")
         padding = inputs.get(PADDING_MASK)
         now = self._pass = _Pass(masks, keep, None if padding is None else padding.bool())
         all_valid = now.valid
         try:
-            last = logits_of(self.model(**inputs))
+            last = logits_of(forward(self.model, inputs))
         finally:
             self._pass = None
         plan = self.plan
@@ -134,11 +156,12 @@ class Instrumented(nn.Module):
                 return None
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             if number == after + 1:
-                hidden = bound.arguments["hidden_states"]  # [B, L, D]
+                first = next(iter(bound.arguments))
+                hidden = bound.arguments[first]  # [B, L, D]
                 now.chosen, now.valid = choose_tokens(now.weights[after], now.valid, now.keep)
                 now.mask = (~now.valid)[:, None, None].to(hidden.dtype) * torch.finfo(hidden.dtype).min
                 index = now.chosen[..., None].expand(-1, -1, hidden.shape[-1])
-                bound.arguments["hidden_states"] = hidden.gather(1, index)  # [B, L', D]
+                bound.arguments[first] = hidden.gather(1, index)  # [B, L', D]
             bound.arguments["attention_mask"] = now.mask
             return bound.args, bound.kwargs
 

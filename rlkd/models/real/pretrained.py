@@ -4,12 +4,12 @@ No code of a model's own is run (`trust_remote_code` stays off) and only safeten
 other weight files are pickles. Attention is the eager implementation, which alone gives attention weights.
 """
 
-import copy
+import functools
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,36 +18,16 @@ from torch import nn
 
 from rlkd.errors import UserError
 from rlkd.io.files import read_json
-from rlkd.models.real.blocks import block_paths
 
 Kind = Literal["sequence_classification", "image_classification", "causal_lm"]
-CLASSES: dict[str, tuple[str, str]] = {  # kind: the end of an architecture's name, the class that loads it
-    "sequence_classification": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    "image_classification": ("ForImageClassification", "AutoModelForImageClassification"),
-    "causal_lm": ("ForCausalLM", "AutoModelForCausalLM"),
+AUTO_CLASSES: dict[Kind, str] = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+    "causal_lm": "AutoModelForCausalLM",
 }
 HIDDEN_UNITS = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")  # what configs call them
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 OPTIONS: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": "eager"}
-
-
-@dataclass(frozen=True)
-class StudentCut:
-    """How a student is cut from its teacher."""
-
-    layers: int | None = None
-    """Blocks that are kept; by default half of them, at least one."""
-    keep: Literal["spread", "first"] = "spread"
-    """Which blocks: evenly spread with the first and the last among them (cf. Sun et al. 2019), or the first ones."""
-    width: float = 1.0
-    """Share of the hidden size, heads and hidden units that is kept; leading rows and columns stay."""
-
-    def check(self) -> None:
-        """Raises UserError for a student without a layer or wider than its teacher."""
-        if self.layers is not None and self.layers < 1:
-            raise UserError(f"cut.layers: got {self.layers}; allowed: at least 1")
-        if not 0 < self.width <= 1:
-            raise UserError(f"cut.width: got {self.width:g}; allowed: above 0, at most 1")
 
 
 def transformers() -> Any:
@@ -87,6 +67,14 @@ def load_config(source: str) -> Any:
     return _load(source, transformers().AutoConfig, trust_remote_code=False)
 
 
+@functools.cache
+def class_names(kind: Kind) -> frozenset[str]:
+    """The classes of transformers that are for `kind`."""
+    auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
+    table: Mapping[str, str | tuple[str, ...]] = getattr(auto, f"MODEL_FOR_{kind.upper()}_MAPPING_NAMES")
+    return frozenset(n for names in table.values() for n in ((names,) if isinstance(names, str) else names))
+
+
 def kind_of(config: Any, source: str) -> Kind:
     """What a model is for, from the architecture that its configuration names.
 
@@ -94,11 +82,29 @@ def kind_of(config: Any, source: str) -> Kind:
         UserError: none of the three kinds.
     """
     names = list(config.architectures or [])
-    for kind, (ending, _) in CLASSES.items():
-        if any(name.endswith(ending) for name in names):
-            return kind  # type: ignore[return-value]
-    allowed = ", ".join(f"...{ending}" for ending, _ in CLASSES.values())
-    raise UserError(f"{source}: got architectures {names}; allowed: {allowed}")
+    for kind in AUTO_CLASSES:
+        if class_names(kind) & set(names):
+            return kind
+    raise UserError(
+        f"{source}: got architectures {names}; allowed: a classifier of texts or images, or a causal language model, "
+        "such as ...ForSequenceClassification, ...ForImageClassification, ...ForCausalLM"
+    )
+
+
+def _class_of(config: Any, kind: Kind) -> Any:
+    """The class that the configuration names, where it is one for `kind`; else what transformers chooses.
+
+    Raises:
+        UserError: transformers has none.
+    """
+    named = sorted(class_names(kind) & set(config.architectures or ()))
+    if named:
+        return getattr(transformers(), named[0])
+    try:
+        found = getattr(transformers(), AUTO_CLASSES[kind])._model_mapping[type(config)]
+    except KeyError as error:
+        raise UserError(f"a model of type {config.model_type} is not for {kind.replace('_', ' ')}") from error
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def load_model(
@@ -127,17 +133,48 @@ def load_model(
         options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
     if device_map is not None:
         options |= read_device_map(device_map)
-    loader = getattr(transformers(), CLASSES[kind][1])
+    loader = _class_of(load_config(source), kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = _load(source, loader, output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])
-    if missing and num_classes is None:
+        prefix = _shared_prefix(model, info)
+        if prefix:
+            torch.manual_seed(seed)
+            options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
+            model, info = _load(source, loader, output_loading_info=True, **options)
+    missing = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    if num_classes is not None:
+        missing = [name for name in missing if not _is_of_head(model, name)]
+    if missing:
         raise UserError(
-            f"{source}: its weights lack {missing[0]}{' and more' if len(missing) > 1 else ''}; give a model that was "
-            f"trained for {kind.replace('_', ' ')}"
+            f"{source}: its weights lack {missing[0]}{' and more' if len(missing) > 1 else ''}, or have it in another "
+            f"size; give a model that was trained for {kind.replace('_', ' ')}"
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return whole_depth(model.eval())
+
+
+def _shared_prefix(model: Any, info: Mapping[str, Any]) -> str:
+    """What stands ahead of the names in a file of weights, such as `module.`; "" where the names fit as they are."""
+    strangers, missing = set(info["unexpected_keys"]), set(info["missing_keys"])
+    base = f"{model.base_model_prefix}."
+    wanted = missing | {name.removeprefix(base) for name in missing}
+    best, most = "", 0
+    for name in sorted(strangers)[:1] + sorted(strangers)[-1:]:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            prefix = ".".join(parts[:i]) + "."
+            hits = sum(s.startswith(prefix) and s.removeprefix(prefix) in wanted for s in strangers)
+            if hits > most:
+                best, most = prefix, hits
+    return best
+
+
+def _is_of_head(model: Any, name: str) -> bool:
+    """Whether a parameter may be fresh in a student: it lies outside the part that the family's models share, or is
+    its pooler."""
+    if not hasattr(model, model.base_model_prefix):
+        return False
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def read_device_map(text: str) -> dict[str, Any]:
@@ -155,6 +192,12 @@ def read_device_map(text: str) -> dict[str, Any]:
     return {"device_map": read_json(Path(text), "a map from module paths to devices")}
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: the device of its first part that is not on a disk."""
+    held = (p.device for p in model.parameters() if not p.is_meta)
+    return next(held, torch.device("cpu"))
+
+
 def state_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
     """`model.state_dict()`, with the parts that a device map has put on a disk."""
     own = model.state_dict()
@@ -169,18 +212,53 @@ def new_model(config: Any, kind: Kind, seed: int) -> nn.Module:
     """A model of `config` with fresh weights drawn from `seed`, in evaluation mode."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        loader = getattr(transformers(), CLASSES[kind][1])
-        return loader.from_config(config, **OPTIONS).eval()  # type: ignore[no-any-return]
+        model = _class_of(config, kind)._from_config(config, attn_implementation=OPTIONS["attn_implementation"])
+        return whole_depth(model.eval())
 
 
-def load_processor(source: str, kind: Kind) -> Any:
+def whole_depth(model: nn.Module) -> nn.Module:
+    """Switch off layers that are left out at random in training: hooks wait for every block."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layerdrop", None), float):
+            setattr(module, "layerdrop", 0.0)  # noqa: B010, no attribute of every module
+    return model
+
+
+def load_processor(source: str, kind: Kind, say: Callable[[str], object] = print) -> Any:
     """The tokenizer, or the image processor, that stands beside a model.
 
+    A tokenizer without a padding token pads with its end token, which `say` is told.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a tokenizer that can pad with nothing.
     """
     name = "AutoImageProcessor" if kind == "image_classification" else "AutoTokenizer"
-    return _load(source, getattr(transformers(), name), trust_remote_code=False)
+    processor = _load(source, getattr(transformers(), name), trust_remote_code=False)
+    if kind != "image_classification" and processor.pad_token_id is None:
+        if processor.eos_token is None:
+            raise UserError(f"{source}: its tokenizer has neither a padding nor an end token; set its pad_token")
+        processor.pad_token = processor.eos_token
+        say(f"{source}: its tokenizer has no padding token; it pads with {processor.eos_token}")
+    return processor
+
+
+def share_padding(model: nn.Module, processor: Any) -> None:
+    """Tell a model without a padding token the tokenizer's: a classifier of a decoder looks for the last real token."""
+    described: Any = model.config
+    if hasattr(described, "pad_token_id") and described.pad_token_id is None and hasattr(processor, "pad_token_id"):
+        described.pad_token_id = processor.pad_token_id
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Turn whatever a model's own code raises inside the block into one line that begins with `what`."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers has hundreds of models, each with errors of its own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{what} ({type(error).__name__}{': ' if reason else ''}{reason})") from error
 
 
 def _load(source: str, loader: Any, **options: Any) -> Any:
@@ -203,81 +281,6 @@ def _load(source: str, loader: Any, **options: Any) -> Any:
             f"{source}: no such local folder, and the hub did not give it ({reason}); where there is no network, give "
             "a folder downloaded elsewhere with `hf download ID --local-dir FOLDER`"
         ) from error
-
-
-def kept_layers(num_layers: int, cut: StudentCut) -> list[int]:
-    """Teacher blocks (from 0) that the student begins with: for 2 of 6 `spread` gives 0 and 5, `first` 0 and 1."""
-    count = cut.layers or max(1, num_layers // 2)
-    if count > num_layers:
-        raise UserError(f"cut.layers: got {count}; allowed: 1 to {num_layers}, the teacher's")
-    if cut.keep == "first":
-        return list(range(count))
-    return [round(i * (num_layers - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
-
-
-def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tuple[nn.Module, list[int]]:
-    """A smaller copy: some of the teacher's blocks, narrower if asked for, embeddings and head copied.
-
-    Where the width is cut, every tensor is the leading part of the teacher's: a start better than random weights,
-    not a working model.
-
-    Returns:
-        The student in evaluation mode, and the teacher block (from 0) that each of its blocks was copied from.
-
-    Raises:
-        UserError: an impossible cut.
-    """
-    cut.check()
-    blocks = block_paths(teacher)
-    chosen = kept_layers(len(blocks), cut)
-    config = _smaller_config(teacher.config, chosen, len(blocks), cut.width)
-    student = new_model(config, kind, seed=0)
-    prefix = blocks[0].rpartition(".")[0]
-    source = state_of(teacher)
-    with torch.no_grad():
-        for name, tensor in student.state_dict().items():
-            theirs = source[_teacher_name(name, prefix, chosen)]
-            part = tuple(slice(size) for size in tensor.shape)
-            tensor.copy_(theirs[part])
-    return student, chosen
-
-
-def _teacher_name(name: str, prefix: str, chosen: Sequence[int]) -> str:
-    if not name.startswith(prefix + "."):
-        return name
-    number, _, rest = name[len(prefix) + 1 :].partition(".")
-    return f"{prefix}.{chosen[int(number)]}.{rest}"
-
-
-def _smaller_config(config: Any, chosen: Sequence[int], num_layers: int, width: float) -> Any:
-    """`config` with fewer blocks and, for width below 1, fewer heads, hidden units and a smaller hidden size."""
-    smaller = copy.deepcopy(config)
-    for name, value in config.to_dict().items():  # a list with one entry a block: the kept blocks' entries
-        if isinstance(value, list) and len(value) == num_layers and len(chosen) < num_layers and name != "depths":
-            setattr(smaller, name, [value[i] for i in chosen])
-    if getattr(config, "num_hidden_layers", None) != num_layers:
-        if len(chosen) == num_layers and width == 1.0:
-            return smaller
-        raise UserError(
-            f"cut: a model of type {config.model_type} cannot be cut into layers; give its config with --student"
-        )
-    smaller.num_hidden_layers = len(chosen)
-    if width < 1.0:
-        _narrow(smaller, config, width)
-    return smaller
-
-
-def _narrow(smaller: Any, config: Any, width: float) -> None:
-    """Heads keep their dimension, so that a head of the student is a head of the teacher."""
-    head = config.hidden_size // config.num_attention_heads
-    shared = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
-    num_heads = max(shared, round(config.num_attention_heads * width / shared) * shared)
-    smaller.num_attention_heads, smaller.hidden_size = num_heads, num_heads * head
-    if hasattr(config, "num_key_value_heads"):
-        smaller.num_key_value_heads = num_heads // shared
-    for name in HIDDEN_UNITS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(smaller, name, max(1, round(getattr(config, name) * width)))
 
 
 def vocabulary_differences(teacher: Any, student: Any) -> str | None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlkd.compression.selection import spread
+from rlkd.compression.selection import exits_taken, spread
 from rlkd.data import Split, Task
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import TokenExamples
@@ -22,7 +22,6 @@ from rlkd.io.memory import enough_memory
 from rlkd.losses.objective import token_losses_of
 from rlkd.losses.tokens import TopK, token_response_top_k
 from rlkd.models.real.instrumented import Instrumented
-from rlkd.students.evaluation import exits_taken
 from rlkd.students.interface import Metrics
 from rlkd.students.real.module import EVALUATE_LESS, ModuleStudent, ModuleTrainConfig
 from rlkd.teachers.real.token_signals import TokenSignals

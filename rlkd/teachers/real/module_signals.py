@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples, to_device
+from rlkd.errors import UserError
 from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.io.memory import enough_memory
 from rlkd.models.attention_map import attention_map
 from rlkd.models.real.attachment import Plan, logits_of
-from rlkd.models.real.hooks import capture, pool
+from rlkd.models.real.hooks import capture, forward, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
-from rlkd.models.real.pretrained import state_of, transformers
+from rlkd.models.real.pretrained import device_of, state_of, transformers
 from rlkd.teachers.signals import Signals
 
 Say = Callable[[str], object]
@@ -44,7 +45,9 @@ def module_signals(
     """
     size, width = len(data.labels), sum(plan.widths[plan.blocks.index(place)] for place in places)
     num_positions = NUM_PIXELS if plan.is_conv else (data.num_positions or plan.num_positions) if plan.attention else 0
-    specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32"), "features": ((size, width), "float32")}
+    specs: dict[str, Spec] = {"logits": ((size, plan.num_classes), "float32")}
+    if places:
+        specs["features"] = ((size, width), "float32")
     if num_positions:
         specs["maps"] = ((size, num_positions), "float32")
     key = {**signals_key(teacher, data), "places": " ".join(places)}
@@ -56,12 +59,15 @@ def module_signals(
 
     tensors = cached_arrays("signals", key, specs, fill, say)
     logits = tensors["logits"]  # [S, C]
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the teacher's answers are not finite; its weights are damaged, or its inputs too large")
     validation, train = data.splits["validation"], data.splits["train"]
     accuracy = (logits[validation].argmax(-1) == data.labels[validation]).float().mean()
     log_p = F.log_softmax(logits[train], dim=-1)  # [S_train, C]
     entropy = -(log_p.exp() * log_p).sum(-1).mean() / math.log(data.num_classes)
     maps = tensors.get("maps", torch.zeros(size, 0))
-    return Signals(logits[None], tensors["features"][None], maps[None], accuracy[None], entropy[None], plan.is_conv)
+    features = tensors.get("features", torch.zeros(size, 0))
+    return Signals(logits[None], features[None], maps[None], accuracy[None], entropy[None], plan.is_conv)
 
 
 def describe_quality(signals: Signals, data: Examples) -> str:
@@ -90,14 +96,9 @@ def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
         "config": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
         "transformers": transformers().__version__,
         "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
+        "fixed_length": str(data.fixed_length),
         "torch": torch.__version__,
     }
-
-
-def device_of(teacher: nn.Module) -> torch.device:
-    """Where its inputs go: the device of its first part that is not on a disk."""
-    held = (p.device for p in teacher.parameters() if not p.is_meta)
-    return next(held, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -111,14 +112,16 @@ def _fill(
         for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
             inputs = to_device(data.batch(rows), device)
             mask = inputs.get(PADDING_MASK)
-            logits = logits_of(teacher(**inputs))
+            logits = logits_of(forward(teacher, inputs))
             where = rows.numpy()
             arrays["logits"][where] = logits.float().cpu().numpy()
-            features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
-            arrays["features"][where] = features.float().cpu().numpy()
+            if places:
+                features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+                arrays["features"][where] = features.float().cpu().numpy()
             if "maps" in arrays:
                 arrays["maps"][where] = _maps(seen, attention, last, mask, arrays["maps"].shape[1]).numpy()
-    scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+    if places:
+        scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
 
 
 def scale_features(features: NDArray[Any], widths: Sequence[int], train: Tensor) -> None:

@@ -21,9 +21,10 @@ from rlkd.io.cache import Arrays, Spec, cached_arrays
 from rlkd.io.memory import enough_memory
 from rlkd.losses.tokens import TopK, masked_mean, top_k
 from rlkd.models.real.attachment import Plan, logits_of
-from rlkd.models.real.hooks import capture, pool
+from rlkd.models.real.hooks import capture, forward, pool
+from rlkd.models.real.pretrained import device_of
 from rlkd.teachers.landmarks import LANDMARKS
-from rlkd.teachers.real.module_signals import TEACHER_LESS, Say, attention_maps, device_of, scale_features, signals_key
+from rlkd.teachers.real.module_signals import TEACHER_LESS, Say, attention_maps, scale_features, signals_key
 from rlkd.teachers.signals import Signals
 
 
@@ -90,8 +91,9 @@ def token_signals(
         "losses": ((size, length - 1), "float32"),
         "hits": ((size, length - 1), "float32"),
         "entropy": ((size, length - 1), "float32"),
-        "features": ((size, width), "float32"),
     }
+    if places:
+        specs["features"] = ((size, width), "float32")
     if plan.attention:
         specs["maps"] = ((size, length), "float32")
     key = {**signals_key(teacher, data), "places": " ".join(places), "k": str(k)}
@@ -104,7 +106,7 @@ def token_signals(
     tensors = cached_arrays("tokens", key, specs, fill, say)
     signals = TokenSignals(
         logits=torch.zeros(1, size, 0),
-        features=tensors["features"][None],
+        features=tensors.get("features", torch.zeros(size, 0))[None],
         maps=tensors.get("maps", torch.zeros(size, 0))[None],
         accuracy=torch.zeros(1),
         entropy=torch.zeros(1),
@@ -136,7 +138,7 @@ def _fill(
         for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
             inputs = to_device(data.batch(rows), device)
             ids, mask, where = inputs["input_ids"], inputs[PADDING_MASK], rows.numpy()
-            logits = logits_of(teacher(**inputs)).float()  # [B, L, V]
+            logits = logits_of(forward(teacher, inputs)).float()  # [B, L, V]
             log_p = F.log_softmax(logits[:, :-1], dim=-1)  # [B, L - 1, V]
             kept = {
                 **top_k(logits, k)._asdict(),
@@ -146,8 +148,10 @@ def _fill(
             }
             for name, values in kept.items():
                 arrays[name][where, : values.shape[1]] = values.cpu().numpy()
-            features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
-            arrays["features"][where] = features.float().cpu().numpy()
+            if places:
+                features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+                arrays["features"][where] = features.float().cpu().numpy()
             if "maps" in arrays:
                 arrays["maps"][where] = attention_maps(seen[attention[0]], mask, arrays["maps"].shape[1]).numpy()
-    scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+    if places:
+        scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])

@@ -197,3 +197,24 @@ def test_a_module_without_blocks_is_told_how_to_name_them() -> None:
         make_plan(Flat(), inputs, AttachConfig(), None)
     plan = make_plan(Flat(), inputs, AttachConfig(blocks="[ab]"), None)
     assert (plan.blocks, plan.exits, plan.num_classes) == (("a", "b"), (1,), 2)
+
+
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_nothing_is_left_on_a_model_that_was_detached() -> None:
+    model, inputs = tiny_models.tiny("bert"), tiny_models.batch("bert")
+    plan = make_plan(model, inputs, AttachConfig(), None)
+    assert num_hooks(model) == 0
+    first = Instrumented(model, plan, [])
+    masks = tuple(torch.ones(group.size) for group in plan.groups)
+    assert num_hooks(model) > 0
+    first(inputs, masks)
+    first.detach()
+    assert num_hooks(model) == 0
+    with pytest.raises(RuntimeError, match="was detached"):
+        first(inputs, masks)
+    with Instrumented(model, plan, []) as second:
+        second(inputs, masks)
+    assert num_hooks(model) == 0

@@ -10,17 +10,15 @@ import torch
 from torch import nn
 
 from rlkd.errors import UserError
+from rlkd.models.real.cutting import StudentCut, kept_layers, student_from_teacher
 from rlkd.models.real.pretrained import (
     Kind,
-    StudentCut,
     check_same_tokenizer,
-    kept_layers,
     kind_of,
     load_config,
     load_model,
     load_processor,
     new_model,
-    student_from_teacher,
 )
 
 KINDS: dict[str, Kind] = {

@@ -10,7 +10,8 @@ from students.real import test_module
 
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, make_plan
-from rlkd.models.real.pretrained import StudentCut, load_model, state_of, student_from_teacher
+from rlkd.models.real.cutting import StudentCut, student_from_teacher
+from rlkd.models.real.pretrained import load_model, state_of
 from rlkd.teachers.real.module_signals import module_signals
 
 PLACES = {

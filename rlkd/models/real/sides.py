@@ -1,0 +1,313 @@
+"""Load a teacher and its student, each with the data as it takes them."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlkd.data.examples import PADDING_MASK, Examples
+from rlkd.data.labels import class_names
+from rlkd.data.loading import load_examples, load_table
+from rlkd.data.rows import ColumnConfig
+from rlkd.data.tables import Table
+from rlkd.errors import UserError
+from rlkd.models.real.attachment import AttachConfig, Plan, logits_of, make_plan
+from rlkd.models.real.cutting import StudentCut, student_from_teacher
+from rlkd.models.real.hooks import forward
+from rlkd.models.real.pretrained import (
+    Kind,
+    as_user_error,
+    check_same_tokenizer,
+    device_of,
+    load_config,
+    load_model,
+    load_processor,
+    new_model,
+    share_padding,
+    vocabulary_differences,
+)
+
+Say = Callable[[str], object]
+STEADY = 1e-5  # answers to a text alone and in a padded batch that are this near are the same, relative to the largest
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a user names: the models, the data, and how the student is made of them."""
+
+    teacher: str
+    student: str
+    data: str
+    columns: ColumnConfig
+    cut: StudentCut
+    attach: AttachConfig
+    device_map: str | None
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model with its data."""
+
+    model: nn.Module
+    data: Examples
+    plan: Plan
+    processor: Any  # tokenizer or image processor; None for arrays
+    table: Table  # what `data` was made of
+    columns: ColumnConfig  # how; its max_length is what the model takes
+
+
+def load_teacher(sources: Sources, kind: Kind, say: Say) -> Side:
+    """Load the teacher and the data.
+
+    Raises:
+        UserError: a model or data that cannot be used, or do not belong together.
+    """
+    name = sources.teacher
+    model = load_model(name, kind, sources.allow_pickle, device_map=sources.device_map)
+    described: Any = model.config
+    if kind != "causal_lm" and described.id2label is None:  # some families keep the number of classes alone
+        described.id2label = {i: f"LABEL_{i}" for i in range(int(described.num_labels))}
+        described.label2id = {name: i for i, name in described.id2label.items()}
+    if kind != "causal_lm":  # one spelling of the classes, which the student takes over
+        names = class_names(described, name)
+        described.id2label, described.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    table = load_table(Path(sources.data), kind, sources.columns, name)
+    processor = None if table.kind == "array" else load_processor(name, kind, say)
+    share_padding(model, processor)
+    data, columns = examples_for(model, described, table, processor, sources.columns, name=name, say=say)
+    return Side(model, data, _plan(model, data, AttachConfig(exits=()), name), processor, table, columns)
+
+
+def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Say) -> tuple[Side, Side]:
+    """Cut the student from the teacher, load it, or make it of a configuration.
+
+    Returns:
+        The student, with the teacher's inputs unless it has a tokenizer or image processor of its own; and the
+        teacher, whose texts are cut shorter where the student takes fewer tokens.
+
+    Raises:
+        UserError: a student that cannot be made, or does not take the inputs.
+    """
+    name, described = sources.student or "student", teacher.model.config
+    processor = teacher.processor
+    if not sources.student:
+        model, _ = student_from_teacher(teacher.model, kind, sources.cut)
+    elif Path(sources.student).suffix == ".json":
+        fresh = load_config(sources.student)
+        _take_classes(fresh, described)
+        with as_user_error(f"{name}: no model can be made of it"):
+            model = new_model(fresh, kind, seed)
+    else:
+        is_causal = kind == "causal_lm"
+        num_classes = None if is_causal else teacher.data.num_classes
+        model = load_model(sources.student, kind, sources.allow_pickle, num_classes, seed)
+        _take_classes(model.config, described)
+        own = None if processor is None else _own_processor(sources.student, kind, say)
+        if own is not None and is_causal:
+            check_same_tokenizer(processor, own)
+        elif own is not None and _differ(processor, own):
+            processor = own
+    share_padding(model, processor)
+    if kind == "causal_lm":
+        _check_same_vocabulary(name, model, teacher.data.num_classes)
+    own_config: Any = model.config
+    channels = [getattr(config, "num_channels", None) for config in (own_config, described)]
+    if processor is not teacher.processor or channels[0] != channels[1]:
+        data, columns = examples_for(model, described, teacher.table, processor, teacher.columns, name=name, say=say)
+    else:  # one and the same: positions of the two models correspond
+
+        def remake(shorter: ColumnConfig) -> Examples:
+            return load_examples(teacher.table, processor, described, shorter, sources.teacher)
+
+        data, columns = _fitted(model, teacher.data, teacher.columns, remake, name=name, say=say)
+        if data is not teacher.data:
+            plan = _plan(teacher.model, data, AttachConfig(exits=()), sources.teacher)
+            teacher = dataclasses.replace(teacher, data=data, columns=columns, plan=plan)
+    return Side(model, data, _plan(model, data, sources.attach, name), processor, teacher.table, columns), teacher
+
+
+def examples_for(
+    model: nn.Module, described: Any, table: Table, processor: Any, columns: ColumnConfig, *, name: str, say: Say
+) -> tuple[Examples, ColumnConfig]:
+    """Make the samples as `model` takes them: with its channels, no longer than its positions.
+
+    Args:
+        model: gets the samples.
+        described: configuration of the model that names the classes.
+        table: of `load_table`.
+        processor: tokenizer or image processor, or None.
+        columns: give the length that is wanted.
+        name: of the model, for messages.
+        say: told in one line of what is changed.
+
+    Returns:
+        The samples, and `columns` with the length that they were cut to.
+
+    Raises:
+        UserError: the model does not take them at any length.
+    """
+    own: Any = model.config
+    channels = getattr(own, "num_channels", None)
+    if table.kind == "image" and channels == 1:
+        table = dataclasses.replace(table, samples=[image.convert("L") for image in table.samples])
+    data = load_examples(table, processor, described, columns, name)
+    if "pixel_values" in data.inputs or (table.kind == "array" and channels is not None):
+        return _with_channels(data, channels, name, say), columns
+
+    def remake(shorter: ColumnConfig) -> Examples:
+        return load_examples(table, processor, described, shorter, name)
+
+    return _fitted(model, data, columns, remake, name=name, say=say)
+
+
+def _fitted(
+    model: nn.Module,
+    data: Examples,
+    columns: ColumnConfig,
+    remake: Callable[[ColumnConfig], Examples],
+    *,
+    name: str,
+    say: Say,
+) -> tuple[Examples, ColumnConfig]:
+    """Texts of at most the length that `model` takes, padded as it needs; all else as it is."""
+    if PADDING_MASK not in data.inputs:
+        return data, columns
+    _check_tokens(name, model, data)
+    most = most_tokens(model, data, name)
+    if most < int(data.inputs["input_ids"].shape[1]):
+        say(f"{name}: takes {most} tokens; longer texts are cut to that")
+        columns = dataclasses.replace(columns, max_length=most)
+        data = dataclasses.replace(remake(columns), fixed_length=data.fixed_length)
+    if not data.fixed_length and depends_on_padding(model, data):
+        length = int(data.inputs["input_ids"].shape[1])
+        say(f"{name}: its answers depend on padding; every text is padded to {length} tokens, at inference, too")
+        data = dataclasses.replace(data, fixed_length=True)
+    return data, columns
+
+
+def _with_channels(data: Examples, channels: int | None, name: str, say: Say) -> Examples:
+    """Images [S, channels, H, W] of arrays [S, H, W], [S, C, H, W] or [S, H, W, C]; grey ones in every channel."""
+    (values,) = data.inputs.values()
+    if values.ndim == 3:
+        values = values[:, None]
+    if channels is None or values.ndim != 4:
+        return data
+    if values.shape[1] not in (1, channels) and values.shape[3] in (1, channels):
+        say(f"{data.name}: its arrays are read as [samples, height, width, channels]")
+        values = values.movedim(3, 1)
+    if values.shape[1] == 1 and channels > 1:
+        say(f"{data.name}: its grey images are put into all {channels} channels of {name}")
+        values = values.expand(-1, channels, -1, -1)
+    if values.shape[1] != channels:
+        raise UserError(f"{data.name}: got images of {values.shape[1]} channels; allowed: {channels}, those of {name}")
+    return dataclasses.replace(data, inputs={"pixel_values": values.contiguous()})
+
+
+def _check_tokens(name: str, model: nn.Module, data: Examples) -> None:
+    """Raises UserError for a vocabulary that the tokens go beyond."""
+    size, highest = getattr(model.config, "vocab_size", None), int(data.inputs["input_ids"].max())
+    if isinstance(size, int) and highest >= size:
+        raise UserError(f"{name}: its vocabulary has {size} tokens; the data have token {highest}")
+
+
+def _check_same_vocabulary(name: str, model: nn.Module, size: int) -> None:
+    own = getattr(model.config, "vocab_size", None)
+    if own != size:
+        raise UserError(
+            f"{name}: its vocabulary has {own} tokens, the teacher's {size}; token-level distillation needs one: give "
+            "the student that vocab_size"
+        )
+
+
+@torch.no_grad()
+def most_tokens(model: nn.Module, data: Examples, name: str) -> int:
+    """The length of the longest text, or of the longest beginning of it that the model takes.
+
+    Raises:
+        UserError: it takes none.
+    """
+    mask = data.inputs[PADDING_MASK]
+    row = data.batch(mask.sum(1).argmax()[None])
+    length = row[PADDING_MASK].shape[1]
+
+    def run(count: int) -> None:
+        shorter = {k: v[:, :count].to(device_of(model)) for k, v in row.items()}
+        forward(model.eval(), shorter)
+
+    try:
+        run(length)
+        return length
+    except Exception as error:  # positions end in errors of every kind
+        fits, beyond = 0, length
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            try:
+                run(middle)
+                fits = middle
+            except Exception:
+                beyond = middle
+        if fits < 2:
+            with as_user_error(_does_not_take(model, data, name)):
+                raise error
+        return fits
+
+
+@torch.no_grad()
+def depends_on_padding(model: nn.Module, data: Examples) -> bool:
+    """Whether the model answers a text otherwise in a batch with longer ones, or takes it only in such a batch."""
+    few = data.few()
+    device = device_of(model)
+
+    def answers(rows: Tensor) -> Tensor:
+        return logits_of(forward(model.eval(), {k: v.to(device) for k, v in data.batch(rows).items()})).float().cpu()
+
+    try:
+        together = answers(few)  # [B, C] or [B, L, V]
+    except Exception:  # what it does not take, the look for its blocks will say
+        return False
+    for place, row in enumerate(few.tolist()):
+        try:
+            (alone,) = answers(torch.tensor([row]))
+        except Exception:  # too short for it
+            return True
+        batched = together[place][: len(alone)] if alone.ndim == 2 else together[place]
+        if float((alone - batched).abs().max()) > STEADY * max(1.0, float(batched.abs().max())):
+            return True
+    return False
+
+
+def _plan(model: nn.Module, data: Examples, attach: AttachConfig, name: str) -> Plan:
+    with as_user_error(_does_not_take(model, data, name)):
+        plan = make_plan(model, data.batch(data.few()), attach, data.num_positions)
+    if plan.num_classes != data.num_classes:
+        raise UserError(f"{name}: gives {plan.num_classes} answers; the data have {data.num_classes} classes")
+    return plan
+
+
+def _does_not_take(model: nn.Module, data: Examples, name: str) -> str:
+    shapes = {key: list(values.shape[1:]) for key, values in data.inputs.items()}
+    return f"{name}: {type(model).__name__} does not take inputs of shapes {shapes}"
+
+
+def _take_classes(config: Any, teacher: Any) -> None:
+    """Give a student's configuration the names of the teacher's classes; a language model's may have none."""
+    config.id2label, config.label2id = dict(teacher.id2label or {}), dict(teacher.label2id or {})
+
+
+def _own_processor(source: str, kind: Kind, say: Say) -> Any:
+    """The student's own tokenizer or image processor; None where its folder has none."""
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json")
+    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in names):
+        return None
+    return load_processor(source, kind, say)
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    if hasattr(ours, "get_vocab"):
+        return vocabulary_differences(ours, theirs) is not None
+    return bool(ours.to_dict() != theirs.to_dict())

@@ -1,0 +1,84 @@
+"""Students cut from teachers of every build: smaller, or refused in one line."""
+
+from typing import Any
+
+import architectures
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from rlkd.errors import UserError
+from rlkd.models.real.blocks import block_paths
+from rlkd.models.real.cutting import StudentCut, student_from_teacher
+from rlkd.models.real.pretrained import Kind
+
+tiny_models.need_transformers()
+TEXT: Kind = "sequence_classification"
+
+
+def num_weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["BartForSequenceClassification", "T5ForSequenceClassification"])
+def test_an_encoder_decoder_loses_blocks_of_its_decoder(name: str) -> None:
+    teacher = architectures.tiny_model(name)
+    student, chosen = student_from_teacher(teacher, TEXT, StudentCut())
+    assert chosen == [0, 3]
+    assert (len(block_paths(teacher)), len(block_paths(student))) == (4, 2)
+    path = block_paths(teacher)[0].rpartition(".")[0]
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for key in ours:
+        source = key.replace(f"{path}.1.", f"{path}.3.") if key.startswith(f"{path}.1.") else key
+        torch.testing.assert_close(ours[key], theirs[source])
+
+
+def test_a_block_that_runs_repeatedly_runs_less_often() -> None:
+    teacher: Any = architectures.tiny_model("AlbertForSequenceClassification")
+    student: Any = student_from_teacher(teacher, TEXT, StudentCut())[0]
+    assert (teacher.config.num_hidden_layers, student.config.num_hidden_layers) == (4, 2)
+    assert num_weights(student) == num_weights(teacher)  # it has one block for all
+
+
+@pytest.mark.parametrize("name", ["ConvNextForImageClassification", "SwinForImageClassification"])
+def test_a_model_in_stages_loses_half_of_every_stage(name: str) -> None:
+    teacher: Any = architectures.tiny_model(name)
+    student: Any = student_from_teacher(teacher, "image_classification", StudentCut())[0]
+    assert (teacher.config.depths, student.config.depths) == ([2, 2], [1, 1])
+    assert num_weights(student) < num_weights(teacher)
+    with pytest.raises(UserError, match="cannot be cut into 1 layers") as error:
+        student_from_teacher(teacher, "image_classification", StudentCut(layers=1))
+    assert "\n" not in str(error.value)
+
+
+def test_the_names_of_a_backbones_stages_follow() -> None:
+    teacher = architectures.tiny_model("Dinov2ForImageClassification")
+    student: Any = student_from_teacher(teacher, "image_classification", StudentCut())[0]
+    assert student.config.stage_names == ["stem", "stage1", "stage2"]
+    assert student.config.out_features == ["stage2"]
+
+
+def test_a_model_of_a_class_of_its_own_stays_of_that_class() -> None:
+    teacher = architectures.tiny_model("DeiTForImageClassificationWithTeacher")
+    student, _ = student_from_teacher(teacher, "image_classification", StudentCut())
+    assert type(student) is type(teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cut"),
+    [
+        ("MobileNetV2ForImageClassification", "image_classification", StudentCut()),
+        ("ConvNextForImageClassification", "image_classification", StudentCut(width=0.5)),
+        ("BertForSequenceClassification", TEXT, StudentCut(layers=5)),
+    ],
+)
+def test_what_cannot_be_cut_is_one_line(name: str, kind: Kind, cut: StudentCut) -> None:
+    with pytest.raises(UserError, match="cut") as error:
+        student_from_teacher(architectures.tiny_model(name), kind, cut)
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_of_one_block_has_no_smaller_student() -> None:
+    with pytest.raises(UserError, match="cannot be cut into layers"):
+        student_from_teacher(tiny_models.tiny("bert", layers=1), TEXT, StudentCut())
