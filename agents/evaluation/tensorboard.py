@@ -108,7 +108,7 @@ def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]
     """Write the hyperparameters of a `train` run with its final test score and leads."""
     metrics = {"test_score": result["methods"]["policy"]["score"]["mean"]}
     metrics |= {name: row["difference"] for name, row in result["paired"].items()}
-    write_hparams(logger, config, seed, metrics, result["cost"]["agent_trainings"] * config.num_windows)
+    write_hparams(logger, config, seed, metrics, result["cost"]["agent_trainings"])
 
 
 def write_hparams(logger: Logger, config: Any, seed: int, metrics: Mapping[str, float], step: int) -> None:
