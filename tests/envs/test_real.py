@@ -13,7 +13,7 @@ from rlkd.envs import ControlConfig
 from rlkd.envs.action import published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
-from rlkd.models.real.pretrained import StudentCut
+from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.goals import reference_accuracies, task_of, with_goal
 from rlkd.students.real.module import ModuleTrainConfig
 
