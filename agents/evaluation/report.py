@@ -108,7 +108,7 @@ def _against(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray]:
     if not counted_at:
         return np.array(steps), np.array(values)
     # between two counts, where a damaged file lost one, the count grows evenly; nothing is trained before the first
-    return np.interp(steps, [*counted_at], [0.0, *trainings[1:]]), np.array(values)
+    return np.interp(steps, [0, *counted_at], [0.0, *trainings]), np.array(values)
 
 
 def _grid(axis: Axes, title: str, x: str, y: str) -> None:

@@ -215,11 +215,11 @@ def _lines(
 ) -> list[str]:
     """What the run says at its end."""
     lines = [
-        f"accuracy: {figures['validation_accuracy']:.4f} on validation, by which the window was chosen "
-        f"({figures['best_window']}); {figures['accuracy']:.4f} on test, which was read once "
-        f"(teacher {figures['teacher_accuracy']:.4f})",
-        f"test: J {figures['score']:.4f}, MACs {figures['macs_ratio']:.3f}, parameters {figures['size_ratio']:.3f} of "
-        "the dense student's",
+        f"validation, by which to choose among runs: J {figures['validation_score']:.4f}, accuracy "
+        f"{figures['validation_accuracy']:.4f} (window {figures['best_window']} ships)",
+        f"test, to report once and not to choose by: J {figures['score']:.4f}, accuracy {figures['accuracy']:.4f} "
+        f"(teacher {figures['teacher_accuracy']:.4f}), MACs {figures['macs_ratio']:.3f} and parameters "
+        f"{figures['size_ratio']:.3f} of the dense student's",
     ]
     if "perplexity" in figures:
         lines.append(

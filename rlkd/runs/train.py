@@ -233,11 +233,9 @@ def result_of(
     num_goals, num_tasks = len(entries), config.comparison.num_tasks
     compared = num_goals * total_trainings(COMPARED, num_tasks, config.search)
     agent = agent_trainings(config)
-    main = config.scenarios[0]
     return {
         "schema": 2,
         "task": plain(config.task),
-        "student": plain(main.student),
         "split": "test",
         "num_tasks": num_tasks,
         "num_seeds": 1,

@@ -260,7 +260,10 @@ def _student_rows(
     except UserError as error:
         return [Row("student", (str(error),))]
     named = card.get("figures")
-    shown = {key: recorded.get(key) for key in named} if isinstance(named, dict) else None
+    shown = None
+    if isinstance(named, dict):  # a goal that is met is a share of 1 in result.json
+        named = {key: float(value) if isinstance(value, bool) else value for key, value in named.items()}
+        shown = {key: recorded.get(key) for key in named}
     rows = [*_figure_rows(recorded, figures), Row("student's card", tuple(differences(named, shown)))]
     if policy_sha256 is not None:
         rows.append(Row("student's policy", tuple(differences(card.get("policy_sha256"), policy_sha256))))

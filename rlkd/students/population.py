@@ -53,8 +53,9 @@ class WithAdapter(nn.Module):
     def __init__(self, student: ChainStudent, teacher_width: int) -> None:
         super().__init__()
         self.student = student
-        # its first weights come from the task; torch's own would draw from the global generator
-        self.adapter = nn.utils.skip_init(nn.Linear, student.group_sizes[-1], teacher_width)  # type: ignore[no-untyped-call]
+        # its first weights come from the task; the global generator stays where it is
+        with torch.random.fork_rng(devices=[]):
+            self.adapter = nn.Linear(student.group_sizes[-1], teacher_width)
 
     def forward(self, inputs: Tensor, masks: Masks) -> tuple[Outputs, Tensor]:
         """The student's outputs, and its last features at the teacher's width, [B, F]."""

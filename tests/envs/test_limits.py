@@ -108,8 +108,10 @@ def test_what_acts_never_costs_more_than_a_limit_that_can_be_met(
     others = [i for i in range(NUM_CONTROLS) if i not in (*KEPT, *KINDS)]
     assert torch.equal(episodes.u[:, others], u[:, others])
     assert (episodes.u[:, KEPT] <= u[:, KEPT]).all()
-    # moving twice moves no further
-    torch.testing.assert_close(within_limits(episodes.u, episodes.limits, scenario), episodes.u)
+    # moving twice moves no further, unless the limit chose another kind of exit, which is cheaper
+    same = exit_kind(episodes.u) == exit_kind(u)
+    again = within_limits(episodes.u, episodes.limits, scenario)
+    torch.testing.assert_close(again[same], episodes.u[same])
 
 
 @pytest.mark.parametrize("num_students", [1, 3])
