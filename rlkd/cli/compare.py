@@ -40,7 +40,7 @@ def _run_one(argv: list[str], name: str | None) -> int:
         if is_finished(folder, journal.finished):
             return 0
         result = compare_methods(config, bundle, folder, options.seed, bar, journal, blind)
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 190)
     num_tasks = result["num_tasks"] * result["num_seeds"]
     for entry in result["goals"]:
         title = f"{entry['name']}: {num_tasks} held-out tasks ({entry['num_feasible']} feasible), test"

@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
         if is_finished(folder, journal.finished):
             return 0
         result = train_experiment(config, folder, options.seed, bar, journal)
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 190)
     for entry in result["goals"]:
         title = f"{entry['name']}: {result['num_tasks']} held-out tasks ({entry['num_feasible']} feasible), test"
         print_comparison(console, title, entry)

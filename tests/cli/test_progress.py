@@ -52,7 +52,7 @@ def test_a_narrow_terminal_gets_every_figure(width: int) -> None:
 
 
 def test_a_wide_terminal_gets_one_table() -> None:
-    console = Console(file=io.StringIO(), width=150)
+    console = Console(file=io.StringIO(), width=190)
     print_comparison(console, "a title", comparison())
     assert console.file.getvalue().count("a title") == 1  # type: ignore[attr-defined]
 
