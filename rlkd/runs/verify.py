@@ -260,14 +260,21 @@ def _student_rows(
     except UserError as error:
         return [Row("student", (str(error),))]
     named = card.get("figures")
-    shown = None
-    if isinstance(named, dict):  # a goal that is met is a share of 1 in result.json
-        named = {key: float(value) if isinstance(value, bool) else value for key, value in named.items()}
-        shown = {key: recorded.get(key) for key in named}
-    rows = [*_figure_rows(recorded, figures), Row("student's card", tuple(differences(named, shown)))]
+    shown = {key: recorded.get(key) for key in named} if isinstance(named, dict) else None
+    rows = [
+        *_figure_rows(recorded, figures),
+        Row("student's card", tuple(differences(_as_shares(named), _as_shares(shown)))),
+    ]
     if policy_sha256 is not None:
         rows.append(Row("student's policy", tuple(differences(card.get("policy_sha256"), policy_sha256))))
     return rows
+
+
+def _as_shares(figures: Any) -> Any:
+    """Figures with true and false as 1 and 0: the share of goals met of one student."""
+    if not isinstance(figures, dict):
+        return figures
+    return {key: float(value) if isinstance(value, bool) else value for key, value in figures.items()}
 
 
 def _figure_rows(recorded: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Row]:

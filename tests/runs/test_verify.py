@@ -156,7 +156,7 @@ def test_another_policy_is_found_by_its_hash_and_by_what_it_does(copy: Path, cap
     code, holds, differs = verdict(copy / "train", capsys)
     assert code == 1
     assert {"differs  policy_sha256", "differs  methods policy", "differs  student's policy"} <= set(differs)
-    assert {"methods constant", "methods dense", "student accuracy"} <= set(holds)
+    assert {"cost", "student accuracy"} <= set(holds)  # which tasks are feasible depends on the policy
 
 
 @pytest.mark.parametrize("name", ["gone", "unfinished", "other", "damaged"])
