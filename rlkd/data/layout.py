@@ -11,17 +11,12 @@ from rlkd.data.tally import Tally
 from rlkd.errors import UserError
 
 SPLIT_WORDS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training", "trainset", "trn"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "valset", "devset"), "validation"),
+    **dict.fromkeys(("test", "testing", "testset", "tst"), "test"),
 }
 UNCLEAR_WORDS = ("eval", "evaluation", "holdout")  # some call their validation split so, others their test split
-SHARD = re.compile(r"(?P<head>.*?)[-_.]?(?P<index>\d+)-of-(?P<count>\d+)", re.DOTALL)
+SHARD = re.compile(r"(?P<head>.*?)[-_.]?(?P<index>\d+)[-_]of[-_](?P<count>\d+)([-_.][0-9a-f]+)?", re.DOTALL)
 
 
 def split_named(word: str) -> Split | None:

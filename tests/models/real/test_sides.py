@@ -210,6 +210,18 @@ def test_a_model_that_takes_other_inputs_is_one_line(name: str, tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
+def test_a_configuration_that_has_no_names_of_classes_gets_the_default_ones(tmp_path: Path) -> None:
+    model: Any = architectures.tiny_model("PvtForImageClassification")  # its configuration has num_labels alone
+    assert getattr(model.config, "id2label", None) is None
+    model.save_pretrained(tmp_path / "t")
+    data = architectures.write_data(tmp_path, "images")  # labels 0, 1, 2
+    student, side, _ = both(sources(tmp_path / "t", data), "image_classification")
+    for described in (student.model.config, side.model.config):
+        assert described.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}  # type: ignore[union-attr]
+    assert student.plan.num_classes == 3
+    assert student.data.labels.tolist() == [i % 3 for i in range(60)]
+
+
 def test_layers_are_not_left_out_at_random(tmp_path: Path) -> None:
     model = architectures.tiny_model("BartForSequenceClassification", decoder_layerdrop=0.9, encoder_layerdrop=0.9)
     model.save_pretrained(tmp_path)
