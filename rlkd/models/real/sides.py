@@ -172,6 +172,8 @@ def examples_for(
     data = load_examples(table, processor, described, columns, name)
     if "pixel_values" in data.inputs or (table.kind == "array" and channels is not None):
         return _with_channels(data, channels, name, say), columns
+    if hasattr(processor, "all_special_ids"):
+        _check_words(name, data, processor, say)
 
     def remake(shorter: ColumnConfig) -> Examples:
         return load_examples(table, processor, described, shorter, name)
@@ -220,6 +222,28 @@ def _with_channels(data: Examples, channels: int | None, name: str, say: Say) ->
     if values.shape[1] != channels:
         raise UserError(f"{data.name}: got images of {values.shape[1]} channels; allowed: {channels}, those of {name}")
     return dataclasses.replace(data, inputs={"pixel_values": values.contiguous()})
+
+
+def _check_words(name: str, data: Examples, tokenizer: Any, say: Say) -> None:
+    """Warn of a tokenizer that knows less than half of the words: transformers makes one where its files are missing.
+
+    Raises:
+        UserError: it knows none.
+    """
+    ids = data.inputs["input_ids"][data.inputs[PADDING_MASK].bool()]  # [M]
+    num_known = int((~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))).sum())
+    num_unknown = 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
+    if not num_known:
+        raise UserError(
+            f"{name}: no text of {data.name} keeps a token that its tokenizer knows (it has {len(tokenizer)}); its "
+            "files (tokenizer.json, vocab.txt, ...) are missing or another model's, or --columns.max_length is too "
+            "small"
+        )
+    if num_unknown > num_known:
+        say(
+            f"WARNING: the tokenizer of {name} does not know {num_unknown} of {num_unknown + num_known} tokens of "
+            f"{data.name}: it may be another model's"
+        )
 
 
 def _check_tokens(name: str, model: nn.Module, data: Examples) -> None:
