@@ -27,7 +27,7 @@ class Arrays:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The arrays; no pickle is read.
+    """Read the arrays, without reading pickles.
 
     Raises:
         UserError: an array is missing or damaged, has no number or one that is not finite, or lengths differ.
