@@ -1,6 +1,6 @@
 """Data sets by name, each cut once into train, validation and test.
 
-The split depends on the data set alone, never on a run's seed: whatever is tuned, test samples stay unseen.
+The split depends on the data set alone, never on a run's seed, so test samples stay unseen when anything is tuned.
 """
 
 import difflib

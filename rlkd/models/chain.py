@@ -1,9 +1,8 @@
 """A student as a chain of blocks (linear or convolutional) with early exits, maskable inputs and units.
 
-One class serves the MLP and the small convolutional student: training multiplies activations by masks, so
-that every student of a population keeps the same tensor shapes whatever it has pruned; after training
-`rlkd.compression.compact` cuts the masked rows and columns out. Early exits follow BranchyNet
-(Teerapittayanon et al. 2016), but every head here is a single linear layer.
+One class serves the MLP and the small convolutional student. Training multiplies activations by masks, so all students
+of a population have tensors of the same shapes; after training `rlkd.compression.compact` removes masked rows and
+columns. Early exits follow BranchyNet (Teerapittayanon et al. 2016), but every head here is a single linear layer.
 """
 
 import math

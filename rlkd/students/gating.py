@@ -54,7 +54,7 @@ def gate_training(student: ChainStudent, exit_cost: ExitCost | None, num_student
     """None for a student without gates.
 
     Raises:
-        ValueError: it has gates, and nobody says what leaving costs.
+        ValueError: it has gates, and the cost of leaving is not given.
     """
     if not student.gate.enabled:
         return None
