@@ -51,6 +51,7 @@ def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **ch
         ),
         "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**small | image | changes)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**text | {"num_key_value_heads": 2} | changes)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**text | {"num_key_value_heads": 2} | changes)),
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(vocab_size=40, n_embd=32, n_layer=layers, n_head=4, bos_token_id=1, eos_token_id=2)
         ),

@@ -1,4 +1,4 @@
-"""Which inputs and units a student keeps, when it may exit, and the physically smaller student that remains."""
+"""Selection of inputs, units and exits, and physically smaller students."""
 
 from rlkd.compression.compact import CompactStudent, compact, load_student, save_student
 from rlkd.compression.selection import exits_at, importance, keep_top, spread

@@ -1,6 +1,6 @@
-"""The student that ships: masked rows and columns are cut out, exits that never or always fire are resolved.
+"""The student that ships: without masked rows and columns, and without exits that never or always fire.
 
-Unlike `torch.nn.utils.prune`, which only masks, this makes the tensors smaller, so that the latency falls.
+Unlike `torch.nn.utils.prune`, which only masks, this makes the tensors smaller, so the latency falls.
 """
 
 import copy
@@ -40,11 +40,11 @@ class CompactStudent(nn.Module):
     """A physically small student for inference; samples leave one by one at the exits.
 
     Args:
-        layers, heads, exits: as in `ChainStudent`, heads of exits in use only; the last exit is the final one.
+        layers, heads, exits: as in `ChainStudent`, with the heads of used exits alone; the last exit is the final one.
         input_shape: shape that one (full) sample is reshaped to.
         kept_inputs: indices of the flat inputs that are read, or None for all.
         threshold: confidence at which a sample leaves at an early exit.
-        gates: one an early exit in use, which then decide instead of the threshold, or none.
+        gates: one for each early exit in use; if given, they decide instead of the threshold.
     """
 
     kept_inputs: Tensor | None
@@ -71,12 +71,12 @@ class CompactStudent(nn.Module):
         self.is_conv = isinstance(layers[0], nn.Conv2d)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits [B, C] of the exit that each sample of inputs [B, *input_shape] left at."""
+        """Return logits [B, C], each from the exit where the sample of inputs [B, *input_shape] leaves."""
         x = inputs.reshape(inputs.shape[0], *self.input_shape)
         if self.kept_inputs is not None:
             x = x.index_select(1, self.kept_inputs)  # [B, D']
         answers: Tensor | None = None
-        waiting: Tensor | None = None  # [R] rows not answered yet, None while that is all of them
+        waiting: Tensor | None = None  # [R] rows without an answer; None for all rows
         for block, layer in enumerate(self.layers, start=1):
             x = F.relu(layer(x))
             if block not in self.exits:
@@ -96,13 +96,13 @@ class CompactStudent(nn.Module):
         return answers
 
     def _stays(self, logits: Tensor, exit_index: int) -> Tensor:
-        """[R] bool, which samples go on behind this early exit."""
+        """Return [R] bool, samples that go on behind this early exit."""
         if self.gates:
             return torch.as_tensor(self.gates[exit_index](logits) < 0)
         return log_probabilities(logits).amax(0) < self._log_threshold
 
     def architecture(self) -> dict[str, Any]:
-        """All that `load_student` needs besides the tensors."""
+        """Describe the student for `load_student`, without the tensors."""
         return {
             "kind": "conv" if self.is_conv else "mlp",
             "input_shape": list(self.input_shape),
@@ -117,7 +117,7 @@ class CompactStudent(nn.Module):
 
 @torch.no_grad()
 def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStudent:
-    """Cut everything masked out of a trained student.
+    """Build the small student without the masked parts of a trained student.
 
     Its answers equal the masked student's under the same exit threshold, to float tolerance.
 
@@ -147,7 +147,7 @@ def compact(student: ChainStudent, masks: Masks, threshold: float) -> CompactStu
 
 
 def _columns(student: ChainStudent, head: Layer, block: int, kept: Tensor) -> Tensor:
-    """[C, kept units x positions], the weights of a head that read the units `kept` of its block."""
+    """Return [C, kept units x positions], the weights of a head for the units `kept` of its block."""
     positions = num_positions(student.is_conv, student.input_shape, block)
     by_unit = head.weight.reshape(len(head.weight), -1, positions)  # [C, U, positions]
     return by_unit[:, kept].flatten(1)
@@ -176,16 +176,16 @@ def save_student(student: CompactStudent, folder: Path, extra: dict[str, Any]) -
 
 
 def _digest(architecture: dict[str, Any], blob: bytes) -> str:
-    """sha256 of architecture and tensors together: another threshold makes another student of the same tensors."""
+    """Return the sha256 of architecture and tensors together; another threshold makes another student."""
     text = json.dumps(architecture, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode() + b"\n" + blob).hexdigest()
 
 
 def load_student(folder: Path | str) -> CompactStudent:
-    """The student that `save_student` wrote; runs no code from the files.
+    """Load the student that `save_student` wrote, without running code from the files.
 
     Raises:
-        UserError: a file is missing, altered, too large or of another format, or the architecture makes no student.
+        UserError: a file is missing, altered, too large or of another format, or the architecture is impossible.
     """
     folder = Path(folder)
     card = read_json(inside(folder, "student.json"), "a student's card")
@@ -204,7 +204,7 @@ def load_student(folder: Path | str) -> CompactStudent:
         raise UserError(
             f"{folder}/student.json: not a student's card, or a damaged one ({reason(error):.120})"
         ) from error
-    with torch.device("meta"):  # shapes alone: nothing of the size that the card names is taken before it is checked
+    with torch.device("meta"):  # shapes alone: no memory is allocated before the sizes on the card are checked
         skeleton = _empty(architecture)
     schema = {name: (t.dtype, tuple(t.shape)) for name, t in skeleton.state_dict().items()}
     tensors = load_tensors(blob, schema, str(weights))
@@ -217,7 +217,7 @@ def load_student(folder: Path | str) -> CompactStudent:
 
 
 def _check_architecture(a: dict[str, Any]) -> None:
-    """Raises ValueError, TypeError or KeyError for an architecture that makes no student."""
+    """Raise ValueError, TypeError or KeyError for an impossible architecture."""
     if a["kind"] not in ("mlp", "conv"):
         raise ValueError(f"kind is {a['kind']!r:.20}; allowed: mlp, conv")
     is_conv = a["kind"] == "conv"

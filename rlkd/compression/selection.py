@@ -9,7 +9,7 @@ from rlkd.models import ChainStudent, Masks
 
 
 def importance(student: ChainStudent, parameters: Mapping[str, Tensor], input_scale: Tensor) -> Masks:
-    """L1 importance of every input and unit; works on plain and on stacked parameters alike.
+    """Return the L1 importance of every input and unit, for plain and for stacked parameters.
 
     A unit's importance is the L1 norm of its incoming weights (Li et al. 2017, "Pruning filters for efficient
     convnets"); an input's is the L1 norm of its outgoing weights times its mean absolute value on the train
@@ -33,7 +33,7 @@ def importance(student: ChainStudent, parameters: Mapping[str, Tensor], input_sc
 
 
 def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
-    """Mask of the round(keep * G), at least one, highest scores; ties go to the lower index.
+    """Return the mask of the round(keep * G), at least one, highest scores; ties go to the lower index.
 
     Args:
         scores: [*N, G].
@@ -50,7 +50,7 @@ def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
 
 
 def spread(scores: Tensor) -> Tensor:
-    """How evenly importance is spread: participation ratio (sum s)^2 / (G sum s^2), 1/G (one) to 1 (all equal).
+    """Return the participation ratio (sum s)^2 / (G sum s^2), from 1/G (one score) to 1 (equal scores).
 
     Args:
         scores: [*N, G], not negative.
@@ -64,8 +64,8 @@ def spread(scores: Tensor) -> Tensor:
 def exit_ends(threshold: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Whether all samples leave at the first exit, and whether none leaves early, for thresholds [*N].
 
-    A threshold within 1e-6 of 1/C or of 1 counts as that end: 0.1 is not the same number in single and in
-    double precision, and training, cost and the compacted student must agree on which one is meant.
+    A threshold within 1e-6 of 1/C or of 1 counts as that end, because 0.1 differs between single and double precision,
+    and training, cost and the compacted student must agree.
     """
     return threshold <= 1.0 / num_classes + 1e-6, threshold >= 1.0 - 1e-6
 
@@ -73,8 +73,8 @@ def exit_ends(threshold: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 def exits_at(confidence: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
     """Whether a sample of this confidence (largest softmax probability) leaves at an early exit.
 
-    The ends are exact: a threshold of 1/C or less lets every sample go, one of 1 or more lets none, whatever
-    rounding does to a confidence. A compacted student then has no decision left to compute.
+    The ends are exact, regardless of the rounding of confidences: at a threshold of 1/C or less every sample leaves, at
+    1 or more no sample leaves. A compacted student then has no decision to compute.
 
     Args:
         confidence: [*N, B].
@@ -88,7 +88,7 @@ def exits_at(confidence: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
 
 
 def gated_exits(gate_logits: Tensor, threshold: Tensor, num_classes: int) -> Tensor:
-    """As `exits_at`, decided by a gate's logits [*N, B] wherever the threshold is at neither of its ends."""
+    """Whether samples leave as in `exits_at`; gate logits [*N, B] decide where the threshold is at neither end."""
     always, never = exit_ends(threshold, num_classes)
     return ((gate_logits >= 0) | always[..., None]) & ~never[..., None]
 
@@ -101,7 +101,7 @@ def exits_taken(
     patience: int = 0,
     gates: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Which exit answers each sample: [N, E, B] bool with one True a sample.
+    """Return which exit answers each sample: [N, E, B] bool with one True for each sample.
 
     Args:
         confidence: [N, E, B], largest probability at every exit.
@@ -109,7 +109,7 @@ def exits_taken(
         threshold: [N].
         num_classes: C.
         patience: a sample also leaves where this many exits in a row agree, unless the threshold is at an end; 0: off.
-        gates: one [N, B] an early exit, logits of leaving, which then decide instead of the confidence.
+        gates: one [N, B] for each early exit, logits of leaving; if given, they decide instead of the confidence.
     """
     waiting = torch.ones_like(answer[:, 0], dtype=torch.bool)  # [N, B]
     undecided = ~torch.stack(exit_ends(threshold, num_classes)).any(0)[:, None]  # [N, 1]
@@ -128,5 +128,5 @@ def exits_taken(
 
 
 def select(student: ChainStudent, scores: Masks, feature_keep: Tensor, unit_keep: Tensor) -> Masks:
-    """Masks of all groups: `feature_keep` of the inputs, `unit_keep` of every block's units."""
+    """Return masks of all groups: `feature_keep` of the inputs, `unit_keep` of every block's units."""
     return (keep_top(scores[0], feature_keep), *(keep_top(s, unit_keep) for s in scores[1:]))

@@ -1,4 +1,4 @@
-"""What one inference costs: MACs counted, latency from a measured profile, energy from a labelled estimate."""
+"""Cost of one inference: counted MACs, latency from a measured profile, energy from a labelled estimate."""
 
 from rlkd.cost.profile import Cost, CostConfig, CostProfile, load_or_calibrate, load_profile, save_profile
 from rlkd.cost.timing import calibrate, compare_latency, time_calls

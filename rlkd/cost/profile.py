@@ -1,4 +1,4 @@
-"""The cost profile: what a workload costs on this machine, measured once, so that rewards never read a clock."""
+"""The cost profile: cost of a workload on this machine, measured once, so that rewards never read a clock."""
 
 import hashlib
 import json
@@ -44,14 +44,14 @@ class CostConfig:
     """Samples that one inference answers together, on one thread: the latency that the reward reads."""
 
     def check(self) -> None:
-        """Raises UserError for a batch without a sample, or one that no memory holds."""
+        """Raise UserError for an impossible batch size."""
         if not 1 <= self.batch_size <= MAX_BATCH:
             raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: 1 to {MAX_BATCH}")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one inference of N students, beside the dense student's. Each [N]."""
+    """Cost of one inference of N students, with ratios to the dense student. Each [N]."""
 
     latency_s: Tensor  # of a batch
     energy_j: Tensor  # of a sample
@@ -59,12 +59,12 @@ class Cost:
     latency_ratio: Tensor  # to the dense student
     energy_ratio: Tensor
     macs_ratio: Tensor
-    parameters: Tensor  # that the student holds as it ships
+    parameters: Tensor  # of the student as it ships
     size_ratio: Tensor  # of the parameters
 
     @property
     def ratios(self) -> Tensor:
-        """[N, 4], ratios to the dense student in the order of `rlkd.data.distribution.COSTS`."""
+        """Return [N, 4], ratios to the dense student in the order of `rlkd.data.distribution.COSTS`."""
         return torch.stack([self.latency_ratio, self.energy_ratio, self.macs_ratio, self.size_ratio], dim=-1)
 
 
@@ -78,13 +78,13 @@ class CostProfile:
     provenance: dict[str, Any]  # machine, versions, threads, student, grid with measured and fitted times, residual
 
     def latency_s(self, work: Workload) -> Tensor:
-        """[N] seconds of one batch."""
+        """Return [N], seconds of one batch."""
         coefficients = torch.tensor(self.coefficients, dtype=torch.float64)  # [8]
         seconds: Tensor = work.regressors(self.batch_size) @ coefficients
         return seconds
 
     def energy_j(self, work: Workload) -> Tensor:
-        """[N] joules of one sample."""
+        """Return [N], joules of one sample."""
         e = self.energy
         joules: Tensor = (
             work.macs * e["mac_j"]
@@ -95,7 +95,7 @@ class CostProfile:
         return joules
 
     def cost(self, student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
-        """Cost of N students of one structure; arguments as in `workload`."""
+        """Return the cost of N students of one structure; arguments as in `workload`."""
         work = workload(student, kept, exit_rates, exit_threshold, self.batch_size)
         dense = dense_workload(student, self.batch_size)
         latency, energy = self.latency_s(work), self.energy_j(work)
@@ -122,7 +122,7 @@ def load_profile(path: Path | str) -> CostProfile:
     """Read a profile.
 
     Raises:
-        UserError: the file is missing or is no cost profile of this format.
+        UserError: the file is missing or is not a cost profile of this format.
     """
     path = Path(path)
     try:
@@ -156,7 +156,7 @@ def load_profile(path: Path | str) -> CostProfile:
 
 
 def machine() -> dict[str, Any]:
-    """What the measured figures depend on besides the student."""
+    """Describe the machine and the software, which measured times depend on besides the student."""
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -166,7 +166,7 @@ def machine() -> dict[str, Any]:
 
 
 def load_or_calibrate(config: CostConfig, student: ChainStudent, say: Any = print) -> CostProfile:
-    """The profile that `config` names, or the cached one of this machine and student, or a fresh one."""
+    """Load the profile that `config` names, or the cached one of this machine and student, or measure a new one."""
     from rlkd.cost.timing import calibrate  # timing needs this module's classes
 
     config.check()
@@ -183,7 +183,7 @@ def load_or_calibrate(config: CostConfig, student: ChainStudent, say: Any = prin
 
 
 def describe(student: ChainStudent) -> dict[str, Sequence[int] | str]:
-    """The structure that a profile was measured on."""
+    """Describe the structure of a student, which a profile belongs to."""
     return {
         "kind": "conv" if student.is_conv else "mlp",
         "input_shape": student.input_shape,

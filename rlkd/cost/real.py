@@ -1,10 +1,10 @@
-"""What one inference of a real student costs: MACs counted in a dry pass, latency from two measured points.
+"""Cost of one inference of a real student: MACs counted in a dry pass, latency from two measured points.
 
-MACs of linear layers and convolutions come from hooks, those of attention from torch's operation counter. Units and
-heads that are masked count as cut out, tokens that are left out as absent from later blocks (attention's own products
-shrink with their square), blocks behind an exit only for the samples that get there, in a language model for whole
-texts unless every token has left. Latency is a line through two
-measured batch sizes of the dense student, overhead and time a MAC: what pruning saves in it is modelled, not measured.
+MACs of linear layers and convolutions come from hooks, MACs of attention from torch's operation counter. Masked units
+and heads count as removed. Tokens that are left out count as absent from later blocks (attention's own products shrink
+with the square of the kept share). Blocks behind an exit count for the samples that reach them, in a language model for
+whole texts unless every token has left. Latency is a line through two measured batch sizes of the dense student:
+overhead and time of one MAC. The latency that pruning saves is therefore modelled, not measured.
 """
 
 import json
@@ -50,12 +50,12 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Work of one block for one sample, apart by what it shrinks with."""
+    """Work of one block for one sample, in parts that shrink with different kept shares."""
 
     fixed: Work
     units: Work  # shrinks with the kept hidden units or inner channels
-    heads: Work  # with the kept heads
-    products_macs: float  # attention's two products: with the kept heads and the square of the kept tokens
+    heads: Work  # shrinks with the kept heads
+    products_macs: float  # attention's two products; shrink with the kept heads and the square of the kept tokens
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class ModuleWork:
 
     @property
     def dense_macs(self) -> float:
-        """Of the student with everything kept and no early exit."""
+        """MACs of the dense student."""
         inner = sum(b.fixed.macs + b.units.macs + b.heads.macs + b.products_macs for b in self.blocks)
         return self.before.macs + inner + self.after.macs
 
 
 @torch.no_grad()
 def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> ModuleWork:
-    """Count one dry pass.
+    """Count the work of one dry pass.
 
     Args:
         model: the student without its attachments.
@@ -132,7 +132,7 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the MACs of matrix products and convolutions, apart by the block that runs."""
+    """Adds up the MACs of matrix products and convolutions for each block."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -140,7 +140,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._block = ""
 
     def enter(self, block: str) -> None:
-        """Count what follows for `block`; "" is outside of all."""
+        """Count the following operations for `block`; "" is outside of all blocks."""
         self._block = block
 
     def __torch_dispatch__(
@@ -179,7 +179,7 @@ def _block_work(path: str, number: int, plan: Plan, leaves: Mapping[str, Work], 
 
 
 def _shrinks_as(group: Group) -> str:
-    """Inner channels count as hidden units do; all layers of a block keep the same share of them."""
+    """Return the part of the work that a group shrinks; inner channels count as hidden units."""
     return "heads" if group.kind == "heads" else "units"
 
 
@@ -189,7 +189,7 @@ def _sum(parts: Sequence[Work]) -> Work:
 
 @dataclass(frozen=True)
 class ModuleProfile:
-    """Work and speed of one student; every figure of the reward's cost comes from here."""
+    """Work and speed of one student, from which the reward takes its costs."""
 
     plan: Plan
     work: ModuleWork
@@ -200,23 +200,23 @@ class ModuleProfile:
     provenance: dict[str, Any]
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
-        """Cost beside the dense student's, fields [1].
+        """Return the cost with ratios to the dense student, fields [1].
 
         Args:
             kept: [1, G], token positions and units of every group that are kept.
             exit_rates: [1, E].
             exit_threshold: [1].
         """
-        now = self._figures(kept[0].double(), exit_rates[0].double(), exit_threshold)
+        now = self._costs(kept[0].double(), exit_rates[0].double(), exit_threshold)
         sizes = torch.tensor(self.plan.group_sizes, dtype=torch.float64)
-        dense = self._figures(sizes, torch.zeros(len(self.plan.exits) + 1), torch.ones(1))
+        dense = self._costs(sizes, torch.zeros(len(self.plan.exits) + 1), torch.ones(1))
         ratios = [a / b for a, b in zip(now, dense, strict=True)]
         size = self._parameters(kept[0].double(), exit_threshold)
         values = (*now, *ratios, size, size / self.work.parameters)
         return Cost(*(torch.tensor([float(value)]) for value in values))
 
     def _parameters(self, kept: Tensor, threshold: Tensor) -> float:
-        """Parameters that are left once masked units and heads, and blocks that are never reached, are cut out."""
+        """Count the parameters without masked units and heads and without blocks that are never reached."""
         always, never = (bool(end) for end in exit_ends(threshold, self.plan.num_classes))
         share = self._shares(kept)
         last = self.plan.exits[0] if always and self.plan.exits else len(self.work.blocks)
@@ -234,11 +234,11 @@ class ModuleProfile:
         return self.work.parameters - cut - after + sum(head.weights for head in self.work.exits[: len(exits)])
 
     def _shares(self, kept: Tensor) -> dict[tuple[str, int], float]:
-        """Kept share of every block's units and heads."""
+        """Return the kept share of every block's units and heads."""
         return {(_shrinks_as(g), g.block): float(kept[i + 1]) / g.size for i, g in enumerate(self.plan.groups)}
 
-    def _figures(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[float, float, float]:
-        """Seconds of a batch, joules and MACs of a sample."""
+    def _costs(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[float, float, float]:
+        """Return seconds of a batch, joules and MACs of a sample."""
         work, runs = self._work(kept, exit_rates, threshold)
         seconds = self.overhead_s * runs / len(self.work.blocks) + self.mac_s * work.macs * self.batch_size
         e = self.energy
@@ -250,7 +250,7 @@ class ModuleProfile:
         return seconds, joules, work.macs
 
     def _work(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[Work, float]:
-        """Work of a sample on average (weights: of a batch), and how many blocks a batch runs through on average."""
+        """Return the mean work of a sample (weights: of a batch) and the mean number of blocks that a batch runs."""
         always, never = (bool(end) for end in exit_ends(threshold, self.plan.num_classes))
         share = self._shares(kept)
         tokens_kept = float(kept[0]) / self.plan.num_positions
@@ -322,10 +322,10 @@ def profile_module(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, b
 
 
 def load_speed(path: Path, fresh: ModuleProfile) -> ModuleProfile:
-    """`fresh` with the speed that an earlier run wrote for the same student: the same seed then gives the same figures.
+    """Return `fresh` with the speed that an earlier run wrote for the same student, so costs repeat with the seed.
 
     Raises:
-        UserError: no such file, or of another student or batch size.
+        UserError: the file is missing, or belongs to another student or batch size.
     """
     try:
         card = read_json(path, "a cost profile of a real student")

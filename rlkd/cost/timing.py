@@ -1,7 +1,7 @@
 """Measure latency: compacted students over a grid of keep ratios and exit rates, and a non-negative fit.
 
-Everything is timed on one thread; a figure is the median over interleaved rounds, so that a slow moment of
-the machine touches one round of every network rather than all rounds of one.
+Everything is timed on one thread. A latency is the median over interleaved rounds, so a slow moment of the machine
+affects one round of every network instead of all rounds of one network.
 """
 
 import math
@@ -28,7 +28,7 @@ FEATURE_KEEPS = (1.0, 0.5, 0.2)
 UNIT_KEEPS = (1.0, 0.5, 0.25, 0.1)
 EXIT_RATES = (0.25, 0.5, 0.75, 0.95)
 NUM_ROUNDS = 9
-REPORT_ROUNDS = 21  # of what is reported, where the 95th percentile needs them
+REPORT_ROUNDS = 21  # of reported latencies, for the 95th percentile
 CALL_TIME_S = 2e-3
 
 
@@ -70,7 +70,7 @@ def _seconds_a_call(call: Callable[[], object]) -> float:
 def time_calls(calls: Sequence[Callable[[], object]], num_rounds: int = NUM_ROUNDS) -> list[Latency]:
     """Time calls against each other: one thread, a warm-up of each, then rounds of all of them.
 
-    Every second round goes backwards, so that no call always follows the same other one.
+    Every second round goes backwards, so a call does not always follow the same other call.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     with one_thread(), torch.inference_mode():
@@ -94,14 +94,14 @@ def compare_latency(
     batch_size: int,
     teacher: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Time a student beside the dense one and maybe the teacher, for `result.json`.
+    """Time a student beside the dense student and, if given, the teacher, for `result.json`.
 
     Args:
         student, dense, teacher: one call on a batch each.
         batch_size: of that batch.
 
     Returns:
-        Seconds of a batch by name, the prefix telling whose, and the student's speed-ups.
+        Seconds of a batch by name, with the prefix of the network, and the student's speed-ups.
     """
     calls = {"": student, "dense_": dense, **({"teacher_": teacher} if teacher else {})}
     timed = dict(zip(calls, time_calls(list(calls.values()), REPORT_ROUNDS), strict=True))
@@ -153,10 +153,10 @@ def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
 
 
 def _fit(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[8] non-negative coefficients; relative errors count alike.
+    """Fit [8] non-negative coefficients to relative errors.
 
-    Networks that decide nothing fix what calls, layers and arithmetic cost; those with exits then add what
-    deciding costs. In one fit the many deciding networks would bend the figures of the others.
+    Networks without exit decisions determine the cost of calls, layers and arithmetic; networks with decisions then
+    determine the cost of deciding. In one fit the many networks with decisions would distort the other coefficients.
     """
     deciding = [REGRESSORS.index("decision_s"), REGRESSORS.index("decided_s")]
     plain = [i for i in range(len(REGRESSORS)) if i not in deciding]
@@ -172,7 +172,7 @@ def _fit(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.
 def _grid(
     student: ChainStudent, inputs: Tensor
 ) -> Iterator[tuple[dict[str, float], tuple[Tensor, ...], float, Tensor]]:
-    """Settings, masks, threshold and exit rates of every network that is timed."""
+    """Yield settings, masks, threshold and exit rates of every network to be timed."""
     feature_keeps = (1.0,) if student.is_conv else FEATURE_KEEPS
     for feature_keep in feature_keeps:
         for unit_keep in UNIT_KEEPS:
@@ -195,7 +195,7 @@ def _grid(
                 for gate in cast("list[ExitGate]", list(student.gates)):
                     gate.stand_for(threshold)
                 if any(exit_ends(torch.tensor(threshold), student.num_classes)):
-                    continue  # so narrow that it answers all samples alike: nothing is decided
+                    continue  # all samples are answered alike by so narrow a network, without a decision
                 yield {**setting, "exit_rate": rate}, masks, threshold, rates
 
 
@@ -203,7 +203,7 @@ def _grid(
 def _threshold_for(
     student: ChainStudent, masks: tuple[Tensor, ...], inputs: Tensor, rate: float
 ) -> tuple[float, Tensor]:
-    """The threshold at which about `rate` of the inputs leave at the first exit, and the rates of all exits."""
+    """Find the threshold at which about `rate` of the inputs leave at the first exit, and the rates of all exits."""
     confidence = torch.stack([z.softmax(-1).amax(-1) for z in student(inputs, masks).logits])  # [E, B]
     threshold = float(confidence[0].quantile(1.0 - rate))
     waiting = torch.ones(inputs.shape[0], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Count the work of an inference from what is kept and how samples leave: exact, no clock, no hardware."""
+"""Count the work of an inference exactly, from kept inputs and units and from exit rates, without a clock."""
 
 from dataclasses import dataclass
 
@@ -21,10 +21,10 @@ class Workload:
     decided: Tensor  # exit decisions a sample
     gathers: Tensor  # 1 where inputs are selected, else 0
     inputs: Tensor  # input values read a sample
-    parameters: Tensor  # that the compacted student holds
+    parameters: Tensor  # of the compacted student
 
     def regressors(self, batch_size: int) -> Tensor:
-        """[N, 8], what a batch's latency is linear in (`CostProfile`)."""
+        """Return [N, 8], the regressors of a batch's latency (`CostProfile`)."""
         return torch.stack(
             [
                 torch.ones_like(self.layers),
@@ -46,11 +46,11 @@ REGRESSORS = ("call_s", "layer_s", "mac_s", "activation_s", "decision_s", "decid
 def workload(
     student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor, batch_size: int
 ) -> Workload:
-    """Work of the compacted student (`rlkd.compression.compact`) that these masks and exits lead to.
+    """Count the work of the compacted student (`rlkd.compression.compact`) with these masks and exits.
 
-    A block runs for a batch if any of its samples gets that far, which has probability 1 - (1 - r)^B when a
-    share r does. Early heads are absent where the threshold lets none leave; all that lies behind the first
-    exit is absent where it lets all leave, and neither case computes a decision.
+    A block runs for a batch if any of its samples reaches it, which has probability 1 - (1 - r)^B for a share r of
+    samples. Early heads are absent if the threshold lets no sample leave early, and everything behind the first exit is
+    absent if it lets all samples leave; neither case computes a decision.
 
     Args:
         student: gives the structure.
@@ -63,7 +63,7 @@ def workload(
     kept = kept.double()
     reach = torch.ones(len(kept), dtype=torch.float64)  # [N] share of samples that get to this block
     macs, activations, weights, layers, decisions, decided, parameters = torch.zeros(7, len(kept), dtype=torch.float64)
-    held = torch.ones_like(reach)  # [N] 1 where this block is there at all
+    has_block = torch.ones_like(reach)  # [N], 1 where the compacted student has this block
     is_full = torch.as_tensor(kept[:, 0] >= student.group_sizes[0])
     for block, layer in enumerate(layers_of(student.layers), start=1):
         positions = num_positions(student.is_conv, student.input_shape, block)
@@ -74,7 +74,7 @@ def workload(
         activations += reach * kept[:, block] * positions
         weights += runs * (fan_in + 1) * kept[:, block]
         layers += runs
-        parameters += held * (fan_in + 1) * kept[:, block]
+        parameters += has_block * (fan_in + 1) * kept[:, block]
         if block not in student.exits:
             continue
         exit_index = student.exits.index(block)
@@ -84,7 +84,7 @@ def workload(
         activations += present * reach * student.num_classes
         weights += present * runs * (kept[:, block] * positions + 1) * student.num_classes
         layers += present * runs
-        parameters += present * held * (kept[:, block] * positions + 1) * student.num_classes
+        parameters += present * has_block * (kept[:, block] * positions + 1) * student.num_classes
         if not is_last:
             decides = present * (~always).double()  # [N]
             decisions += decides * runs
@@ -94,8 +94,8 @@ def workload(
                 activations += decides * reach
                 weights += decides * runs * (student.num_classes + 2)
                 layers += decides * runs
-                parameters += decides * held * (student.num_classes + 2)
-            held = held * (~always).double()
+                parameters += decides * has_block * (student.num_classes + 2)
+            has_block = has_block * (~always).double()
             reach = (reach - exit_rates[:, exit_index].double()).clamp_min(0.0)
     gathers = (~is_full).double()
     num_inputs = kept[:, 0] * (torch.Size(student.input_shape).numel() if student.is_conv else 1)
@@ -103,7 +103,7 @@ def workload(
 
 
 def dense_workload(student: ChainStudent, batch_size: int) -> Workload:
-    """Work of the student with everything kept and no early exit: the anchor of every ratio. Fields [1]."""
+    """Count the work of the dense student, the denominator of every ratio. Fields [1]."""
     kept = torch.tensor([student.group_sizes])
     rates = torch.zeros(1, len(student.exits))
     return workload(student, kept, rates, torch.ones(1), batch_size)

@@ -23,5 +23,5 @@ class Anchors:
         return ((bottom - nats) / (bottom - top)).clamp(0.0, 1.0)
 
     def perplexity(self, quality: float) -> float:
-        """The inverse; at quality 0 (1) it is the worst (best) perplexity, even if the true one lies beyond."""
+        """Return the perplexity of a quality: at 0 (1) the worst (best) one, even if the true one lies beyond."""
         return float(self.worst * (self.best / self.worst) ** quality)

@@ -27,7 +27,7 @@ class Arrays:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The arrays; no pickle is read.
+    """Read the arrays, without reading pickles.
 
     Raises:
         UserError: an array is missing or damaged, has no number or one that is not finite, or lengths differ.
@@ -62,5 +62,7 @@ def _check_numbers(inputs: NDArray[Any], path: Path) -> None:
     if inputs.dtype.kind not in NUMBERS:
         raise UserError(f"{path}: got inputs of type {inputs.dtype}; allowed: real numbers")
     for row, values in enumerate(inputs, 1):
-        if inputs.dtype.kind == "f" and not np.isfinite(values).all():
-            raise UserError(f"{path}: row {row}: got an input that is not finite; remove or replace it")
+        with np.errstate(over="ignore"):
+            is_finite = inputs.dtype.kind != "f" or np.isfinite(values.astype(np.float32)).all()
+        if not is_finite:
+            raise UserError(f"{path}: row {row}: got an input that is not finite in 32 bits; remove or replace it")

@@ -1,6 +1,6 @@
 """Data sets by name, each cut once into train, validation and test.
 
-The split depends on the data set alone, never on a run's seed: whatever is tuned, test samples stay unseen.
+The split depends on the data set alone, never on a run's seed, so test samples stay unseen when anything is tuned.
 """
 
 import difflib
@@ -66,12 +66,12 @@ def _fashion_mnist() -> DataSet:
 
 
 def _fashion_mnist_8x8() -> DataSet:
-    """The same samples pooled to 8x8, the size of digits."""
+    """Fashion-MNIST pooled to 8x8, the size of digits, same samples."""
     return files.fashion_mnist("fashion_mnist_8x8", 8)
 
 
 def _fashion_mnist_28x28() -> DataSet:
-    """The same samples at full size."""
+    """Fashion-MNIST at full size, same samples."""
     return files.fashion_mnist("fashion_mnist_28x28", 28)
 
 
@@ -111,7 +111,7 @@ DATASETS: dict[str, Callable[[], DataSet]] = {
 
 
 def check_dataset(name: str) -> None:
-    """Raises UserError, with the closest match, for a data set that does not exist. Looks at no file."""
+    """Raise UserError, with the closest match, for a data set that does not exist, without reading files."""
     if name.startswith(f"{generated.PREFIX}:"):
         generated.parse_name(name)
     elif name not in DATASETS:
@@ -122,7 +122,7 @@ def check_dataset(name: str) -> None:
 
 
 def load_dataset(name: str) -> DataSet:
-    """The data set called `name`.
+    """Load the data set called `name`.
 
     Raises:
         UserError: no such data set, or its files are missing or broken.

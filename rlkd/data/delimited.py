@@ -70,7 +70,7 @@ def _records(text: str, mark: str, kind: str, path: Path) -> tuple[list[list[str
 
 
 def _plain_records(text: str, mark: str, kind: str) -> tuple[list[list[str]], str | None]:
-    """Records where quotation marks are ordinary characters, and why the text has no such records."""
+    """Read records with quotation marks as ordinary characters; return them and what breaks them."""
     records = _without_head([line.split(mark) if line else [] for line in lines_of(text)])
     problem = _irregular(records, mark)
     if problem is None and kind == ".csv":
@@ -82,12 +82,12 @@ def _plain_records(text: str, mark: str, kind: str) -> tuple[list[list[str]], st
 
 
 def _without_head(records: list[list[str]]) -> list[list[str]]:
-    """The records from the first one that is not blank."""
+    """Return the records from the first one that is not blank."""
     return records[next((i for i, record in enumerate(records) if record), len(records)) :]
 
 
 def _quoted_records(text: str, mark: str) -> tuple[list[list[str]], str | None]:
-    """Records by the rules of CSV, and what breaks them; spaces after separators go where the header has them."""
+    """Read records by the rules of CSV; return them and what breaks them. Spaces are dropped as in the header."""
     limit = csv.field_size_limit(len(text) + 1)
     header = _header(text, mark)
     has_spaces = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
@@ -105,7 +105,7 @@ def _quoted_records(text: str, mark: str) -> tuple[list[list[str]], str | None]:
 
 
 def _irregular(records: Sequence[list[str]], mark: str) -> str | None:
-    """What is wrong with the first record that has another number of fields than the header; None if all have it."""
+    """Describe the first record with another number of fields than the header; None if there is no such record."""
     for row, record in enumerate(records):
         if record and len(record) != len(records[0]):
             shown = "tab" if mark == "\t" else repr(mark)

@@ -25,7 +25,7 @@ class Range:
     high: float = 1.0
 
     def check(self, name: str, lowest: float, highest: float) -> None:
-        """Raises UserError unless lowest <= low <= high <= highest."""
+        """Raise UserError unless lowest <= low <= high <= highest."""
         if not lowest <= self.low <= self.high <= highest:
             raise UserError(
                 f"{name}: got low {self.low:g}, high {self.high:g}; allowed: {lowest:g} <= low <= high <= {highest:g}"
@@ -41,7 +41,7 @@ LATENCY_SHARE = 0.75  # of what accuracy leaves of the weights; energy takes the
 
 
 def reference_accuracy(reference: str) -> float | None:
-    """The accuracy that `reference` states as a number; None for `dense` and `teacher`.
+    """Return the accuracy that `reference` states as a number; None for `dense` and `teacher`.
 
     Raises:
         UserError: another word, or a number outside (0, 1].
@@ -131,7 +131,7 @@ class TaskDistribution:
     a number in (0, 1]."""
 
     def check(self) -> None:
-        """Raises UserError for an unknown data set or an impossible range."""
+        """Raise UserError for an unknown data set or an impossible range."""
         check_dataset(self.dataset)
         self.label_noise.check("task.label_noise", 0.0, 1.0)
         self.num_labels.check("task.num_labels", 1, float("inf"))
@@ -147,7 +147,7 @@ class TaskDistribution:
         reference_accuracy(self.reference)
 
     def with_preference(self, preference: Preference) -> "TaskDistribution":
-        """The same distribution with the preference held fixed; all other draws of a seed stay the same."""
+        """Return the distribution with a fixed preference; all other draws of a seed stay the same."""
         accuracy, latency, energy = preference.weights()
         share = latency / (latency + energy) if latency + energy > 0 else 0.0
         return replace(
@@ -159,17 +159,17 @@ class TaskDistribution:
         )
 
     def with_keep(self, keep: float, latency_share: float = LATENCY_SHARE) -> "TaskDistribution":
-        """The same distribution with a fixed floor of `keep` times the reference accuracy for all tasks."""
+        """Return the distribution with a fixed floor of `keep` times the reference accuracy for all tasks."""
         share = Range(latency_share, latency_share)
         return replace(self, floor_share=1.0, keep=Range(keep, keep), latency_share=share)
 
     def with_goal(self, goal: "TaskGoal", reference: str) -> "GoalDistribution":
-        """The same distribution with one goal for all tasks; all other draws of a seed stay the same."""
+        """Return the distribution with one goal for all tasks; all other draws of a seed stay the same."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(TaskDistribution)}
         return GoalDistribution(**values | {"reference": reference}, goal=goal)
 
     def draw_goal(self, seed: int, accuracy: float, latency: float) -> "TaskGoal":
-        """The goal of a task; `accuracy` and `latency` are the weights that it has without a floor or a limit."""
+        """Draw the goal of a task; `accuracy` and `latency` are its weights without a floor or a limit."""
         g = task_generator(seed, "goal")
         kind, keep = torch.rand((), generator=g).item(), self.keep.draw(g)
         limit = self.latency_limit.draw(g)
@@ -206,7 +206,7 @@ class GoalDistribution(TaskDistribution):
     goal: TaskGoal = TaskGoal((0.6, 0.3, 0.1))
 
     def draw_goal(self, seed: int, accuracy: float, latency: float) -> TaskGoal:
-        """The one goal."""
+        """Return the one goal."""
         return self.goal
 
 
@@ -241,7 +241,7 @@ class Task:
 
 
 def task_generator(seed: int, purpose: str) -> torch.Generator:
-    """An independent random source for one purpose ("task", "parameters", "batches" or "goal") of one task."""
+    """Return an independent random source for one purpose ("task", "parameters", "batches" or "goal") of one task."""
     if purpose == "goal":  # came later; seeds of the other purposes are below 2**63
         return torch.Generator().manual_seed(seed + 2**63)
     offset = {"task": 0, "parameters": 1, "batches": 2}[purpose]

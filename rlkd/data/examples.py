@@ -25,7 +25,7 @@ class Examples:
     fixed_length: bool = field(default=False, kw_only=True)  # all padding stays in a batch: the answers depend on it
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """Inputs of the samples at `index` [B], their common padding cut off."""
+        """Return inputs of the samples at `index` [B] without their common padding."""
         chosen = {name: values[index] for name, values in self.inputs.items()}
         mask = chosen.get(PADDING_MASK)
         if mask is None or self.fixed_length:
@@ -35,7 +35,7 @@ class Examples:
         return {k: v[:, :longest] if v.ndim > 1 and v.shape[1] == full else v for k, v in chosen.items()}
 
     def shape_of_texts(self) -> dict[str, int | bool]:
-        """What to make the same texts of the same data with: the length they are cut to, and whether all have it."""
+        """Return the length that texts are cut to, and whether all have it, to tokenize the same data alike."""
         length = self.num_positions
         return {} if length is None else {"max_length": length, "fixed_length": self.fixed_length}
 
@@ -70,12 +70,12 @@ class TokenExamples(Examples):
 
 
 def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same inputs on `device`."""
+    """Return the inputs on `device`."""
     return {name: values.to(device) for name, values in inputs.items()}
 
 
 def next_token_mask(attention_mask: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
-    """[B, L - 1] bool: positions whose next token is real and no part of the prompt.
+    """Return [B, L - 1] bool, positions whose next token is real and not part of the prompt.
 
     Args:
         attention_mask: [B, L], 0 at padding on either side.

@@ -29,7 +29,7 @@ UNREADABLE = (OSError, EOFError, ValueError, KeyError, NotImplementedError, lzma
 
 
 def find_file(name: str, subfolder: str, default: Path, package: str) -> Path:
-    """The file `name` in $RLKD_DATA/subfolder, else in the folder where the Debian package puts it.
+    """Find the file `name` in $RLKD_DATA/subfolder, else in the folder where the Debian package puts it.
 
     Raises:
         UserError: neither has it.
@@ -48,7 +48,7 @@ def find_file(name: str, subfolder: str, default: Path, package: str) -> Path:
 
 
 def read_idx(path: Path, num_dimensions: int) -> NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, gzipped where its name ends in .gz (format: LeCun, Cortes & Burges, MNIST).
+    """Read an IDX file of unsigned bytes, gzipped where its name ends in .gz (format: LeCun, Cortes & Burges, MNIST).
 
     Args:
         path: the file.
@@ -148,7 +148,7 @@ def read_rda(path: Path, frame: str, label: str) -> tuple[Tensor, Tensor, int]:
 
 
 def mlbench(name: str, frame: str, label: str, num_fit: int) -> DataSet:
-    """A data set of R's mlbench whose first num_fit rows are the official training part, the others the test part.
+    """Load a data set of R's mlbench whose first num_fit rows are the official training part, the others the test part.
 
     Raises:
         UserError: a missing or broken file, or the missing `data` extra.

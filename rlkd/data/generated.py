@@ -44,7 +44,7 @@ LIMITS = {"seed": (0, 2**32 - 1), "classes": (2, 100), "inputs": (2, 1024), "dif
 
 
 def parse_name(name: str) -> Recipe:
-    """The recipe that `generated` or `generated:key=value,...` spells.
+    """Parse `generated` or `generated:key=value,...` into a recipe.
 
     Raises:
         UserError: an unknown or repeated key, or a value out of its range.
@@ -87,7 +87,7 @@ def _posterior(noise: Tensor, picked: Tensor, means: Tensor, deviation: float) -
 
 
 def _find_deviation(recipe: Recipe, noise: Tensor, picked: Tensor, means: Tensor) -> float:
-    """The noise at which the Bayes classifier, averaged over the samples, is as accurate as the recipe wants.
+    """Find the noise at which the mean accuracy of the Bayes classifier is the one of the recipe.
 
     The mean of the largest posterior estimates its accuracy with less variance than counting its hits.
     """
@@ -101,7 +101,7 @@ def _find_deviation(recipe: Recipe, noise: Tensor, picked: Tensor, means: Tensor
 
 
 def generate(recipe: Recipe) -> DataSet:
-    """A mixture of MODES Gaussian clusters a class, all equally likely, with centres and samples drawn from the seed.
+    """Draw a mixture of MODES Gaussian clusters a class, all equally likely, with centres and samples from the seed.
 
     The problem is a function of the recipe alone; 2,000 / 1,000 / 2,000 samples. The same seed, classes and inputs
     give the same clusters and the same draws at every difficulty: only the noise grows.

@@ -66,7 +66,7 @@ class Goal:
         return str(self.reference), self.keep or 0.0
 
     def check(self) -> None:
-        """Raises UserError for a floor or limit that cannot be read, or two floors."""
+        """Raise UserError for a floor or limit that cannot be read, or two floors."""
         if self.keep is not None and self.accuracy is not None:
             raise UserError(
                 f"goal: got keep {self.keep:g} and accuracy {self.accuracy:g}; allowed: one floor; leave one out"
@@ -90,7 +90,7 @@ class Goal:
         return _FLOOR_WEIGHTS if self.has_floor else _LIMIT_WEIGHTS if self.has_limit else preference.weights()
 
     def of_task(self, preference: Preference, dense_latency_s: float) -> TaskGoal:
-        """The goal as an episode reads it.
+        """Return the goal as an episode reads it.
 
         Args:
             preference: weights of what the goal leaves open.
@@ -109,7 +109,7 @@ class Goal:
 
 
 def limit_ratio(name: str, given: float | str, dense_latency_s: float) -> float:
-    """The greatest ratio to the dense student's cost that `given` allows.
+    """Return the greatest ratio to the dense student's cost that `given` allows.
 
     Args:
         name: of the cost, one of COSTS.

@@ -20,7 +20,7 @@ def is_idx_folder(path: Path) -> bool:
 
 
 def _first(path: Path, name: str) -> Path | None:
-    """The file called so, gzipped or not; some copies are called train-images.idx3-ubyte."""
+    """Find a file by its name, gzipped or not; some copies are called train-images.idx3-ubyte."""
     names = [f"{spelling}{ending}" for spelling in (name, name.replace("-idx", ".idx")) for ending in ("", ".gz")]
     return next((path / name for name in names if (path / name).is_file()), None)
 

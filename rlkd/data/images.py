@@ -91,7 +91,7 @@ def read_images(folder: Path, is_skipping: bool) -> ImageFolder:
 
 
 def _below_single_folder(folder: Path, images: list[Path]) -> Path:
-    """The folder itself, or the single folder in it that holds everything, as an archive unpacks it."""
+    """Return the folder, or the single folder in it that has everything, as after unpacking an archive."""
     while images:
         first = {path.relative_to(folder).parts[0] for path in images}
         depths = {len(path.relative_to(folder).parts) for path in images}
@@ -104,7 +104,7 @@ def _below_single_folder(folder: Path, images: list[Path]) -> Path:
 
 
 def _without_strays(root: Path, images: list[Path], tally: Tally) -> list[Path]:
-    """The images that stand in a folder below the root."""
+    """Return the images that are in a folder below the root."""
     kept = []
     for path in images:
         if path.parent == root:
@@ -142,7 +142,7 @@ def _check_depth(root: Path, images: Iterable[Path], depth: int) -> None:
 
 
 def _check_classes(root: Path, files: Iterable[Path], images: Iterable[Path]) -> None:
-    """Raises UserError for a class of which no file is an image that can be read: it would vanish."""
+    """Raise UserError for a class without a readable image, because the class would vanish."""
     used = {path.parent for path in images}
     depth = len(next(iter(used)).relative_to(root).parts)
     for path in files:

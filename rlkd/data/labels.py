@@ -174,7 +174,7 @@ class _Rule:
         self.folded = _unique((_fold(name), i) for i, name in enumerate(called))
 
     def _called(self, classes: Sequence[str]) -> list[str]:
-        """What the data call the model's classes, where `classes` names the numbers."""
+        """Return the data's names of the model's classes, where `classes` names the numbers."""
         if len(set(classes)) != len(classes):
             raise UserError(f"columns.classes: got {_list(classes)}; allowed: every name once")
         if not self.by_default:
@@ -187,7 +187,7 @@ class _Rule:
         return [classes[number] for number in sorted(self.by_default, key=lambda number: self.by_default[number])]
 
     def match(self, label: Label, place: Place) -> tuple[int, str]:
-        """The class of a label, and by which step of the rule."""
+        """Return the class of a label and the step of the rule that found it."""
         found = self._find_numbered(label, place) if isinstance(label, NumberedName) else self._find(label)
         if found is None:
             raise UserError(f"{say_place(place)}: got label {str(label)!r:.60}; {self._allowed(label)}")
@@ -210,7 +210,7 @@ class _Rule:
         return self.exact[name] if name in self.exact else self.folded.get(_fold(name))
 
     def _find_numbered(self, label: NumberedName, place: Place) -> tuple[int, str] | None:
-        """A cell with a name and a number means its name; the number counts where no class has that name."""
+        """Find the class of a cell with name and number: by its name, or by the number where no class has that name."""
         by_name = self._find(label.name)
         if by_name is not None and by_name[1] in (BY_NAME, BY_NUMBER, FOLDED):
             return by_name
@@ -234,7 +234,7 @@ class _Rule:
 
 
 def _number(label: str | int | float | Decimal) -> Decimal | None:
-    """The value of a number or of a text that is one, exactly; None for other texts."""
+    """Return the exact value of a number or of a text that is one; None for other texts."""
     if isinstance(label, str):
         return Decimal(label.strip()) if NUMBER.fullmatch(label.strip()) else None
     return Decimal(repr(label)) if isinstance(label, float) else Decimal(label)
@@ -245,7 +245,7 @@ def _fold(name: str) -> str:
 
 
 def _unique(pairs: Iterable[tuple[Hashable, int]]) -> dict[Hashable, int]:
-    """A table without the keys that stand for two values or are None."""
+    """Return a table without keys that are None or stand for two values."""
     listed = list(pairs)
     count = Counter(key for key, _ in listed)
     return {key: value for key, value in listed if count[key] == 1 and key is not None}
@@ -286,12 +286,12 @@ def is_missing(value: Any) -> bool:
 
 
 def say_place(place: Place) -> str:
-    """A file and a row, for messages."""
+    """Return file and row as a text for messages."""
     return f"{place[0]}: row {place[1]}" if place[1] else place[0]
 
 
 def describe_matches(matches: Sequence[Match]) -> str:
-    """A table for `mapping.txt`: every label of the data, its rows, its class and how it was matched."""
+    """Return the table of `mapping.txt`: every label of the data, its rows, its class and how it was matched."""
     if not matches:
         return ""
     header = ("label in the data", "rows", "class", "name of the class", "matched by")

@@ -11,26 +11,21 @@ from rlkd.data.tally import Tally
 from rlkd.errors import UserError
 
 SPLIT_WORDS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training", "trainset", "trn"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "valset", "devset"), "validation"),
+    **dict.fromkeys(("test", "testing", "testset", "tst"), "test"),
 }
 UNCLEAR_WORDS = ("eval", "evaluation", "holdout")  # some call their validation split so, others their test split
-SHARD = re.compile(r"(?P<head>.*?)[-_.]?(?P<index>\d+)-of-(?P<count>\d+)", re.DOTALL)
+SHARD = re.compile(r"(?P<head>.*?)[-_.]?(?P<index>\d+)[-_]of[-_](?P<count>\d+)([-_.][0-9a-f]+)?", re.DOTALL)
 
 
 def split_named(word: str) -> Split | None:
-    """The split that a word means, in any case: "Train", "val", "dev"; None for other words."""
+    """Return the split that a word means, in any case: "Train", "val", "dev"; None for other words."""
     return SPLIT_WORDS.get(word.strip().casefold())
 
 
 def split_in_name(path: PurePath) -> Split | None:
-    """The split that a file's name tells: train-00000-of-00002.parquet, reviews_dev.csv; None where it tells none.
+    """Return the split in a file's name: train-00000-of-00002.parquet, reviews_dev.csv; None for other names.
 
     Raises:
         UserError: it tells two, or a word that some use for validation and others for test.
@@ -45,7 +40,7 @@ def split_in_name(path: PurePath) -> Split | None:
 
 
 def _stem(path: PurePath) -> str:
-    """The name without the endings of its format and compression."""
+    """Return the name without the endings of its format and compression."""
     name = path.name
     while PurePath(name).suffix.lower() in COMPRESSIONS or table_format(name) or name.lower().endswith(".txt"):
         name = name[: -len(PurePath(name).suffix)]
@@ -55,7 +50,7 @@ def _stem(path: PurePath) -> str:
 def find_files(
     folder: Path, is_wanted: Callable[[str], bool], what: str, tally: Tally
 ) -> list[tuple[Split | None, Path]]:
-    """Data files with their splits, in the order of their names.
+    """Return data files with their splits, in the order of their names.
 
     The files stand in the folder itself, else in one folder below it, or in folders that are called after splits. A
     split stands in a file's name or its folder's. Files that are no data are left out and counted.
@@ -120,7 +115,7 @@ def _in_one_place(folder: Path, wanted: Sequence[Path], what: str) -> list[Path]
 
 
 def _check_shards(paths: Sequence[Path]) -> None:
-    """Raises UserError for a table of which a part is missing."""
+    """Raise UserError for a table with a missing part."""
     parts: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for path in paths:
         match = SHARD.fullmatch(_stem(path))
@@ -136,7 +131,7 @@ def _check_shards(paths: Sequence[Path]) -> None:
 
 
 def _check_doubles(paths: Sequence[Path]) -> None:
-    """Raises UserError for files that differ in their endings only: they may hold the same rows."""
+    """Raise UserError for files that differ in their endings only, because they may have the same rows."""
     seen: dict[tuple[Path, str], Path] = {}
     for path in paths:
         other = seen.setdefault((path.parent, _stem(path)), path)

@@ -14,7 +14,7 @@ WANTED: dict[str, Kind] = {"sequence_classification": "text", "image_classificat
 
 
 def load_table(path: Path, kind: str, columns: ColumnConfig, model: str) -> Table:
-    """The rows of the data that a model of this kind learns from.
+    """Load the rows of the data that a model of this kind learns from.
 
     Args:
         path: of the data.
@@ -35,7 +35,7 @@ def load_table(path: Path, kind: str, columns: ColumnConfig, model: str) -> Tabl
 
 
 def load_examples(table: Table, processor: Any, config: Any, columns: ColumnConfig, model: str) -> Examples:
-    """The samples of a table as a model takes them.
+    """Turn the samples of a table into inputs of a model.
 
     Args:
         table: of `load_table`.

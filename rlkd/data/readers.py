@@ -39,7 +39,7 @@ BROKEN = (OSError, EOFError, ValueError, RuntimeError, lzma.LZMAError, zlib.erro
 
 
 def table_format(name: str) -> str:
-    """The format that a file's name tells, such as ".csv" for Reviews.CSV.gz; "" where it tells none."""
+    """Return the format in a file's name, such as ".csv" for Reviews.CSV.gz; "" for other names."""
     suffixes = [suffix.lower() for suffix in PurePath(name).suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -58,7 +58,7 @@ def is_text(name: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, unpacked.
+    """Read the text of a file, unpacked.
 
     Raises:
         UserError: it is damaged or not UTF-8.
@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
 
 
 def read_columns(path: Path, wanted: Sequence[str]) -> Columns:
-    """The columns `wanted` of a table file; those that it lacks are absent from `cells`.
+    """Read the columns `wanted` of a table file; missing ones are absent from `cells`.
 
     Raises:
         UserError: the file is empty, damaged, of another format, not UTF-8, or has a column twice.
@@ -121,7 +121,7 @@ def _unpacked(content: bytes, path: Path, is_wanted: Callable[[str], object]) ->
 
 
 def _opener(content: bytes) -> Callable[[io.BytesIO], Any] | str | None:
-    """What opens compressed content; None for content that is not compressed."""
+    """Return the opener of compressed content; None for other content."""
     if content[:2] == b"\x1f\x8b":
         return gzip.open
     if content[:3] == b"BZh" and content[4:10] == b"1AY&SY":
@@ -134,7 +134,7 @@ def _opener(content: bytes) -> Callable[[io.BytesIO], Any] | str | None:
 
 
 def _zip_member(content: bytes, path: Path, is_wanted: Callable[[str], object]) -> tuple[bytes, str]:
-    """The only file of a zip archive; files of the operating system in it do not count."""
+    """Read the only file of a zip archive, not counting files of the operating system."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = [i.filename for i in archive.infolist() if not i.is_dir() and not is_hidden(PurePath(i.filename))]
         tables = [name for name in names if is_wanted(name)]
@@ -246,7 +246,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def pyarrow(path: Path | str) -> Any:
-    """The package pyarrow.
+    """Import the package pyarrow.
 
     Raises:
         UserError: the extra is not installed.

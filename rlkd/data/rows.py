@@ -47,7 +47,7 @@ class ColumnConfig:
     """Tokens that longer texts are cut to; language models learn a longer document in pieces of this length."""
 
     def check(self) -> None:
-        """Raises UserError for a text without a token or an unknown word."""
+        """Raise UserError for a text without a token or an unknown word."""
         if self.max_length < 2:
             raise UserError(f"columns.max_length: got {self.max_length}; allowed: at least 2")
         if self.broken not in ("refuse", "skip"):
@@ -148,7 +148,7 @@ def _raw_rows(
 
 
 def _split(cell: Any, of_file: Split | None, is_told: bool, place: Place, column: str) -> Split | None:
-    """The split of a row, by its file's name or its own column; UserError where the two contradict each other."""
+    """Return the split of a row, from its file's name or its column; UserError for a contradiction."""
     named = split_named(str(cell)) if isinstance(cell, str | NumberedName) else None
     if of_file is not None:
         if named is not None and named != of_file:
@@ -166,7 +166,7 @@ def _split(cell: Any, of_file: Split | None, is_told: bool, place: Place, column
 
 
 def clean_source(cell: Any, place: Place, column: str) -> str | None:
-    """A source as a text: 1, 1.0 and "1" are one source; None where it is missing.
+    """Return a source as a text: 1, 1.0 and "1" are one source; None for a missing one.
 
     Raises:
         UserError: a cell of another type, or a fraction.
@@ -219,7 +219,7 @@ def _add(rows: Rows, row: _Row, columns: ColumnConfig, second: str | None, has_l
 
 
 def _own_source(row: _Row, has_labels: bool) -> str:
-    """A sample without a source is its own: copies of it stay together."""
+    """Return the source of a sample without a given one: its content, so copies stay together."""
     if has_labels:
         return f"{row.text}\n{row.second}" if row.second else str(row.text)
     return f"{row.second}\n{row.text}"

@@ -83,7 +83,7 @@ def choose_rows(num_fit: int, num_test: int) -> tuple[Tensor, Tensor]:
 
 
 def splits_in_order(num_fit: int, num_test: int) -> dict[Split, Tensor]:
-    """Splits of samples that lie in the order train, validation, test: two thirds of num_fit train."""
+    """Return splits of samples in the order train, validation, test; two thirds of num_fit are train."""
     num_train = 2 * num_fit // 3
     order = torch.arange(num_fit + num_test)
     return {"train": order[:num_train], "validation": order[num_train:num_fit], "test": order[num_fit:]}

@@ -49,7 +49,7 @@ class Table:
     notes: tuple[str, ...] = ()  # what else a user should know of the reading
 
     def lines(self) -> list[str]:
-        """What to print of the reading: numbers seen, used and left out, and notes."""
+        """Return the lines to print of the reading: numbers seen, used and left out, and notes."""
         return [line for tally in self.tallies for line in tally.lines()] + [f"note: {note}" for note in self.notes]
 
     def place(self, row: int) -> Place:
@@ -58,12 +58,12 @@ class Table:
 
 
 def split_of(source: str) -> Split:
-    """The split of a source: 70 % of all sources train, 15 % validate, 15 % test."""
+    """Return the split of a source: 70 % of all sources train, 15 % validate, 15 % test."""
     return SPLITS[sum(_share(source) >= limit for limit in SHARES)]
 
 
 def _share(source: str) -> float:
-    """A number in [0, 1) that depends on the source alone."""
+    """Return a number in [0, 1) that depends on the source alone."""
     return int.from_bytes(hashlib.sha256(source.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
 
 
@@ -95,7 +95,7 @@ def read_table(path: Path, columns: ColumnConfig, wanted: Kind | None = None) ->
 
 
 def table_of_rows(path: Path, kind: Kind, rows: Rows, samples: Sequence[Any], tally: Tally) -> Table:
-    """The table of the rows of one file, or of the files of a folder that `tally` counts."""
+    """Build the table of the rows of one file, or of the files of a folder that `tally` counts."""
     return Table(
         name=path.name if path.is_dir() else path.name.split(".")[0] or path.name,
         kind=kind,
@@ -241,7 +241,7 @@ def make_splits(table: Table) -> tuple[dict[Split, Tensor], list[str]]:
 
 
 def _given_splits(table: Table) -> tuple[list[Split], str]:
-    """The split of every row, with those that are missing cut from the others, and a line that says so."""
+    """Return the split of every row, cutting missing splits from the others, and a line that reports it."""
     named = [(split_named(name), name) for name in table.splits or []]
     unknown = sorted({name for split, name in named if split is None})
     if unknown:

@@ -37,7 +37,7 @@ class Tally:
         self.leave_out(reason, name, number)
 
     def lines(self) -> list[str]:
-        """What to print: "600 files seen, 600 used", then a line for every reason."""
+        """Return the lines to print: "600 files seen, 600 used", then a line for every reason."""
         lines = [f"{self.seen} {self.sort} seen, {self.used} used"]
         for reason, number in self.left_out.items():
             names = self.examples[reason]

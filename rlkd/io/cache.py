@@ -1,9 +1,9 @@
 """Arrays that are expensive to compute, kept as memory-mapped files with checksums, for teachers' signals.
 
-A folder holds one .npy file an array and a card: the key that says of what the arrays were computed, and each
-file's sha256. A file that is torn or was altered is named, and all are computed anew. Several processes may want the
-same arrays at once: each writes a folder of its own, the first to be done puts its folder in place, and what is
-returned is what was checked, since a file is mapped before it is checked.
+A folder holds one .npy file per array and a card with the key (everything that the arrays depend on) and the sha256 of
+each file. A torn or altered file is reported, and all arrays are computed again. Several processes may need the same
+arrays at once: each writes a folder of its own, and the first one to finish puts its folder in place. A file is mapped
+before it is checked, so the returned arrays are the checked ones.
 """
 
 import errno
@@ -33,12 +33,12 @@ NUM_TRIES = 5  # another process may take a broken folder away, and with it the 
 
 
 def cache_dir() -> Path:
-    """Where trained teachers and cost profiles are kept: $RLKD_CACHE, else ~/.cache/rlkd."""
+    """Return the folder of cached teachers, signals and cost profiles: $RLKD_CACHE, else ~/.cache/rlkd."""
     return Path(os.environ.get("RLKD_CACHE") or Path.home() / ".cache" / "rlkd")
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, types, shapes and bytes."""
+    """Return the sha256 over names, types, shapes and bytes, as hex digits."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         value = tensor.detach().cpu().contiguous()
@@ -54,20 +54,20 @@ def cached_arrays(
     fill: Callable[[Arrays], object],
     say: Callable[[str], object] = print,
 ) -> dict[str, Tensor]:
-    """The arrays of `key`, from the cache if they are there whole, else computed by `fill` and cached.
+    """Return the arrays of `key` from the cache, or compute them with `fill` and cache them.
 
     Args:
-        name: begins the folder's name.
+        name: beginning of the folder's name.
         key: all that the arrays depend on: teacher, data, preprocessing, versions.
         specs: shape and type of every array.
-        fill: writes every array, in place, as many rows at a time as it likes.
-        say: told in one line when a cached file is broken.
+        fill: writes every array in place.
+        say: called with one line when a cached file is broken.
 
     Returns:
         Tensors over memory-mapped files, private to this process: writing to one changes no file.
 
     Raises:
-        UserError: the cache cannot be written, or somebody breaks it as often as it is written.
+        UserError: the cache cannot be written, or another process breaks it after every write.
     """
     text = json.dumps([FORMAT, dict(key), {k: list(v) for k, v in specs.items()}], sort_keys=True)
     folder = cache_dir() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -78,12 +78,12 @@ def cached_arrays(
             return {k: torch.from_numpy(v) for k, v in _map(folder, specs).items()}
         except UserError as error:
             say(f"{error}; computing the cached signals in {folder} anew")
-            _take_away(folder)
+            _remove_broken(folder)
     raise UserError(f"{folder}: was broken {NUM_TRIES} times in a row; give RLKD_CACHE a folder of this run alone")
 
 
 def _write(folder: Path, key: Mapping[str, str], specs: Mapping[str, Spec], fill: Callable[[Arrays], object]) -> None:
-    """Fill a folder of our own and put it in place, unless another process was faster."""
+    """Fill a folder of this process and put it in place, unless another process was faster."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
@@ -110,7 +110,7 @@ def _write(folder: Path, key: Mapping[str, str], specs: Mapping[str, Spec], fill
 
 
 def _map(folder: Path, specs: Mapping[str, Spec]) -> Arrays:
-    """Map every file and check what was mapped; UserError that names the first one that is not what was written."""
+    """Map every file and check it; a UserError names the first file that differs from what was written."""
     card = read_json(inside(folder, "card.json"), "the card of cached signals")
     sums = card.get("sha256")
     if card.get("format") != FORMAT or not isinstance(sums, dict):
@@ -130,15 +130,15 @@ def _map(folder: Path, specs: Mapping[str, Spec]) -> Arrays:
 
 
 def _header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """What numpy writes in front of such an array; compared as it is, so that no parser sees a stranger's header."""
+    """Return the header that numpy writes for such an array, to be compared byte by byte instead of parsed."""
     buffer = io.BytesIO()
     described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, described)
     return buffer.getvalue()
 
 
-def _take_away(folder: Path) -> None:
-    """Remove a broken folder, link or file; whoever has mapped it keeps what was mapped."""
+def _remove_broken(folder: Path) -> None:
+    """Remove a broken folder, link or file; processes that have mapped it keep their mapping."""
     away = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.broken")
     try:
         folder.rename(away)

@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a training in one file, the last few kept, each with a checksum.
 
 A file is 64 hex digits (the sha256 of all that follows), a line of strict JSON, and safetensors. It is written under
-another name, forced to the disk and renamed, so that a name always stands for a whole file. No pickle anywhere.
+another name, forced to the disk and renamed, so a name always stands for a whole file. It contains no pickle.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _CHUNK_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose checksum is right; its tensors are still on the disk."""
+    """A checkpoint with a correct checksum; its tensors are still on the disk."""
 
     path: Path
     number: int
@@ -35,11 +35,11 @@ class Checkpoint:
     begin: int  # of the safetensors in the file
 
     def tensors(self, schema: Schema) -> dict[str, Tensor]:
-        """The tensors of `schema`, which must be all that it has; values need not be finite.
+        """Read the tensors of `schema`, which must be all tensors of the file; values need not be finite.
 
         Raises:
-            UserError: a name, type or shape differs, or the file is longer than they are, which is seen before memory
-                is taken for them.
+            UserError: a name, type or shape differs, or the file is longer than the tensors of `schema`; both are
+                checked before memory is allocated for tensors.
         """
         longest = sum(math.prod(shape) * dtype.itemsize for dtype, shape in schema.values()) + MAX_JSON_BYTES + 8
         with opened(self.path, self.begin + longest) as (file, size):
@@ -52,7 +52,7 @@ class Checkpoints:
     """The checkpoints in one folder.
 
     Args:
-        folder: made with the first one.
+        folder: made with the first checkpoint.
         keep: newest files that stay; older ones are deleted after each new one.
     """
 
@@ -63,7 +63,7 @@ class Checkpoints:
         """Write the state after step `number`, whole or not at all.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; what stood there before still does.
+            UserError: the disk is full or the folder cannot be written; earlier checkpoints stay.
         """
         line = json.dumps(note, allow_nan=False).encode() + b"\n"
         blob = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
@@ -76,7 +76,7 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def newest(self, say: Callable[[str], object]) -> Checkpoint | None:
-        """The newest that is whole; one that is torn or was altered is named to `say`, and the one before looked at."""
+        """Return the newest whole checkpoint, or None; torn and altered ones are reported to `say` and skipped."""
         for path in self._files():
             try:
                 return read_checkpoint(inside(self._folder, path.name))
@@ -85,22 +85,22 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Delete all of them."""
+        """Delete all checkpoints."""
         for path in self._files():
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        """The newest first."""
+        """Return the files of checkpoints, the newest first."""
         if not self._folder.is_dir():
             return []
         return sorted((path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a file, without its tensors.
+    """Read a checkpoint without its tensors.
 
     Raises:
-        UserError: it cannot be read, or its checksum is not that of its content.
+        UserError: the file cannot be read, or its checksum differs.
     """
     number = _NAME.fullmatch(path.name)
     if number is None:

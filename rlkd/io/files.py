@@ -1,4 +1,4 @@
-"""Files from elsewhere are checked before they take memory; ours are written whole or not at all."""
+"""Read files after checking size and form; write files whole or not at all."""
 
 import contextlib
 import errno
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from rlkd.errors import UserError, WriteError
 
-MAX_JSON_BYTES = 2**20  # cards, cost profiles, results and the headers of safetensors: ours have a few KiB
+MAX_JSON_BYTES = (
+    2**20
+)  # cards, cost profiles, results and the headers of safetensors; those that rlkd writes have a few KiB
 MAX_TENSOR_BYTES = 64 * 2**20
 MAX_DEPTH = 32
 _DTYPES = {
@@ -38,10 +40,10 @@ Schema = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`.
+    """Return `folder / name`, which must lie inside of `folder`.
 
     Raises:
-        UserError: a link or a ".." leads out of the folder, so that a folder from elsewhere could name any file here.
+        UserError: a link or a ".." leads out of the folder. An untrusted folder could otherwise name any file here.
     """
     path = folder / name
     try:
@@ -54,7 +56,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Content of a regular file of at most `limit` bytes; its size is known before any of it is read.
+    """Read a regular file of at most `limit` bytes; the size is checked before any of it is read.
 
     Raises:
         UserError: missing, unreadable, too large, or a folder, pipe or device.
@@ -65,7 +67,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def opened(path: Path, limit: int | None = None) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file of at most `limit` bytes, open for reading, and its size; errors as of `read_bytes`."""
+    """Open a regular file of at most `limit` bytes; yields file and size; errors as of `read_bytes`."""
     try:
         # without O_NONBLOCK, opening a named pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -88,7 +90,7 @@ def opened(path: Path, limit: int | None = None) -> Iterator[tuple[BinaryIO, int
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file, without NaN, infinity, duplicate keys or deep nesting.
+    """Read the JSON object in a file, without NaN, infinity, duplicate keys or deep nesting.
 
     Args:
         path: at most 1 MiB.
@@ -101,7 +103,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_json(blob: bytes, complaint: str) -> dict[str, Any]:
-    """The JSON object in `blob`; `complaint` begins the message of the UserError for anything else."""
+    """Parse the JSON object in `blob`; the message of the UserError for anything else begins with `complaint`."""
     try:
         text = blob.decode("utf-8")
         _check_depth(text)
@@ -116,7 +118,7 @@ def parse_json(blob: bytes, complaint: str) -> dict[str, Any]:
 
 
 def _check_depth(text: str) -> None:
-    """Raises ValueError for JSON nested deeper than MAX_DEPTH, which the parser would answer with a RecursionError."""
+    """Raise ValueError for JSON nested deeper than MAX_DEPTH, for which the parser would raise a RecursionError."""
     depth, quoted = 0, False
     for match in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
         token = match.group()
@@ -142,7 +144,7 @@ def _finite(number: str) -> float:
 
 
 def _countable(number: str) -> int:
-    """An integer that a float can hold, too: whatever reads it may make one of it."""
+    """Return an integer within the range of floats, because readers may turn it into one."""
     _finite(number)
     return int(number)
 
@@ -155,12 +157,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong, for a message: a KeyError alone would give no more than the key."""
+    """Return the text of an error for a message; the text of a KeyError alone would be the bare key."""
     return f"{error.args[0]!r:.60} is missing" if isinstance(error, KeyError) and error.args else str(error)
 
 
 def number(value: Any, name: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
-    """`value` as a float if it is a finite JSON number within bounds; else ValueError that says what is wrong."""
+    """Return `value` as a float; raise ValueError unless it is a finite JSON number within bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
         bounds = "" if lowest == -math.inf else f" from {lowest:g} to {highest:g}"
         raise ValueError(f"{name} is {value!r:.40}; allowed: a number{bounds}")
@@ -170,19 +172,19 @@ def number(value: Any, name: str, lowest: float = -math.inf, highest: float = ma
 
 
 def whole(value: Any, name: str, lowest: int, highest: int) -> int:
-    """`value` if it is a JSON integer within bounds; else ValueError that says what is wrong."""
+    """Return `value`; raise ValueError unless it is a JSON integer within bounds."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise ValueError(f"{name} is {value!r:.40}; allowed: an integer from {lowest} to {highest}")
     return value
 
 
 def tensor_shapes(blob: bytes, name: str) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Type and shape of every tensor, from the header of safetensors content alone; no tensor is made.
+    """Return type and shape of every tensor from the header of safetensors content; no tensor is made.
 
-    A type is a `torch.dtype`, or the header's own word for one that rlkd never writes.
+    A type is a `torch.dtype`, or the header's own word for a type that rlkd never writes.
 
     Raises:
-        UserError: no such header, or a damaged one. `name` begins the message.
+        UserError: the header is missing or damaged; the message begins with `name`.
     """
     length = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or length > min(len(blob) - 8, MAX_JSON_BYTES):
@@ -206,19 +208,25 @@ def tensor_shapes(blob: bytes, name: str) -> dict[str, tuple[Any, tuple[int, ...
 
 
 def load_tensors(blob: bytes, schema: Schema, name: str, finite: bool = True) -> dict[str, Tensor]:
-    """The tensors of safetensors content: those of `schema` and no others, every value finite unless told otherwise.
+    """Load the tensors of safetensors content, which must be exactly those of `schema`.
+
+    Args:
+        blob: safetensors content.
+        schema: type and shape by name.
+        name: beginning of messages.
+        finite: whether every value must be finite.
 
     Raises:
-        UserError: a name, type or shape differs, which is seen before a tensor is made, or a value is not finite.
+        UserError: a name, type or shape differs (checked before a tensor is made), or a value is not finite.
     """
     given = tensor_shapes(blob, name)
     for key, (dtype, shape) in schema.items():
         if given.get(key) != (dtype, shape):
             shown = "nothing" if key not in given else f"{given[key][0]!s:.20} {list(given[key][1])!s:.60}"
             raise UserError(f"{name}: {key} is {shown}; expected {_short(dtype)} {list(shape)}")
-    strangers = sorted(set(given) - set(schema))
-    if strangers:
-        raise UserError(f"{name}: {strangers[0]!r:.40} does not belong in it; get the file anew")
+    unexpected = sorted(set(given) - set(schema))
+    if unexpected:
+        raise UserError(f"{name}: {unexpected[0]!r:.40} does not belong in it; get the file anew")
     try:
         tensors: dict[str, Tensor] = load(blob)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -236,7 +244,7 @@ def _short(dtype: torch.dtype) -> str:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all, safe against a crash and against other writers of the same file.
 
-    The content goes to a file of its own beside `path`, is forced to the disk, and takes the place of `path`.
+    The content is written to a new file beside `path` and forced to the disk; then the file is renamed to `path`.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
@@ -273,7 +281,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_error(path: Path | str, error: OSError) -> WriteError:
-    """Return what the user is told when `path` could not be written."""
+    """Return the error for a `path` that could not be written."""
     if error.errno in _FULL:
         return WriteError(
             f"{path}: cannot write it, the disk is full ({error.strerror}); free some room, then run it again"

@@ -1,13 +1,15 @@
-"""The journal of a run: what its batches of trainings reached, so that none is trained again after the run was stopped.
+"""The journal of a run: results of its batches of trainings, so that a stopped run need not train them again.
 
-All of a run but PPO's inner state follows from its config, its seed and what its trainings reach. So a resumed run is
-the same code from its beginning, answered from the journal until that ends. An entry is a line: a checksum that covers
-the line and all lines before it, then strict JSON with the hash of what was asked (tasks, plans, split, ...) and the
-answer's arrays. A line that was torn or altered is dropped with all that follow it.
+Everything in a run except the state of PPO follows from its config, its seed and the results of its trainings. A
+resumed run therefore executes the same code from the beginning and takes results from the journal until the journal
+ends. An entry is a line: a checksum that covers this line and all lines before it, then strict JSON with the hash of
+the inputs (tasks, settings, split, ...) and the resulting arrays. A torn or altered line is dropped, with all lines
+after it.
 
-A training with a state of its own (PPO, a replay) saves it in `rlkd.io.checkpoints`, through this journal, which
-knows of both how far they got. Either remembers how long the run's logs were; a resumed run cuts them back to that and
-keeps them silent (`replaying`) until it comes to what is new, so that no step is logged twice or missing.
+A training with a state of its own (PPO, a single student) saves it as a checkpoint (`rlkd.io.checkpoints`) through this
+journal, which relates checkpoints to entries. Entries and checkpoints record the lengths of the run's logs; a resumed
+run cuts the logs back to these lengths and writes nothing to them (`replaying`) until it reaches new results. So no
+step is logged twice or missing.
 """
 
 import base64
@@ -40,7 +42,7 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # numpy type and shape by na
 
 
 def digest(*tensors: Tensor) -> str:
-    """A hash of tensors, to tell in `inputs` what a batch was trained on."""
+    """Return a hash of tensors, for the `inputs` of an entry."""
     return digest_tensors((str(i), tensor) for i, tensor in enumerate(tensors))[:16]
 
 
@@ -49,32 +51,32 @@ class Journal:
 
     Args:
         folder: the run folder.
-        resume: go on with what stands there; else there must be nothing yet.
-        keep: states kept by `save_state`.
-        say: told in one line what is damaged and left out.
+        resume: go on with the journal in the folder; otherwise the folder must have none.
+        keep: checkpoints kept by `save_state`.
+        say: called with one line for each damaged part that is left out.
     """
 
     def __init__(self, folder: Path, resume: bool = False, keep: int = 2, say: Callable[[str], object] = print) -> None:
         self._folder, self._path, self._say = folder, folder / FOLDER / NAME, say
         self._checkpoints = Checkpoints(folder / FOLDER, keep)
         self._began = time.perf_counter()
-        self._known: list[int] = []  # where each whole entry begins in the file
+        self._offsets: list[int] = []  # where each whole entry begins in the file
         self._chain, self._end, self._next = "", 0, 0  # checksum and end of the last whole entry; the next to answer
         self.pending: Checkpoint | None = None  # the state to go on with, until it is taken
         self.resumes, self.finished = resume, False
-        self.last_entry_s = 0.0  # `elapsed_s` when the last entry was made: when what is done now began
+        self.last_entry_s = 0.0  # `elapsed_s` at the last entry: the present part of the run began then
         if resume:
             self._open()
 
     def _open(self) -> None:
-        """Read how far the run got, and cut the logs back to there."""
+        """Read entries and the newest checkpoint, and cut the logs back to the lengths that they record."""
         last = self._read_entries()
         self.last_entry_s = _elapsed_s(last, self._path)
         saved = self._checkpoints.newest(self._say)
         position = saved.note.get("position") if saved else None
-        if saved and position == len(self._known):
+        if saved and position == len(self._offsets):
             self.pending, last = saved, saved.note
-        elif saved and isinstance(position, int) and position > len(self._known):
+        elif saved and isinstance(position, int) and position > len(self._offsets):
             self._say(f"{saved.path}: belongs to entries of the journal that are lost; computing anew")
         self._began -= _elapsed_s(last, self._path)
         try:
@@ -85,7 +87,7 @@ class Journal:
             self._cut_logs(lengths)
 
     def _read_entries(self) -> dict[str, Any]:
-        """Find the whole entries; returns the last one, or {}."""
+        """Find all whole entries; return the last one, or {}."""
         last: dict[str, Any] = {}
         if not self._path.exists():
             return last
@@ -94,10 +96,10 @@ class Journal:
                 line = file.readline(MAX_ENTRY_BYTES)
                 check, _, body = line.partition(b" ")
                 if not line.endswith(b"\n") or check.decode("latin-1") != self._sum(body):
-                    self._say(f"{self._path}: entry {len(self._known) + 1} is torn or altered; computing it anew")
+                    self._say(f"{self._path}: entry {len(self._offsets) + 1} is torn or altered; computing it anew")
                     break
                 last = parse_json(body, f"{self._path}: not a journal")
-                self._known.append(self._end)
+                self._offsets.append(self._end)
                 self._chain, self._end = check.decode(), self._end + len(line)
         self.finished = last.get("label") == "finished"
         return last
@@ -107,29 +109,29 @@ class Journal:
 
     @property
     def replaying(self) -> bool:
-        """Whether the run only repeats what was done before it was stopped; its logs have it already."""
+        """Whether the run repeats work from before it was stopped, which its logs have already."""
         return self.has_answer or self.pending is not None
 
     @property
     def has_answer(self) -> bool:
         """Whether the next batch was trained before the run was stopped."""
-        return self._next < len(self._known)
+        return self._next < len(self._offsets)
 
     def elapsed_s(self) -> float:
-        """Seconds that the run has taken, over all its parts, without what was lost."""
+        """Return the seconds that all parts of the run have taken, without work that was lost."""
         return time.perf_counter() - self._began
 
     def arrays(self, label: str, inputs: Mapping[str, Any], shapes: Shapes, compute: Callable[[], Arrays]) -> Arrays:
-        """The arrays of the next entry, or what `compute` gives, kept from then on.
+        """Return the arrays of the next entry, or call `compute` and append its result.
 
         Args:
             label: for messages.
-            inputs: JSON-able; all that the answer depends on.
-            shapes: of the answer.
-            compute: called unless the journal has the answer.
+            inputs: JSON-able; everything that the arrays depend on.
+            shapes: of the arrays.
+            compute: called unless the journal has the arrays.
 
         Raises:
-            UserError: the next entry is of something else, or damaged; the disk is full.
+            UserError: the next entry has other inputs or is damaged; the disk is full.
         """
         key = hashlib.sha256(json.dumps([label, inputs], sort_keys=True).encode()).hexdigest()
         if self.has_answer:
@@ -144,7 +146,7 @@ class Journal:
     def _answer(self, label: str, key: str, shapes: Shapes) -> Arrays:
         place = f"{self._path}: entry {self._next + 1}"
         with opened(self._path, MAX_JOURNAL_BYTES) as (file, _):
-            file.seek(self._known[self._next])
+            file.seek(self._offsets[self._next])
             body = file.readline(MAX_ENTRY_BYTES).partition(b" ")[2]
         entry = parse_json(body, f"{place} is not an entry")
         if entry.get("key") != key:
@@ -171,19 +173,19 @@ class Journal:
         try:
             self._path.parent.mkdir(exist_ok=True)
             with self._path.open("r+b" if self._path.exists() else "xb") as file:
-                file.truncate(self._end)  # what was torn or altered goes
+                file.truncate(self._end)  # removes torn and altered lines
                 file.seek(self._end)
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise write_error(self._path, error) from error
-        self._known.append(self._end)
+        self._offsets.append(self._end)
         self._chain, self._end, self._next = self._sum(body), self._end + len(line), self._next + 1
         self.last_entry_s = entry["elapsed_s"]
 
     def finish(self) -> None:
-        """The run is done; there is nothing to resume any more."""
+        """Record that the run has ended; nothing is left to resume."""
         if self.replaying:
             raise AssertionError("the run ended before all that its journal knows")
         self._append("finished", "", {})
@@ -195,12 +197,12 @@ class Journal:
         Args:
             step: counted within the training.
             tensors: the state.
-            note: JSON-able; what else belongs to it.
+            note: JSON-able; other data of the state.
         """
-        self._checkpoints.save(step, tensors, {**self._progress(), "position": len(self._known), "state": dict(note)})
+        self._checkpoints.save(step, tensors, {**self._progress(), "position": len(self._offsets), "state": dict(note)})
 
     def take_state(self) -> Checkpoint | None:
-        """The state with which to go on, or None if the training begins anew; logs are written from now on."""
+        """Return the state to go on with, or None if the training begins anew; logs are written from now on."""
         if self.has_answer:
             raise AssertionError("a state comes after all entries of the journal")
         saved, self.pending = self.pending, None
@@ -209,7 +211,7 @@ class Journal:
         return saved
 
     def _progress(self) -> dict[str, Any]:
-        """How long run and logs are now; the logs are forced to the disk first."""
+        """Return the seconds of the run and the lengths of its logs, which are forced to the disk first."""
         lengths = {}
         for path in self._logs():
             with path.open("rb") as file:
@@ -239,7 +241,7 @@ class Journal:
 def recall(
     journal: Journal | None, label: str, inputs: Mapping[str, Any], shapes: Shapes, compute: Callable[[], Arrays]
 ) -> Arrays:
-    """`Journal.arrays`, or `compute()` where no journal is kept."""
+    """Return `Journal.arrays`, or `compute()` without a journal."""
     return compute() if journal is None else journal.arrays(label, inputs, shapes, compute)
 
 
@@ -256,7 +258,7 @@ def _encode(array: NDArray[Any]) -> dict[str, Any]:
 
 
 def _decode(entry: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """The array of this type and shape; ValueError for another one or a value that is not finite."""
+    """Decode the array of this type and shape; raise ValueError for another one or a value that is not finite."""
     if (entry["dtype"], entry["shape"]) != (dtype, list(shape)) or dtype not in DTYPES:
         raise ValueError(f"{name} is {entry['dtype']!r:.20} {entry['shape']!s:.40}; expected {dtype} {list(shape)}")
     blob = base64.b64decode(entry["base64"], validate=True)

@@ -1,4 +1,4 @@
-"""Two runs never share a folder: whoever works in one holds `run.lock` in it, which names its owner."""
+"""Locks of run folders: `run.lock` names the process that works in a folder, so two runs never share one."""
 
 import fcntl
 import json
@@ -19,14 +19,14 @@ OWNER_BYTES = 400  # every lock is this long
 
 @contextmanager
 def hold(folder: Path, resume: bool = False) -> Iterator[Path]:
-    """Hold the lock of an existing folder; it goes when the run ends, however it ends, unless it is killed.
+    """Hold the lock of an existing folder; it is removed when the block ends, unless the process is killed.
 
     Args:
-        folder: empty, or with `resume` that of a run that ended or was killed, whose lock is then taken over.
-        resume: go on with what stands there.
+        folder: empty; with `resume` the folder of a run that ended or was killed, whose lock is taken over.
+        resume: go on with the run in the folder.
 
     Raises:
-        UserError: another run holds the lock or left it, or the folder is not empty or cannot be written.
+        UserError: another run holds or left the lock, or the folder is not empty or cannot be written.
     """
     path = folder / LOCK
     owner = {"pid": os.getpid(), "host": platform.node(), "since": _now(), "ticks": process_start(os.getpid())}
@@ -37,12 +37,12 @@ def hold(folder: Path, resume: bool = False) -> Iterator[Path]:
         _take(folder, content, resume)
     try:
         if not resume:
-            _refuse_content(folder, mine=True)  # another run may have come and gone since the first look
+            _refuse_content(folder, is_own=True)  # another run may have come and gone since the first look
         yield folder
     except OSError as error:
         if error.errno is None or error.filename is not None or isinstance(error, BrokenPipeError):
             raise
-        raise write_error(folder, error) from error  # a full disk, told by a write that knows no name
+        raise write_error(folder, error) from error  # a full disk, reported by a write without a file name
     finally:
         path.unlink(missing_ok=True)
 
@@ -62,10 +62,11 @@ def _take(folder: Path, content: bytes, resume: bool) -> None:
 
 
 def _take_over(folder: Path, content: bytes) -> None:
-    """Put our name into the lock of a run that died.
+    """Write this process into the lock of a run that died.
 
-    The file is never removed and made anew: two runs that both saw it stale could remove each other's. The kernel's
-    lock on it lets one after the other look, and the second one finds the first one's name.
+    The file is changed in place. If it were removed and made anew, two runs that both found it stale could remove each
+    other's file. The kernel's lock on it lets them look one after the other, and the second one finds the first one's
+    name.
     """
     path = folder / LOCK
     try:
@@ -87,20 +88,20 @@ def _is_stale(folder: Path) -> bool:
     try:
         owner = read_owner(folder)
     except UserError:
-        return False  # nobody can tell
+        return False  # it cannot be decided
     return owner["host"] == platform.node() and not is_alive(owner)
 
 
-def _refuse_content(folder: Path, mine: bool = False) -> None:
+def _refuse_content(folder: Path, is_own: bool = False) -> None:
     names = {path.name for path in folder.iterdir()}
-    if LOCK in names and not mine:
+    if LOCK in names and not is_own:
         raise UserError(_taken(folder))
     if names - {LOCK}:
         raise UserError(f"--out: {folder} exists and is not empty; choose another folder or move it away")
 
 
 def _taken(folder: Path, resume: bool = False) -> str:
-    """Who has the lock, and whether that run can still be alive."""
+    """Return a message with the owner of the lock and whether its run can still be alive."""
     place = f"{'--resume' if resume else '--out'}: {folder}"
     elsewhere = "choose another folder"
     if resume:
@@ -122,13 +123,13 @@ def _taken(folder: Path, resume: bool = False) -> str:
 
 
 def read_owner(folder: Path) -> dict[str, Any]:
-    """`pid`, `host`, `since` and `ticks` of the folder's lock; UserError if there is none or it cannot be read."""
+    """Read `pid`, `host`, `since` and `ticks` of the folder's lock; UserError if it is missing or cannot be read."""
     path = folder / LOCK
     for _ in range(20):
         try:
             if path.stat().st_size > 0:
                 break
-        except OSError:  # gone meanwhile; reading it says so
+        except OSError:  # removed meanwhile; reading it raises the error
             break
         time.sleep(0.05)  # its owner has made it and is about to write
     owner = parse_json(read_bytes(path, 4096), f"{path}: not a lock")
@@ -142,19 +143,19 @@ def read_owner(folder: Path) -> dict[str, Any]:
 
 
 def is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the process still runs on this machine; another one that was given its number since does not count."""
+    """Whether the process still runs on this machine; a later process with the same number does not count."""
     try:
         os.kill(owner["pid"], 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it belongs to another user
         pass
     ticks = process_start(owner["pid"])
     return ticks is None or owner["ticks"] is None or ticks == owner["ticks"]
 
 
 def process_start(pid: int) -> int | None:
-    """When the process began, in clock ticks since the machine started; None where /proc does not tell."""
+    """Return the start of the process in clock ticks since the machine started; None without /proc."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

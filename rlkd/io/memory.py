@@ -1,4 +1,4 @@
-"""Running out of memory, on a processor or a GPU, as one line with the remedy."""
+"""Turn running out of memory, on a processor or a GPU, into one line with the remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ def enough_memory(work: str, remedy: str) -> Iterator[None]:
     """Turn every way of running out of memory inside the block into a UserError; other errors pass.
 
     Args:
-        work: what takes the memory.
-        remedy: what to do about it.
+        work: what needs the memory.
+        remedy: what the user can do.
 
     Raises:
-        UserError: there was not enough.
+        UserError: the memory was too small.
     """
     try:
         yield

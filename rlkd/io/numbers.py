@@ -1,4 +1,4 @@
-"""Find the numbers of a configuration that are none."""
+"""Find NaN and infinity in a configuration."""
 
 import math
 from collections.abc import Iterator

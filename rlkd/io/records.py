@@ -11,7 +11,7 @@ from rlkd.io.journal import Journal
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists, as YAML and JSON have them."""
+    """Return `value` with dataclasses as dicts and tuples as lists, as YAML and JSON have them."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
@@ -22,16 +22,16 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Non-finite figures are an error: they belong in no result."""
+    """Write JSON, whole or not at all. A number that is not finite is an error."""
     write_whole(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 class JsonLines:
-    """Appends one JSON object a line; the file is closed after each, so whatever was written stays written.
+    """Appends one JSON object a line; the file is closed after each line, so written lines survive a crash.
 
     Args:
         path: of the file.
-        journal: while it says that the run only repeats itself, rows are in the file already.
+        journal: while it is `replaying`, rows are in the file already and are not written.
     """
 
     def __init__(self, path: Path, journal: Journal | None = None) -> None:

@@ -1,8 +1,8 @@
-"""The reward that a student's own exit gates earn: exact and differentiable, because there are few exits.
+"""The expected reward of a student's own exit gates: exact and differentiable, because there are few exits.
 
 With REINFORCE (Williams 1992) the gate's gradient would come from sampled exits; with E exits the expectation over
-where a sample leaves is a sum of E terms, so there is no sampling noise to average away. The loss of a gated student is
-L = alpha * distillation - beta * E[R] (`rlkd.models.GateConfig` has alpha and the course of beta).
+the exit of a sample is a sum of E terms, without sampling noise. The loss of a student with gates is
+L = alpha * distillation - beta * E[R] (`rlkd.models.GateConfig` has alpha and the schedule of beta).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rlkd.losses.hard_label import log_probabilities
 
 
 def exit_probabilities(gate_logits: Sequence[Tensor]) -> Tensor:
-    """Probability of leaving at each exit: P_e = g_e prod_{j<e} (1 - g_j) with g = sigmoid(logit); the last takes all.
+    """Return the probability of each exit: P_e = g_e prod_{j<e} (1 - g_j), g = sigmoid(logit); the last has the rest.
 
     Args:
         gate_logits: one [B] an early exit, at least one.
@@ -30,7 +30,7 @@ def exit_probabilities(gate_logits: Sequence[Tensor]) -> Tensor:
 
 
 def exit_rewards(logits: Sequence[Tensor], labels: Tensor, accuracy_weight: Tensor, exit_cost: Tensor) -> Tensor:
-    """What each sample would earn at each exit: R_e = w_acc [answer right] - cost_e.
+    """Return the reward of each sample at each exit: R_e = w_acc [answer right] - cost_e.
 
     Args:
         logits: one [B, C] an exit.
@@ -39,14 +39,14 @@ def exit_rewards(logits: Sequence[Tensor], labels: Tensor, accuracy_weight: Tens
         exit_cost: [E], w_lat latency ratio + w_eng energy ratio of a sample that leaves there.
 
     Returns:
-        [E, B]; nothing in it carries a gradient to the logits.
+        [E, B], without gradient to the logits.
     """
     right = torch.stack([log_probabilities(z).max(-2).indices == labels for z in logits])  # [E, B]
     return accuracy_weight * right - exit_cost[:, None]
 
 
 def expected_reward(gate_logits: Sequence[Tensor], rewards: Tensor) -> Tensor:
-    """Mean over samples of sum_e P_e R_e, a scalar.
+    """Return the mean over samples of sum_e P_e R_e, a scalar.
 
     Args:
         gate_logits: one [B] an early exit.

@@ -1,4 +1,4 @@
-"""The terms together, one value a family, ready to be weighted by the controls."""
+"""The losses of all families for one batch, in one tensor; the controls weigh them."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def family_losses(
     teacher_map: Tensor,
     temperature: Tensor,
 ) -> Tensor:
-    """Each family's loss for one student and one batch; the objective is their weighted sum.
+    """Return the loss of each family for one student and one batch; the objective is their weighted sum.
 
     Logit terms are averaged over all exits, as BranchyNet trains its exits jointly with equal weights; feature
     and attention terms look at the last block.
@@ -63,7 +63,7 @@ def losses_of(
     teacher_map: Tensor,
     temperature: Tensor,
 ) -> Tensor:
-    """As `family_losses`, for a student whose attention map is at hand.
+    """Return the losses as `family_losses` does, for a student whose attention map is given.
 
     Args:
         logits: [B, C] an exit.
@@ -99,7 +99,7 @@ def token_losses_of(
     student_map: Tensor,
     teacher_map: Tensor,
 ) -> Tensor:
-    """As `losses_of`, for a language model: hard label and response are means over the counted positions.
+    """Return the losses of a language model as `losses_of` does; hard label and response are means over `counted`.
 
     Args:
         logits: [B, L, V] an exit.

@@ -1,9 +1,9 @@
 """Token-level distillation: teacher's and student's next-token distributions, padding and prompt left out.
 
-Every loss is a mean over the positions of a mask, so that neither padding nor batch size changes its size. A teacher
-over a large vocabulary is kept as its k largest logits and one more outcome, "any other token", that has the rest
-of the probability: distributions over k + 1 outcomes are compared, in which no mass is lost. Coarser outcomes can
-only lower a divergence (data-processing inequality), and at k = V it is the full one.
+Every loss is a mean over the positions of a mask, so its size does not depend on padding or batch size. A teacher over
+a large vocabulary is stored as its k largest logits and one more outcome, "any other token", with the rest of the
+probability. Losses compare distributions over these k + 1 outcomes, which sum to one. Coarser outcomes can only lower a
+divergence (data-processing inequality); at k = V it is the full divergence.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ def token_cross_entropy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_k(logits: Tensor, k: int) -> TopK:
-    """The k largest of [B, L, V] logits and the logsumexp of the others.
+    """Return the k largest of [B, L, V] logits and the logsumexp of the others.
 
     Raises:
         ValueError: k is not from 1 to V.
@@ -48,7 +48,7 @@ def top_k(logits: Tensor, k: int) -> TopK:
 
 
 def rest_of(logits: Tensor, indices: Tensor) -> Tensor:
-    """[B, L]: logsumexp of the logits [B, L, V] whose tokens are not among `indices` [B, L, k]."""
+    """Return [B, L], the logsumexp of the logits [B, L, V] whose tokens are not among `indices` [B, L, k]."""
     return logits.scatter(-1, indices, float("-inf")).logsumexp(-1)
 
 
@@ -62,8 +62,8 @@ def token_response_top_k(
     given text rather than on samples of the student's).
 
     The temperature softens the k + 1 outcomes: logits of the k tokens and the logsumexp of the others, on both sides,
-    are divided by T. At T = 1 the outcomes have exactly the probabilities of the full distributions; at other
-    temperatures the full softened tail cannot be had from what is cached, and this is the stated substitute.
+    are divided by T. At T = 1 the outcomes have exactly the probabilities of the full distributions. At other
+    temperatures the softened tail of the full vocabulary cannot be computed from the k logits; this is a substitute.
 
     Args:
         student_logits: [B, L, V].
@@ -73,16 +73,18 @@ def token_response_top_k(
         reverse: KL(q || p).
     """
     student, indices = student_logits[:, :-1], teacher.indices[:, :-1]
-    ours, theirs = student.gather(-1, indices), teacher.values[:, :-1].detach()  # [B, L - 1, k]
-    if indices.shape[-1] < student_logits.shape[-1]:  # else there is no other token, and -inf would spoil gradients
-        ours = torch.cat([ours, rest_of(student, indices)[..., None]], -1)  # [B, L - 1, k + 1]
-        theirs = torch.cat([theirs, teacher.rest[:, :-1, None].detach()], -1)  # [B, L - 1, k + 1]
-    log_p, log_q = F.log_softmax(theirs / temperature, -1), F.log_softmax(ours / temperature, -1)
+    student_k, teacher_k = student.gather(-1, indices), teacher.values[:, :-1].detach()  # [B, L - 1, k]
+    if (
+        indices.shape[-1] < student_logits.shape[-1]
+    ):  # at k = V there is no other token, and -inf would make gradients NaN
+        student_k = torch.cat([student_k, rest_of(student, indices)[..., None]], -1)  # [B, L - 1, k + 1]
+        teacher_k = torch.cat([teacher_k, teacher.rest[:, :-1, None].detach()], -1)  # [B, L - 1, k + 1]
+    log_p, log_q = F.log_softmax(teacher_k / temperature, -1), F.log_softmax(student_k / temperature, -1)
     return masked_mean(_divergence(log_p, log_q, reverse), mask) * temperature**2
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` (same shape) is true; 0 where it is true nowhere."""
+    """Return the mean of `values` where `mask` (same shape) is true; 0 for a mask without a true value."""
     counted = mask.to(values.dtype)
     return (values * counted).sum() / counted.sum().clamp_min(1.0)
 

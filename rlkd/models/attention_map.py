@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def attention_map(features: Tensor, num_positions: int) -> Tensor:
-    """Unit-norm map of mean squared activation over `num_positions` positions.
+    """Return the unit-norm map of mean squared activation over `num_positions` positions.
 
     Formula: Q = pool(sum_u h_u^2), Q / ||Q||_2. As in the paper, channels are summed out of convolutional
     features and positions are pixels. A fully connected layer has no pixels: there the units themselves are
@@ -33,7 +33,7 @@ def attention_map(features: Tensor, num_positions: int) -> Tensor:
 
 @functools.cache
 def _pooling(size: int, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size, P]: adaptive mean pooling of a vector as a matrix, which under vmap is many times faster."""
-    with torch.inference_mode(False):  # whoever asks first, it is kept for those that need gradients
+    """Return [size, P], adaptive mean pooling of a vector as a matrix, which is many times faster under vmap."""
+    with torch.inference_mode(False):  # the cached tensor must work in training, too
         pooling = F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64)[:, None], num_positions)[:, 0]
         return pooling.to(device, dtype)

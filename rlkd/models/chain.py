@@ -1,9 +1,8 @@
 """A student as a chain of blocks (linear or convolutional) with early exits, maskable inputs and units.
 
-One class serves the MLP and the small convolutional student: training multiplies activations by masks, so
-that every student of a population keeps the same tensor shapes whatever it has pruned; after training
-`rlkd.compression.compact` cuts the masked rows and columns out. Early exits follow BranchyNet
-(Teerapittayanon et al. 2016), but every head here is a single linear layer.
+One class serves the MLP and the small convolutional student. Training multiplies activations by masks, so all students
+of a population have tensors of the same shapes; after training `rlkd.compression.compact` removes masked rows and
+columns. Early exits follow BranchyNet (Teerapittayanon et al. 2016), but every head here is a single linear layer.
 """
 
 import math
@@ -26,7 +25,7 @@ Masks = tuple[Tensor, ...]  # one 0/1 float vector a group: the inputs, then the
 
 
 class Outputs(NamedTuple):
-    """What one forward pass gives."""
+    """Outputs of one forward pass."""
 
     logits: tuple[Tensor, ...]  # one [B, C] an exit, the last being the full student
     features: tuple[Tensor, ...]  # one [B, U] or [B, U, H, W] a block, after activation and mask
@@ -46,7 +45,7 @@ class StudentConfig:
     gate: GateConfig = field(default_factory=GateConfig)
 
     def check(self) -> None:
-        """Raises UserError for widths or exits that make no student."""
+        """Raise UserError for impossible widths or exits."""
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"student.widths: got {list(self.widths)}; allowed: one or more widths of at least 1")
         if len(self.widths) > MAX_BLOCKS or max(self.widths) > MAX_WIDTH:
@@ -66,7 +65,7 @@ class StudentConfig:
 
 
 class ChainStudent(nn.Module):
-    """Blocks in a row; each is a weighted layer and a ReLU; a head hangs behind each exit.
+    """A chain of blocks, each a weighted layer and a ReLU, with a head for each exit.
 
     Args:
         layers: `nn.Linear`s, or `nn.Conv2d`s of 3x3 with stride 2 and padding 1, all with biases.
@@ -100,21 +99,21 @@ class ChainStudent(nn.Module):
         self.is_conv = isinstance(layers[0], nn.Conv2d)
         self.gate = gate or GateConfig()
         self.gates = nn.ModuleList(ExitGate(self.num_classes) for _ in self.exits[:-1] if self.gate.enabled)
-        # Pixels of a convolution's input share their weights: leaving some out saves nothing, so they are no group.
+        # Pixels of a convolution's input share their weights: leaving some out saves nothing: a group of one.
         num_inputs = 1 if self.is_conv else math.prod(self.input_shape)
         self.group_sizes = (num_inputs, *(layer.weight.shape[0] for layer in layers))
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes C."""
         return layers_of(self.heads)[-1].weight.shape[0]
 
     def full_masks(self) -> Masks:
-        """Masks that keep everything."""
+        """Return masks that keep everything."""
         return tuple(torch.ones(size) for size in self.group_sizes)
 
     def forward(self, inputs: Tensor, masks: Masks) -> Outputs:
-        """Logits of every exit and features of every block for inputs [B, *any] with prod(any) = prod(input_shape)."""
+        """Return logits of all exits and features of all blocks for inputs [B, *any], prod(any) = prod(input_shape)."""
         x = inputs.reshape(inputs.shape[0], *self.input_shape)  # [B, D] or [B, channels, H, W]
         x = x if self.is_conv else x * masks[0]
         logits, features = [], []
@@ -129,7 +128,7 @@ class ChainStudent(nn.Module):
 
 
 def num_positions(is_conv: bool, input_shape: Sequence[int], block: int) -> int:
-    """Height times width after `block` convolutions of stride 2; 1 after linear layers."""
+    """Return height times width after `block` convolutions of stride 2; 1 for linear layers."""
     if not is_conv:
         return 1
     height, width = input_shape[-2:]
@@ -138,12 +137,12 @@ def num_positions(is_conv: bool, input_shape: Sequence[int], block: int) -> int:
 
 
 def layers_of(modules: nn.ModuleList) -> list[Layer]:
-    """The weighted layers in a `ModuleList`, with the type that they have."""
+    """Return the weighted layers in a `ModuleList` with their type."""
     return cast("list[Layer]", list(modules))
 
 
 def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes: int) -> ChainStudent:
-    """A student with uninitialised parameters (`initialise` fills them).
+    """Build a student with uninitialised parameters (`initialise` fills them).
 
     Raises:
         UserError: impossible widths or exits, or more halvings than the images' size allows.
@@ -179,7 +178,7 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Fill every parameter from `generator`: He-uniform weights (He et al. 2015), zero biases.
 
-    Gates begin as a threshold and draw nothing, so that a student has the same weights with and without them.
+    Gates begin as a threshold without a random draw, so a student has the same weights with and without gates.
     """
     for parameter in module.parameters():
         if parameter.ndim == 1:
@@ -191,7 +190,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def drawn_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that `initialise` draws, in its order."""
+    """Return the names of the parameters that `initialise` draws, in order."""
     gates = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, ExitGate))
     return [name for name, p in module.named_parameters() if p.ndim > 1 and not name.startswith(gates)]
 

@@ -1,7 +1,6 @@
-"""A student's own exit gates: one small trained decision an early exit, in place of a confidence threshold.
+"""Exit gates of a student: one small trained decision for each early exit, in place of a confidence threshold.
 
-A gate sees what a threshold sees and a little more: the exit's class probabilities and the logarithm of the largest.
-It begins as the threshold START, so training can only move it away from that rule.
+A gate reads the exit's class probabilities and the logarithm of the largest one. It begins as the threshold START.
 """
 
 import math
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from rlkd.errors import UserError
 
 START = 0.8  # the confidence at which an untrained gate lets a sample leave
-SLOPE = 1.0  # of its logit, for each unit of log confidence: so little that some hundred updates can turn a decision
+SLOPE = 1.0  # of its logit, for each unit of log confidence; small, so that some hundred updates can change a decision
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class GateConfig:
     """Updates of the student between two rises."""
 
     def check(self) -> None:
-        """Raises UserError for weights that make no loss."""
+        """Raise UserError for impossible weights."""
         if not (0 < self.alpha < math.inf and 0 <= self.beta_start <= self.beta_end < math.inf):
             raise UserError(
                 f"student.gate: got alpha {self.alpha:g}, beta_start {self.beta_start:g}, beta_end {self.beta_end:g}; "
@@ -48,13 +47,13 @@ class GateConfig:
             )
 
     def beta(self, num_updates: Tensor) -> Tensor:
-        """Weight of the expected reward after so many updates; any shape, the same comes back."""
+        """Return the weight of the expected reward after `num_updates`, in the same shape."""
         rises = torch.div(num_updates, self.steps_per_rise, rounding_mode="floor")
         return (self.beta_start + self.beta_step * rises).clamp_max(self.beta_end)
 
 
 class ExitGate(nn.Linear):
-    """Decides from an exit's logits who leaves there: where its own logit is at least 0."""
+    """Decides from the logits of an exit which samples leave there: those whose gate logit is at least 0."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes + 1, 1)
@@ -67,8 +66,8 @@ class ExitGate(nn.Linear):
         self.bias.fill_(-SLOPE * math.log(threshold))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Logits [B] of leaving, for the exit's logits [B, C]."""
-        # classes first, as in objectives.hard_label.log_probabilities
+        """Return the logits [B] of leaving, for the exit's logits [B, C]."""
+        # classes first, as in losses.hard_label.log_probabilities
         log_p = F.log_softmax(logits.transpose(-1, -2).contiguous(), dim=-2)  # [C, B]
         seen = torch.cat([log_p.exp(), log_p.amax(-2, keepdim=True)], dim=-2)  # [C + 1, B]
         return (self.weight @ seen)[0] + self.bias  # [B]

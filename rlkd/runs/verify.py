@@ -123,8 +123,9 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
     """
     from rlkd.compression.real.cut import load_module_student
     from rlkd.data.examples import TokenExamples
-    from rlkd.data.loading import load_examples, load_table
+    from rlkd.data.loading import load_table
     from rlkd.models.real.pretrained import load_processor
+    from rlkd.models.real.sides import examples_for
     from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
 
     recorded = _replayed(read_result(folder))
@@ -137,7 +138,9 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
         given = card.get("inputs") or {}
         length = whole(given.get("max_length", config.columns.max_length), "inputs.max_length", 2, LONGEST_TEXT)
         columns = replace(config.columns, max_length=length)
-        data = load_examples(table, processor, student.model.config, columns, model)
+        data, _ = examples_for(
+            student.model, student.model.config, table, processor, columns, name=model, say=lambda line: None
+        )
         data = replace(data, fixed_length=bool(given.get("fixed_length", False)))
     except (UserError, ValueError, AttributeError) as error:
         return [Row("student", (str(error),))]

@@ -37,7 +37,7 @@ class TeacherMix:
         self._theta = torch.zeros(n, NUM_CUES, device=device)  # [N, 3]
 
     def reset(self, tasks: Sequence[Task], rows: Tensor) -> None:
-        """The teachers of `tasks` for the students at `rows` [len(tasks)], under the plain mean.
+        """Set the teachers of `tasks` for the students at `rows` [len(tasks)], under the plain mean.
 
         Raises:
             ValueError: a task has more teachers than there is room for.

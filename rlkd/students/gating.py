@@ -35,7 +35,7 @@ class GateTraining:
         self._preference = torch.zeros(num_students, 3)
 
     def reset(self, rows: Tensor, preferences: Sequence[tuple[float, float, float]]) -> None:
-        """The students at `rows` are rewarded by these preferences from now on."""
+        """Set the preferences that reward the students at `rows` from now on."""
         self._preference[rows] = torch.tensor(preferences, dtype=self._preference.dtype)
 
     def stakes(self, masks: Masks, num_updates: Tensor) -> Stakes:
@@ -54,7 +54,7 @@ def gate_training(student: ChainStudent, exit_cost: ExitCost | None, num_student
     """None for a student without gates.
 
     Raises:
-        ValueError: it has gates, and nobody says what leaving costs.
+        ValueError: it has gates, and the cost of leaving is not given.
     """
     if not student.gate.enabled:
         return None

@@ -37,7 +37,7 @@ class TrainConfig:
     the CPU's, so the same seed means the same tasks, first weights and batches everywhere."""
 
     def check(self) -> None:
-        """Raises UserError for a window without a step, a batch without a sample, or fewer rollbacks than none."""
+        """Raise UserError for a window without a step, a batch without a sample, or a negative number of rollbacks."""
         if self.steps_per_window < 1 or self.batch_size < 1:
             raise UserError(
                 f"train: got steps_per_window {self.steps_per_window}, batch_size {self.batch_size}; "
@@ -47,7 +47,7 @@ class TrainConfig:
             raise UserError(f"train.max_rollbacks: got {self.max_rollbacks}; allowed: at least 0")
 
     def torch_device(self) -> torch.device:
-        """The device, with its number.
+        """Return the device, with its number.
 
         Raises:
             UserError: torch has no such device here.
@@ -65,7 +65,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Controls:
-    """What is set for one window, for N students."""
+    """Controls of one window, for N students."""
 
     weights: Tensor  # [N, 4] >= 0, one a family in the order of FAMILIES, summing to one
     temperature: Tensor  # [N] > 0
@@ -75,17 +75,17 @@ class Controls:
     learning_rate: Tensor  # [N] > 0
 
     def rows(self, index: Tensor | slice) -> "Controls":
-        """The controls of some of the students."""
+        """Return the controls of some of the students."""
         return Controls(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def to(self, device: torch.device) -> "Controls":
-        """The same controls on `device`."""
+        """Return the controls on `device`."""
         return Controls(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What a window of training reports."""
+    """Report of a window of training."""
 
     losses: Tensor  # [N, 4], mean over the window, unweighted, in the order of FAMILIES
     gradient_norms: Tensor  # [N, 4], of each family's unweighted loss on PROBE_SIZE samples of the last batch
@@ -96,7 +96,7 @@ class Telemetry:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What evaluation on one split reports, under the controls of the last window."""
+    """Results of evaluation on one split, under the controls of the last window."""
 
     accuracy: Tensor  # [N], each sample answered by the exit it left at
     exit_accuracy: Tensor  # [N, E], of every exit if all samples left there
@@ -123,7 +123,7 @@ class Students(Protocol):
         """Metrics on one split under the current masks and exit thresholds."""
 
     def num_evaluated(self, split: Split) -> int:
-        """Samples of a split that `evaluate` answers."""
+        """Count the samples of a split that `evaluate` answers."""
 
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units and set the exit threshold without training."""
@@ -141,10 +141,10 @@ class Students(Protocol):
         """Parameters by name, each [N, ...]."""
 
     def masks(self) -> Masks:
-        """Current masks, each [N, G]."""
+        """Return the current masks, each [N, G]."""
 
     def training_state(self) -> dict[str, Tensor]:
-        """Copies of all that training has made since `reset`, optimizer and random sources included."""
+        """Copy everything that training has changed since `reset`, optimizer and random sources included."""
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `training_state` of the same tasks, which `reset` was just given.

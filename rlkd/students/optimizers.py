@@ -68,7 +68,7 @@ def schedule(step: int, total: int, warmup: float, floor: float) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of what Adam, AdamW or Lion keep of every parameter, "optimizer.<its number>.<name>", on the CPU.
+    """Copy the state of Adam, AdamW or Lion for every parameter to the CPU, as "optimizer.<number>.<name>".
 
     What a parameter without a gradient does not have yet is given as the zeros with which it would begin.
     """

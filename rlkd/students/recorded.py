@@ -33,7 +33,7 @@ class Recorded:
         self._results: tuple[Tensor, ...] = ()  # what they write: the next call overwrites it
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """What `function` gives; of a recording it is overwritten by the next call.
+        """Return the result of `function`; the next call overwrites the result of a recording.
 
         Arguments must have the shapes of the first recorded call's.
         """
@@ -53,7 +53,7 @@ class Recorded:
         return self._results
 
     def _warm_up(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """A plain call on the stream that will be recorded on, whose work space the libraries make now."""
+        """Call the function plainly on the stream of the recording, so that libraries allocate their work space now."""
         stream = _stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

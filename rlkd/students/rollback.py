@@ -42,7 +42,7 @@ class Rollbacks:
         self.diverged = self.diverged[sources]
 
     def training_state(self) -> dict[str, Tensor]:
-        """Copies of all of it, each [N]."""
+        """Copy the state, each [N]."""
         state = {"count": self.count, "step_scale": self.step_scale, "diverged": self.diverged}
         return {f"rollbacks.{name}": tensor.clone() for name, tensor in state.items()}
 
@@ -84,7 +84,7 @@ class Snapshot:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """What an optimizer keeps of each parameter's gradients, [1, ...] each: one that was not finite stays in there."""
+    """Yield the optimizer's moments of each parameter, [1, ...] each; a gradient that is not finite stays in them."""
     for row in optimizer.state.values():
         yield from (value[None] for name, value in row.items() if isinstance(value, Tensor) and name != "step")
 

@@ -152,11 +152,11 @@ class SoloStudent:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the parameters, adapter included, each [1, ...]."""
+        """Copy the parameters, adapter included, each [1, ...]."""
         return {k.removeprefix("student."): p.detach()[None].clone() for k, p in self._module.named_parameters()}
 
     def masks(self) -> Masks:
-        """Current masks, one [1, G] a group."""
+        """Return the current masks, one [1, G] for each group."""
         return tuple(mask[None] for mask in self._masks)
 
     def training_state(self) -> dict[str, Tensor]:

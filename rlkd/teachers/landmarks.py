@@ -1,9 +1,9 @@
-"""Landmarks of a task: what classifiers that are solved in closed form reach on validation before any training.
+"""Landmarks of a task: validation accuracies of classifiers that are solved in closed form, before any training.
 
-How good a student can be taught depends on how good its labels and its teacher are on clean data, and on how little of
-the input is enough. None of this can be read off noise rates, which nobody knows. Simple, fast learners tell it
-(landmarking: Pfahringer, Bensusan & Giraud-Carrier 2000): ridge regression on the teacher's features, once from the
-given labels, once from the teacher's answers, once from both, and from both on the first few principal directions.
+How good a student can become depends on how good its labels and its teacher are on clean data, and on how many
+directions of the input are needed. Noise rates are unknown in practice. Simple, fast learners measure it instead
+(landmarking: Pfahringer, Bensusan & Giraud-Carrier 2000): ridge regression on the teacher's features, from the given
+labels, from the teacher's answers, from both, and from both on the first few principal directions.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from rlkd.data import Labelled, Task
 
 LANDMARKS = ("labels", "teacher", "both", "both_4", "both_10")
 FEW = (4, 10)  # principal directions
-RIDGE = 30.0  # samples that the penalty weighs as much as, at features of mean square one
+RIDGE = 30.0  # weight of the penalty in samples, at features of mean square one
 MAX_SAMPLES = 4096  # of a task and of a split; more would not change an accuracy by much
 MAX_FEATURES = 1024  # the last ones, nearest to the answers; solving takes the cube of their number
 NUM_TOGETHER = 128  # tasks solved at once
@@ -25,16 +25,16 @@ NUM_TOGETHER = 128  # tasks solved at once
 
 @torch.no_grad()
 def landmarks(logits: Tensor, features: Tensor, data: Labelled, tasks: Sequence[Task]) -> Tensor:
-    """Validation accuracy of every landmark on every task.
+    """Return the validation accuracy of every landmark on every task.
 
     Args:
         logits: [T, S, C], of the teachers.
         features: [T, S, F], of the teachers.
-        data: true labels and splits; labels of the validation split alone are looked at.
-        tasks: give teacher, samples and the labels that the student is given.
+        data: true labels and splits; only labels of the validation split are read.
+        tasks: with teacher, samples and the labels of the student.
 
     Returns:
-        [N, 5], in the order of `LANDMARKS`; of several teachers their mean.
+        [N, 5], in the order of `LANDMARKS`; the mean over the teachers of a task.
     """
     each = [dataclasses.replace(task, teacher=teacher, others=()) for task in tasks for teacher in task.teachers]
     if len(each) > len(tasks):
@@ -45,13 +45,13 @@ def landmarks(logits: Tensor, features: Tensor, data: Labelled, tasks: Sequence[
     rows = torch.unique(torch.cat([train, validation, *(task.samples[:MAX_SAMPLES] for task in tasks)]))  # [R]
     used = sorted({task.teacher for task in tasks})
     directions = {teacher: _directions(features[teacher, rows], torch.searchsorted(rows, train)) for teacher in used}
-    known = _Known(logits, directions, rows, validation, data.labels, data.num_classes)
-    return torch.cat([_solve(known, tasks[i : i + NUM_TOGETHER]) for i in range(0, len(tasks), NUM_TOGETHER)])
+    shared = _Shared(logits, directions, rows, validation, data.labels, data.num_classes)
+    return torch.cat([_solve(shared, tasks[i : i + NUM_TOGETHER]) for i in range(0, len(tasks), NUM_TOGETHER)])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Known:
-    """What all tasks share. Samples are looked up by their place in `rows`."""
+class _Shared:
+    """Data shared by all tasks. Samples are looked up by their place in `rows`."""
 
     logits: Tensor  # [T, S, C]
     directions: dict[int, Tensor]  # by teacher, [R, 1 + F]
@@ -61,14 +61,14 @@ class _Known:
     num_classes: int
 
     def inputs(self, teacher: int, samples: Tensor) -> Tensor:
-        """[B, 1 + F], of samples [B] among `rows`."""
+        """Return [B, 1 + F], inputs of the classifiers for samples [B] among `rows`."""
         return self.directions[teacher][torch.searchsorted(self.rows, samples)]
 
 
 def _directions(features: Tensor, train: Tensor) -> Tensor:
-    """[R, 1 + F]: a constant, then centred features at mean square one along their principal directions.
+    """Return [R, 1 + F]: a constant, then centred features at mean square one along their principal directions.
 
-    A teacher may overflow on some sample; that is for the training to find, and reads as 0 here.
+    A value that is not finite counts as 0; the training reports such teachers.
     """
     numbers = features[:, -MAX_FEATURES:].double().nan_to_num(0.0, 0.0, 0.0)
     centred = numbers - numbers[train].mean(0)
@@ -78,17 +78,17 @@ def _directions(features: Tensor, train: Tensor) -> Tensor:
     return torch.cat([torch.ones(len(along), 1), along], dim=1)
 
 
-def _solve(known: _Known, tasks: Sequence[Task]) -> Tensor:
-    """[N, 5] of some tasks at once."""
+def _solve(shared: _Shared, tasks: Sequence[Task]) -> Tensor:
+    """Return [N, 5], landmarks of some tasks at once."""
     samples = [task.samples[:MAX_SAMPLES] for task in tasks]
-    most, num_classes = max(len(s) for s in samples), known.num_classes
-    size = next(iter(known.directions.values())).shape[1]
-    inputs = torch.zeros(len(tasks), most, size)  # rows beyond a task's samples stay zero and so do not count
+    most, num_classes = max(len(s) for s in samples), shared.num_classes
+    size = next(iter(shared.directions.values())).shape[1]
+    inputs = torch.zeros(len(tasks), most, size)  # rows beyond a task's samples stay zero and add nothing
     targets = torch.zeros(len(tasks), most, 2 * num_classes)
     for row, (task, seen) in enumerate(zip(tasks, samples, strict=True)):
-        inputs[row, : len(seen)] = known.inputs(task.teacher, seen)
+        inputs[row, : len(seen)] = shared.inputs(task.teacher, seen)
         given = F.one_hot(task.labels[: len(seen)], num_classes).float()
-        answers = known.logits[task.teacher, seen].softmax(-1).nan_to_num(0.0)
+        answers = shared.logits[task.teacher, seen].softmax(-1).nan_to_num(0.0)
         targets[row, : len(seen)] = torch.cat([given, answers], dim=-1)
     gram = inputs.transpose(1, 2) @ inputs + RIDGE * torch.eye(size)  # [N, 1 + F, 1 + F]
     moments = inputs.transpose(1, 2) @ targets  # [N, 1 + F, 2C]
@@ -97,15 +97,15 @@ def _solve(known: _Known, tasks: Sequence[Task]) -> Tensor:
         weights = torch.linalg.solve(gram[:, :kept, :kept], moments[:, :kept])  # [N, kept, 2C]
         labels, teacher = weights.split(num_classes, dim=-1)
         kinds = (labels, teacher, labels + teacher) if kept == size and not columns else (labels + teacher,)
-        columns += [_accuracy(kind, known, tasks) for kind in kinds]
+        columns += [_accuracy(kind, shared, tasks) for kind in kinds]
     return torch.stack(columns, dim=-1)
 
 
-def _accuracy(weights: Tensor, known: _Known, tasks: Sequence[Task]) -> Tensor:
-    """[N], on validation, of the linear classifiers [N, K, C]."""
-    truth, reached = known.labels[known.validation], torch.zeros(len(tasks))
+def _accuracy(weights: Tensor, shared: _Shared, tasks: Sequence[Task]) -> Tensor:
+    """Return [N], validation accuracies of the linear classifiers [N, K, C]."""
+    truth, reached = shared.labels[shared.validation], torch.zeros(len(tasks))
     for teacher in {task.teacher for task in tasks}:
         rows = torch.tensor([i for i, task in enumerate(tasks) if task.teacher == teacher], dtype=torch.int64)
-        along = known.inputs(teacher, known.validation)[:, : weights.shape[1]]  # [V, K]
+        along = shared.inputs(teacher, shared.validation)[:, : weights.shape[1]]  # [V, K]
         reached[rows] = ((along @ weights[rows]).argmax(-1) == truth).to(reached).mean(-1)
     return reached

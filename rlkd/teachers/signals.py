@@ -1,4 +1,4 @@
-"""What the teachers say of every sample: logits, features, attention maps, computed once and indexed by sample."""
+"""Signals of the teachers for every sample: logits, features, attention maps, computed once."""
 
 import math
 from collections.abc import Sequence
@@ -28,21 +28,21 @@ class Signals:
     are_conv: bool  # whether maps are over pixels
 
     def agreement(self, teacher: int, samples: Tensor, labels: Tensor) -> Tensor:
-        """Share of the samples [B] whose label [B] is what that teacher answers; a scalar."""
+        """Return the share of the samples [B] whose label [B] equals the teacher's answer, a scalar."""
         return (self.logits[teacher, samples].argmax(-1) == labels).float().mean()
 
     def landmarks(self, data: Labelled, tasks: Sequence[Task]) -> Tensor:
-        """[N, 5], what closed-form classifiers reach on each task's validation samples (`rlkd.teachers.landmarks`)."""
+        """Return [N, 5], validation accuracies of closed-form classifiers on each task (`rlkd.teachers.landmarks`)."""
         return landmarks(self.logits, self.features, data, tasks)
 
     def mean_logits(self, teachers: Sequence[int], samples: Tensor) -> Tensor:
-        """[B, C], what those teachers answer on average."""
+        """Return [B, C], the mean logits of those teachers."""
         return torch.stack([self.logits[teacher, samples] for teacher in teachers]).mean(0)
 
 
 @torch.no_grad()
 def compute_signals(teachers: Sequence[ChainStudent], data: DataSet) -> Signals:
-    """One forward pass of every teacher over the whole data set."""
+    """Compute signals by one forward pass of every teacher over the whole data set."""
     logits, features, maps = [], [], []
     for teacher in teachers:
         outputs = teacher(data.inputs, teacher.full_masks())

@@ -1,6 +1,6 @@
 """Train the teachers of a data set once, good ones and poor ones, and keep them in a cache.
 
-Teachers see true labels of the train split alone. Their quality is set by how many samples they saw.
+Teachers learn from true labels of the train split. The number of samples determines their quality.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class TeacherConfig:
     learning_rate: float = 2e-3
 
     def check(self) -> None:
-        """Raises UserError for a teacher that cannot be trained."""
+        """Raise UserError for a teacher that cannot be trained."""
         StudentConfig(widths=self.widths, exits=()).check()
         if not self.num_samples or min(self.num_samples) < 0:
             raise UserError(
@@ -49,7 +49,7 @@ class TeacherConfig:
             )
 
     def check_against(self, data: DataSet) -> None:
-        """Raises UserError for a teacher that would see more samples than there are: it would be another's double."""
+        """Raise UserError for a teacher with more samples than the train split has."""
         available = len(data.splits["train"])
         if max(self.num_samples) > available:
             raise UserError(
@@ -59,10 +59,10 @@ class TeacherConfig:
 
 
 def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
-    """The teachers of `data`, from the cache, or trained and then cached.
+    """Load the teachers of `data` from the cache, or train and cache them.
 
     Raises:
-        UserError: an impossible config, more samples than the train split has, or a cached file that holds others.
+        UserError: an impossible config, more samples than the train split has, or a damaged cached file.
     """
     config.check()
     config.check_against(data)
@@ -91,12 +91,12 @@ def load_teachers(config: TeacherConfig, data: DataSet) -> list[ChainStudent]:
 
 
 def signed(tensors: dict[str, Tensor]) -> bytes:
-    """safetensors content with the tensors' sha256 in its header; the same tensors always give the same bytes."""
+    """Return safetensors content with the tensors' sha256 in its header; equal tensors give equal bytes."""
     return save(tensors, {"sha256": hashlib.sha256(save(tensors)).hexdigest()})
 
 
 def _cache_path(config: TeacherConfig, data: DataSet) -> Path:
-    """A file name that depends on all that the teachers depend on, the samples too: files of a data set can change."""
+    """Return a path that depends on config, samples and versions; the files of a data set can change."""
     digest = hashlib.sha256()
     for tensor in (data.inputs, data.labels, data.splits["train"]):
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -110,7 +110,7 @@ def _build(config: TeacherConfig, data: DataSet) -> ChainStudent:
 
 
 def _train(teacher: ChainStudent, config: TeacherConfig, data: DataSet, index: int) -> None:
-    """Adam on cross entropy with the first num_samples[index] samples of a shuffled train split."""
+    """Train by Adam on cross entropy with the first num_samples[index] samples of a shuffled train split."""
     generator = torch.Generator().manual_seed(TEACHER_SEED + index)
     initialise(teacher, generator)
     train = data.splits["train"]

@@ -121,7 +121,10 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
             [*data, "--student", str(tmp_path / "other")],
             ["tokenizers", "'good' (3 against 16)", "give the student"],
         ),
-        "another vocabulary": ([*data, "--student", str(tmp_path / "larger")], [f"has {V + 1} tokens", f"{V};"]),
+        "another vocabulary": (
+            [*data, "--student", str(tmp_path / "larger")],
+            [f"has {V + 1} tokens", f"the teacher's {V},", "put the student's tokenizer into its folder"],
+        ),
         "no data": (["--data", "gone.txt"], ["gone.txt", "no such data"]),
         "arrays": (["--data", str(place / "small.json"), "--columns.text", "review"], ["no column 'review'"]),
         "top_k": ([*data, "--tokens.top_k", "99"], ["tokens.top_k: got 99", f"1 to {V}"]),

@@ -165,6 +165,20 @@ def test_an_image_student_from_a_configuration(place: Path, tmp_path: Path) -> N
     assert student(pixel_values=torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
 
+@pytest.mark.parametrize(("channels", "shape"), [(1, (60, 16, 16)), (3, (60, 16, 16)), (3, (60, 16, 16, 3))])
+def test_arrays_of_images_in_every_layout(
+    channels: int, shape: tuple[int, ...], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_models.tiny("vit", num_classes=3, num_channels=channels).save_pretrained(tmp_path / "vit")
+    pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
+    np.savez(tmp_path / "images.npz", inputs=pixels, labels=np.arange(60) % 3)
+    options = ["--teacher", str(tmp_path / "vit"), "--data", str(tmp_path / "images.npz"), "--cut.layers", "1"]
+    assert distil(place, tmp_path / "a", *options) == 0
+    assert "60 rows seen, 60 used" in (tmp_path / "a" / "mapping.txt").read_text()
+    assert main(["verify", str(tmp_path / "a")]) == 0
+    assert "holds    student compacted_accuracy" in capsys.readouterr().out
+
+
 def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> None:
     tiny_models.tiny("distilbert").save_pretrained(tmp_path / "student")
     tiny_models.save_tokenizer(tmp_path / "student", list(reversed(tiny_models.WORDS)))

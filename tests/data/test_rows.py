@@ -77,6 +77,8 @@ def test_a_file_that_was_replaced_gives_its_new_rows(tmp_path: Path) -> None:
         ("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001"),
         ("data/train", "data/valid", "data/test"),
         ("train/data-00000-of-00001", "dev/data-00000-of-00001", "test/data-00000-of-00001"),
+        ("trainset", "devset", "testset"),
+        ("x_trn", "x_val", "x_tst"),
         ("default/train/0000", "default/validation/0000", "default/test/0000"),
     ],
 )
@@ -102,12 +104,16 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert "is a link that leads back" in refused(tmp_path / "d")
 
 
-def test_shards_are_put_together_or_missed(tmp_path: Path) -> None:
-    for i, part in enumerate((ROWS[:20], ROWS[20:30])):
-        write(tmp_path / f"train-0000{i}-of-00002.jsonl", part)
+@pytest.mark.parametrize(
+    "shard", ["train-{}-of-00002", "train-{}-of-00002-6f3c0b1{}", "train_{}_of_00002", "train.{}-of-2"]
+)
+def test_shards_are_put_together_or_missed(tmp_path: Path, shard: str) -> None:
+    names = [f"{shard.format(f'0000{i}', i)}.jsonl" for i in (0, 1)]
+    for name, part in zip(names, (ROWS[:20], ROWS[20:30]), strict=True):
+        write(tmp_path / name, part)
     write(tmp_path / "test-00000-of-00001.jsonl", ROWS[30:])
     assert len(read(tmp_path).samples) == 60
-    (tmp_path / "train-00001-of-00002.jsonl").unlink()
+    (tmp_path / names[1]).unlink()
     assert "of the 2 parts of train number 1 is missing" in refused(tmp_path)
 
 

@@ -27,6 +27,7 @@ from rlkd.models.real.pretrained import (
     load_model,
     load_processor,
     new_model,
+    quiet,
     share_padding,
     vocabulary_differences,
 )
@@ -80,7 +81,9 @@ def load_teacher(sources: Sources, kind: Kind, say: Say) -> Side:
     processor = None if table.kind == "array" else load_processor(name, kind, say)
     share_padding(model, processor)
     data, columns = examples_for(model, described, table, processor, sources.columns, name=name, say=say)
-    return Side(model, data, _plan(model, data, AttachConfig(exits=()), name), processor, table, columns)
+    plan = _plan(model, data, AttachConfig(exits=()), name)
+    _check_answers(name, plan, data)
+    return Side(model, data, plan, processor, table, columns)
 
 
 def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Say) -> tuple[Side, Side]:
@@ -112,9 +115,18 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Sa
             check_same_tokenizer(processor, own)
         elif own is not None and _differ(processor, own):
             processor = own
+        elif own is None and is_causal:
+            _check_same_size(name, model, teacher.data.num_classes)
     share_padding(model, processor)
-    if kind == "causal_lm":
-        _check_same_vocabulary(name, model, teacher.data.num_classes)
+    note = _cut_vocabulary(name, model, teacher.data.num_classes, processor) if kind == "causal_lm" else ""
+    size = int(model.config.vocab_size) if note else teacher.data.num_classes  # type: ignore[union-attr, arg-type]
+
+    def shared(data: Examples) -> Examples:
+        return dataclasses.replace(data, num_classes=size, report=f"{data.report}{note}\n") if note else data
+
+    if note:
+        say(note)
+        teacher = dataclasses.replace(teacher, data=shared(teacher.data))
     own_config: Any = model.config
     channels = [getattr(config, "num_channels", None) for config in (own_config, described)]
     if processor is not teacher.processor or channels[0] != channels[1]:
@@ -122,13 +134,15 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Sa
     else:  # one and the same: positions of the two models correspond
 
         def remake(shorter: ColumnConfig) -> Examples:
-            return load_examples(teacher.table, processor, described, shorter, sources.teacher)
+            return shared(load_examples(teacher.table, processor, described, shorter, sources.teacher))
 
         data, columns = _fitted(model, teacher.data, teacher.columns, remake, name=name, say=say)
         if data is not teacher.data:
             plan = _plan(teacher.model, data, AttachConfig(exits=()), sources.teacher)
             teacher = dataclasses.replace(teacher, data=data, columns=columns, plan=plan)
-    return Side(model, data, _plan(model, data, sources.attach, name), processor, teacher.table, columns), teacher
+    plan = _plan(model, data, sources.attach, name)
+    _check_answers(name, plan, data)
+    return Side(model, data, plan, processor, teacher.table, columns), teacher
 
 
 def examples_for(
@@ -158,6 +172,8 @@ def examples_for(
     data = load_examples(table, processor, described, columns, name)
     if "pixel_values" in data.inputs or (table.kind == "array" and channels is not None):
         return _with_channels(data, channels, name, say), columns
+    if hasattr(processor, "all_special_ids"):
+        _check_words(name, data, processor, say)
 
     def remake(shorter: ColumnConfig) -> Examples:
         return load_examples(table, processor, described, shorter, name)
@@ -208,6 +224,28 @@ def _with_channels(data: Examples, channels: int | None, name: str, say: Say) ->
     return dataclasses.replace(data, inputs={"pixel_values": values.contiguous()})
 
 
+def _check_words(name: str, data: Examples, tokenizer: Any, say: Say) -> None:
+    """Warn of a tokenizer that knows less than half of the words: transformers makes one where its files are missing.
+
+    Raises:
+        UserError: it knows none.
+    """
+    ids = data.inputs["input_ids"][data.inputs[PADDING_MASK].bool()]  # [M]
+    num_known = int((~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))).sum())
+    num_unknown = 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
+    if not num_known:
+        raise UserError(
+            f"{name}: no text of {data.name} keeps a token that its tokenizer knows (it has {len(tokenizer)}); its "
+            "files (tokenizer.json, vocab.txt, ...) are missing or another model's, or --columns.max_length is too "
+            "small"
+        )
+    if num_unknown > num_known:
+        say(
+            f"WARNING: the tokenizer of {name} does not know {num_unknown} of {num_unknown + num_known} tokens of "
+            f"{data.name}: it may be another model's"
+        )
+
+
 def _check_tokens(name: str, model: nn.Module, data: Examples) -> None:
     """Raises UserError for a vocabulary that the tokens go beyond."""
     size, highest = getattr(model.config, "vocab_size", None), int(data.inputs["input_ids"].max())
@@ -215,13 +253,49 @@ def _check_tokens(name: str, model: nn.Module, data: Examples) -> None:
         raise UserError(f"{name}: its vocabulary has {size} tokens; the data have token {highest}")
 
 
-def _check_same_vocabulary(name: str, model: nn.Module, size: int) -> None:
-    own = getattr(model.config, "vocab_size", None)
-    if own != size:
+def _check_same_size(name: str, model: nn.Module, size: int) -> None:
+    """Raises UserError for a pretrained student whose tokens may be others than the teacher's."""
+    own: Any = model.config
+    if own.vocab_size != size:
         raise UserError(
-            f"{name}: its vocabulary has {own} tokens, the teacher's {size}; token-level distillation needs one: give "
-            "the student that vocab_size"
+            f"{name}: its vocabulary has {own.vocab_size} tokens, the teacher's {size}, and it has no tokenizer that "
+            "tells whether they are the same; put the student's tokenizer into its folder"
         )
+
+
+def _cut_vocabulary(name: str, model: nn.Module, size: int, tokenizer: Any) -> str:
+    """Cut a student's vocabulary to the teacher's, where it is larger: models of one family pad theirs differently.
+
+    Args:
+        name: of the student, for messages.
+        model: its vocabulary may shrink.
+        size: of the teacher's vocabulary.
+        tokenizer: of both.
+
+    Returns:
+        One line that says what is distilled; "" where the sizes are equal.
+
+    Raises:
+        UserError: the tokenizer has tokens beyond the common part.
+    """
+    own: Any = model.config
+    theirs, common = int(own.vocab_size), min(int(own.vocab_size), size)
+    if theirs == size:
+        return ""
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_tokens > common:
+        raise UserError(
+            f"{name}: its vocabulary has {theirs} tokens, the teacher's {size}, the tokenizer {num_tokens}; give the "
+            f"student a vocab_size of {size}"
+        )
+    if theirs > common:
+        resized: Any = model
+        with quiet(), as_user_error(f"{name}: its vocabulary cannot be cut to {common} tokens"):
+            resized.resize_token_embeddings(common)
+    return (
+        f"{name}: its vocabulary has {theirs} tokens, the teacher's {size}, their tokenizer {num_tokens}; the first "
+        f"{common} are distilled, the others are padding that no text has"
+    )
 
 
 @torch.no_grad()
@@ -283,10 +357,12 @@ def depends_on_padding(model: nn.Module, data: Examples) -> bool:
 
 def _plan(model: nn.Module, data: Examples, attach: AttachConfig, name: str) -> Plan:
     with as_user_error(_does_not_take(model, data, name)):
-        plan = make_plan(model, data.batch(data.few()), attach, data.num_positions)
+        return make_plan(model, data.batch(data.few()), attach, data.num_positions)
+
+
+def _check_answers(name: str, plan: Plan, data: Examples) -> None:
     if plan.num_classes != data.num_classes:
         raise UserError(f"{name}: gives {plan.num_classes} answers; the data have {data.num_classes} classes")
-    return plan
 
 
 def _does_not_take(model: nn.Module, data: Examples, name: str) -> str:

@@ -42,7 +42,7 @@ class TokenConfig:
     """Perplexity that counts as accuracy 1."""
 
     def check(self) -> None:
-        """Raises UserError for an empty cache or anchors that are no range."""
+        """Raise UserError for an empty cache or anchors that are not a range."""
         if self.top_k < 1:
             raise UserError(f"tokens.top_k: got {self.top_k}; allowed: at least 1")
         if not self.best_perplexity >= 1.0:

@@ -75,7 +75,7 @@ class ModuleTrainConfig(TrainConfig):
     """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
 
     def check(self) -> None:
-        """Raises UserError for an impossible value."""
+        """Raise UserError for an impossible value."""
         super().check()
         if not 1 <= self.micro_batches <= self.batch_size:
             raise UserError(
@@ -97,7 +97,7 @@ class ModuleTrainConfig(TrainConfig):
             )
 
     def torch_device(self) -> torch.device:
-        """The device.
+        """Return the device.
 
         Raises:
             UserError: it is not there, or lacks bfloat16.
@@ -113,7 +113,7 @@ class ModuleTrainConfig(TrainConfig):
 
 
 def evaluated_samples(index: Tensor, split: Split, config: ModuleTrainConfig) -> Tensor:
-    """The samples of a split at `index` [S] that students are evaluated on: of validation, `validation_size` alone."""
+    """Select the samples of a split at `index` [S] for evaluation: `validation_size` of validation, all of others."""
     count = config.validation_size
     if split == "validation" and 0 < count < len(index):
         return index[torch.arange(count) * len(index) // count]
@@ -161,7 +161,7 @@ class ModuleStudent:
         return dict(zip(FAMILIES, self._available.tolist(), strict=True))
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
-        """The starting weights again, fresh exits and adapters, a fresh optimizer and batches."""
+        """Restore the starting weights, with fresh exits, adapters, optimizer and batches."""
         (self._task,) = tasks
         self.student.model.load_state_dict(self._initial)
         generator = task_generator(self._task.seed, "parameters")
@@ -299,7 +299,7 @@ class ModuleStudent:
         return self._remember(split, index, metrics)
 
     def _evaluated(self, split: Split) -> Tensor:
-        """The samples of a split that `evaluate` answers, [B]."""
+        """Return the samples of a split that `evaluate` answers, [B]."""
         return evaluated_samples(self._data.splits[split], split, self._config)
 
     @torch.no_grad()
@@ -324,7 +324,7 @@ class ModuleStudent:
         return tuple(torch.cat(columns)[back] for columns in zip(*parts, strict=True)), token_scores
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the parameters, exits and adapters included, each [1, ...]."""
+        """Copy the parameters, exits and adapters included, each [1, ...]."""
         return {k.removeprefix("model."): p.detach()[None].clone() for k, p in self.student.named_parameters()}
 
     def masks(self) -> Masks:
@@ -395,7 +395,7 @@ class ModuleStudent:
         )
 
     def _maps(self, samples: Tensor, outputs: ModuleOutputs) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's map of the samples [B], [B, P] each; one and the same without the family."""
+        """Return the maps of student and teacher for the samples [B], [B, P] each; equal ones without the family."""
         theirs = self._teacher_map(samples, outputs)
         return (theirs if outputs.map is None or not self._available[3] else outputs.map), theirs
 

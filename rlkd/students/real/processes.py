@@ -34,7 +34,7 @@ def join(device: str) -> None:
 
 
 def placed() -> torch.device:
-    """The device that accelerate chooses for this process.
+    """Return the device that accelerate chooses for this process.
 
     Raises:
         UserError: the extra is not installed.
@@ -64,7 +64,7 @@ def index() -> int:
 
 @contextlib.contextmanager
 def first_alone() -> Any:
-    """The first process runs the block before the others do, which then find what it left in a cache."""
+    """Run the block in the first process before the others, which then find its results in a cache."""
     if index():
         distributed.barrier()
     try:
@@ -75,7 +75,7 @@ def first_alone() -> Any:
 
 
 def share(positions: Tensor) -> Tensor:
-    """This process's part of `positions` [B]."""
+    """Return the part of `positions` [B] that belongs to this process."""
     return positions.tensor_split(num_processes())[index()]
 
 
@@ -92,7 +92,7 @@ def add_up(tensors: Iterable[Tensor | None]) -> None:
 
 
 def agree(controls: Controls, device: torch.device) -> Controls:
-    """The controls of the first process."""
+    """Return the controls of the first process."""
     if num_processes() == 1:
         return controls
     values = {}

@@ -71,17 +71,17 @@ def token_signals(
         teacher: on its device; gives logits [B, L, V].
         plan: of the teacher.
         places: blocks whose output the hints learn.
-        data: all texts.
+        data: all texts; a teacher's answers beyond its vocabulary are left out.
         k: logits a position that are kept.
         anchors: of perplexity.
         batch_size: of the pass.
         say: told in one line before the pass, and when a cached file is broken.
 
     Raises:
-        UserError: k is not from 1 to V.
+        UserError: k is not from 1 to V, or the teacher's answers are not finite.
     """
-    if not 1 <= k <= plan.num_classes:
-        raise UserError(f"tokens.top_k: got {k}; allowed: 1 to {plan.num_classes}, the teacher's vocabulary")
+    if not 1 <= k <= data.num_classes:
+        raise UserError(f"tokens.top_k: got {k}; allowed: 1 to {data.num_classes}, the teacher's vocabulary")
     size, length = data.inputs["input_ids"].shape
     width = sum(plan.widths[plan.blocks.index(place)] for place in places)
     specs: dict[str, Spec] = {
@@ -96,7 +96,7 @@ def token_signals(
         specs["features"] = ((size, width), "float32")
     if plan.attention:
         specs["maps"] = ((size, length), "float32")
-    key = {**signals_key(teacher, data), "places": " ".join(places), "k": str(k)}
+    key = {**signals_key(teacher, data), "places": " ".join(places), "k": str(k), "vocabulary": str(data.num_classes)}
 
     def fill(arrays: Arrays) -> None:
         say(f"one pass of the teacher over {size} texts of {data.name} (kept in the cache)")
@@ -117,8 +117,10 @@ def token_signals(
         counted=data.counted,
         anchors=anchors,
     )
+    if not bool(torch.isfinite(signals.losses[data.counted]).all() and torch.isfinite(signals.tokens.values).all()):
+        raise UserError("the teacher's answers are not finite; its weights are damaged, or its inputs too large")
     nats = signals.mean(signals.losses, data.splits["validation"])
-    entropy = signals.mean(tensors["entropy"], data.splits["train"]) / math.log(plan.num_classes)
+    entropy = signals.mean(tensors["entropy"], data.splits["train"]) / math.log(data.num_classes)
     return dataclasses.replace(signals, accuracy=anchors.quality(nats)[None], entropy=entropy[None])
 
 
@@ -138,7 +140,7 @@ def _fill(
         for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
             inputs = to_device(data.batch(rows), device)
             ids, mask, where = inputs["input_ids"], inputs[PADDING_MASK], rows.numpy()
-            logits = logits_of(forward(teacher, inputs)).float()  # [B, L, V]
+            logits = logits_of(forward(teacher, inputs))[..., : data.num_classes].float()  # [B, L, V]
             log_p = F.log_softmax(logits[:, :-1], dim=-1)  # [B, L - 1, V]
             kept = {
                 **top_k(logits, k)._asdict(),

@@ -34,6 +34,16 @@ def test_an_encoder_decoder_loses_blocks_of_its_decoder(name: str) -> None:
         torch.testing.assert_close(ours[key], theirs[source])
 
 
+def test_marks_of_blocks_follow_the_blocks() -> None:
+    teacher: Any = architectures.tiny_model("SmolLM3ForCausalLM")
+    assert teacher.config.no_rope_layers == [1, 1, 1, 0]  # numbers, one a block, that are no depths of stages
+    student, chosen = student_from_teacher(teacher, "causal_lm", StudentCut())
+    described: Any = student.config
+    assert chosen == [0, 3]
+    assert described.no_rope_layers == [1, 0]
+    assert len(block_paths(student)) == 2
+
+
 def test_a_block_that_runs_repeatedly_runs_less_often() -> None:
     teacher: Any = architectures.tiny_model("AlbertForSequenceClassification")
     student: Any = student_from_teacher(teacher, TEXT, StudentCut())[0]

@@ -117,6 +117,20 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(family: str, tmp_pa
         load_teacher(sources(teacher, tmp_path / "texts.csv"), TEXT, print)
 
 
+def test_a_tokenizer_without_the_words_of_the_texts_is_refused_or_warned_of(tmp_path: Path) -> None:
+    teacher, data = saved(tiny_models.tiny("bert"), tmp_path / "t"), write_texts(tmp_path)
+    assert not any("WARNING" in line for line in both(sources(teacher, data))[2])
+    tiny_models.save_tokenizer(teacher, ["film", "other"])
+    assert any("does not know" in line for line in both(sources(teacher, data))[2])
+    for name in ("vocab.txt", "tokenizer.json"):  # transformers then makes a tokenizer for which every word is [UNK]
+        (teacher / name).unlink()
+    with pytest.raises(
+        UserError, match=r"no text of texts keeps a token that its tokenizer knows \(it has 5\)"
+    ) as error:
+        both(sources(teacher, data))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module.", "net._orig_mod.module."])
 def test_weights_with_a_prefix_are_loaded_without_it(prefix: str, tmp_path: Path) -> None:
     model = tiny_models.tiny("bert")
@@ -203,11 +217,24 @@ def test_image_files_are_made_grey_for_a_model_of_one_channel(tmp_path: Path) ->
 def test_a_model_that_takes_other_inputs_is_one_line(name: str, tmp_path: Path) -> None:
     model = architectures.tiny_model(name)
     teacher = saved(model, tmp_path / "t")
+    architectures.save_tokenizer(teacher)
     kind: Kind = "image_classification" if "Image" in name else TEXT
     data = architectures.write_data(tmp_path, "images" if "Image" in name else "texts")
     with pytest.raises(UserError, match="does not take inputs of shapes") as error:
         load_teacher(sources(teacher, data), kind, print)
     assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_has_no_names_of_classes_gets_the_default_ones(tmp_path: Path) -> None:
+    model: Any = architectures.tiny_model("PvtForImageClassification")  # its configuration has num_labels alone
+    assert getattr(model.config, "id2label", None) is None
+    model.save_pretrained(tmp_path / "t")
+    data = architectures.write_data(tmp_path, "images")  # labels 0, 1, 2
+    student, side, _ = both(sources(tmp_path / "t", data), "image_classification")
+    for described in (student.model.config, side.model.config):
+        assert described.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}  # type: ignore[union-attr]
+    assert student.plan.num_classes == 3
+    assert student.data.labels.tolist() == [i % 3 for i in range(60)]
 
 
 def test_layers_are_not_left_out_at_random(tmp_path: Path) -> None:

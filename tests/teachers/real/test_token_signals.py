@@ -118,3 +118,14 @@ def test_a_teacher_over_several_devices_gives_the_same(tmp_path: Path, monkeypat
     torch.testing.assert_close(whole.losses, sharded.losses)
     torch.testing.assert_close(whole.features, sharded.features)
     torch.testing.assert_close(whole.maps, sharded.maps)
+
+
+def test_a_teacher_without_finite_answers_is_refused() -> None:
+    data = texts()
+    teacher = tiny_models.tiny("llama", layers=3)
+    plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(exits=()), data.num_positions)
+    with torch.no_grad():
+        teacher.lm_head.weight[3] = float("nan")  # type: ignore[union-attr, operator]
+    with pytest.raises(UserError, match="the teacher's answers are not finite") as error:
+        token_signals(teacher, plan, [], data, 3, ANCHORS, say=lambda line: None)
+    assert "\n" not in str(error.value)
