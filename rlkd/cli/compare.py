@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from rlkd.agents.policy.bundle import load_bundle
+from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.progress import Bar, print_comparison, print_front
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
 def _run_one(argv: list[str], name: str | None) -> int:
     config, options = parse_run(_parser, argv, CompareConfig)
     config.check()
-    bundle, blind = (load_bundle(Path(place)) if place else None for place in (config.policy, config.blind))
+    bundle, blind = (find_policy(Path(place)) if place else None for place in (config.policy, config.blind))
     use_one_thread()
     out = options.out / name if name and options.out else options.out
     with resumable_folder(options, "compare", out) as folder, Bar(config.train.steps_per_window) as bar:

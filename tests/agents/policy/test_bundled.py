@@ -17,6 +17,7 @@ def test_a_run_and_its_policy_folder_are_the_same(tmp_path: Path) -> None:
 
 
 def test_the_policies_of_the_package_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "default" in bundled_policies()
     for folder in bundled_policies().values():
         load_bundle(folder)
     monkeypatch.setattr(resources, "files", lambda name: tmp_path)
