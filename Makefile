@@ -4,16 +4,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 EXTRAS ?= dev,hf
 
-.PHONY: train test check lint types format clean
+.PHONY: train test test-slow check lint types format clean
 
 # The main job: learn a small policy and compare it on held-out tasks, in about ten minutes on two cores.
 train: $(READY)
 	$(BIN)/rlkd train --config default $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: lint types test
+# Tests that take long, and those that kill, damage and fill: CI runs them, too.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+
+check: lint types test test-slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -36,18 +36,22 @@ from rlkd.io.files import write_whole
 from rlkd.io.journal import FOLDER, NAME
 
 # every phase of the default job, on its data set, in seconds
+SCENARIO = (
+    "{num_windows: 3, train: {steps_per_window: 5, batch_size: 32}, teacher: {num_samples: [40, 897], num_steps: 60}"
+)
 JOB = [
-    *("--config", "smoke", "--num_windows", "3", "--teacher.num_samples", "[40, 897]", "--teacher.num_steps", "60"),
-    *("--search.tasks_per_finalist", "4", "--ppo.num_iterations", "8", "--comparison.num_tasks", "8"),
+    *("--config", "smoke", "--scenarios", f"[{SCENARIO}}}]"),
+    *("--validation", f"[{SCENARIO}, student: {{widths: [12, 8]}}}}]"),
+    *("--ppo.num_iterations", "8", "--ppo.batch_size", "24", "--comparison.num_tasks", "8"),
 ]
 EXACT = (
     "policy/policy.safetensors",
     "metrics.jsonl",
-    "planning.jsonl",
+    "evaluations.jsonl",
     "student/student.safetensors",
     "policy/bundle.json",
 )
-CLOCKS = ("wall_s", "updates_per_s", "measured")
+CLOCKS = ("wall_s", "trainings_per_s", "measured")
 MAX_S = 600.0  # of one process; a run takes seconds
 
 
@@ -108,15 +112,13 @@ def moment(folder: Path) -> str:
     """What the run had finished when it was killed."""
     labels = [entry["label"] for entry in entries(folder)]
     if "PPO" in labels:
-        return "gate or comparison" if labels[-1] != "PPO" else "just after PPO"
+        return "comparison" if labels[-1] != "PPO" else "just after PPO"
     saved = Checkpoints(folder / FOLDER, 2).newest(lambda line: None)
     if saved:
         return "PPO, after some updates"
     if "observations" in labels:
         return "PPO, before its first update"
-    if "planning" in labels:
-        return "planning"
-    return "static search" if len(labels) > 1 else "before the first training was over"
+    return "search for the start" if len(labels) > 1 else "before the first training was over"
 
 
 def compare(folder: Path, whole: Path) -> list[str]:

@@ -19,6 +19,12 @@ from rlkd.teachers import TeacherConfig
 TEACHERS = TeacherConfig(num_samples=(40, 300, 897), num_steps=100)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "robustness" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)

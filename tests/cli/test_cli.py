@@ -244,6 +244,7 @@ def test_distil_writes_a_working_student(
     assert scalars["hparam/test_accuracy"][1] == pytest.approx([figures["accuracy"]])
 
 
+@pytest.mark.slow
 def test_the_smallest_bundled_data_set_trains_to_its_last_phase(tmp_path: Path, tiny: list[str]) -> None:
     main_one = "{dataset: wine, num_windows"
     wine = [o.replace("{num_windows", main_one, 1).replace("[40, 897]", "[20, 40, 80]") for o in tiny]
@@ -302,6 +303,7 @@ def test_calibrate_writes_a_profile_that_train_takes(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [4, 16, 32])
 def test_a_disk_that_fills_up_ends_in_one_line(tmp_path: Path, tiny: list[str], blocks: int) -> None:
     """No file may grow beyond `blocks` KiB: a limit that needs no privileges and fails writes wherever they happen."""

@@ -92,6 +92,7 @@ def test_the_best_window_ships(quick: list[str]) -> None:
     assert float(right) == pytest.approx(best["accuracy"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*quick, "--goal.keep", "0.9", "--goal.reference", "dense", "--guard.undo", "true", "--num_windows", "5"]
     assert main(["distil", *options, "--out", "whole"]) == 0

@@ -102,6 +102,7 @@ def test_a_student_from_a_configuration_on_prompts_and_reverse(place: Path, tmp_
     assert load_module_student(tmp_path / "a" / "student").model.config.hidden_size == 16  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
     data = ["--data", str(place / "novel.txt"), "--columns.max_length", "8", "--student", str(place / "small.json")]
     assert distil(place, tmp_path / "a", *data, "--seed", "5") == 0

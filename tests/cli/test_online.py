@@ -53,6 +53,7 @@ def test_the_product_is_the_best_validated_student(quick: list[str], tmp_path: P
     assert "test: J" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_online_run_repeats_to_the_byte(quick: list[str], tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert main([*quick, "--seed", "5", "--out", name]) == 0

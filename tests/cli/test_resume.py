@@ -171,6 +171,7 @@ COMPARISON = (
 )
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_with_its_searches(
     here: Path, tiny_scenario: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_comparison_goes_on_with_its_searches(
     assert_same(here / "halted", here / "compared", "result.csv", "config.yaml")
 
 
+@pytest.mark.slow
 def test_another_policy_is_noticed(
     here: Path, tiny_scenario: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -162,6 +162,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 def test_stopped_everywhere_it_ends_as_if_it_never_was(small: ExperimentConfig, whole: Path, tmp_path: Path) -> None:
     for phase, window in PLACES:
         stop(small, tmp_path, phase, window)
@@ -169,6 +170,7 @@ def test_stopped_everywhere_it_ends_as_if_it_never_was(small: ExperimentConfig, 
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_torn_state_is_named_and_the_one_before_it_used(small: ExperimentConfig, whole: Path, tmp_path: Path) -> None:
     # four windows for standardising, two for each evaluation (of the start and after two), three rollouts of four
     stop(small, tmp_path, "PPO", 4 + 2 + 4 + 4 + 2 + 4 + 1)
@@ -199,6 +201,7 @@ def read_all(saved: Checkpoint) -> dict[str, Tensor]:
     return saved.tensors(tensor_shapes(blob, "state"))
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_students_diverged(goal_scenario: Scenario, tmp_path: Path) -> None:
     """One that diverged began its next episode alone and was cut off with the others."""
     controls = replace(goal_scenario.config.controls, learning_rate=(1e-3, 1e25))

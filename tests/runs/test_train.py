@@ -61,6 +61,7 @@ def test_held_out_tasks_come_from_a_range_of_their_own() -> None:
     assert held_out_seeds(0, 200) == seeds != held_out_seeds(1, 200)
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_profile_give_the_same_bytes(small: ExperimentConfig, tmp_path: Path) -> None:
     results = [train_experiment(small, made(tmp_path / name), 7, Silent()) for name in "ab"]
     names = ("metrics.jsonl", "evaluations.jsonl", "policy/policy.safetensors", "student/student.safetensors")
@@ -127,6 +128,7 @@ class FailsLate(Silent):
             raise UserError("the last phase fails")
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_last_phase_keeps_what_the_others_found(small: ExperimentConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the last phase fails"):
         train_experiment(small, tmp_path, 7, FailsLate())

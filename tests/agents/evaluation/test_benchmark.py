@@ -10,6 +10,7 @@ from rlkd.envs.episodes import Episodes
 from rlkd.students import TrainConfig
 
 
+@pytest.mark.slow
 def test_bench_measures_every_way_and_its_shares_add_up(config: EnvConfig) -> None:
     quick = dataclasses.replace(config, train=TrainConfig(2, 8))
     result = bench(quick, num_students=4, num_rounds=1, say=print)

@@ -37,6 +37,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_models.need_transformers()
     pytest.importorskip("accelerate", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
