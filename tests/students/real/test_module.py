@@ -357,6 +357,17 @@ def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(tmp_p
     assert len(said) == 2
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_without_finite_answers_is_refused(value: float) -> None:
+    data, teacher = texts(), tiny_models.tiny("bert", seed=1)
+    plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(), data.num_positions)
+    with torch.no_grad():
+        teacher.classifier.bias[1] = value
+    with pytest.raises(UserError, match="the teacher's answers are not finite") as error:
+        module_signals(teacher, plan, [], data, say=lambda line: None)
+    assert "\n" not in str(error.value)
+
+
 def test_evaluation_gives_every_sample_its_own_label() -> None:
     """Batches are made by length; the answers come back in order."""
     student = student_of(config=replace(TRAIN, evaluation_batch_size=5))
