@@ -206,6 +206,8 @@ def test_splits_in_a_column_in_any_case(tmp_path: Path) -> None:
     assert "says validation, the name of its file train" in refused(
         write(tmp_path / "f" / "train.csv", rows[:7]).parent
     )
+    write(tmp_path / "g" / "part0.csv", rows[:7]), write(tmp_path / "g" / "part1.csv", ROWS[7:])
+    assert "part1.csv: row 1: tells no split while other rows do" in refused(tmp_path / "g")
 
 
 @pytest.mark.parametrize("cell", [None, "", "  ", float("nan")])
