@@ -206,9 +206,7 @@ def _candidates(config: Any, num_blocks: int, chosen: Sequence[int]) -> Iterator
     """Configurations in which one number that equals the number of blocks is that of the chosen ones."""
     for path in _parts(config):
         values = {name: getattr(_part(config, path), name, None) for name in _depth_names(_part(config, path))}
-        if any(
-            _is_depths(value, num_blocks) for value in values.values()
-        ):  # a model in stages: its blocks differ in size
+        if any(_is_depths(value) for value in values.values()):  # a model in stages: its blocks differ in size
             continue
         for name in (name for name, value in values.items() if type(value) is int and value == num_blocks):
             smaller = copy.deepcopy(config)
@@ -216,11 +214,9 @@ def _candidates(config: Any, num_blocks: int, chosen: Sequence[int]) -> Iterator
                 yield _without_stage_names(smaller)
 
 
-def _is_depths(value: Any, num_blocks: int) -> bool:
-    """Whether a list has the depth of every stage; another list of numbers has a mark for every block, say."""
-    if not isinstance(value, list | tuple) or not value or not all(type(v) is int and v > 0 for v in value):
-        return False
-    return num_blocks in (sum(value), len(value))
+def _is_depths(value: Any) -> bool:
+    """Whether a list may have the depth of every stage; one with a zero has a mark for every block, say."""
+    return isinstance(value, list | tuple) and bool(value) and all(type(v) is int and v > 0 for v in value)
 
 
 def _halved(config: Any, is_shared: bool) -> Iterator[Any]:

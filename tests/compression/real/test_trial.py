@@ -186,6 +186,16 @@ def test_a_model_that_cannot_be_exported_is_refused_before_training(monkeypatch:
     assert "\n" not in str(error.value)
 
 
+def test_a_change_that_an_export_loses_is_noticed() -> None:
+    model: Any = tiny_models.tiny("bert")
+    inputs = inputs_of(model, "Sequence")
+    plan = make_plan(model, inputs, AttachConfig(), None)
+    model.classifier.register_forward_hook(lambda module, args, output: 2 * output)  # no folder keeps a hook
+    with pytest.raises(UserError, match="the shipped model answers otherwise") as error:
+        try_out(model, plan, [], "sequence_classification", rows_of(inputs))
+    assert "\n" not in str(error.value)
+
+
 def test_the_dry_run_changes_nothing() -> None:
     model = tiny_models.tiny("resnet")
     inputs = tiny_models.batch("resnet", size=5)
