@@ -144,6 +144,7 @@ def test_arrays(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"inputs": np.full((9, 4), np.nan)}, "row 1: got an input that is not finite"),
+        ({"inputs": np.ones((0, 4)), "labels": np.zeros(0)}, "got no sample"),
         ({"inputs": np.full((9, 4), -1e300)}, "row 1: got an input that is not finite in 32 bits"),
         ({"inputs": np.full((9, 4), "a")}, "got inputs of type <U1; allowed: real numbers"),
         ({"inputs": np.ones((9, 4)) + 1j}, "got inputs of type complex128"),

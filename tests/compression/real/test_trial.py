@@ -196,6 +196,33 @@ def test_a_change_that_an_export_loses_is_noticed() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_training_step_without_finite_gradients_is_refused() -> None:
+    model: Any = tiny_models.tiny("bert")
+    inputs = inputs_of(model, "Sequence")
+    plan = make_plan(model, inputs, AttachConfig(), None)
+    model.classifier.register_forward_hook(lambda module, args, output: output + (0 * output).square().sqrt())
+    with pytest.raises(UserError, match="gradients that are not finite"):
+        try_out(model, plan, [], "sequence_classification", rows_of(inputs))
+
+
+class Unwritable:
+    """A tokenizer that cannot be saved, as some of a class of their own cannot."""
+
+    def save_pretrained(self, folder: object) -> None:
+        raise NotImplementedError("this tokenizer cannot be saved")
+
+
+def test_a_processor_that_cannot_be_exported_is_refused_before_training() -> None:
+    model: Any = tiny_models.tiny("bert")
+    inputs = inputs_of(model, "Sequence")
+    plan = make_plan(model, inputs, AttachConfig(), None)
+    with pytest.raises(
+        UserError, match=r"dry run before the training failed .*this tokenizer cannot be saved"
+    ) as error:
+        try_out(model, plan, [], "sequence_classification", rows_of(inputs), processor=Unwritable())
+    assert "\n" not in str(error.value)
+
+
 def test_the_dry_run_changes_nothing() -> None:
     model = tiny_models.tiny("resnet")
     inputs = tiny_models.batch("resnet", size=5)

@@ -1,6 +1,7 @@
 """A tiny transformer as a student: gradients, accumulation, determinism, and that it learns."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +356,10 @@ def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(tmp_p
         teacher.classifier.weight.mul_(2.0)
     module_signals(teacher, plan, plan.blocks, data, say=said.append)
     assert len(said) == 2
+    ids = data.inputs["input_ids"]
+    others = {**data.inputs, "input_ids": torch.where(ids > 5, ids - 1, ids)}  # other words in the same places
+    module_signals(teacher, plan, plan.blocks, dataclasses.replace(data, inputs=others), say=said.append)
+    assert len(said) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
