@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +144,13 @@ def reward_curves(runs: list[Run]) -> Figure:
     ]
     always = ("reward/return", "student/score", "student/accuracy")
     panels = [panel for panel in panels if panel[0] in always or any(panel[0] in run.scalars for run in runs)]
-    figure = Figure(figsize=(3.7 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels))
+    num_columns = min(4, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = Figure(figsize=(3.7 * num_columns, 3.4 * num_rows), layout="constrained")
+    axes = [axis for row in figure.subplots(num_rows, num_columns, squeeze=False) for axis in row]
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    axes = axes[: len(panels)]
     for axis, (tag, title, unit) in zip(axes, panels, strict=True):
         for i, run in enumerate(runs):
             x, y = _against(run, tag)
