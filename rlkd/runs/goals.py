@@ -142,9 +142,9 @@ def goal_line(figures: dict[str, Any], measured: dict[str, Any]) -> str:
     """The last line of a run: whether the goal is met, and the measured speed."""
     batch = measured["profile_batch"]
     row = measured[f"batch_{batch}"]
-    speeds = [f"{row['speedup']:.2f} times faster than the dense student"]
+    speeds = [_compared_with("the dense student", row["speedup"])]
     if "speedup_over_teacher" in row:
-        speeds.append(f"{row['speedup_over_teacher']:.2f} times faster than the teacher")
+        speeds.append(_compared_with("the teacher", row["speedup_over_teacher"]))
     speed = f"{', '.join(speeds)} (both measured, batch {batch})" if len(speeds) > 1 else f"{speeds[0]} (measured)"
     accuracy = f"accuracy {figures['accuracy']:.4f} on test"
     if "floor" in figures:
@@ -155,6 +155,13 @@ def goal_line(figures: dict[str, Any], measured: dict[str, Any]) -> str:
         return f"goal met: {accuracy}, {speed}"
     shortfall = f" by {figures['shortfall']:.4f}" if figures.get("shortfall") else ""
     return f"goal missed{shortfall}: {accuracy}, {speed}"
+
+
+def _compared_with(other: str, speedup: float) -> str:
+    """How fast a student is beside another network."""
+    if speedup >= 1.0:
+        return f"{speedup:.2f} times faster than {other}"
+    return f"{1.0 / speedup:.2f} times slower than {other}"
 
 
 def task_of(scenario: EpisodeScenario, seed: int) -> Task:

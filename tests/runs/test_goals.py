@@ -103,6 +103,8 @@ def test_the_last_line_says_what_was_reached() -> None:
     assert goal_line({"accuracy": 0.9, "goal_met": None}, alone) == (
         "accuracy 0.9000 on test, 2.00 times faster than the dense student (measured)"
     )
+    slow = {"profile_batch": 8, "batch_8": {"speedup": 0.5}}
+    assert "2.00 times slower than the dense student" in goal_line({"accuracy": 0.9, "goal_met": None}, slow)
 
 
 def test_the_dense_student_is_trained_once_and_remembered(scenario: Scenario, tmp_path: Path) -> None:
