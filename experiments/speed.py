@@ -47,7 +47,7 @@ def one(data_set: str, num_labels: int, seed: int, policy_folder: Path) -> dict[
     )
     samples = Range(num_labels, num_labels)
     config = dataclasses.replace(base, task=dataclasses.replace(base.task, dataset=data_set, num_labels=samples))
-    scenario = build_scenario(config.env(policy.controls), policy.plan)
+    scenario = build_scenario(config.env(policy.controls), policy.start)
     small = distil(scenario, policy.controller(), seed, lambda row, observation: None)
     dense = distil(scenario, follow(published_setting(policy.controls)[None]), seed, lambda row, observation: None)
     return {

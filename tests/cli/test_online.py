@@ -50,7 +50,7 @@ def test_the_product_is_the_best_validated_student(quick: list[str], tmp_path: P
     assert best["accuracy"] != rows[-1]["accuracy"]
     assert sorted(p.name for p in (folder / "students").iterdir()) == ["window-0003", "window-0006"]
     assert accuracy("students/window-0006", "validation") == pytest.approx(rows[5]["accuracy"], abs=1e-6)
-    assert "test: J" in capsys.readouterr().out
+    assert "not to choose by: J" in capsys.readouterr().out
 
 
 @pytest.mark.slow
