@@ -1,4 +1,4 @@
-"""What sets the controls: PPO and its policy bundle, baseline controllers, search, and the paired comparison."""
+"""Set the controls of a training: PPO and its policy bundle, baselines, searches, and their paired comparison."""
 
 if __name__ == "agents":
     raise ImportError("import this package as rlkd.agents, not as agents")

@@ -42,7 +42,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What controllers are built from, for one goal."""
+    """Inputs that controllers are built from, for one goal."""
 
     scenario: Scenario
     tasks: TaskDistribution  # their goal fixed
@@ -62,7 +62,7 @@ class Request:
         return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(purpose.encode()))
 
     def once(self, key: str, find: Callable[[], Found]) -> Found:
-        """What `find` gives, computed the first time that `key` is asked for."""
+        """Return the answer of `find`, computed the first time that `key` is asked for."""
         if key not in self.found:
             self.found[key] = find()
         return self.found[key]  # type: ignore[return-value]
@@ -104,7 +104,7 @@ class Baseline:
     meaning: str
     build: Callable[[Request], Controller]
     finds: tuple[str, ...] = ()
-    """What must be found over training tasks before: keys of `_cost_of_finding`."""
+    """Searches over training tasks that come first, as keys of `_cost_of_finding`."""
     needs: tuple[Needs, ...] = ()
     trainings_per_task: int = 1
     """Full student trainings that it spends on every single task it is asked to solve."""

@@ -1,4 +1,4 @@
-"""What goes to TensorBoard besides stable-baselines3's own keys."""
+"""Write to TensorBoard what stable-baselines3 does not write itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -122,7 +122,7 @@ def _train(
     tune_exit: bool,
     guard_config: GuardConfig | None,
 ) -> Results:
-    """What `run` does where no journal has the answer."""
+    """Train and evaluate, where no journal has the answer of `run`."""
     parts = []
     for begin in range(0, len(seeds), num_parallel):
         chunk = list(seeds[begin : begin + num_parallel])

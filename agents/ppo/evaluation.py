@@ -21,7 +21,7 @@ FIRST_SEED = 2**58  # of the tasks; scenario k has those from k * 2**20 on
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What students reach at the end of their training, on validation data: means in which every scenario counts alike.
+    """Means over students at the end of their training, on validation data; every scenario counts alike.
 
     A diverged student has accuracy 0 and saves nothing.
     """

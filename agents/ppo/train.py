@@ -106,7 +106,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a training gives."""
+    """Result of a training."""
 
     policy: Policy  # the best one on the validation scenarios, or without any the last
     evaluations: list[Evaluation]
