@@ -1,8 +1,9 @@
 """The scenario of a real model: teacher, data, student with its attachments, signals and cost, for one student."""
 
 import dataclasses
+import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from rlkd.students.real.processes import first_alone
 from rlkd.teachers import Signals
 from rlkd.teachers.real.module_signals import describe_quality, module_signals
 from rlkd.teachers.real.token_signals import TokenSignals, token_signals
+
+logger = logging.getLogger(__name__)
 
 NUM_LINES = 20  # of the report on the data that are printed
 
@@ -237,7 +240,6 @@ def build_real_scenario(
     controls: ControlConfig,
     start: Tensor | None = None,
     seed: int = 0,
-    say: Callable[[str], object] = print,
 ) -> RealScenario:
     """Load teacher and data, make the student, attach what it takes, get the teacher's signals, count and time.
 
@@ -246,7 +248,6 @@ def build_real_scenario(
         controls: ranges of the controls.
         start: [12], the setting that actions change; by default the published one.
         seed: of a fresh student's weights.
-        say: told in one line when something takes a while.
 
     Raises:
         UserError: a model or data that cannot be used.
@@ -254,9 +255,9 @@ def build_real_scenario(
     config.check()
     kind = kind_of(load_config(config.teacher), config.teacher)
     sources = config.sources()
-    teacher = load_teacher(sources, kind, say)
-    say(_beginning(teacher.data.report))
-    student, teacher = load_student(sources, kind, teacher, seed, say)
+    teacher = load_teacher(sources, kind)
+    logger.info(_beginning(teacher.data.report))
+    student, teacher = load_student(sources, kind, teacher, seed)
     _check_smaller(config, student, teacher)
     device = config.train.torch_device()
     blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
@@ -268,21 +269,21 @@ def build_real_scenario(
         if student.plan.has_features and teacher.plan.has_features
         else []
     )
-    student = dataclasses.replace(student, plan=_rehearsed(student, links, kind, say))
+    student = dataclasses.replace(student, plan=_rehearsed(student, links, kind))
     places = [link.teacher for link in links]
     if config.teacher_device_map is None:
         teacher.model.to(device)
     with first_alone():
-        signals = _signals(config, teacher, places, say)
+        signals = _signals(config, teacher, places)
     if config.teacher_device_map is None:
         teacher.model.cpu()
     quality = describe_quality(signals, teacher.data)
     if quality:
-        say(quality)
+        logger.log(logging.WARNING if "WARNING: " in quality else logging.INFO, quality)
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
-    profile = _profile(config, student, one, say)
+    profile = _profile(config, student, one)
     teacher_macs = count_work(teacher.model, _typical(teacher.data), teacher.plan).dense_macs
     task = TaskDistribution(
         dataset=student.data.name,
@@ -321,19 +322,19 @@ def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
         )
 
 
-def _rehearsed(student: Side, links: list[Link], kind: Kind, say: Callable[[str], object]) -> Plan:
+def _rehearsed(student: Side, links: list[Link], kind: Kind) -> Plan:
     """The student's plan with those controls that it bears, by a dry run on a few samples."""
     few = student.data.few()
     batches = [student.data.batch(rows) for rows in (few, few[:1], few[1:2])]
-    return try_out(student.model, student.plan, links, kind, batches, processor=student.processor, say=say)
+    return try_out(student.model, student.plan, links, kind, batches, processor=student.processor)
 
 
-def _signals(config: RealConfig, teacher: Side, places: list[str], say: Callable[[str], object]) -> Signals:
+def _signals(config: RealConfig, teacher: Side, places: list[str]) -> Signals:
     model, plan, data, size = teacher.model, teacher.plan, teacher.data, config.train.evaluation_batch_size
     if not isinstance(data, TokenExamples):
-        return module_signals(model, plan, places, data, size, say)
+        return module_signals(model, plan, places, data, size)
     anchors = config.tokens.anchors(data.num_classes)
-    return token_signals(model, plan, places, data, config.tokens.top_k, anchors, size, say)
+    return token_signals(model, plan, places, data, config.tokens.top_k, anchors, size)
 
 
 def _about_tokens(config: RealConfig, signals: Signals) -> str:
@@ -366,9 +367,9 @@ def _typical(data: Examples) -> dict[str, Tensor]:
     return data.batch(train[where : where + 1])
 
 
-def _profile(config: RealConfig, student: Side, one: dict[str, Tensor], say: Callable[[str], object]) -> ModuleProfile:
+def _profile(config: RealConfig, student: Side, one: dict[str, Tensor]) -> ModuleProfile:
     if config.cost.profile is None:
-        say("timing the dense student at two batch sizes")
+        logger.info("timing the dense student at two batch sizes")
         return profile_module(student.model, one, student.plan, config.cost.batch_size)
     work = count_work(student.model, one, student.plan)
     counted = ModuleProfile(student.plan, work, config.cost.batch_size, 0.0, 0.0, {}, {})

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -237,7 +237,6 @@ class Scenario:
 def build_scenario(
     config: EnvConfig,
     start: Tensor | None = None,
-    say: Callable[[str], object] = print,
     student: ChainStudent | None = None,
 ) -> Scenario:
     """Load the data, train or load the teachers, calibrate or load the cost profile.
@@ -245,7 +244,6 @@ def build_scenario(
     Args:
         config: checked here.
         start: [12], the setting that actions change; by default the published one.
-        say: told in one line when something takes a while.
         student: a structure of your own; by default the one that config.student describes.
     """
     config.check()
@@ -259,7 +257,7 @@ def build_scenario(
             f"student: {student.num_classes} classes for inputs of shape {list(student.input_shape)}; "
             f"{data.name} has {data.num_classes} for {list(data.input_shape)}"
         )
-    profile = load_or_calibrate(config.cost, student, say)
+    profile = load_or_calibrate(config.cost, student)
     if start is None:
         start = published_setting(config.controls)
     weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))

@@ -245,7 +245,6 @@ def write_data(folder: Path, task: str, size: int = IMAGE_SIZE, channels: int = 
 def try_architecture(task: str, family: str, folder: Path) -> Row:
     """Distil the default student of a tiny teacher, from files to a folder that is loaded again."""
     name = class_of(task, family)
-    lines: list[str] = []
     model: Any = tiny_model(name)
     (folder / "teacher").mkdir()
     with quiet():
@@ -260,13 +259,16 @@ def try_architecture(task: str, family: str, folder: Path) -> Row:
         cost=RealCostConfig(batch_size=4),
     )
     try:
-        scenario = build_real_scenario(config, ControlConfig(), say=lines.append)
+        scenario = build_real_scenario(config, ControlConfig())
     except UserError as error:
         return Row(name, str(error).replace(str(folder / "teacher"), "teacher"), {}, 0.0, "")
     done = distil_module(scenario, lambda observation, episodes, window: HALF, 0)
     save_module_student(done.student, folder / "student", scenario.processor, {})
     load_module_student(folder / "student")
-    note = "; ".join(line.partition(": ")[2] for line in lines if "answers depend on padding" in line)
+    note = ""
+    if scenario.data.fixed_length:
+        length = int(scenario.data.inputs["input_ids"].shape[1])
+        note = f"its answers depend on padding; every text is padded to {length} tokens, at inference, too"
     return Row(
         name,
         "runs",

@@ -113,7 +113,7 @@ def moment(folder: Path) -> str:
     labels = [entry["label"] for entry in entries(folder)]
     if "PPO" in labels:
         return "comparison" if labels[-1] != "PPO" else "just after PPO"
-    saved = Checkpoints(folder / FOLDER, 2).newest(lambda line: None)
+    saved = Checkpoints(folder / FOLDER, 2).newest()
     if saved:
         return "PPO, after some updates"
     if "observations" in labels:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,35 @@ SHAPES: Shapes = {"score": ("float64", (3,)), "choice": ("int64", (2, 2))}
 SPECS: dict[str, Spec] = {"logits": ((6, 3), "float32"), "maps": ((6, 4), "float32")}
 KEY = {"teacher": "a"}
 HAS_MODELS = importlib.util.find_spec("transformers") is not None
+
+
+class FirstWarning(logging.Handler):
+    """Keep the first message."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.message = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message of `record` if it is the first one."""
+        self.message = self.message or record.getMessage()
+
+
+def refusing_warnings(use: Callable[[], None]) -> Callable[[], None]:
+    """Raise UserError with the first warning of rlkd, once `use` has come to its end."""
+
+    def refuse() -> None:
+        handler = FirstWarning()
+        logger = logging.getLogger("rlkd")
+        logger.addHandler(handler)
+        try:
+            use()
+        finally:
+            logger.removeHandler(handler)
+        if handler.message:
+            raise UserError(handler.message.partition(";")[0])
+
+    return refuse
 
 
 def answer(number: int) -> Arrays:
@@ -88,15 +118,13 @@ def fuzz_journal(r: random.Random, s: Samples) -> Callable[[], None]:
             blob += f"{chain} ".encode() + body + b"\n"
         path.write_bytes(blob)
 
+    @refusing_warnings
     def use() -> None:
-        said: list[str] = []
-        journal = Journal(s.place("stopped"), resume=True, say=said.append)
+        journal = Journal(s.place("stopped"), resume=True)
         for number in range(3):
             got = journal.arrays(f"batch {number}", {"seeds": [number]}, SHAPES, lambda n=number: answer(n))
             assert {name: (a.dtype.name, a.shape) for name, a in got.items()} == SHAPES
             assert np.isfinite(got["score"]).all()
-        if said:
-            raise UserError(said[0].partition(";")[0])
 
     return use
 
@@ -115,14 +143,12 @@ def fuzz_checkpoint(r: random.Random, s: Samples) -> Callable[[], None]:
         content = line + b"\n" + blob
         path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
+    @refusing_warnings
     def use() -> None:
-        said: list[str] = []
-        found = Checkpoints(s.place("stopped/checkpoints"), keep=2).newest(said.append)
+        found = Checkpoints(s.place("stopped/checkpoints"), keep=2).newest()
         assert found is not None  # the one before is whole
         tensors = found.tensors({"a": (torch.float32, (2, 3)), "b": (torch.int64, (4,))})
         assert (tensors["a"].shape, tensors["b"].shape) == ((2, 3), (4,))
-        if said:
-            raise UserError(said[0].partition(";")[0])
 
     return use
 
@@ -143,14 +169,12 @@ def fuzz_signals(r: random.Random, s: Samples) -> Callable[[], None]:
             table["sha256"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
             card.write_text(json.dumps(table))
 
+    @refusing_warnings
     def use() -> None:
-        said: list[str] = []
-        arrays = cached_arrays("signals", KEY, SPECS, fill, said.append)
+        arrays = cached_arrays("signals", KEY, SPECS, fill)
         assert {name: tuple(t.shape) for name, t in arrays.items()} == {
             name: shape for name, (shape, _) in SPECS.items()
         }
-        if said:
-            raise UserError(said[0].partition(";")[0])
 
     return use
 

@@ -377,12 +377,12 @@ def main() -> int:
             write_json(options.docs.with_suffix(".json"), result)
 
     if options.try_recording:
-        Way(device, 8, True).begin(build_scenario(there, say=lambda _: None))
+        Way(device, 8, True).begin(build_scenario(there))
         return 0
     if not options.without_tests:
         result["tests"] = run_tests()
         save()
-    scenario = build_scenario(config, say=lambda line: print(line, flush=True))
+    scenario = build_scenario(config)
     scenarios = {"cpu": scenario, device: replace(scenario, config=there)}
     sizes, cpu_sizes = ((8, 16), (8,)) if options.quick else (SIZES, CPU_SIZES)
     modes = (True, False) if can_record(device) else (False,)

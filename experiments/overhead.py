@@ -88,7 +88,7 @@ def make_scenario(folder: Path, steps_per_window: int, validation_size: int, con
         ),
         cost=RealCostConfig(batch_size=8),
     )
-    return build_real_scenario(config, controls, say=lambda _: None)
+    return build_real_scenario(config, controls)
 
 
 @dataclass

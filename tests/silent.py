@@ -12,6 +12,3 @@ class Silent:
 
     def figures(self, **values: float) -> None:
         """Do nothing."""
-
-    def say(self, line: str) -> None:
-        """Do nothing."""

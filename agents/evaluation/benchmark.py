@@ -69,7 +69,6 @@ def bench(
     config: EnvConfig,
     num_students: int,
     num_rounds: int,
-    say: Callable[[str], object],
     device_students: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Updates/s of each way, ratios to the lock-step population, and where its step spends its time.
@@ -80,11 +79,10 @@ def bench(
         config: of the environment; if `train.device` is a GPU, populations there are measured beside the others.
         num_students: of the population on the CPU.
         num_rounds: interleaved.
-        say: told in one line when something takes a while.
         device_students: sizes of the populations on the GPU; by default num_students.
     """
     device, config = config.train.device, replace(config, train=replace(config.train, device="cpu"))
-    scenario = build_scenario(config, say=say)
+    scenario = build_scenario(config)
     population, solo = Episodes(scenario, num_students), Episodes(scenario, 1)
     population.reset(range(num_students))
     solo.reset([0])

@@ -1,7 +1,5 @@
 """`rlkd bench`."""
 
-import sys
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -35,8 +33,7 @@ def run(argv: list[str]) -> int:
     if options.device_students and config.train.device == "cpu":
         raise UserError("bench: got --device_students without a GPU; allowed: with --train.device cuda or cuda:N")
     use_one_thread()
-    say = partial(print, file=sys.stderr)
-    result = bench(config, options.num_students, options.rounds, say, options.device_students)
+    result = bench(config, options.num_students, options.rounds, options.device_students)
     table = Table(title=f"student updates/s, {options.num_students} in lock-step, medians of {options.rounds} rounds")
     table.add_column("way", overflow="fold")
     for column in ("updates/s", "lowest", "highest", "trainings/s", *(f"{name} is" for name in result["ratio"])):

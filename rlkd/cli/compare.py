@@ -36,7 +36,7 @@ def _run_one(argv: list[str], name: str | None) -> int:
     use_one_thread()
     out = options.out / name if name and options.out else options.out
     with resumable_folder(options, "compare", out) as folder, Bar(config.train.steps_per_window) as bar:
-        journal = Journal(folder, options.resume is not None, say=bar.say)
+        journal = Journal(folder, options.resume is not None)
         if is_finished(folder, journal.finished):
             return 0
         result = compare_methods(config, bundle, folder, options.seed, bar, journal, blind)

@@ -78,12 +78,12 @@ def policy_option(options: Namespace) -> dict[str, str]:
 def _distil(config: DistilConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
     """Distil into `folder`; returns the exit code."""
     with Bar(config.train.steps_per_window) as bar:
-        journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
+        journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
-        describe(journal, folder, config, options.seed, bar.say, options=policy_option(options))
+        describe(journal, folder, config, options.seed, options=policy_option(options))
         env = with_own_profile(config.env(bundle.policy.controls), folder)
-        scenario = build_scenario(env, bundle.policy.start, bar.say)
+        scenario = build_scenario(env, bundle.policy.start)
         scenario = with_goal(scenario, config.goal, config.preference)
         save_profile(scenario.profile, folder / f"{PROFILE}.json")
         remember(journal, "distil", scenario.tensors(), costs=plain(scenario.profile), policy=bundle.digest)

@@ -1,6 +1,7 @@
 """`rlkd distil --data ...`: distil a real model under a policy that was learned on tiny students."""
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from rlkd.runs.folder import use_one_thread
 from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 from rlkd.students.real import processes
+
+logger = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
@@ -71,16 +74,16 @@ def _silent() -> Iterator[None]:
 def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:
     """Distil into `folder`; returns the exit code."""
     with Bar(config.train.steps_per_window) as bar:
-        journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
+        journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
         packages = ("transformers", "tokenizers", "pyarrow")
-        describe(journal, folder, config, options.seed, bar.say, packages, policy_option(options))
+        describe(journal, folder, config, options.seed, packages, policy_option(options))
         controls, start = bundle.policy.controls, bundle.policy.start
-        scenario = build_real_scenario(with_own_profile(config, folder), controls, start, options.seed, bar.say)
+        scenario = build_real_scenario(with_own_profile(config, folder), controls, start, options.seed)
         scenario = with_goal(scenario, config.goal, config.preference)
         write_whole(folder / "mapping.txt", f"{scenario.tables}\n{scenario.report}")
-        bar.say(scenario.tables)
+        logger.info(scenario.tables)
         if not (folder / f"{PROFILE}.json").exists():
             scenario.profile.save(folder / f"{PROFILE}.json")
         remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)

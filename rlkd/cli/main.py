@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import rlkd
-from rlkd.cli.output import complain, named_streams
+from rlkd.cli.output import complain, named_streams, shown_messages
 from rlkd.errors import UserError
 
 VERBS = {
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
-        with named_streams():
+        with named_streams(), shown_messages():
             return _run(args)
     except UserError as error:
         complain(f"rlkd: {one_line(str(error))}")

@@ -1,5 +1,6 @@
 """`rlkd train --mode online`: distil one student while the agent learns from its windows."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from rlkd.io.journal import Journal
 from rlkd.io.records import plain
 from rlkd.runs.distil import Trained, check_shipped, compact_now, ship, write_student
 from rlkd.runs.folder import describe_run, run_folder, use_one_thread
+
+logger = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
@@ -50,10 +53,10 @@ def run(argv: list[str]) -> int:
 def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path) -> int:
     """Distil into `folder`; returns the exit code."""
     with Bar(config.train.steps_per_window) as bar:
-        journal = Journal(folder, say=bar.say)  # of the time alone: a run of this kind does not resume
+        journal = Journal(folder)  # of the time alone: a run of this kind does not resume
         describe_run(folder, config, seed)
         controls, start = (bundle.policy.controls, bundle.policy.start) if bundle else (ControlConfig(), None)
-        scenario = build_scenario(config.env(controls), start, bar.say)
+        scenario = build_scenario(config.env(controls), start)
         save_profile(scenario.profile, folder / "cost_profile.json")
         bar.phase("distilling while the agent learns", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
@@ -73,6 +76,6 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
     watch.close(config, seed, done.figures)
     write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")
     if one.diverged:
-        bar.say(f"the student diverged in window {len(watch.u)}; the one of window {one.best_window} is kept")
+        logger.warning(f"the student diverged in window {len(watch.u)}; the one of window {one.best_window} is kept")
     weights, broken = config.preference.weights(), check_shipped(done.figures)
     return finish(folder, config, plain(config.task), watch, done, weights=weights, broken=broken)

@@ -1,5 +1,6 @@
 """What the commands that train one student show and write: the goal before, every window, and the outcome."""
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from rlkd.runs.goals import (
     reference_accuracies,
     task_of,
 )
+
+logger = logging.getLogger(__name__)
 
 TABLE_WIDTH = 110
 FAR = 5.0  # training deviations; a bundle's own tasks stay below this nearly always
@@ -68,7 +71,9 @@ def show_goal(scenario: EpisodeScenario, goal: Goal, seed: int, journal: Journal
         return None
     name, keep = goal.floor
     if name == "dense":
-        bar.say("training the dense student first, under the published setting: the floor is a share of its accuracy")
+        logger.info(
+            "training the dense student first, under the published setting: the floor is a share of its accuracy"
+        )
     reference = reference_accuracies(scenario, task, journal)  # [2]
     floors = keep * reference
     what = {"teacher": "the teacher's", "dense": "the dense student's"}.get(name, "the stated")
@@ -111,7 +116,7 @@ class Watch:
         window = int(row["window"])
         if distance > FAR:
             if not self.far:
-                self._bar.say(
+                logger.warning(
                     f"note: after window {window}, {name} is {distance:.1f} deviations from what the policy was "
                     "trained on; its choices there are guesses"
                 )

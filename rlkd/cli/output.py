@@ -1,9 +1,10 @@
 """Standard output and standard error: a failure to write one of them names it, and not the run's folder."""
 
 import contextlib
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from rlkd.errors import UserError
@@ -81,3 +82,44 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         _abandon(sys.stderr)
+
+
+def print_error(text: str) -> None:
+    """Print a line to standard error, if it is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class MessageHandler(logging.Handler):
+    """Print log records as plain lines; a line that cannot be written raises, and so ends the command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.print_line: Callable[[str], None] = print_error  # a progress bar replaces it while it is shown
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record's message."""
+        self.print_line(self.format(record))
+
+
+HANDLER = MessageHandler()
+
+
+@contextlib.contextmanager
+def shown_messages() -> Iterator[None]:
+    """Show what rlkd's loggers report, from INFO on, inside the block, and hand none of it to other handlers."""
+    logger = logging.getLogger("rlkd")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(HANDLER)
+    try:
+        yield
+    finally:
+        logger.removeHandler(HANDLER)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -1,5 +1,6 @@
 """A progress bar with the figures that matter, and the tables at the end."""
 
+import logging
 import time
 from types import TracebackType
 from typing import Any
@@ -8,6 +9,10 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from rlkd.cli.output import HANDLER
+
+logger = logging.getLogger(__name__)
 
 
 class Bar:
@@ -36,11 +41,13 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         self._bar.start()
+        self._print_before, HANDLER.print_line = HANDLER.print_line, self._print
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        HANDLER.print_line = self._print_before
         self._bar.stop()
 
     def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
@@ -51,7 +58,7 @@ class Bar:
             self._bar.update(self._task, figures="")
         self._task = self._bar.add_task(name, total=num_trainings * num_windows, figures="")
         if not self.console.is_terminal:
-            self.say(f"{name}: {num_trainings} student trainings")
+            logger.info(f"{name}: {num_trainings} student trainings")
 
     def advance(self, num_students: int) -> None:
         """Move the bar by one window of `num_students` students."""
@@ -82,9 +89,9 @@ class Bar:
         else:
             place = f"{self._windows // self._num_windows:,} of {self._num_trainings:,} student trainings"
         shown = f", {self._shown}" if self._shown else ""
-        self.say(f"{self._name}: {place}{shown}, {self._rate():,.0f} updates/s")
+        logger.info(f"{self._name}: {place}{shown}, {self._rate():,.0f} updates/s")
 
-    def say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         """Print a line above the bar."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 

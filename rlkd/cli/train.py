@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     config.check()
     use_one_thread()
     with resumable_folder(options, "train", options.out) as folder, Bar(config.steps_per_window) as bar:
-        journal = Journal(folder, options.resume is not None, config.keep_checkpoints, bar.say)
+        journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
         result = train_experiment(config, folder, options.seed, bar, journal)

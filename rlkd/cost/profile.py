@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from rlkd.errors import UserError
 from rlkd.io.cache import cache_dir
 from rlkd.io.files import number, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 MAX_BATCH = 65_536
@@ -165,7 +168,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def load_or_calibrate(config: CostConfig, student: ChainStudent, say: Any = print) -> CostProfile:
+def load_or_calibrate(config: CostConfig, student: ChainStudent) -> CostProfile:
     """Load the profile that `config` names, or the cached one of this machine and student, or measure a new one."""
     from rlkd.cost.timing import calibrate  # timing needs this module's classes
 
@@ -176,7 +179,7 @@ def load_or_calibrate(config: CostConfig, student: ChainStudent, say: Any = prin
     path = cache_dir() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.exists():
         return load_profile(path)
-    say(f"calibrating: timing compacted students once on this machine (kept in {path})")
+    logger.info(f"calibrating: timing compacted students once on this machine (kept in {path})")
     profile = calibrate(student, config.batch_size)
     save_profile(profile, path)
     return profile

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from rlkd.errors import UserError
 from rlkd.io.files import inside, opened, read_json, write_error, write_whole
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 Spec = tuple[tuple[int, ...], str]  # shape and numpy dtype
@@ -52,7 +55,6 @@ def cached_arrays(
     key: Mapping[str, str],
     specs: Mapping[str, Spec],
     fill: Callable[[Arrays], object],
-    say: Callable[[str], object] = print,
 ) -> dict[str, Tensor]:
     """Return the arrays of `key` from the cache, or compute them with `fill` and cache them.
 
@@ -61,7 +63,6 @@ def cached_arrays(
         key: all that the arrays depend on: teacher, data, preprocessing, versions.
         specs: shape and type of every array.
         fill: writes every array in place.
-        say: called with one line when a cached file is broken.
 
     Returns:
         Tensors over memory-mapped files, private to this process: writing to one changes no file.
@@ -77,7 +78,7 @@ def cached_arrays(
         try:
             return {k: torch.from_numpy(v) for k, v in _map(folder, specs).items()}
         except UserError as error:
-            say(f"{error}; computing the cached signals in {folder} anew")
+            logger.warning(f"{error}; computing the cached signals in {folder} anew")
             _remove_broken(folder)
     raise UserError(f"{folder}: was broken {NUM_TRIES} times in a row; give RLKD_CACHE a folder of this run alone")
 

@@ -6,9 +6,10 @@ another name, forced to the disk and renamed, so a name always stands for a whol
 
 import hashlib
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_JSON_BYTES, Schema, inside, load_tensors, opened, parse_json, write_whole
+
+logger = logging.getLogger(__name__)
 
 MAX_CHECKPOINT_BYTES = 2**40  # to be read through for its checksum; what may be loaded follows from the schema
 _NAME = re.compile(r"state-(\d{6})\.ckpt")
@@ -75,13 +78,13 @@ class Checkpoints:
         for path in self._files()[self._keep :]:
             path.unlink(missing_ok=True)
 
-    def newest(self, say: Callable[[str], object]) -> Checkpoint | None:
-        """Return the newest whole checkpoint, or None; torn and altered ones are reported to `say` and skipped."""
+    def newest(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint, or None; warn of torn and altered ones, and skip them."""
         for path in self._files():
             try:
                 return read_checkpoint(inside(self._folder, path.name))
             except UserError as error:
-                say(f"{error}; going back to what was saved before it")
+                logger.warning(f"{error}; going back to what was saved before it")
         return None
 
     def clear(self) -> None:

@@ -15,6 +15,7 @@ step is logged twice or missing.
 import base64
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -30,6 +31,8 @@ from rlkd.errors import UserError
 from rlkd.io.cache import digest_tensors
 from rlkd.io.checkpoints import Checkpoint, Checkpoints
 from rlkd.io.files import inside, number, opened, parse_json, reason, whole, write_error
+
+logger = logging.getLogger(__name__)
 
 FOLDER, NAME = "checkpoints", "journal.jsonl"
 LOGS = ("*.jsonl", "tensorboard/*tfevents*")
@@ -53,11 +56,10 @@ class Journal:
         folder: the run folder.
         resume: go on with the journal in the folder; otherwise the folder must have none.
         keep: checkpoints kept by `save_state`.
-        say: called with one line for each damaged part that is left out.
     """
 
-    def __init__(self, folder: Path, resume: bool = False, keep: int = 2, say: Callable[[str], object] = print) -> None:
-        self._folder, self._path, self._say = folder, folder / FOLDER / NAME, say
+    def __init__(self, folder: Path, resume: bool = False, keep: int = 2) -> None:
+        self._folder, self._path = folder, folder / FOLDER / NAME
         self._checkpoints = Checkpoints(folder / FOLDER, keep)
         self._began = time.perf_counter()
         self._offsets: list[int] = []  # where each whole entry begins in the file
@@ -72,12 +74,12 @@ class Journal:
         """Read entries and the newest checkpoint, and cut the logs back to the lengths that they record."""
         last = self._read_entries()
         self.last_entry_s = _elapsed_s(last, self._path)
-        saved = self._checkpoints.newest(self._say)
+        saved = self._checkpoints.newest()
         position = saved.note.get("position") if saved else None
         if saved and position == len(self._offsets):
             self.pending, last = saved, saved.note
         elif saved and isinstance(position, int) and position > len(self._offsets):
-            self._say(f"{saved.path}: belongs to entries of the journal that are lost; computing anew")
+            logger.warning(f"{saved.path}: belongs to entries of the journal that are lost; computing anew")
         self._began -= _elapsed_s(last, self._path)
         try:
             lengths = {str(k): whole(v, "a log's length", 0, MAX_LOG_BYTES) for k, v in last.get("logs", {}).items()}
@@ -96,7 +98,9 @@ class Journal:
                 line = file.readline(MAX_ENTRY_BYTES)
                 check, _, body = line.partition(b" ")
                 if not line.endswith(b"\n") or check.decode("latin-1") != self._sum(body):
-                    self._say(f"{self._path}: entry {len(self._offsets) + 1} is torn or altered; computing it anew")
+                    logger.warning(
+                        f"{self._path}: entry {len(self._offsets) + 1} is torn or altered; computing it anew"
+                    )
                     break
                 last = parse_json(body, f"{self._path}: not a journal")
                 self._offsets.append(self._end)
@@ -233,7 +237,9 @@ class Journal:
                 elif place.stat().st_size >= lengths[name]:
                     os.truncate(place, lengths[name])
                 else:
-                    self._say(f"{place}: {place.stat().st_size} bytes, once {lengths[name]}; its end stays missing")
+                    logger.warning(
+                        f"{place}: {place.stat().st_size} bytes, once {lengths[name]}; its end stays missing"
+                    )
         except OSError as error:
             raise write_error(error.filename or self._folder, error) from error
 

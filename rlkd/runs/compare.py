@@ -46,7 +46,7 @@ def compare_methods(
     Raises:
         UserError: the two policies have other ranges of controls.
     """
-    journal = journal or Journal(folder, say=progress.say)
+    journal = journal or Journal(folder)
     given = [b for b in (bundle, blind) if b]
     if given:
         config = dataclasses.replace(config, controls=given[0].policy.controls)
@@ -54,9 +54,9 @@ def compare_methods(
             raise UserError("--blind: got a policy with other ranges of controls than that of --policy; give one alike")
     config.check()
     names, num_tasks = config.method_names(), config.comparison.num_tasks
-    describe(journal, folder, config, seed, progress.say)
+    describe(journal, folder, config, seed)
     start = bundle.policy.start if bundle else None
-    scenario = build_scenario(with_own_profile(config, folder), start, progress.say)
+    scenario = build_scenario(with_own_profile(config, folder), start)
     save_profile(scenario.profile, folder / f"{PROFILE}.json")
     digest, blind_digest = (b.digest if b else None for b in (bundle, blind))
     remember(journal, "compare", scenario.tensors(), costs=plain(scenario.profile), policy=digest, blind=blind_digest)

@@ -34,9 +34,6 @@ class Progress(Protocol):
     def figures(self, **values: float) -> None:
         """The figures that matter now."""
 
-    def say(self, line: str) -> None:
-        """A line for the user."""
-
 
 # what a run writes before its first training, and what there is only after it
 START_FILES = ("config.yaml", "command.txt", "versions.json", "cost_profile*.json", "mapping.txt", "tensorboard")

@@ -1,7 +1,8 @@
 """What a run does at its beginning, whether it is new or goes on after it was stopped (`--resume`)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from rlkd.io.files import inside, read_json
 from rlkd.io.journal import Journal, digest
 from rlkd.runs.folder import describe_run
+
+logger = logging.getLogger(__name__)
 
 PROFILE = "cost_profile"
 Config = TypeVar("Config")
@@ -20,7 +23,6 @@ def describe(
     folder: Path,
     config: Any,
     seed: int,
-    say: Callable[[str], object],
     extra: tuple[str, ...] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def describe(
     now = describe_run(folder, config, seed, extra, options, write=False)
     changed = [f"{name} {began.get(name)!s:.40} -> {now[name]!s:.40}" for name in now if began.get(name) != now[name]]
     if changed:
-        say(f"note: not what the run began with, so that its end may differ: {', '.join(changed)}")
+        logger.warning(f"note: not what the run began with, so that its end may differ: {', '.join(changed)}")
     return began
 
 

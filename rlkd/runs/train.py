@@ -1,6 +1,7 @@
 """`rlkd train` from one end to the other: find a start, learn a policy, compare it, write the run folder."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
+logger = logging.getLogger(__name__)
+
 NUM_DRAWN = 32  # tasks in the figure of the controls
 COMPARED = ("policy", "open_loop", "start", "dense", "constant", "nncf")
 
@@ -70,8 +73,8 @@ def train_experiment(
     on from what that had finished, and ends as if it had not been stopped.
     """
     config.check()
-    journal = journal or Journal(folder, False, config.keep_checkpoints, progress.say)
-    versions = describe(journal, folder, config, seed, progress.say)
+    journal = journal or Journal(folder, False, config.keep_checkpoints)
+    versions = describe(journal, folder, config, seed)
     scenarios = built(config.envs(config.scenarios), PROFILE, folder, progress)
     validation = built(config.envs(config.validation), f"{PROFILE}_validation", folder, progress)
     found = {
@@ -127,7 +130,7 @@ def built(configs: Sequence[EnvConfig], name: str, folder: Path, progress: Progr
     scenarios = []
     for index, config in enumerate(configs):
         own = f"{name}{f'_{index}' if index else ''}"
-        scenario = build_scenario(with_own_profile(config, folder, own), say=progress.say)
+        scenario = build_scenario(with_own_profile(config, folder, own))
         save_profile(scenario.profile, folder / f"{own}.json")
         scenarios.append(scenario)
     return scenarios
@@ -187,7 +190,7 @@ def learn(run: Run, scenarios: Sequence[Scenario], validation: Sequence[Scenario
     except KeyboardInterrupt:
         if now:
             save_bundle(now[0](), folder / "policy", {**run.provenance, "interrupted": True})
-            progress.say(
+            logger.warning(
                 f"stopped; the policy so far is in {folder / 'policy'}: rlkd distil --policy {folder / 'policy'}"
             )
         raise
@@ -292,7 +295,7 @@ def distil_config(config: ExperimentConfig) -> DistilConfig:
 def shipped_scenario(config: ExperimentConfig, folder: Path, progress: Progress) -> Scenario:
     """Build the scenario of the one student that a `train` run ships, under the run's own cost profile."""
     own = with_own_profile(distil_config(config), folder)
-    return with_goal(build_scenario(own.env(config.controls), say=progress.say), own.goal, own.preference)
+    return with_goal(build_scenario(own.env(config.controls)), own.goal, own.preference)
 
 
 def distil_once(

@@ -63,7 +63,7 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     if bundle is None:
         return failed
     main = with_own_profile(config.envs(config.scenarios)[0], folder)
-    scenario = build_scenario(main, bundle.policy.start, progress.say)
+    scenario = build_scenario(main, bundle.policy.start)
     entries = compare_on_held_out_tasks(scenario, bundle.policy, config, seed, progress)
     computed = plain({**result_of(config, entries, [], 1.0), "policy_sha256": bundle.digest})
     given = {name: value for name, value in recorded.items() if name not in ("student", *OF_LEARNING)}
@@ -107,7 +107,7 @@ def verify_replay(folder: Path, config: DistilConfig, seed: int, progress: Progr
     """
     recorded = _replayed(read_result(folder))
     config = with_own_profile(config, folder)
-    scenario = build_scenario(config.env(ControlConfig()), say=progress.say)
+    scenario = build_scenario(config.env(ControlConfig()))
     return _student_rows(folder, with_goal(scenario, config.goal, config.preference), seed, recorded)
 
 
@@ -138,9 +138,7 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
         given = card.get("inputs") or {}
         length = whole(given.get("max_length", config.columns.max_length), "inputs.max_length", 2, LONGEST_TEXT)
         columns = replace(config.columns, max_length=length)
-        data, _ = examples_for(
-            student.model, student.model.config, table, processor, columns, name=model, say=lambda line: None
-        )
+        data, _ = examples_for(student.model, student.model.config, table, processor, columns, name=model)
         data = replace(data, fixed_length=bool(given.get("fixed_length", False)))
     except (UserError, ValueError, AttributeError) as error:
         return [Row("student", (str(error),))]

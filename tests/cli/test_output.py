@@ -1,5 +1,6 @@
 """Standard output and standard error that cannot be written, and what a user is not shown."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from rlkd.cli.output import shown_messages
+from rlkd.cli.progress import Bar
 
 CALL = [sys.executable, "-c", "import sys; from rlkd.cli.main import main; sys.exit(main())"]
 
@@ -80,3 +84,39 @@ def test_ctrl_c_while_libraries_are_loaded_is_one_line(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=60)[1] == "rlkd: interrupted\n"
     assert run.returncode == 130
+
+
+@pytest.mark.parametrize("has_bar", [False, True])
+def test_messages_go_to_standard_error_as_they_are(has_bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("rlkd.io.cache")
+    with shown_messages():
+        if has_bar:
+            with Bar(1):
+                logger.info("[red]100 %[/red] of " + 90 * "x" + " is read")
+        else:
+            logger.info("[red]100 %[/red] of " + 90 * "x" + " is read")
+        logger.warning("damaged")
+        logger.debug("not for users")
+    logger.info("after the command")
+    assert capsys.readouterr() == ("", "[red]100 %[/red] of " + 90 * "x" + " is read\ndamaged\n")
+
+
+def test_a_message_that_cannot_be_written_ends_the_command(tmp_path: Path) -> None:
+    (tmp_path / "full.py").write_text(
+        "import logging, rlkd.cli.listing\n"
+        "from rlkd.cli.main import main\n"
+        "rlkd.cli.listing.run = lambda argv: logging.getLogger('rlkd.io').warning('damaged')\n"
+        "raise SystemExit(main(['list']))\n"
+    )
+    done = shell('"$PY" full.py 2>/dev/full', tmp_path)
+    assert done.returncode == 2
+
+
+def test_the_library_leaves_logging_to_its_user(tmp_path: Path) -> None:
+    code = (
+        "import logging, rlkd.runs.train, rlkd.cli.main\n"
+        "loggers = [logging.getLogger(name) for name in (None, 'rlkd')]\n"
+        "assert [logger.handlers for logger in loggers] == [[], []]\n"
+        "assert logging.getLogger('rlkd').level == logging.NOTSET\n"
+    )
+    assert shell(f'"$PY" -c "{code}"', tmp_path).stderr == ""

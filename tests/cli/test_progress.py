@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rlkd.cli.output import shown_messages
 from rlkd.cli.progress import Bar, print_comparison, print_front
 
 NAMES = ("policy", "static", "published", "annealed", "a_method_with_a_long_name")
@@ -58,7 +59,7 @@ def test_a_wide_terminal_gets_one_table() -> None:
 
 
 def test_a_file_gets_a_line_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
-    with Bar(5) as bar:
+    with shown_messages(), Bar(5) as bar:
         bar.phase("PPO", 6, 2)
         for _ in range(3):
             for _ in range(2):

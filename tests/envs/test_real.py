@@ -40,7 +40,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealScenario:
         train=ModuleTrainConfig(steps_per_window=2, batch_size=8),
         cost=RealCostConfig(batch_size=4),
     )
-    return build_real_scenario(config, ControlConfig(), say=lambda line: None)
+    return build_real_scenario(config, ControlConfig())
 
 
 def copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -90,11 +90,10 @@ def csv_file(path: Path, spell: Callable[[int], Any], classes: range = range(C))
     return path
 
 
-def scenario(teacher: Path, data: Path, said: list[str] | None = None, **columns: Any) -> RealScenario:
+def scenario(teacher: Path, data: Path, **columns: Any) -> RealScenario:
     config = RealConfig(str(teacher), str(data), columns=ColumnConfig(**columns), cost=RealCostConfig(batch_size=2))
     config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, layers=1))
-    say: Callable[[str], object] = print if said is None else said.append
-    return build_real_scenario(config, ControlConfig(), say=say)
+    return build_real_scenario(config, ControlConfig())
 
 
 def accuracy(teacher: Path, data: Path, **columns: Any) -> float:
@@ -176,12 +175,11 @@ def test_a_teacher_with_one_output_is_refused(tmp_path: Path) -> None:
         scenario(tmp_path / "t", csv_file(tmp_path / "a.csv", str))
 
 
-def test_a_teacher_at_chance_is_warned_of(teacher: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    wrong = scenario(teacher, csv_file(tmp_path / "a.csv", lambda i: (i + 1) % C), said)
+def test_a_teacher_at_chance_is_warned_of(caplog: pytest.LogCaptureFixture, teacher: Path, tmp_path: Path) -> None:
+    wrong = scenario(teacher, csv_file(tmp_path / "a.csv", lambda i: (i + 1) % C))
     assert "WARNING: the teacher is at or below chance" in wrong.report
-    assert any("WARNING: the teacher is at or below chance" in line for line in said)
-    right = scenario(teacher, csv_file(tmp_path / "b.csv", str), said)
+    assert any("WARNING: the teacher is at or below chance" in line for line in caplog.messages)
+    right = scenario(teacher, csv_file(tmp_path / "b.csv", str))
     assert "WARNING" not in right.report
     assert "the teacher answers 1.000 of the validation samples rightly" in right.report
 
@@ -194,7 +192,9 @@ def test_numbers_for_names_need_the_option(teacher: Path, tmp_path: Path) -> Non
     assert accuracy(given, path, classes=WORDS[::-1]) == 1.0
 
 
-def test_the_cache_is_of_these_rows_and_this_configuration(teacher: Path, tmp_path: Path) -> None:
+def test_the_cache_is_of_these_rows_and_this_configuration(
+    caplog: pytest.LogCaptureFixture, teacher: Path, tmp_path: Path
+) -> None:
     path = csv_file(tmp_path / "a.csv", str)
     told = path.stat()
     assert float(scenario(teacher, path).signals.accuracy[0]) == 1.0
@@ -202,10 +202,10 @@ def test_the_cache_is_of_these_rows_and_this_configuration(teacher: Path, tmp_pa
     os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
     assert path.stat().st_size == told.st_size
     assert float(scenario(teacher, path).signals.accuracy[0]) == 0.0
-    said: list[str] = []
+    caplog.clear()
     other = called(teacher, tmp_path / "t", hidden_act="relu")  # the same weights
-    scenario(other, path, said)
-    passes = [line for line in said if "one pass of the teacher" in line]
+    scenario(other, path)
+    passes = [line for line in caplog.messages if "one pass of the teacher" in line]
     assert len(passes) == 1
 
 

@@ -47,14 +47,15 @@ def test_a_resumed_run_is_answered_to_the_bit_and_then_goes_on(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("length", [-1, -40, -200])
-def test_a_torn_last_entry_is_dropped_and_made_anew(tmp_path: Path, length: int) -> None:
+def test_a_torn_last_entry_is_dropped_and_made_anew(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, length: int
+) -> None:
     fill(tmp_path, 3)
     file = tmp_path / FOLDER / NAME
     whole = file.read_bytes()
     file.write_bytes(whole[:length])
-    said: list[str] = []
-    journal = Journal(tmp_path, True, say=said.append)
-    assert said == [f"{file}: entry 3 is torn or altered; computing it anew"]
+    journal = Journal(tmp_path, True)
+    assert caplog.messages == [f"{file}: entry 3 is torn or altered; computing it anew"]
     for i in range(2):
         journal.arrays("batch", {"seed": i}, SHAPES, never)
     journal.arrays("batch", {"seed": 2}, SHAPES, reached(2))
@@ -63,7 +64,7 @@ def test_a_torn_last_entry_is_dropped_and_made_anew(tmp_path: Path, length: int)
     assert [e["arrays"] for e in mended] == [e["arrays"] for e in wanted]
 
 
-def test_what_follows_an_altered_entry_is_not_trusted(tmp_path: Path) -> None:
+def test_what_follows_an_altered_entry_is_not_trusted(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     fill(tmp_path, 4).save_state(1, {"x": torch.zeros(1)}, {})
     file = tmp_path / FOLDER / NAME
     lines = file.read_bytes().splitlines(keepends=True)
@@ -73,10 +74,9 @@ def test_what_follows_an_altered_entry_is_not_trusted(tmp_path: Path) -> None:
         [lines[0], lines[2], lines[1], lines[3]],
     ):
         file.write_bytes(b"".join(altered))
-        said: list[str] = []
-        journal = Journal(tmp_path, True, say=said.append)
-        assert said[0].endswith("entry 2 is torn or altered; computing it anew")
-        assert "belongs to entries of the journal that are lost" in said[1]
+        journal = Journal(tmp_path, True)
+        assert caplog.messages[0].endswith("entry 2 is torn or altered; computing it anew")
+        assert "belongs to entries of the journal that are lost" in caplog.messages[1]
         journal.arrays("batch", {"seed": 0}, SHAPES, never)
         assert not journal.replaying
 

@@ -6,8 +6,9 @@ two differ on this model is switched off; a model for which they differ without 
 """
 
 import copy
+import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from rlkd.models.real.blocks import group_importance
 from rlkd.models.real.hooks import Link, forward
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind, as_user_error
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of answers, relative to the largest one where that is above 1
 NOT_FINITE = 1e9  # stands for the difference of answers of which one is not finite
@@ -75,7 +78,6 @@ def try_out(
     batches: Sequence[Inputs],
     *,
     processor: Any = None,
-    say: Callable[[str], object] = print,
 ) -> Plan:
     """Rehearse what the student will go through; nothing of `model` is changed.
 
@@ -86,7 +88,6 @@ def try_out(
         kind: what the model is for.
         batches: of a few samples, then of each of them alone.
         processor: tokenizer or image processor that is exported with it, or None.
-        say: told in one line of every control that is switched off.
 
     Returns:
         The plan without the controls that this model does not bear.
@@ -115,7 +116,7 @@ def try_out(
             else:
                 borne = _with(borne, plan if reason is None else without(plan, control, reason), control)
                 if reason is not None:
-                    say(f"{control}: not available for {name}: {reason}")
+                    logger.warning(f"{control}: not available for {name}: {reason}")
         _check(trial, borne, links, kind, batches, export=True, processor=processor)
         _check_training(trial, borne, links, batches[0])
     return borne

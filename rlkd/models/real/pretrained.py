@@ -7,8 +7,9 @@ other weight files are pickles. Attention is the eager implementation, which alo
 import functools
 import importlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from torch import nn
 
 from rlkd.errors import UserError
 from rlkd.io.files import read_json
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["sequence_classification", "image_classification", "causal_lm"]
 AUTO_CLASSES: dict[Kind, str] = {
@@ -224,10 +227,10 @@ def whole_depth(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_processor(source: str, kind: Kind, say: Callable[[str], object] = print) -> Any:
+def load_processor(source: str, kind: Kind) -> Any:
     """The tokenizer, or the image processor, that stands beside a model.
 
-    A tokenizer without a padding token pads with its end token, which `say` is told.
+    A tokenizer without a padding token pads with its end token, which a warning reports.
 
     Raises:
         UserError: there is none, or a tokenizer that can pad with nothing.
@@ -238,7 +241,7 @@ def load_processor(source: str, kind: Kind, say: Callable[[str], object] = print
         if processor.eos_token is None:
             raise UserError(f"{source}: its tokenizer has neither a padding nor an end token; set its pad_token")
         processor.pad_token = processor.eos_token
-        say(f"{source}: its tokenizer has no padding token; it pads with {processor.eos_token}")
+        logger.warning(f"{source}: its tokenizer has no padding token; it pads with {processor.eos_token}")
     return processor
 
 

@@ -1,6 +1,7 @@
 """Load a teacher and its student, each with the data as it takes them."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from rlkd.models.real.pretrained import (
     vocabulary_differences,
 )
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
+
 STEADY = 1e-5  # answers to a text alone and in a padded batch that are this near are the same, relative to the largest
 
 
@@ -62,7 +64,7 @@ class Side:
     columns: ColumnConfig  # how; its max_length is what the model takes
 
 
-def load_teacher(sources: Sources, kind: Kind, say: Say) -> Side:
+def load_teacher(sources: Sources, kind: Kind) -> Side:
     """Load the teacher and the data.
 
     Raises:
@@ -78,15 +80,15 @@ def load_teacher(sources: Sources, kind: Kind, say: Say) -> Side:
         names = class_names(described, name)
         described.id2label, described.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     table = load_table(Path(sources.data), kind, sources.columns, name)
-    processor = None if table.kind == "array" else load_processor(name, kind, say)
+    processor = None if table.kind == "array" else load_processor(name, kind)
     share_padding(model, processor)
-    data, columns = examples_for(model, described, table, processor, sources.columns, name=name, say=say)
+    data, columns = examples_for(model, described, table, processor, sources.columns, name=name)
     plan = _plan(model, data, AttachConfig(exits=()), name)
     _check_answers(name, plan, data)
     return Side(model, data, plan, processor, table, columns)
 
 
-def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Say) -> tuple[Side, Side]:
+def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tuple[Side, Side]:
     """Cut the student from the teacher, load it, or make it of a configuration.
 
     Returns:
@@ -110,7 +112,7 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Sa
         num_classes = None if is_causal else teacher.data.num_classes
         model = load_model(sources.student, kind, sources.allow_pickle, num_classes, seed)
         _take_classes(model.config, described)
-        own = None if processor is None else _own_processor(sources.student, kind, say)
+        own = None if processor is None else _own_processor(sources.student, kind)
         if own is not None and is_causal:
             check_same_tokenizer(processor, own)
         elif own is not None and _differ(processor, own):
@@ -125,18 +127,18 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Sa
         return dataclasses.replace(data, num_classes=size, report=f"{data.report}{note}\n") if note else data
 
     if note:
-        say(note)
+        logger.warning(note)
         teacher = dataclasses.replace(teacher, data=shared(teacher.data))
     own_config: Any = model.config
     channels = [getattr(config, "num_channels", None) for config in (own_config, described)]
     if processor is not teacher.processor or channels[0] != channels[1]:
-        data, columns = examples_for(model, described, teacher.table, processor, teacher.columns, name=name, say=say)
+        data, columns = examples_for(model, described, teacher.table, processor, teacher.columns, name=name)
     else:  # one and the same: positions of the two models correspond
 
         def remake(shorter: ColumnConfig) -> Examples:
             return shared(load_examples(teacher.table, processor, described, shorter, sources.teacher))
 
-        data, columns = _fitted(model, teacher.data, teacher.columns, remake, name=name, say=say)
+        data, columns = _fitted(model, teacher.data, teacher.columns, remake, name=name)
         if data is not teacher.data:
             plan = _plan(teacher.model, data, AttachConfig(exits=()), sources.teacher)
             teacher = dataclasses.replace(teacher, data=data, columns=columns, plan=plan)
@@ -146,7 +148,7 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int, say: Sa
 
 
 def examples_for(
-    model: nn.Module, described: Any, table: Table, processor: Any, columns: ColumnConfig, *, name: str, say: Say
+    model: nn.Module, described: Any, table: Table, processor: Any, columns: ColumnConfig, *, name: str
 ) -> tuple[Examples, ColumnConfig]:
     """Make the samples as `model` takes them: with its channels, no longer than its positions.
 
@@ -157,7 +159,6 @@ def examples_for(
         processor: tokenizer or image processor, or None.
         columns: give the length that is wanted.
         name: of the model, for messages.
-        say: told in one line of what is changed.
 
     Returns:
         The samples, and `columns` with the length that they were cut to.
@@ -171,14 +172,14 @@ def examples_for(
         table = dataclasses.replace(table, samples=[image.convert("L") for image in table.samples])
     data = load_examples(table, processor, described, columns, name)
     if "pixel_values" in data.inputs or (table.kind == "array" and channels is not None):
-        return _with_channels(data, channels, name, say), columns
+        return _with_channels(data, channels, name), columns
     if hasattr(processor, "all_special_ids"):
-        _check_words(name, data, processor, say)
+        _check_words(name, data, processor)
 
     def remake(shorter: ColumnConfig) -> Examples:
         return load_examples(table, processor, described, shorter, name)
 
-    return _fitted(model, data, columns, remake, name=name, say=say)
+    return _fitted(model, data, columns, remake, name=name)
 
 
 def _fitted(
@@ -188,7 +189,6 @@ def _fitted(
     remake: Callable[[ColumnConfig], Examples],
     *,
     name: str,
-    say: Say,
 ) -> tuple[Examples, ColumnConfig]:
     """Texts of at most the length that `model` takes, padded as it needs; all else as it is."""
     if PADDING_MASK not in data.inputs:
@@ -196,17 +196,19 @@ def _fitted(
     _check_tokens(name, model, data)
     most = most_tokens(model, data, name)
     if most < int(data.inputs["input_ids"].shape[1]):
-        say(f"{name}: takes {most} tokens; longer texts are cut to that")
+        logger.warning(f"{name}: takes {most} tokens; longer texts are cut to that")
         columns = dataclasses.replace(columns, max_length=most)
         data = dataclasses.replace(remake(columns), fixed_length=data.fixed_length)
     if not data.fixed_length and depends_on_padding(model, data):
         length = int(data.inputs["input_ids"].shape[1])
-        say(f"{name}: its answers depend on padding; every text is padded to {length} tokens, at inference, too")
+        logger.warning(
+            f"{name}: its answers depend on padding; every text is padded to {length} tokens, at inference, too"
+        )
         data = dataclasses.replace(data, fixed_length=True)
     return data, columns
 
 
-def _with_channels(data: Examples, channels: int | None, name: str, say: Say) -> Examples:
+def _with_channels(data: Examples, channels: int | None, name: str) -> Examples:
     """Images [S, channels, H, W] of arrays [S, H, W], [S, C, H, W] or [S, H, W, C]; grey ones in every channel."""
     (values,) = data.inputs.values()
     if values.ndim == 3:
@@ -214,17 +216,17 @@ def _with_channels(data: Examples, channels: int | None, name: str, say: Say) ->
     if channels is None or values.ndim != 4:
         return data
     if values.shape[1] not in (1, channels) and values.shape[3] in (1, channels):
-        say(f"{data.name}: its arrays are read as [samples, height, width, channels]")
+        logger.info(f"{data.name}: its arrays are read as [samples, height, width, channels]")
         values = values.movedim(3, 1)
     if values.shape[1] == 1 and channels > 1:
-        say(f"{data.name}: its grey images are put into all {channels} channels of {name}")
+        logger.info(f"{data.name}: its grey images are put into all {channels} channels of {name}")
         values = values.expand(-1, channels, -1, -1)
     if values.shape[1] != channels:
         raise UserError(f"{data.name}: got images of {values.shape[1]} channels; allowed: {channels}, those of {name}")
     return dataclasses.replace(data, inputs={"pixel_values": values.contiguous()})
 
 
-def _check_words(name: str, data: Examples, tokenizer: Any, say: Say) -> None:
+def _check_words(name: str, data: Examples, tokenizer: Any) -> None:
     """Warn of a tokenizer that knows less than half of the words: transformers makes one where its files are missing.
 
     Raises:
@@ -240,7 +242,7 @@ def _check_words(name: str, data: Examples, tokenizer: Any, say: Say) -> None:
             "small"
         )
     if num_unknown > num_known:
-        say(
+        logger.warning(
             f"WARNING: the tokenizer of {name} does not know {num_unknown} of {num_unknown + num_known} tokens of "
             f"{data.name}: it may be another model's"
         )
@@ -375,12 +377,12 @@ def _take_classes(config: Any, teacher: Any) -> None:
     config.id2label, config.label2id = dict(teacher.id2label or {}), dict(teacher.label2id or {})
 
 
-def _own_processor(source: str, kind: Kind, say: Say) -> Any:
+def _own_processor(source: str, kind: Kind) -> Any:
     """The student's own tokenizer or image processor; None where its folder has none."""
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json")
     if Path(source).is_dir() and not any((Path(source) / name).exists() for name in names):
         return None
-    return load_processor(source, kind, say)
+    return load_processor(source, kind)
 
 
 def _differ(ours: Any, theirs: Any) -> bool:

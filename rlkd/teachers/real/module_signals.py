@@ -1,8 +1,9 @@
 """Signals of a real teacher for all samples: one pass, cached as memory-mapped files."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from rlkd.models.real.instrumented import NUM_PIXELS, received
 from rlkd.models.real.pretrained import device_of, state_of, transformers
 from rlkd.teachers.signals import Signals
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
+
 
 TEACHER_LESS = "lower --train.evaluation_batch_size, or spread the teacher with --teacher_device_map auto"
 
 
 def module_signals(
-    teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int = 64, say: Say = print
+    teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int = 64
 ) -> Signals:
     """Logits, pooled features and attention maps of one teacher, from the cache where it has them.
 
@@ -41,7 +43,6 @@ def module_signals(
         places: blocks whose output the hints learn.
         data: all samples, as the teacher takes them.
         batch_size: of the pass.
-        say: told in one line before the pass, and when a cached file is broken.
     """
     size, width = len(data.labels), sum(plan.widths[plan.blocks.index(place)] for place in places)
     num_positions = NUM_PIXELS if plan.is_conv else (data.num_positions or plan.num_positions) if plan.attention else 0
@@ -53,11 +54,11 @@ def module_signals(
     key = {**signals_key(teacher, data), "places": " ".join(places)}
 
     def fill(arrays: Arrays) -> None:
-        say(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
+        logger.info(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
         with enough_memory(f"the teacher's answers to {batch_size} samples at once", TEACHER_LESS):
             _fill(arrays, teacher, plan, places, data, batch_size)
 
-    tensors = cached_arrays("signals", key, specs, fill, say)
+    tensors = cached_arrays("signals", key, specs, fill)
     logits = tensors["logits"]  # [S, C]
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the teacher's answers are not finite; its weights are damaged, or its inputs too large")

@@ -5,6 +5,7 @@ the logsumexp of the others (`rlkd.losses.tokens`), with features and attention 
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from rlkd.models.real.attachment import Plan, logits_of
 from rlkd.models.real.hooks import capture, forward, pool
 from rlkd.models.real.pretrained import device_of
 from rlkd.teachers.landmarks import LANDMARKS
-from rlkd.teachers.real.module_signals import TEACHER_LESS, Say, attention_maps, scale_features, signals_key
+from rlkd.teachers.real.module_signals import TEACHER_LESS, attention_maps, scale_features, signals_key
 from rlkd.teachers.signals import Signals
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,6 @@ def token_signals(
     k: int,
     anchors: Anchors,
     batch_size: int = 8,
-    say: Say = print,
 ) -> TokenSignals:
     """As `module_signals`, for a causal language model.
 
@@ -75,7 +77,6 @@ def token_signals(
         k: logits a position that are kept.
         anchors: of perplexity.
         batch_size: of the pass.
-        say: told in one line before the pass, and when a cached file is broken.
 
     Raises:
         UserError: k is not from 1 to V, or the teacher's answers are not finite.
@@ -99,11 +100,11 @@ def token_signals(
     key = {**signals_key(teacher, data), "places": " ".join(places), "k": str(k), "vocabulary": str(data.num_classes)}
 
     def fill(arrays: Arrays) -> None:
-        say(f"one pass of the teacher over {size} texts of {data.name} (kept in the cache)")
+        logger.info(f"one pass of the teacher over {size} texts of {data.name} (kept in the cache)")
         with enough_memory(f"the teacher's answers to {batch_size} samples at once", TEACHER_LESS):
             _fill(arrays, teacher, plan, places, data, k, batch_size)
 
-    tensors = cached_arrays("tokens", key, specs, fill, say)
+    tensors = cached_arrays("tokens", key, specs, fill)
     signals = TokenSignals(
         logits=torch.zeros(1, size, 0),
         features=tensors.get("features", torch.zeros(size, 0))[None],

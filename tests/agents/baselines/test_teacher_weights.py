@@ -72,10 +72,10 @@ def test_learning_moves_the_weights_and_a_journal_remembers_them(scenario: Scena
     assert theta.shape == (3,)
     assert theta.abs().min() > 0
     assert sum(counted) == SMALL.num_trainings * scenario.config.num_windows
-    first = Journal(tmp_path, False, 1, lambda line: None)
+    first = Journal(tmp_path, False, 1)
     again = learn_teacher_weights(scenario, SMALL, scenario.config.task, hold_start, generator(), journal=first)
     assert torch.equal(again, theta)
-    resumed, counted = Journal(tmp_path, True, 1, lambda line: None), []
+    resumed, counted = Journal(tmp_path, True, 1), []
     known = learn_teacher_weights(
         scenario, SMALL, scenario.config.task, hold_start, generator(), counted.append, journal=resumed
     )

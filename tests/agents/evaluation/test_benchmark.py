@@ -13,7 +13,7 @@ from rlkd.students import TrainConfig
 @pytest.mark.slow
 def test_bench_measures_every_way_and_its_shares_add_up(config: EnvConfig) -> None:
     quick = dataclasses.replace(config, train=TrainConfig(2, 8))
-    result = bench(quick, num_students=4, num_rounds=1, say=print)
+    result = bench(quick, num_students=4, num_rounds=1)
     assert len(result["updates_per_s"]) == 4
     assert all(row["low"] <= row["median"] <= row["high"] for row in result["updates_per_s"].values())
     for lock_step, ratios in result["ratio"].items():
@@ -38,5 +38,5 @@ def test_a_whole_training_goes_from_reset_to_the_end(scenario: Scenario) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 def test_bench_measures_populations_on_a_gpu(config: EnvConfig) -> None:
     quick = dataclasses.replace(config, train=TrainConfig(2, 8, device="cuda"))
-    result = bench(quick, num_students=4, num_rounds=1, say=print, device_students=[3, 5])
+    result = bench(quick, num_students=4, num_rounds=1, device_students=[3, 5])
     assert list(result["updates_per_s"])[-2:] == ["lock-step, cuda, 3 students", "lock-step, cuda, 5 students"]

@@ -54,35 +54,36 @@ def sources(teacher: Path, data: Path, student: str = "", columns: ColumnConfig 
     )
 
 
-def both(given: Sources, kind: Kind = TEXT) -> tuple[Side, Side, list[str]]:
-    lines: list[str] = []
-    teacher = load_teacher(given, kind, lines.append)
-    return *load_student(given, kind, teacher, 0, lines.append), lines
+def both(given: Sources, kind: Kind = TEXT) -> tuple[Side, Side]:
+    teacher = load_teacher(given, kind)
+    return load_student(given, kind, teacher, 0)
 
 
-def test_texts_are_cut_to_the_positions_that_a_model_has(tmp_path: Path) -> None:
+def test_texts_are_cut_to_the_positions_that_a_model_has(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     teacher = saved(tiny_models.tiny("roberta", max_position_embeddings=10, pad_token_id=1), tmp_path / "t")
-    student, side, lines = both(sources(teacher, write_texts(tmp_path)))
+    student, side = both(sources(teacher, write_texts(tmp_path)))
     assert student.data.inputs["input_ids"].shape[1] == 8  # two positions stand ahead of the first token
     assert side.columns.max_length == 8
-    assert [line for line in lines if "takes 8 tokens; longer texts are cut" in line]
-    assert all("\n" not in line for line in lines)
+    assert [line for line in caplog.messages if "takes 8 tokens; longer texts are cut" in line]
+    assert all("\n" not in line for line in caplog.messages)
 
 
 def test_a_student_with_fewer_positions_shortens_the_teachers_texts_too(tmp_path: Path) -> None:
     teacher = saved(tiny_models.tiny("bert"), tmp_path / "t")
     small = tiny_models.tiny("bert", max_position_embeddings=9).config
     small.to_json_file(tmp_path / "small.json", use_diff=False)
-    student, side, _ = both(sources(teacher, write_texts(tmp_path), str(tmp_path / "small.json")))
+    student, side = both(sources(teacher, write_texts(tmp_path), str(tmp_path / "small.json")))
     assert student.data is side.data
     assert side.data.inputs["input_ids"].shape[1] == 9
 
 
-def test_a_model_whose_answers_depend_on_padding_always_gets_the_same(tmp_path: Path) -> None:
+def test_a_model_whose_answers_depend_on_padding_always_gets_the_same(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     teacher = saved(architectures.tiny_model("FNetForSequenceClassification", num_classes=2), tmp_path / "t")
-    student, _, lines = both(sources(teacher, write_texts(tmp_path)))
+    student, _ = both(sources(teacher, write_texts(tmp_path)))
     data = student.data
-    assert any("answers depend on padding" in line for line in lines)
+    assert any("answers depend on padding" in line for line in caplog.messages)
     rows = data.splits["train"]
     short = rows[data.by_length(rows)][:1]
     with torch.no_grad():
@@ -94,7 +95,9 @@ def test_a_model_whose_answers_depend_on_padding_always_gets_the_same(tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["llama_classifier", "gpt2_classifier"])
-def test_a_tokenizer_without_padding_pads_with_its_end_token(family: str, tmp_path: Path) -> None:
+def test_a_tokenizer_without_padding_pads_with_its_end_token(
+    caplog: pytest.LogCaptureFixture, family: str, tmp_path: Path
+) -> None:
     changes: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 3}
     model = (
         tiny_models.tiny("llama_classifier", **changes)
@@ -106,22 +109,26 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(family: str, tmp_pa
     tokenizer = load_processor(str(teacher), TEXT)
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
     tokenizer.save_pretrained(teacher)
-    student, side, lines = both(sources(teacher, write_texts(tmp_path)))
-    assert any("pads with [SEP]" in line for line in lines)
+    student, side = both(sources(teacher, write_texts(tmp_path)))
+    assert any("pads with [SEP]" in line for line in caplog.messages)
     for model in (student.model, side.model):
         assert model.config.pad_token_id == 3
     assert logits_of(forward(student.model, student.data.batch(student.data.few()))).shape == (5, 2)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(teacher)
     with pytest.raises(UserError, match="neither a padding nor an end token"):
-        load_teacher(sources(teacher, tmp_path / "texts.csv"), TEXT, print)
+        load_teacher(sources(teacher, tmp_path / "texts.csv"), TEXT)
 
 
-def test_a_tokenizer_without_the_words_of_the_texts_is_refused_or_warned_of(tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_words_of_the_texts_is_refused_or_warned_of(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     teacher, data = saved(tiny_models.tiny("bert"), tmp_path / "t"), write_texts(tmp_path)
-    assert not any("WARNING" in line for line in both(sources(teacher, data))[2])
+    both(sources(teacher, data))
+    assert not any("WARNING" in line for line in caplog.messages)
     tiny_models.save_tokenizer(teacher, ["film", "other"])
-    assert any("does not know" in line for line in both(sources(teacher, data))[2])
+    both(sources(teacher, data))
+    assert any("does not know" in line for line in caplog.messages)
     for name in ("vocab.txt", "tokenizer.json"):  # transformers then makes a tokenizer for which every word is [UNK]
         (teacher / name).unlink()
     with pytest.raises(
@@ -181,7 +188,7 @@ def test_images_of_arrays_get_the_channels_of_the_model(channels: int, shape: tu
     tiny_models.tiny("vit", num_channels=channels).save_pretrained(tmp_path / "vit")
     pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
     np.savez(tmp_path / "images.npz", inputs=pixels, labels=np.arange(60) % 2)
-    student, _, _ = both(sources(tmp_path / "vit", tmp_path / "images.npz"), "image_classification")
+    student, _ = both(sources(tmp_path / "vit", tmp_path / "images.npz"), "image_classification")
     values = student.data.inputs["pixel_values"]
     assert values.shape == (60, channels, 16, 16)
     grey = pixels.reshape(60, 16, 16) if pixels.size == 60 * 256 else pixels[..., 0] if shape[-1] == 3 else pixels[:, 0]
@@ -192,7 +199,7 @@ def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
     tiny_models.tiny("vit", num_channels=1).save_pretrained(tmp_path / "vit")
     np.savez(tmp_path / "images.npz", inputs=np.random.default_rng(0).random((60, 3, 16, 16)), labels=np.arange(60) % 2)
     with pytest.raises(UserError, match="got images of 3 channels; allowed: 1") as error:
-        load_teacher(sources(tmp_path / "vit", tmp_path / "images.npz"), "image_classification", print)
+        load_teacher(sources(tmp_path / "vit", tmp_path / "images.npz"), "image_classification")
     assert "\n" not in str(error.value)
 
 
@@ -208,7 +215,7 @@ def test_image_files_are_made_grey_for_a_model_of_one_channel(tmp_path: Path) ->
         folder = tmp_path / "pictures" / f"LABEL_{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         image.fromarray(draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    student, _, _ = both(sources(tmp_path / "vit", tmp_path / "pictures"), "image_classification")
+    student, _ = both(sources(tmp_path / "vit", tmp_path / "pictures"), "image_classification")
     assert student.data.inputs["pixel_values"].shape == (60, 1, 16, 16)
     assert float(student.data.inputs["pixel_values"].std()) > 0.1
 
@@ -221,7 +228,7 @@ def test_a_model_that_takes_other_inputs_is_one_line(name: str, tmp_path: Path) 
     kind: Kind = "image_classification" if "Image" in name else TEXT
     data = architectures.write_data(tmp_path, "images" if "Image" in name else "texts")
     with pytest.raises(UserError, match="does not take inputs of shapes") as error:
-        load_teacher(sources(teacher, data), kind, print)
+        load_teacher(sources(teacher, data), kind)
     assert "\n" not in str(error.value)
 
 
@@ -230,7 +237,7 @@ def test_a_configuration_that_has_no_names_of_classes_gets_the_default_ones(tmp_
     assert getattr(model.config, "id2label", None) is None
     model.save_pretrained(tmp_path / "t")
     data = architectures.write_data(tmp_path, "images")  # labels 0, 1, 2
-    student, side, _ = both(sources(tmp_path / "t", data), "image_classification")
+    student, side = both(sources(tmp_path / "t", data), "image_classification")
     for described in (student.model.config, side.model.config):
         assert described.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}  # type: ignore[union-attr]
     assert student.plan.num_classes == 3

@@ -46,8 +46,7 @@ def write_texts(folder: Path) -> Path:
     return folder / "novel.txt"
 
 
-def both(folder: Path, student: str = "small") -> tuple[Side, Side, list[str]]:
-    lines: list[str] = []
+def both(folder: Path, student: str = "small") -> tuple[Side, Side]:
     given = Sources(
         teacher=str(folder / "large"),
         student=str(folder / student),
@@ -58,18 +57,20 @@ def both(folder: Path, student: str = "small") -> tuple[Side, Side, list[str]]:
         device_map=None,
         allow_pickle=False,
     )
-    teacher = load_teacher(given, "causal_lm", lines.append)
-    return *load_student(given, "causal_lm", teacher, 0, lines.append), lines
+    teacher = load_teacher(given, "causal_lm")
+    return load_student(given, "causal_lm", teacher, 0)
 
 
 @pytest.mark.parametrize(("large", "small"), SIZES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_common_part_is_distilled(large: int, small: int, tied: bool, tmp_path: Path) -> None:
+def test_the_common_part_is_distilled(
+    caplog: pytest.LogCaptureFixture, large: int, small: int, tied: bool, tmp_path: Path
+) -> None:
     teacher = save(tmp_path / "large", large, 3)
     original = save(tmp_path / "small", small, 2, tie_word_embeddings=tied)
-    student, side, lines = both(tmp_path)
+    student, side = both(tmp_path)
     common = min(large, small)
-    (line,) = (line for line in lines if "are distilled" in line)
+    (line,) = (line for line in caplog.messages if "are distilled" in line)
     assert f"has {small} tokens, the teacher's {large}, their tokenizer {V}; the first {common} are distilled" in line
     assert line in student.data.report
     assert student.data is side.data
@@ -81,9 +82,7 @@ def test_the_common_part_is_distilled(large: int, small: int, tied: bool, tmp_pa
         torch.testing.assert_close(answers, original(**inputs).logits[..., :common])
         log_p = teacher(**inputs).logits[:, :-1, :common].log_softmax(-1)
     assert isinstance(student.data, TokenExamples)
-    signals = token_signals(
-        side.model, side.plan, [], student.data, common, Anchors(float(common), 1.0), say=lines.append
-    )
+    signals = token_signals(side.model, side.plan, [], student.data, common, Anchors(float(common), 1.0))
     ids, real = inputs["input_ids"], inputs[PADDING_MASK].bool()
     nats = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
     kept = signals.losses[student.data.few()][:, : nats.shape[1]]
@@ -119,9 +118,9 @@ def test_pairs_that_may_differ_are_refused(tmp_path: Path) -> None:
         both(tmp_path, "short")
 
 
-def test_a_configuration_of_another_vocabulary_is_taken(tmp_path: Path) -> None:
+def test_a_configuration_of_another_vocabulary_is_taken(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     save(tmp_path / "large", V + 4, 3)
     save(tmp_path / "fresh", V, 2).config.to_json_file(tmp_path / "small.json", use_diff=False)
-    student, _, lines = both(tmp_path, "small.json")
+    student, _ = both(tmp_path, "small.json")
     assert student.data.num_classes == student.plan.num_classes == V
-    assert any("are distilled" in line for line in lines)
+    assert any("are distilled" in line for line in caplog.messages)

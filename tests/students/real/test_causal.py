@@ -63,7 +63,7 @@ def student_of(
     plan, theirs = (make_plan(m, inputs, attach or AttachConfig(), data.num_positions) for m in (student, teacher))
     links = link_places(student, teacher, plan.blocks[-1:], theirs.blocks, inputs, inputs)
     places = [link.teacher for link in links]
-    signals = token_signals(teacher, theirs, places, data, k, Anchors(V, 1.0), say=lambda _: None)
+    signals = token_signals(teacher, theirs, places, data, k, Anchors(V, 1.0))
     made = CausalStudent(Instrumented(student, plan, links), data, signals, config, 4, reverse)
     made.reset([task(data)])
     return made

@@ -68,7 +68,7 @@ def student_of(
     plan, theirs = (make_plan(m, inputs, attach, data.num_positions) for m in (student, teacher))
     blocks = plan.blocks if attach.hints == "all" else plan.blocks[-1:]
     links = link_places(student, teacher, blocks, theirs.blocks, inputs, inputs)
-    signals = module_signals(teacher, theirs, [k.teacher for k in links], data, say=lambda _: None)
+    signals = module_signals(teacher, theirs, [k.teacher for k in links], data)
     made = ModuleStudent(Instrumented(student, plan, links), data, signals, config, num_windows=4)
     made.reset([task(data)])
     return made
@@ -334,13 +334,14 @@ def test_impossible_training(name: str) -> None:
         student_of(config=WRONG[name]())
 
 
-def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(tmp_path: Path) -> None:
+def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     data, teacher = texts(), tiny_models.tiny("bert", seed=1)
     plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(), data.num_positions)
-    said: list[str] = []
-    first = module_signals(teacher, plan, plan.blocks, data, batch_size=7, say=said.append)
-    again = module_signals(teacher, plan, plan.blocks, data, batch_size=50, say=said.append)
-    assert len(said) == 1
+    first = module_signals(teacher, plan, plan.blocks, data, batch_size=7)
+    again = module_signals(teacher, plan, plan.blocks, data, batch_size=50)
+    assert len(caplog.messages) == 1
     with torch.no_grad():
         logits = teacher(**data.inputs).logits
     torch.testing.assert_close(first.logits[0], logits, atol=1e-5, rtol=1e-4)
@@ -354,12 +355,12 @@ def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(tmp_p
     assert bool((maps[data.inputs["attention_mask"] == 0] == 0).all())
     with torch.no_grad():
         teacher.classifier.weight.mul_(2.0)
-    module_signals(teacher, plan, plan.blocks, data, say=said.append)
-    assert len(said) == 2
+    module_signals(teacher, plan, plan.blocks, data)
+    assert len(caplog.messages) == 2
     ids = data.inputs["input_ids"]
     others = {**data.inputs, "input_ids": torch.where(ids > 5, ids - 1, ids)}  # other words in the same places
-    module_signals(teacher, plan, plan.blocks, dataclasses.replace(data, inputs=others), say=said.append)
-    assert len(said) == 3
+    module_signals(teacher, plan, plan.blocks, dataclasses.replace(data, inputs=others))
+    assert len(caplog.messages) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -369,7 +370,7 @@ def test_a_teacher_without_finite_answers_is_refused(value: float) -> None:
     with torch.no_grad():
         teacher.classifier.bias[1] = value
     with pytest.raises(UserError, match="the teacher's answers are not finite") as error:
-        module_signals(teacher, plan, [], data, say=lambda line: None)
+        module_signals(teacher, plan, [], data)
     assert "\n" not in str(error.value)
 
 

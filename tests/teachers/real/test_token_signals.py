@@ -37,16 +37,16 @@ def texts(size: int = 12, length: int = 7) -> TokenExamples:
     return TokenExamples("toy", inputs, order * 0, 40, splits, next_token_mask(mask, prompts))  # type: ignore[arg-type]
 
 
-def signals_of(data: TokenExamples, k: int, said: list[str], batch_size: int = 5) -> TokenSignals:
+def signals_of(data: TokenExamples, k: int, batch_size: int = 5) -> TokenSignals:
     teacher = tiny_models.tiny("llama", layers=3)
     plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(exits=()), data.num_positions)
-    return token_signals(teacher, plan, plan.blocks[-1:], data, k, ANCHORS, batch_size, said.append)
+    return token_signals(teacher, plan, plan.blocks[-1:], data, k, ANCHORS, batch_size)
 
 
-def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time() -> None:
-    data, said = texts(), list[str]()
-    first, again = signals_of(data, 3, said), signals_of(data, 3, said, batch_size=12)
-    assert len(said) == 1
+def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(caplog: pytest.LogCaptureFixture) -> None:
+    data = texts()
+    first, again = signals_of(data, 3), signals_of(data, 3, batch_size=12)
+    assert len(caplog.messages) == 1
     assert torch.equal(first.tokens.values, again.tokens.values)
     with torch.no_grad():
         logits = tiny_models.tiny("llama", layers=3)(**data.inputs).logits  # [12, 7, 40]
@@ -55,8 +55,8 @@ def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time() -> 
     assert torch.equal(first.tokens.indices[real], logits.topk(3).indices[real])
     total = torch.cat([first.tokens.values, first.tokens.rest[..., None]], -1).logsumexp(-1)
     torch.testing.assert_close(total[real], logits.logsumexp(-1)[real], atol=1e-5, rtol=1e-4)
-    signals_of(data, 4, said)
-    assert len(said) == 2  # another k is another entry
+    signals_of(data, 4)
+    assert len(caplog.messages) == 2  # another k is another entry
 
 
 def test_figures_count_neither_padding_nor_prompts() -> None:
@@ -111,7 +111,7 @@ def test_a_teacher_over_several_devices_gives_the_same(tmp_path: Path, monkeypat
         teacher = load_model(str(tmp_path / "model"), "causal_lm", device_map=device_map)
         assert any(p.is_meta for p in teacher.parameters()) == bool(number)
         plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(exits=()), data.num_positions)
-        made.append(token_signals(teacher, plan, plan.blocks[-1:], data, 3, ANCHORS, 5, lambda _: None))
+        made.append(token_signals(teacher, plan, plan.blocks[-1:], data, 3, ANCHORS, 5))
     whole, sharded = made
     for ours, theirs in zip(whole.tokens, sharded.tokens, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -127,5 +127,5 @@ def test_a_teacher_without_finite_answers_is_refused() -> None:
     with torch.no_grad():
         teacher.lm_head.weight[3] = float("nan")  # type: ignore[union-attr, operator]
     with pytest.raises(UserError, match="the teacher's answers are not finite") as error:
-        token_signals(teacher, plan, [], data, 3, ANCHORS, say=lambda line: None)
+        token_signals(teacher, plan, [], data, 3, ANCHORS)
     assert "\n" not in str(error.value)
