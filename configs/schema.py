@@ -32,7 +32,7 @@ class ComparisonConfig:
     """Further goals: weights of accuracy without a floor; the first goal of all gives result.json's main entry."""
 
     def check(self) -> None:
-        """Raises UserError for too few tasks, no goal or an impossible one."""
+        """Raise UserError for too few tasks, no goal or an impossible one."""
         if self.num_tasks < 2:
             raise UserError(f"comparison.num_tasks: got {self.num_tasks}; allowed: at least 2")
         if not all(0 < keep <= 2 for keep in self.keeps):
@@ -88,7 +88,7 @@ class ExperimentConfig:
     """States of PPO that stay on the disk; with --resume it goes on from the last one that is whole."""
 
     def check(self) -> None:
-        """Raises UserError for the first impossible value."""
+        """Raise UserError for the first impossible value."""
         if not self.scenarios:
             raise UserError("scenarios: got none; allowed: one or more, the first for the comparison")
         if self.task.dataset != self.scenarios[0].dataset:
@@ -159,7 +159,7 @@ class DistilConfig:
     """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
 
     def env(self, controls: ControlConfig) -> EnvConfig:
-        """The environment's part; its tasks have the goal's weights, and the rest of the goal comes later.
+        """Return the environment's part; its tasks have the goal's weights, and `with_goal` adds the rest of the goal.
 
         A limit in seconds needs the cost profile (`rlkd.runs.goals.with_goal`).
         """
@@ -175,7 +175,7 @@ class DistilConfig:
         )
 
     def check(self) -> None:
-        """Raises UserError for the first impossible value."""
+        """Raise UserError for the first impossible value."""
         check_finite(self)
         self.goal.check()
         self.guard.check()
@@ -203,7 +203,7 @@ class OnlineConfig:
     """Windows between two students that are kept on the disk."""
 
     def env(self, controls: ControlConfig) -> EnvConfig:
-        """The environment's part, the preference put into its tasks."""
+        """Return the environment's part with the preference in its tasks."""
         task = self.task.with_preference(self.preference)
         return EnvConfig(
             num_windows=self.num_windows,
@@ -216,7 +216,7 @@ class OnlineConfig:
         )
 
     def check(self) -> None:
-        """Raises UserError for the first impossible value."""
+        """Raise UserError for the first impossible value."""
         check_finite(self)
         self.env(ControlConfig()).check()
         self.agent.check(self.num_windows)
@@ -253,7 +253,7 @@ class CompareConfig(EnvConfig):
         return list(dict.fromkeys([*(name.strip() for name in self.methods.split(",")), "dense"]))
 
     def check(self) -> None:
-        """Raises UserError for the first impossible value."""
+        """Raise UserError for the first impossible value."""
         super().check()
         check_keep(self.keep_checkpoints)
         self.search.check()

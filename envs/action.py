@@ -55,7 +55,7 @@ class ControlConfig:
     """Adam's step size; log steps."""
 
     def check(self) -> None:
-        """Raises UserError for an empty range or one that cannot be run through in log steps."""
+        """Raise UserError for an empty range, or one on a log scale that is not positive."""
         if not 0 < self.step <= 1:
             raise UserError(f"controls.step: got {self.step:g}; allowed: above 0, at most 1")
         for name in ("temperature", "feature_keep", "unit_keep", "learning_rate"):
@@ -78,7 +78,7 @@ def with_exit_kind(u: Tensor, kind: str) -> Tensor:
 
 
 def decode(u: Tensor, config: ControlConfig, num_classes: int) -> Controls:
-    """Controls at `u` [N, 12] in [0, 1].
+    """Return the controls at `u` [N, 12] in [0, 1].
 
     The exit threshold is above 1/C and below 1 by kind `threshold`, 1/C by kind `first` and 1 by kind `never`.
     """
@@ -103,7 +103,7 @@ def decode(u: Tensor, config: ControlConfig, num_classes: int) -> Controls:
 
 
 def encode(controls: Mapping[str, float | Tensor], config: ControlConfig, exit_kind: str = "never") -> Tensor:
-    """Unit controls [12] of named controls; values as in `with_values`. `exit_kind` names the kind of exit."""
+    """Return the unit controls [12] of named controls, values as in `with_values`; `exit_kind` is of EXIT_KINDS."""
     missing = [name for name in CONTROLS[: -len(EXIT_KINDS)] if name not in controls]
     if missing:
         raise ValueError(f"encode: no value for {', '.join(missing)}")
@@ -111,7 +111,7 @@ def encode(controls: Mapping[str, float | Tensor], config: ControlConfig, exit_k
 
 
 def with_values(u: Tensor, controls: Mapping[str, float | Tensor], config: ControlConfig) -> Tensor:
-    """Unit controls [N, 12] with some controls set to values, clipped to their ranges; the others stay.
+    """Return unit controls [N, 12] with some controls set to values, clipped to their ranges.
 
     Args:
         u: [N, 12].
@@ -158,7 +158,7 @@ def published_setting(config: ControlConfig) -> Tensor:
 
 
 def change(u: Tensor, action: Tensor, start: Tensor, config: ControlConfig) -> Tensor:
-    """Unit controls [N, 12] after `action` [N, 12] in [-1, 1].
+    """Return the unit controls [N, 12] after `action` [N, 12] in [-1, 1].
 
     The controls move from where they are by `config.step` times the action, so that they stay where nothing changes
     and exploration wanders instead of trembling. The kind of exit is chosen anew every time, with a lead of
@@ -193,7 +193,7 @@ def flat_action(action: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def dict_action(flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """The inverse of `flat_action`."""
+    """Return the Dict action of a flat one; the inverse of `flat_action`."""
     split = len(FAMILIES)
     parts = {name: flat[..., split + i : split + i + 1] for i, name in enumerate(SCALARS)}
     return {"loss_weights": flat[..., :split], **parts, "exit_kind": flat[..., -len(EXIT_KINDS) :]}
@@ -207,5 +207,5 @@ class FlattenAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], Any]):
         self.action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
 
     def action(self, action: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """The Dict that the wrapped environment takes."""
+        """Return the Dict action that the wrapped environment takes."""
         return dict_action(action)

@@ -43,7 +43,7 @@ class Outcome:
 
 
 def merge_rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """The training state `old` with the students at `rows` ([N] bool) taken from `new`; an empty `old` gives `new`.
+    """Return the training state `old` with the students at `rows` ([N] bool) from `new`, or `new` if `old` is empty.
 
     One student's state is taken as a whole: not all of its tensors have a leading dimension.
     """
@@ -217,7 +217,7 @@ class Episodes:
         self._threshold, self._previous = self._threshold[sources], self._previous[sources]
 
     def training_state(self) -> dict[str, Tensor]:
-        """Copies of all that `load_training_state` needs to go on from here."""
+        """Return copies of all that `load_training_state` needs to go on from here."""
         own = {"u": self.u, "window": self._window, "score": self._score, "threshold": self._threshold}
         own["previous"] = self._previous
         state = {name: tensor.clone() for name, tensor in own.items()}

@@ -24,7 +24,7 @@ class GuardConfig:
     """Accuracy below the floor that a window may have without being undone."""
 
     def check(self) -> None:
-        """Raises UserError for a negative tolerance."""
+        """Raise UserError for a negative tolerance."""
         if not self.tolerance >= 0:
             raise UserError(f"guard.tolerance: got {self.tolerance:g}; allowed: at least 0")
 
@@ -85,7 +85,7 @@ class Guard:
         return self.best_window
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of all that `load_state` needs, for a training that is stopped and resumed."""
+        """Return copies of all that `load_state` needs, for a training that is stopped and resumed."""
         own = {
             "best_window": self.best_window,
             "met": self.met,

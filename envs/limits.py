@@ -12,7 +12,7 @@ KEPT = [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]
 
 
 def within_limits(u: Tensor, limits: Tensor, scenario: EpisodeScenario) -> Tensor:
-    """Unit controls `u` [N, 12], with the shares kept lowered together until all costs are within `limits` [N, 4].
+    """Lower the shares kept in unit controls `u` [N, 12] together until all costs are within `limits` [N, 4].
 
     Costs are those of a student whose samples all leave at the end, the most that it can cost. Where even the smallest
     shares cost more, all samples leave at the first exit, and shares are lowered until that is within the limits.
@@ -42,7 +42,7 @@ def must_leave_first(u: Tensor, limits: Tensor, scenario: EpisodeScenario) -> Te
 
 
 def largest_cost(u: Tensor, scenario: EpisodeScenario, *, at_first: bool) -> Cost:
-    """The most that students with unit controls `u` [N, 12] can cost, or their cost if all leave at the first exit."""
+    """Return the most that students with `u` [N, 12] can cost, or their cost if all samples leave at the first exit."""
     controls = decode(u, scenario.config.controls, scenario.data.num_classes)
     sizes = torch.tensor(scenario.group_sizes, dtype=torch.float32)  # [G]
     shares = torch.where(torch.arange(len(sizes)) == 0, controls.feature_keep[:, None], controls.unit_keep[:, None])

@@ -89,7 +89,7 @@ LOW, HIGH = (np.array(side, dtype=np.float32) for side in zip(*_BOUNDS.values(),
 
 
 def observation_space() -> spaces.Box:
-    """The bounds of `OBSERVATIONS`."""
+    """Return the box of the bounds of `OBSERVATIONS`."""
     return spaces.Box(LOW, HIGH, dtype=np.float32)
 
 

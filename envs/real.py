@@ -56,7 +56,7 @@ class RealCostConfig:
     """cost_profile.json of an earlier run of the same student: its speed is taken and nothing is timed."""
 
     def check(self) -> None:
-        """Raises UserError for a batch without a sample."""
+        """Raise UserError for a batch without a sample."""
         if self.batch_size < 1:
             raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: at least 1")
 
@@ -93,7 +93,7 @@ class RealConfig:
     """Read weight files that are pickles, too; they can run code."""
 
     def sources(self) -> Sources:
-        """The models and the data, and how the student is made of them."""
+        """Return the models, the data, and how the student is made of them."""
         return Sources(
             teacher=self.teacher,
             student=self.student,
@@ -106,7 +106,7 @@ class RealConfig:
         )
 
     def check(self) -> None:
-        """Raises UserError for the first impossible value."""
+        """Raise UserError for the first impossible value."""
         if self.num_windows < 1:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         check_keep(self.keep_checkpoints)
@@ -172,7 +172,7 @@ class RealScenario:
         return self.profile.work.dense_macs / self.teacher_macs
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a training learns from, which its config only names: data, teacher's signals, first weights."""
+        """Return the tensors that a training learns from: data, teacher's signals, first weights."""
         signals = self.signals
         told = {"logits": signals.logits, "features": signals.features, "maps": signals.maps}
         if isinstance(signals, TokenSignals):
@@ -209,7 +209,7 @@ class RealScenario:
         return float((self.signals.logits[0, index].argmax(-1) == self.data.labels[index]).float().mean())
 
     def _dense_accuracy(self, task: Task) -> tuple[float, float]:
-        """Validation and test accuracy of the dense student, trained under the published setting.
+        """Return validation and test accuracy of the dense student, trained under the published setting.
 
         It trains in the place of the student, whose weights and attachments are put back.
         """
@@ -224,7 +224,7 @@ class RealScenario:
         return reached
 
     def students(self, num_students: int) -> Students:
-        """The student, at its starting weights."""
+        """Return the student at its starting weights."""
         if num_students != 1:
             raise ValueError(f"students: got {num_students}; allowed: 1, real models train one at a time")
         self.student.model.load_state_dict(self.initial)
@@ -311,7 +311,7 @@ def build_real_scenario(
 
 
 def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
-    """Raises UserError where the default cut left the whole teacher."""
+    """Raise UserError where the default cut leaves the whole teacher."""
     if config.student or config.cut.layers is not None or config.cut.width < 1.0:
         return
     own, theirs = (count_work(side.model, _typical(side.data), side.plan).dense_macs for side in (student, teacher))
@@ -323,7 +323,7 @@ def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
 
 
 def _rehearsed(student: Side, links: list[Link], kind: Kind) -> Plan:
-    """The student's plan with those controls that it bears, by a dry run on a few samples."""
+    """Return the student's plan with the controls that work in a dry run on a few samples."""
     few = student.data.few()
     batches = [student.data.batch(rows) for rows in (few, few[:1], few[1:2])]
     return try_out(student.model, student.plan, links, kind, batches, processor=student.processor)
@@ -350,14 +350,14 @@ def _about_tokens(config: RealConfig, signals: Signals) -> str:
 
 
 def _beginning(report: str) -> str:
-    """The first lines of a report on data; a table of many classes is for the file."""
+    """Return the first lines of a report on data; the file has the table of many classes."""
     lines = report.splitlines()
     more = len(lines) - NUM_LINES
     return "\n".join(lines[:NUM_LINES]) + (f"\n... ({more} more lines in mapping.txt)" if more > 0 else "")
 
 
 def _typical(data: Examples) -> dict[str, Tensor]:
-    """The training sample of median length, without padding: [1, ...] each."""
+    """Return the training sample of median length, without padding: [1, ...] each."""
     train = data.splits["train"]
     mask = data.inputs.get(PADDING_MASK)
     if mask is None:

@@ -10,7 +10,7 @@ from rlkd.students import Controls
 
 
 def window_row(window: int, u: Tensor, outcome: Outcome, scenario: EpisodeScenario) -> dict[str, float]:
-    """Unit controls `u` [1, 12], controls and validation metrics of one student's window, counted from 0.
+    """Return unit controls `u` [1, 12], controls and validation metrics of a student's window, counted from 0.
 
     Latency is in seconds of one batch by the cost profile; energy in joules and MACs are of one sample.
     """

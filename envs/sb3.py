@@ -71,7 +71,7 @@ class SB3VecEnv(VecEnv):
         return unit_controls
 
     def reset(self) -> NDArray[np.float32]:
-        """New episodes in all scenarios; the first call seeds their task streams."""
+        """Begin new episodes in all scenarios; the first call seeds their task streams."""
         n = self.num_envs
         self._waiting = [env.reset(seed=self._first_seed + k * n)[0] for k, env in enumerate(self.envs)]
         self._turn, self._window = 0, 0
@@ -111,7 +111,7 @@ class SB3VecEnv(VecEnv):
         return scaled, reward.astype(np.float32), done, infos
 
     def training_state(self) -> dict[str, Tensor]:
-        """Copies of all that `load_training_state` needs to go on from here; between two steps."""
+        """Return copies of all that `load_training_state` needs to go on from here; call it between two steps."""
         state = {"returns": torch.from_numpy(self._returns.copy()), "lengths": torch.from_numpy(self._lengths.copy())}
         state["turn"] = torch.tensor([self._turn, self._window])
         state["waiting"] = torch.from_numpy(np.stack(self._waiting))
@@ -132,7 +132,7 @@ class SB3VecEnv(VecEnv):
         """Nothing to release."""
 
     def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """The attribute of the population that trains now, once a student asked for."""
+        """Return the attribute of the population that trains now, once for each requested student."""
         return [getattr(self.envs[self._turn], attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:

@@ -21,7 +21,7 @@ from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 
 
 def check_keep(keep_checkpoints: int) -> None:
-    """Raises UserError for no checkpoint at all."""
+    """Raise UserError for fewer than one checkpoint."""
     if keep_checkpoints < 1:
         raise UserError(f"keep_checkpoints: got {keep_checkpoints}; allowed: at least 1")
 
@@ -42,7 +42,7 @@ class EnvConfig:
     cost: CostConfig = field(default_factory=CostConfig)
 
     def check(self) -> None:
-        """Raises UserError for the first impossible value."""
+        """Raise UserError for the first impossible value."""
         if self.num_windows < 1:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         if self.warm_windows < 0:
@@ -110,7 +110,7 @@ class EpisodeScenario(Protocol):
         """The dense student's MACs over the teacher's."""
 
     def students(self, num_students: int) -> Students:
-        """New students in training."""
+        """Return new students in training."""
 
     def warm_start(self, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:
         """Give the students at `rows`, which were just reset to `tasks`, the weights that training starts from."""
@@ -136,7 +136,7 @@ class Scenario:
     known: References = field(default_factory=References)
 
     def new_structure(self) -> ChainStudent:
-        """A student of this scenario's architecture; its parameters mean nothing yet."""
+        """Return a student of this scenario's architecture with untrained parameters."""
         return copy.deepcopy(self.template)
 
     @property
@@ -155,7 +155,7 @@ class Scenario:
         return float(dense_workload(self.template, self.profile.batch_size).macs) / self.teacher_macs
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a training learns from, which its config only names: data and teachers' signals."""
+        """Return the tensors that a training learns from: data and teachers' signals."""
         told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
         return {"inputs": self.data.inputs, "labels": self.data.labels, **told}
 
@@ -224,7 +224,7 @@ class Scenario:
         )
 
     def students(self, num_students: int) -> Students:
-        """A lock-step population, or one plain student."""
+        """Return a lock-step population, or one plain student."""
         structure, c = self.new_structure(), self.config
         max_teachers = round(c.task.num_teachers.high)
         if num_students == 1:

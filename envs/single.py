@@ -121,7 +121,7 @@ def make_flat_env(**arguments: Any) -> FlatDistillationEnv:
 
 
 def figures(outcome: Outcome) -> dict[str, NDArray[Any]]:
-    """What `info` reports of N students, each [N]."""
+    """Return the entries of `info` for N students, each [N]."""
     values = {
         "score": outcome.score,
         "accuracy": outcome.metrics.accuracy,

@@ -137,7 +137,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         return observation, outcome.reward.numpy().astype(np.float64), terminated, truncated, info
 
     def training_state(self) -> dict[str, Tensor]:
-        """Copies of all that `load_training_state` needs to go on from here."""
+        """Return copies of all that `load_training_state` needs to go on from here."""
         streams = torch.from_numpy(np.stack([_stream_state(g) for g in self._generators]))  # [N, 6] int64
         state = {"streams": streams, "clock": torch.tensor(self._clock)}
         return {**state, **{f"episodes.{k}": v for k, v in self.episodes.training_state().items()}}
@@ -190,7 +190,7 @@ def _stream_state(generator: np.random.Generator) -> NDArray[np.int64]:
 
 
 def _stream(row: NDArray[np.int64]) -> np.random.Generator:
-    """The generator of a `_stream_state` [6]."""
+    """Return the generator of a `_stream_state` [6]."""
     state, increment = (int.from_bytes(row[i : i + 2].tobytes(), "little") for i in (0, 2))
     bits = np.random.PCG64()
     bits.state = {

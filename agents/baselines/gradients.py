@@ -78,7 +78,7 @@ def look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
 
 
 def _chain_scenario(episodes: Episodes) -> Scenario:
-    """Raises ValueError for a real model, whose losses' gradients are not looked at."""
+    """Return the scenario of the chain; raise ValueError for a real model, whose gradients are not read."""
     if not isinstance(episodes.scenario, Scenario):
         raise ValueError("ctkd, hypergradient: got a real model; allowed: students that are chains (mlp, conv)")
     return episodes.scenario

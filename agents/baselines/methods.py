@@ -58,7 +58,7 @@ class Request:
     found: dict[str, object] = field(default_factory=dict, compare=False)  # what methods share, under this goal
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A random source of its own for each purpose."""
+        """Return a separate random generator for each purpose."""
         return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(purpose.encode()))
 
     def once(self, key: str, find: Callable[[], Found]) -> Found:
@@ -68,7 +68,7 @@ class Request:
         return self.found[key]  # type: ignore[return-value]
 
     def tuned(self, recipe: str) -> Tensor:
-        """[A], the best point of a recipe over training tasks of this goal."""
+        """Return the best point [A] of a recipe over training tasks of this goal."""
 
         def find() -> Tensor:
             first = first_settings(self.scenario.config.controls)
@@ -89,11 +89,11 @@ class Request:
         return self.once(recipe, find)
 
     def constant(self) -> Controller:
-        """The best constant setting for the goal."""
+        """Return the controller of the best constant setting for the goal."""
         return self.best_of("constant")
 
     def best_of(self, recipe: str) -> Controller:
-        """A recipe, tuned for the goal."""
+        """Return the controller of a recipe that is tuned for the goal."""
         return RECIPES[recipe].controller(for_all(self.tuned(recipe)))
 
 
@@ -241,7 +241,7 @@ METHODS: dict[str, Baseline] = {
 
 
 def check_needs(names: Iterable[str], *, has_policy: bool, has_blind: bool, has_teachers: bool) -> None:
-    """Raises UserError for a method that lacks what it is built from."""
+    """Raise UserError for a method whose policy or scenario is missing."""
     missing: dict[Needs, tuple[bool, str]] = {
         "policy": (has_policy, "a policy; give its folder with --policy"),
         "blind": (has_blind, "a blind policy; give its folder with --blind"),
@@ -278,7 +278,7 @@ def _cost_of_finding(key: str, search: SearchConfig) -> int:
 
 
 def build_methods(names: Iterable[str], request: Request) -> dict[str, Controller]:
-    """The named controllers; what several of them share is found once.
+    """Build the named controllers; run a search that several of them share only once.
 
     Raises:
         UserError: a method that needs a policy, or several teachers, without them.

@@ -37,7 +37,7 @@ class PBTConfig:
     """Further tasks that every candidate schedule is tried on."""
 
     def check(self) -> None:
-        """Raises UserError for a population that has nobody to copy."""
+        """Raise UserError for a population that is too small to copy from."""
         if self.group_size < 2 or min(self.num_groups, self.num_trials) < 1 or not 0 < self.replaced <= 0.5:
             raise UserError(
                 f"pbt: got group_size {self.group_size}, num_groups {self.num_groups}, num_trials {self.num_trials}, "

@@ -31,7 +31,7 @@ class Moment(NamedTuple):
 
 
 def annealed(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-    """A whole recipe: hot and dense first, then cold and sparse.
+    """Lower the temperature and the shares kept over the training: hot and dense first, then cold and sparse.
 
     Temperature falls geometrically from 5 to 1 (annealed distillation, Jafari et al. 2021), the kept share of
     units from 0.8 to 0.3 along the cubic schedule of gradual pruning (Zhu & Gupta 2018), the learning rate along
@@ -51,7 +51,7 @@ def annealed(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
 
 
 def upon(base: Controller, values_at: Callable[[Moment], Values]) -> Controller:
-    """A schedule of some controls; the others are `base`'s."""
+    """Return a controller with a schedule for some controls; `base` gives the others."""
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
         u = base(observation, episodes, window)
@@ -79,7 +79,7 @@ def temperature_stages(moment: Moment) -> Values:
 
 
 def fewer_features(moment: Moment) -> Values:
-    """The share of kept inputs falls from 80 % to 30 % in a line."""
+    """Lower the share of kept inputs linearly from 80 % to 30 %."""
     return {"feature_keep": 0.8 - 0.5 * moment.done}
 
 
@@ -97,7 +97,7 @@ def alpha_by_confidence(moment: Moment) -> Values:
 
 
 def curriculum(base: Controller) -> Controller:
-    """The stages of `_curriculum` upon `base`, without early exits before the last stage."""
+    """Return a controller with the stages of `_curriculum`, and early exits in the last one; `base` gives the rest."""
     staged = upon(base, _curriculum)
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:

@@ -58,12 +58,12 @@ def for_tasks(seeds: Sequence[int], points: Tensor) -> Points:
 
 
 def constant(points: Points) -> Controller:
-    """The same setting in every window."""
+    """Return a controller that gives every window the same setting."""
     return lambda observation, episodes, window: points(episodes)
 
 
 def two_phase(points: Points) -> Controller:
-    """The published setting, dense, in the first third of the windows; then the point's setting."""
+    """Return a controller with the dense published setting for a third of the windows, then the point's."""
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
         setting = points(episodes)
@@ -161,7 +161,7 @@ def _done(episodes: Episodes, window: int) -> float:
 
 
 def _kept_partly(setting: Tensor, left: Tensor, episodes: Episodes) -> Tensor:
-    """`setting` [N, 12] with its kept shares s at s + (1 - s) left; `left` [N] in [0, 1]."""
+    """Return `setting` [N, 12] with its kept shares s raised to s + (1 - s) left; `left` [N] in [0, 1]."""
     scenario = episodes.scenario
     controls = decode(setting, scenario.config.controls, scenario.data.num_classes)
     shares = {"feature_keep": controls.feature_keep, "unit_keep": controls.unit_keep}

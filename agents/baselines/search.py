@@ -46,7 +46,7 @@ class SearchConfig:
     """Further tasks, the same for all finalists."""
 
     def check(self) -> None:
-        """Raises UserError for a search without a candidate or a task."""
+        """Raise UserError for a search without a candidate or a task."""
         if min(self.num_settings, self.tasks_per_setting, self.num_finalists, self.tasks_per_finalist) < 1:
             raise UserError("search: got a number below 1; allowed: at least 1 for every number of the search")
 
@@ -86,7 +86,7 @@ def search_recipe(
     on_window: OnWindow = None,
     journal: Journal | None = None,
 ) -> Tensor:
-    """[A], the point of `recipe` with the highest mean J on validation; ties: the one that was tried first.
+    """Return the point [A] of `recipe` with the highest mean J on validation; of equals the one tried first.
 
     Args:
         recipe: what is tuned.
@@ -161,7 +161,7 @@ def axes(count: int) -> dict[str, BaseDistribution]:
 
 
 def named(point: Tensor) -> dict[str, float]:
-    """A point [A] by the names of its axes."""
+    """Return the values of a point [A] by the names of its axes."""
     return dict(zip(axes(len(point)), point.clamp(0.0, 1.0).tolist(), strict=True))
 
 

@@ -39,7 +39,7 @@ class TeacherWeightsConfig:
     """Step of the mean, in units of the spread, for a correlation of one between draw and gain."""
 
     def check(self) -> None:
-        """Raises UserError for a group that has nobody to compare with."""
+        """Raise UserError for a group that is too small to compare within."""
         if self.group_size < 2 or min(self.num_iterations, self.num_groups) < 1 or not self.rate > 0:
             raise UserError(
                 f"teacher weights: got group_size {self.group_size}, num_groups {self.num_groups}, num_iterations "
@@ -104,7 +104,7 @@ def direction(drawn: Tensor, gain: Tensor, group_size: int) -> Tensor:
 
 
 def weighing(base: Controller, theta: Tensor) -> Controller:
-    """`base`, with each student's teachers weighed by `theta` [N, 3] or [3].
+    """Return `base` with each student's teachers weighted by `theta` [N, 3] or [3].
 
     Raises:
         ValueError: a real model, which has one teacher.

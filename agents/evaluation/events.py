@@ -47,7 +47,7 @@ class _Reading:
 
 
 def read_scalars(files: Sequence[Path]) -> tuple[Scalars, list[str]]:
-    """Steps and values of every scalar tag, and a note for every damaged file.
+    """Read steps and values of every scalar tag, and a note for every damaged file.
 
     Args:
         files: event files in the order in which they were written.
@@ -102,7 +102,7 @@ def _records(blob: bytes, reading: _Reading) -> Iterator[tuple[int, bytes]]:
 
 
 def _length_at(blob: bytes, place: int) -> int | None:
-    """The length of the record at byte `place`; None where its checksum is wrong."""
+    """Return the length of the record at byte `place`, or None where its checksum is wrong."""
     head = blob[place : place + LENGTH.size]
     if len(head) < LENGTH.size or _check_at(blob, place + LENGTH.size) != masked_crc32c(head):
         return None
@@ -110,7 +110,7 @@ def _length_at(blob: bytes, place: int) -> int | None:
 
 
 def _check_at(blob: bytes, place: int) -> int | None:
-    """The checksum at byte `place`, or None behind the end."""
+    """Return the checksum at byte `place`, or None behind the end."""
     return CHECKSUM.unpack_from(blob, place)[0] if 0 <= place <= len(blob) - CHECKSUM.size else None
 
 
@@ -129,7 +129,7 @@ def _next_record(blob: bytes, place: int) -> int:
 
 
 def _scalar(value: Summary.Value) -> float | None:
-    """The number that a summary holds, or None for images, texts, histograms and the like."""
+    """Return the number in a summary, or None for images, texts, histograms and the like."""
     if value.HasField("simple_value"):
         return float(value.simple_value)
     if value.HasField("tensor") and value.metadata.plugin_data.plugin_name == "scalars":

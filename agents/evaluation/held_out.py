@@ -15,7 +15,7 @@ SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM, PLAN_STREAM, GATE_STREA
 
 
 def stream_seed(seed: int, stream: int) -> int:
-    """A seed of its own for each part of a run, so that parts do not share tasks."""
+    """Return a separate seed for each part of a run, so that parts do not share tasks."""
     generator = torch.Generator().manual_seed(seed * 8 + stream)
     return int(torch.randint(2**31, (), generator=generator))
 
@@ -84,6 +84,6 @@ def run_methods(
 
 
 def _beginning(name: str, request: Request) -> Scenario:
-    """The scenario, with the setting that a method begins with."""
+    """Return the scenario with the setting that a method begins with."""
     start = METHODS[name].start
     return replace(request.scenario, start=start(request)) if start else request.scenario

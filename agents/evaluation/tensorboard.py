@@ -26,7 +26,7 @@ _ALONE = (*_STUDENT, "margin", "floor", "size_ratio", "first_exit_rate", "num_un
 
 
 def new_logger(folder: Path) -> Logger:
-    """A stable-baselines3 logger that writes event files alone."""
+    """Return a stable-baselines3 logger that writes event files only."""
     return configure(str(folder), ["tensorboard"])
 
 
@@ -53,13 +53,13 @@ def record_evaluation(logger: Logger, evaluation: Evaluation, num_steps: int) ->
 
 
 def write_config(logger: Logger, config: Any) -> None:
-    """The resolved config as text."""
+    """Write the resolved config as text."""
     text = yaml.safe_dump(plain(config), sort_keys=False)
     _writer(logger).add_text("config", "\n".join("    " + line for line in text.splitlines()), 0)
 
 
 def write_controls(logger: Logger, scenario: Scenario, controller: Controller, seeds: Sequence[int]) -> None:
-    """A figure of the controls over an episode: mean and spread over held-out tasks."""
+    """Write a plot of the controls over an episode: mean and spread over held-out tasks."""
     seen: list[Tensor] = []
 
     def recorded(observation: Tensor, episodes: Episodes, window: int) -> Tensor:

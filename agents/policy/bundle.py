@@ -108,7 +108,7 @@ def load_bundle(folder: Path | str) -> Bundle:
 
 
 def _controls(given: dict[str, Any]) -> ControlConfig:
-    """The ranges of the controls; ValueError or UserError for anything but them."""
+    """Return the ranges of the controls; raise ValueError or UserError for anything else."""
     names = {field.name for field in fields(ControlConfig)}
     if set(given) != names:
         raise ValueError(f"action.controls has {sorted(given)!s:.60}; allowed: {sorted(names)}")
@@ -162,7 +162,7 @@ def _schema(hidden: int) -> Schema:
 
 
 def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError for values that no training writes and that would make a policy answer without meaning."""
+    """Raise UserError for values that no training writes, with which the policy's actions would be meaningless."""
     deviation = tensors["observation.deviation"]
     if not ((deviation > 0) & deviation.isfinite()).all():
         raise UserError(f"{path}: observation.deviation must be finite and above 0")
@@ -175,7 +175,7 @@ def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _card(digest: str, provenance: dict[str, Any]) -> str:
-    """A few lines for people."""
+    """Return the policy's card in Markdown."""
     lines = ["# rlkd policy", "", f"sha256 of the tensors: `{digest}`", ""]
     scores = provenance.get("scores", {})
     if scores:

@@ -42,12 +42,12 @@ class Results:
 
 
 def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-    """The setting that every student started with."""
+    """Return the setting that every student started with."""
     return episodes.start
 
 
 def follow(schedule: Tensor) -> Controller:
-    """A controller that gives every task the same `schedule` [W, 12]; past its end the last setting holds."""
+    """Return a controller that gives every task the same `schedule` [W, 12], and repeats its last row past the end."""
     return lambda observation, episodes, window: schedule[min(window, len(schedule) - 1)].expand_as(episodes.start)
 
 

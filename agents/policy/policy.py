@@ -26,7 +26,7 @@ class Policy:
     controls: ControlConfig
 
     def act(self, observation: Tensor) -> Tensor:
-        """Changes [N, 12] in [-1, 1] for observations [N, O]."""
+        """Return changes [N, 12] in [-1, 1] for observations [N, O]."""
         w = self.weights
         x = ((observation - self.mean) / self.deviation).clamp(-CLIP, CLIP)  # [N, O]
         for layer in range(2):
@@ -34,7 +34,7 @@ class Policy:
         return (x @ w["action.weight"].T + w["action.bias"]).clamp(-1.0, 1.0)
 
     def controller(self) -> Controller:
-        """Closed loop: every window's controls from what was just observed, without exploration."""
+        """Return the closed-loop controller: controls of each window from its observation, without exploration."""
         return lambda observation, episodes, window: change(
             episodes.u, self.act(observation), episodes.start, self.controls
         )
@@ -62,7 +62,7 @@ def policy_from_sb3(
 
 
 def unchanged(policy: Policy) -> Policy:
-    """The policy with the last layer of its actor at zero: its start, without changes."""
+    """Return the policy with the last layer of its actor at zero: it keeps its start unchanged."""
     last = {name: torch.zeros_like(policy.weights[name]) for name in ("action.weight", "action.bias")}
     return replace(policy, weights={**policy.weights, **last})
 

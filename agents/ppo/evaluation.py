@@ -132,5 +132,5 @@ class Choice:
 
 
 def from_table(table: NDArray[np.float64]) -> list[Evaluation]:
-    """Evaluations of the rows of `Choice.table`."""
+    """Return the evaluations in the rows of `Choice.table`."""
     return [Evaluation(int(row[0]), *(float(value) for value in row[1:])) for row in table]

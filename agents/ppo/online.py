@@ -56,7 +56,7 @@ class OnlineAgentConfig:
     clip_range: float = 0.2
 
     def check(self, num_windows: int) -> None:
-        """Raises UserError for an impossible value."""
+        """Raise UserError for an impossible value."""
         if self.windows_per_update < 2 or num_windows % self.windows_per_update:
             raise UserError(
                 f"agent.windows_per_update: got {self.windows_per_update} for num_windows {num_windows}; "
@@ -92,7 +92,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._guard, self._window = Guard(self.episodes), 0
 
     def reset(self, **_: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """What is observed now; the run goes on, whatever the caller believes to begin."""
+        """Return the present observation; the one training goes on, though the caller begins an episode."""
         return self._seen(), {}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -122,7 +122,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._guard.finish()
 
     def _seen(self) -> NDArray[np.float32]:
-        """The observation scaled from its bounds to [-1, 1]: there are no earlier runs to standardise by."""
+        """Return the observation scaled from its bounds to [-1, 1]; there are no earlier runs to standardise by."""
         scaled: NDArray[np.float32] = (2 * (self._observation[0].numpy() - LOW) / (HIGH - LOW) - 1).astype(np.float32)
         return scaled
 

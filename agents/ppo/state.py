@@ -106,7 +106,7 @@ def _restore_numpy(key: NDArray[np.int64], rest: list[Any]) -> None:
 
 
 def _last(agent: PPO) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """What the agent saw last, [N, O], and which students begin an episode there, [N]."""
+    """Return the agent's last observation [N, O], and which students begin an episode with it, [N]."""
     observation, starts = agent._last_obs, agent._last_episode_starts
     if not isinstance(observation, np.ndarray) or starts is None:
         raise ValueError("the agent has seen nothing yet")

@@ -69,7 +69,7 @@ class PPOConfig:
     """Groups of observations (the keys of rlkd.envs.observation.TABLE) that the agent does not see."""
 
     def check(self) -> None:
-        """Raises UserError for an impossible value."""
+        """Raise UserError for an impossible value."""
         names = ("num_students", "num_tasks", "num_iterations", "batch_size", "num_epochs", "hidden")
         for name in (*names, "evaluate_every", "num_evaluation_tasks"):
             if getattr(self, name) < 1:
@@ -91,7 +91,7 @@ class PPOConfig:
         return max(2, self.num_students // 4)
 
     def evaluated(self) -> tuple[int, ...]:
-        """Iterations after which the policy is evaluated; 0 is the start."""
+        """Return the iterations after which the policy is evaluated; 0 is the start."""
         return tuple(sorted({*range(0, self.num_iterations, self.evaluate_every), self.num_iterations}))
 
 
@@ -152,7 +152,7 @@ def task_pool(seed: int, index: int, num_tasks: int) -> list[int]:
 
 
 def settings(config: PPOConfig, num_windows: int) -> dict[str, Any]:
-    """What an on-policy algorithm of SB3 is told for updates on whole episodes of `num_windows` decisions."""
+    """Return the arguments of SB3's on-policy algorithms for updates on whole episodes of `num_windows` decisions."""
     return {
         "learning_rate": lambda remaining: config.learning_rate * (0.1 + 0.9 * remaining),
         "n_steps": num_windows,
@@ -322,7 +322,7 @@ def train(
 
 
 def _described(scenario: Scenario) -> list[Any]:
-    """What the journal tells of a scenario; where its cost profile lies does not matter."""
+    """Return what the journal records of a scenario, without the place of its cost profile."""
     config = {name: value for name, value in plain(scenario.config).items() if name != "cost"}
     return [list(scenario.group_sizes), config]
 

@@ -28,7 +28,7 @@ def config_names() -> list[str]:
 
 
 def new_parser(verb: str, what: str, examples: Sequence[str]) -> ArgumentParser:
-    """A parser that raises instead of exiting, with examples in its help."""
+    """Return a parser that raises instead of exiting, with examples in its help."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(
         prog=f"rlkd {verb}",
@@ -47,7 +47,7 @@ def parse(
     config_class: type[Config] | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> tuple[Config | None, Namespace]:
-    """The config that `argv` describes, and the other options.
+    """Return the config that `argv` describes, and the other options.
 
     Args:
         parser: has the verb's own options.
@@ -92,7 +92,7 @@ def _keys(parser: ArgumentParser) -> list[str]:
 
 
 def _resolve_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The options with the name of a config that comes with rlkd replaced by its path, and all configs' paths."""
+    """Replace names of configs that come with rlkd by their paths; return the options and the paths of all configs."""
     resolved, files = [], []
     for previous, given in zip(["", *argv], argv, strict=False):
         prefix, name = ("--config=", given[9:]) if given.startswith("--config=") else ("", given)
@@ -154,6 +154,6 @@ def add_run_options(parser: ArgumentParser) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that generators do not take."""
+    """Raise UserError for a seed that generators do not take."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed: got {seed}; allowed: 0 to {2**32 - 1}")

@@ -25,7 +25,7 @@ _AMBIGUOUS = re.compile(
 
 
 def check_config_file(path: Path, config_class: type[Any]) -> None:
-    """Raises UserError for a file that is no config: too large, not text, not YAML, or with a value for a section."""
+    """Raise UserError for a file that is no config: too large, not text, not YAML, or with a value for a section."""
     try:
         blob = read_bytes(path, MAX_CONFIG_BYTES)
     except UserError as error:
@@ -43,7 +43,7 @@ def check_config_file(path: Path, config_class: type[Any]) -> None:
 
 
 def check_options(argv: list[str], config_class: type[Any]) -> None:
-    """Raises UserError for a value given to a whole section, as in `--task 3`; jsonargparse would take a file there."""
+    """Raise UserError for a value given to a whole section, as in `--task 3`; jsonargparse would take a file there."""
     hints = _sections(config_class)
     for i, given in enumerate(argv):
         name, equals, value = given.partition("=")
@@ -126,7 +126,7 @@ def _check_nodes(node: yaml.Node, complaint: str) -> None:
 
 
 def check_sections(tree: Mapping[str, Any], config_class: type[Any], prefix: str = "") -> None:
-    """Raises UserError where a value stands in the place of a section, or nothing in the place of a value.
+    """Raise UserError where a value stands in the place of a section, or nothing in the place of a value.
 
     Unknown keys are left to the parser.
     """
@@ -139,7 +139,7 @@ def check_sections(tree: Mapping[str, Any], config_class: type[Any], prefix: str
 
 
 def check_section(name: str, given: Any, section: type[Any]) -> None:
-    """Raises UserError unless `given` is a mapping, down to its own sections."""
+    """Raise UserError unless `given` is a mapping, down to its own sections."""
     keys = [field.name for field in fields(section)]
     if not isinstance(given, Mapping):
         shown = "nothing" if given in (None, "") else f"{given!r:.40}"

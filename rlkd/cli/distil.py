@@ -71,7 +71,7 @@ def _is_of_real_model(folder: Path | None) -> bool:
 
 
 def policy_option(options: Namespace) -> dict[str, str]:
-    """What a run remembers of its `--policy`: nothing of the one that comes with rlkd."""
+    """Return the `--policy` that a run records: its path, or nothing for a policy that comes with rlkd."""
     return {} if options.policy is None else {"policy": str(options.policy)}
 
 

@@ -27,7 +27,7 @@ OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def usage() -> str:
-    """The help page of `rlkd` itself."""
+    """Return the help page of `rlkd` itself."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
     return (

@@ -218,7 +218,7 @@ def finish(
 def _lines(
     folder: Path, figures: dict[str, Any], measured: dict[str, dict[str, float]], far: dict[int, float]
 ) -> list[str]:
-    """What the run says at its end."""
+    """Return the lines that are printed at the end of a run."""
     lines = [
         f"validation, by which to choose among runs: J {figures['validation_score']:.4f}, accuracy "
         f"{figures['validation_accuracy']:.4f} (window {figures['best_window']} ships)",

@@ -172,5 +172,5 @@ def print_front(console: Console, title: str, front: dict[str, Any]) -> None:
 
 
 def _lead(row: dict[str, Any] | None) -> str:
-    """A paired difference with its interval, or "" for the method that the others are paired with."""
+    """Return a paired difference with its interval, or "" for the method that the others are paired with."""
     return f"{row['difference']:+.4f} [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]" if row else ""

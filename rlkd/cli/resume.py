@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def resumed(argv: Sequence[str]) -> Path | None:
-    """The folder that `--resume` names, or None."""
+    """Return the folder that `--resume` names, or None."""
     for given, following in zip(argv, [*argv[1:], ""], strict=False):
         if given == "--resume" or given.startswith("--resume="):
             name = following if given == "--resume" else given.partition("=")[2]
@@ -39,7 +39,7 @@ def resumed(argv: Sequence[str]) -> Path | None:
 def parse_run(
     new: Callable[[], ArgumentParser], argv: Sequence[str], config_class: type[Config]
 ) -> tuple[Config, Namespace]:
-    """The config and the other options of a verb that runs; with `--resume` those with which the run began.
+    """Return config and options of a verb that runs; with `--resume` those with which the run began.
 
     Args:
         new: makes the verb's parser.

@@ -72,7 +72,7 @@ def _parser() -> ArgumentParser:
 
 
 def take_mode(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of `--mode`, by default `across`, and the other options.
+    """Return the value of `--mode`, by default `across`, and the other options.
 
     Raises:
         UserError: another mode, or none behind the option.

@@ -71,7 +71,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
 
 
 def _config_tree(folder: Path) -> Mapping[str, Any]:
-    """The sections of the run's config.yaml, to tell what kind of run it was."""
+    """Read the sections of the run's config.yaml, which show what kind of run it was."""
     path = inside(folder, "config.yaml")
     text = read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace")
     tree = plain_yaml(text, str(path))
@@ -81,7 +81,7 @@ def _config_tree(folder: Path) -> Mapping[str, Any]:
 
 
 def _config(folder: Path, config_class: type[Any]) -> tuple[Any, int]:
-    """The run's config and seed."""
+    """Return the run's config and seed."""
     parser = new_parser("verify", "", [])
     parser.add_argument("--seed", type=int, default=0)
     if not hasattr(config_class, "policy"):

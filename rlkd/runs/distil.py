@@ -224,7 +224,7 @@ def shared_figures(trained: Trained) -> tuple[dict[str, Any], Metrics, Cost]:
 
 
 def compact_now(episodes: Episodes) -> CompactStudent:
-    """The one student of `episodes` of a chain as it would ship now."""
+    """Return the single student in `episodes` of a chain as it would ship now."""
     students = episodes.students
     assert isinstance(students, SoloStudent)
     masks = tuple(mask[0] for mask in students.masks())
@@ -240,7 +240,7 @@ def check_shipped(figures: Mapping[str, Any], tolerance: float = SAME) -> str:
 
 
 def student_card(figures: dict[str, Any], weights: Sequence[float], policy_sha256: str) -> dict[str, Any]:
-    """What is written beside a student: test figures, the weights of the goal, and which policy made it."""
+    """Return the card of a student: test metrics, the weights of the goal, and the digest of the policy."""
     preference = dict(zip(("accuracy", "latency", "energy"), weights, strict=True))
     return {"figures": figures, "preference": preference, "policy_sha256": policy_sha256}
 

@@ -113,7 +113,7 @@ def check_shipped_module(figures: dict[str, Any], scenario: RealScenario) -> str
 def _shipped_difference(
     shipped: ShippedStudent, scenario: RealScenario, unit_masks: Masks, *, keep: float, threshold: float
 ) -> float:
-    """The largest difference between the shipped student's answers and the trained one's on the first test samples."""
+    """Return the largest difference between answers of shipped and trained student on the first test samples."""
     student, data = scenario.student.cpu().eval(), scenario.data
     num_samples, size = COMPARED[scenario.kind]
     parts = torch.split(data.splits["test"][:num_samples], size)

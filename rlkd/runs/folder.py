@@ -26,13 +26,13 @@ class Progress(Protocol):
     """Where long work reports to; the command line shows a bar."""
 
     def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
-        """A new stretch of work: so many student trainings of so many windows each."""
+        """Begin a part of the run: `num_trainings` student trainings of `num_windows` windows each."""
 
     def advance(self, num_students: int) -> None:
-        """One window is done for so many students."""
+        """Count one window of `num_students` students."""
 
     def figures(self, **values: float) -> None:
-        """The figures that matter now."""
+        """Show the present metrics."""
 
 
 # what a run writes before its first training, and what there is only after it

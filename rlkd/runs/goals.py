@@ -34,7 +34,7 @@ class Possible:
 
 
 def with_goal(scenario: AnyScenario, goal: Goal, preference: Preference) -> AnyScenario:
-    """The same scenario, all of whose tasks have this goal.
+    """Return the scenario with this goal in all of its tasks.
 
     Raises:
         UserError: the goal cannot be read.
@@ -139,7 +139,7 @@ def goal_figures(episodes: Episodes, accuracy: tuple[float, float], cost: Cost, 
 
 
 def goal_line(figures: dict[str, Any], measured: dict[str, Any]) -> str:
-    """The last line of a run: whether the goal is met, and the measured speed."""
+    """Return the last line of a run: whether the goal is met, and the measured speed."""
     batch = measured["profile_batch"]
     row = measured[f"batch_{batch}"]
     speeds = [_compared_with("the dense student", row["speedup"])]
@@ -165,7 +165,7 @@ def _compared_with(other: str, speedup: float) -> str:
 
 
 def task_of(scenario: EpisodeScenario, seed: int) -> Task:
-    """The task of a seed, as an episode draws it."""
+    """Return the task of a seed, as an episode draws it."""
     return draw_task(seed, scenario.config.task, scenario.data, len(scenario.signals.accuracy))
 
 

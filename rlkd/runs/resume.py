@@ -39,7 +39,7 @@ def describe(
 
 
 def with_own_profile(config: Config, folder: Path, name: str = PROFILE) -> Config:
-    """The config (a dataclass with a section `cost`) with the cost profile that the run has written, if it has."""
+    """Return the config, a dataclass with a section `cost`, with the cost profile that the run wrote, if any."""
     path = folder / f"{name}.json"
     if not path.exists():
         return config
@@ -50,7 +50,7 @@ def with_own_profile(config: Config, folder: Path, name: str = PROFILE) -> Confi
 
 
 def remember(journal: Journal, verb: str, tensors: Mapping[str, Tensor], **features: Any) -> None:
-    """The journal's first entry: which verb, and what it found outside of its config (data, teachers, policy).
+    """Write the journal's first entry: the verb, and digests of its data, teachers and policy.
 
     Raises:
         UserError: the run that is resumed had begun with others.

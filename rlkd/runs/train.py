@@ -59,7 +59,7 @@ class Run:
     progress: Progress
 
     def generator(self, stream: int) -> torch.Generator:
-        """The random source of one part."""
+        """Return the random generator of one part."""
         return torch.Generator().manual_seed(stream_seed(self.seed, stream))
 
 
@@ -270,7 +270,7 @@ def _mean_windows(config: ExperimentConfig) -> int:
 
 
 def shipped_goal(config: ExperimentConfig) -> Goal:
-    """The goal of the one student that a `train` run ships: the first one that is compared."""
+    """Return the goal of the student that a `train` run ships: the first one that is compared."""
     if not config.comparison.keeps:
         return Goal()
     return Goal(keep=config.comparison.keeps[0], reference=config.task.reference)

@@ -189,7 +189,7 @@ def compare_results(recorded: Mapping[str, Any], computed: Mapping[str, Any]) ->
 
 
 def differences(recorded: Any, computed: Any, path: str = "") -> list[str]:
-    """What differs between two JSON trees, each with its place; numbers may differ by rounding."""
+    """Return the differences between two JSON trees, each with its place; numbers may differ by rounding."""
     if isinstance(recorded, Mapping) and isinstance(computed, Mapping):
         found = [
             f"{path}{key}: is {'missing' if key in computed else 'unknown'}" for key in set(recorded) ^ set(computed)
@@ -214,7 +214,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _named_rows(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a result that are compared, by the names that they are reported under."""
+    """Return the compared parts of a result by the names that they are reported under."""
     rows: dict[str, Any] = {}
     tables = result.get("goals")
     groups = {f"{t.get('name')}, ": t for t in tables} if isinstance(tables, list) and _are_tables(tables) else {}
@@ -251,7 +251,7 @@ def _replayed(result: Mapping[str, Any]) -> dict[str, Any]:
 def _student_rows(
     folder: Path, scenario: Scenario, seed: int, recorded: Any, policy_sha256: str | None = None
 ) -> list[Row]:
-    """The student that the run shipped, as it answers now, against what the run recorded and its card says."""
+    """Compare the shipped student's present answers with the run's record and the student's card."""
     if not isinstance(recorded, dict):
         return [Row("student", ("is not in result.json",))]
     try:
@@ -284,7 +284,7 @@ def _figure_rows(recorded: Mapping[str, Any], figures: Mapping[str, Any]) -> lis
 
 @torch.inference_mode()
 def _student_figures(student: CompactStudent, scenario: Scenario, seed: int, diverged: bool) -> dict[str, Any]:
-    """What `rlkd.runs.distil.distil` reports of a student, from its file alone.
+    """Compute what `rlkd.runs.distil.distil` reports of a student from its file alone.
 
     Raises:
         UserError: it is no student of this scenario.

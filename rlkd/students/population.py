@@ -58,7 +58,7 @@ class WithAdapter(nn.Module):
             self.adapter = nn.Linear(student.group_sizes[-1], teacher_width)
 
     def forward(self, inputs: Tensor, masks: Masks) -> tuple[Outputs, Tensor]:
-        """The student's outputs, and its last features at the teacher's width, [B, F]."""
+        """Return the student's outputs, and its last features at the teacher's width, [B, F]."""
         outputs = self.student(inputs, masks)
         last = outputs.features[-1]
         return outputs, self.adapter(last.mean((-2, -1)) if last.ndim == 4 else last)
@@ -236,7 +236,7 @@ class Population:
         return [*(tensor for store in stores for tensor in store.values()), self._num_updates]
 
     def _train(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """A window on the device, which asks nothing of the CPU.
+        """Train a window on the device, without any transfer to the CPU.
 
         Args:
             given: a mask a group, positions [K, N, B], weights [N, 4], temperature [N], learning rate [N], stakes.
@@ -267,7 +267,7 @@ class Population:
         return Metrics(*(tensor.to("cpu", copy=True) for tensor in results))
 
     def _metrics(self, split: Split, threshold: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
-        """The fields of `Metrics`, on the device."""
+        """Return the fields of `Metrics`, on the device."""
         index = self._data.splits[split]  # [B]
         outputs = self._forward(self._parameters, masks, self._data.inputs[index])
         log_p = self._teachers.answers(self._signals, index)  # [N, C, B]
@@ -276,11 +276,11 @@ class Population:
         return tuple(getattr(metrics, field.name) for field in dataclasses.fields(metrics))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the parameters, adapter included, each [N, ...]."""
+        """Return copies of the parameters, adapter included, each [N, ...]."""
         return {name.removeprefix("student."): p.to("cpu", copy=True) for name, p in self._parameters.items()}
 
     def masks(self) -> Masks:
-        """Current masks, one [N, G] a group."""
+        """Return the present masks, [N, G] for each group."""
         return tuple(mask.cpu() for mask in self._masks)
 
     def training_state(self) -> dict[str, Tensor]:
@@ -310,7 +310,7 @@ class Population:
         return importance(self._student, named, self._input_scale)
 
     def _batch(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """Inputs, labels and teacher signals of each student's samples at `positions` [N, B]."""
+        """Return inputs, labels and teacher signals of each student's samples at `positions` [N, B]."""
         samples, labels = self._samples.gather(1, positions), self._labels.gather(1, positions)  # each [N, B]
         return self._data.inputs[samples], labels, *self._teachers.of(self._signals, samples, labels)
 
@@ -336,7 +336,7 @@ class Population:
         return losses, outputs  # [4]
 
     def _loss(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
-        """What is differentiated, and the losses; `rest` as of `_losses`, with weights before its last, then stakes."""
+        """Return total and losses; `rest` is that of `_losses`, with the weights before its last, then the stakes."""
         weights, temperature, stakes = rest[-3:]
         arguments = (*rest[:-3], temperature)
         losses, outputs = self._losses(parameters, *arguments)
@@ -370,7 +370,7 @@ class Population:
 
 
 def _placed(tensors: Tensors, device: torch.device) -> Tensors:
-    """The same data or signals on `device`; nothing is copied that is there already."""
+    """Move data or signals to `device`; tensors that are there already are not copied."""
     moved: dict[str, Any] = {}
     for field in dataclasses.fields(tensors):
         value = getattr(tensors, field.name)

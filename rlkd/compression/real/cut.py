@@ -51,7 +51,7 @@ SPARE_BLOCKS = 32  # layers beyond the card's blocks, such as those of an embedd
 def cut_model(
     model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks, *, cuts_units: bool = True
 ) -> nn.Module:
-    """A model on the CPU that answers like `model` under `masks`, physically smaller where it can be.
+    """Return a model on the CPU that answers like `model` under `masks`, physically smaller where possible.
 
     Args:
         model: of transformers.
@@ -84,7 +84,7 @@ def cut_model(
 
 
 def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, threshold: float) -> ShippedStudent:
-    """The student as it will answer, on the CPU.
+    """Return the student as it will answer, on the CPU.
 
     Args:
         student: trained.
@@ -160,7 +160,7 @@ def load_module_student(folder: Path | str) -> ShippedStudent:
 
 
 def _shipment(given: Any) -> Shipment:
-    """The card's entry as it was written; ValueError, KeyError or TypeError for values that answer nothing."""
+    """Return the card's entry as it was written; raise ValueError, KeyError or TypeError for wrong values."""
     values = dict(given)
     if set(values) != {f.name for f in fields(Shipment)}:
         raise ValueError(f"shipment has {sorted(values)!s:.60}; allowed: {[f.name for f in fields(Shipment)]!s:.200}")
@@ -186,7 +186,7 @@ def _shipment(given: Any) -> Shipment:
 
 
 def _check_model_folder(folder: Path) -> None:
-    """Raises UserError for a file of `model/` that leads out of it, is none, or is too large for what it is."""
+    """Raise UserError for an entry of `model/` that leads out of it, is no file, or is too large."""
     inside(folder, "model")
     for path in sorted((folder / "model").iterdir()):
         with opened(
@@ -241,7 +241,7 @@ def _load_heads(folder: Path, shipment: Shipment) -> nn.ModuleList:
 
 
 def _check_outputs(model: Any, heads: nn.ModuleList, shipment: Shipment) -> None:
-    """Raises ValueError where the model answers other classes than the card says, or cannot answer at its exits."""
+    """Raise ValueError where the model has other classes than its card, or cannot answer at its exits."""
     is_causal = shipment.kind == "causal_lm"
     num_outputs = model.config.vocab_size if is_causal else model.config.num_labels
     if num_outputs != shipment.num_classes:

@@ -123,7 +123,7 @@ def try_out(
 
 
 def _variants(plan: Plan, control: str) -> list[Plan]:
-    """The plan, then what is left of a control where that does not work; empty where there is none."""
+    """Return the plan, then one with less of a control, to try in this order; [] for a control that it lacks."""
     if control == "unit_keep" and plan.groups:
         return [plan, *([keep_zeros(plan)] if plan.cuts_units else [])]
     if control == "exit_threshold" and plan.exits:
@@ -132,7 +132,7 @@ def _variants(plan: Plan, control: str) -> list[Plan]:
 
 
 def _with(plan: Plan, other: Plan, control: str) -> Plan:
-    """The plan with one control as in another plan of the same model."""
+    """Return the plan with one control as in another plan of the same model."""
     controls = {**plan.controls, control: other.controls[control]}
     if control == "unit_keep":
         return replace(plan, groups=other.groups, cuts_units=other.cuts_units, controls=controls)
@@ -153,7 +153,7 @@ def _reason(trial: nn.Module, plan: Plan, links: Sequence[Link], kind: Kind, bat
 
 @torch.no_grad()
 def _check_model(model: nn.Module, inputs: Inputs) -> None:
-    """Raises UserError for answers that are not finite, or not the same twice."""
+    """Raise UserError for answers that are not finite, or differ between two passes."""
     first, second = (logits_of(forward(model, inputs)) for _ in range(2))
     if not bool(torch.isfinite(first).all()):
         raise UserError(f"{type(model).__name__}: its answers are not finite; give another model")
@@ -163,7 +163,7 @@ def _check_model(model: nn.Module, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def _check_causal(model: nn.Module, inputs: Inputs) -> None:
-    """Raises UserError for a language model that answers a token from the tokens behind it."""
+    """Raise UserError for a language model whose answer to a token depends on later tokens."""
     ids = inputs["input_ids"]
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 1) % int(ids.max() + 1)
@@ -231,7 +231,7 @@ def _check(
 
 
 def _check_alone(student: Instrumented, inputs: Inputs, masks: Masks, keep: float, whole: Sequence[Tensor]) -> None:
-    """Raises UserError where one sample's answers [C], or [L, V], are not those that it has in a batch."""
+    """Raise UserError where a sample's answers [C], or [L, V], differ between a pass alone and a batch."""
     for alone, batched in zip(student(inputs, masks, keep).logits, whole, strict=True):
         row = alone[0]
         gap = _difference(row, batched[: len(row)] if student.plan.per_token else batched)
@@ -248,14 +248,14 @@ def _draw_heads(student: Instrumented) -> None:
 
 
 def _middle(logits: Tensor) -> float:
-    """A threshold that half of the samples, or tokens, pass at the exit of these logits [..., C]."""
+    """Return a threshold that half of the samples, or tokens, pass at the exit of these logits [..., C]."""
     confidence = logits.float().softmax(-1).amax(-1).flatten().sort().values
     half = len(confidence) // 2
     return float(confidence[max(0, half - 1) : half + 1].mean())
 
 
 def _check_training(model: nn.Module, plan: Plan, links: Sequence[Link], inputs: Inputs) -> None:
-    """Raises UserError where half a student has no finite gradient in training mode; changes running statistics."""
+    """Raise UserError where half a student has no finite gradient in training mode; change running statistics."""
     masks = tuple((torch.arange(group.size) % 2 == 0).float() for group in plan.groups)
     with Instrumented(model, plan, list(links)).train() as student:
         torch.manual_seed(0)

@@ -32,7 +32,7 @@ class AttachConfig:
     """Which blocks learn from the teacher's features: `last`, or `all`, spread over the teacher's."""
 
     def check(self) -> None:
-        """Raises UserError for an impossible value."""
+        """Raise UserError for an impossible value."""
         if self.patience < 0 or self.patience == 1:
             raise UserError(f"attach.patience: got {self.patience}; allowed: 0, or at least 2 exits that agree")
         if self.select_after < 1:
@@ -161,7 +161,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
 
 
 def without(plan: Plan, control: str, reason: str) -> Plan:
-    """The plan with one control switched off: `unit_keep`, `feature_keep` or `exit_threshold`."""
+    """Return the plan with one control switched off: `unit_keep`, `feature_keep` or `exit_threshold`."""
     controls = {**plan.controls, control: f"not available: {reason}"}
     if control == "unit_keep":
         return replace(plan, groups=(), cuts_units=False, controls=controls)
@@ -171,7 +171,7 @@ def without(plan: Plan, control: str, reason: str) -> Plan:
 
 
 def keep_zeros(plan: Plan) -> Plan:
-    """The plan for a model whose hidden units cannot be cut out: masked ones stay in the shipped model, as zeros."""
+    """Return the plan for a model whose units cannot be cut out: the shipped model keeps masked ones as zeros."""
     text = plan.controls["unit_keep"].replace("masked heads stay", "masked ones stay")
     return replace(plan, cuts_units=False, controls={**plan.controls, "unit_keep": text})
 
@@ -211,7 +211,7 @@ Call = tuple[Tensor | None, list[Tensor], Any]  # first argument, the other tens
 
 @contextmanager
 def _calls(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
-    """Calls of every block within the `with` block, in their order."""
+    """Record the calls of every block within the `with` block, in their order."""
     calls: dict[str, list[Call]] = {block: [] for block in blocks}
     handles = []
     for block in blocks:
@@ -247,7 +247,7 @@ def _other_pass(model: nn.Module, inputs: Mapping[str, Tensor], calls: dict[str,
 
 
 def _hidden(calls: Sequence[Call], others: Sequence[Call], sizes: tuple[int, int]) -> Tensor | None:
-    """What the last call gave: [B, L, D], [B, C, H, W] or [B, D] with B the batch's and the width the model's own."""
+    """Return the last call's output, [B, L, D], [B, C, H, W] or [B, D], of the batch's size and the model's width."""
     try:
         hidden, smaller = (tensor_at(given[-1][2], 0, "") for given in (calls, others))
     except UserError:
@@ -285,7 +285,7 @@ def _follow_rows(tensors: Sequence[Tensor], others: Sequence[Tensor], sizes: tup
 
 
 def _units_in_words(groups: tuple[Group, ...]) -> str:
-    """What unit_keep masks, and what of it stays in the shipped model."""
+    """Describe what unit_keep masks, and what of it stays in the shipped model."""
     if not groups:
         return "not available: no known layout of feed-forward layers and heads, or of inner channels"
     count = f"in {len(groups)} groups; masked"
@@ -336,7 +336,7 @@ def _exits(config: AttachConfig, num_blocks: int, why_not: str) -> tuple[int, ..
 def _attention_places(
     model: nn.Module, blocks: list[str], layout: Layout | None, inputs: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """A place a block whose output is weights [B, heads, L, L]; none where the model does not give them."""
+    """Return each block's place of attention weights [B, heads, L, L]; [] where the model does not give them."""
     if layout is None:
         return ()
     places = tuple(f"{block}.{layout.attention}:1" for block in blocks)

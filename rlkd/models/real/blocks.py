@@ -119,7 +119,7 @@ def _flat(model: nn.Module, path: str) -> list[str]:
 
 
 def layout_of(model: nn.Module, blocks: Sequence[str]) -> Layout | None:
-    """The layout that every block has; None where none fits."""
+    """Return the layout that fits every block, or None."""
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for layout in LAYOUTS.values():
         paths = (*layout.queries, layout.out, *layout.up, layout.down)
@@ -175,7 +175,7 @@ def _channel_groups(model: nn.Module, blocks: Sequence[str]) -> list[Group]:
 
 
 def linear(model: nn.Module, path: str) -> nn.Linear:
-    """The linear layer at `path`."""
+    """Return the linear layer at `path`."""
     layer = model.get_submodule(path)
     assert isinstance(layer, nn.Linear)
     return layer
@@ -183,7 +183,7 @@ def linear(model: nn.Module, path: str) -> nn.Linear:
 
 @torch.no_grad()
 def group_importance(model: nn.Module, groups: Sequence[Group]) -> Masks:
-    """Importance of every unit: mean absolute weight that writes it plus mean absolute weight that reads it.
+    """Return each unit's importance: mean absolute weight that writes it plus mean absolute weight that reads it.
 
     Coupled weights are judged together, as in DepGraph (Fang et al. 2023), by magnitude (Li et al. 2017).
 

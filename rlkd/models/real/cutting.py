@@ -32,7 +32,7 @@ class StudentCut:
     """Share of the hidden size, heads and hidden units that is kept; leading rows and columns stay."""
 
     def check(self) -> None:
-        """Raises UserError for a student without a layer or wider than its teacher."""
+        """Raise UserError for a student without a layer or wider than its teacher."""
         if self.layers is not None and self.layers < 1:
             raise UserError(f"cut.layers: got {self.layers}; allowed: at least 1")
         if not 0 < self.width <= 1:
@@ -91,7 +91,7 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
 def _teacher_names(
     student: nn.Module, teacher: nn.Module, keep: str, fits: Callable[[Tensor, Tensor], bool]
 ) -> dict[str, str] | None:
-    """The teacher's tensor that each of the student's is copied from; None where one has no counterpart that fits."""
+    """Return the teacher's tensor for each of the student's, or None where one has no counterpart that fits."""
     theirs, lists = teacher.state_dict(), (_lists(student), _lists(teacher))
     names = {}
     for name, tensor in student.state_dict().items():
@@ -116,12 +116,12 @@ def _type(model: nn.Module) -> str:
 
 
 def _lists(model: nn.Module) -> dict[str, int]:
-    """Number of entries of every list of modules, by its path."""
+    """Return the number of entries of every list of modules, by its path."""
     return {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
 
 
 def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]], keep: str) -> str:
-    """The teacher's name of a student's tensor: entries of a shorter list stand for entries of the longer one."""
+    """Return the teacher's name of a student's tensor; entries of a shorter list correspond to some of the longer."""
     mine, theirs = lists
     own: list[str] = []
     other: list[str] = []
@@ -135,7 +135,7 @@ def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]],
 
 
 def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Sequence[int], num_blocks: int) -> Any:
-    """The teacher's configuration with fewer blocks and, for width below 1, narrower ones."""
+    """Return the teacher's configuration with fewer blocks and, for width below 1, narrower ones."""
     config: Any = copy.deepcopy(teacher.config)
     config.architectures = [type(teacher).__name__]
     if len(chosen) == num_blocks and cut.layers is not None:
@@ -161,7 +161,7 @@ def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Seq
 
 
 def _fewer_blocks(teacher: nn.Module, config: Any, kind: Kind, chosen: Sequence[int], cut: StudentCut) -> Any | None:
-    """A configuration whose model has the chosen blocks, or half of every stage's; None where no name was found."""
+    """Return a configuration with the chosen blocks or half of every stage's; None if no name gives their number."""
     blocks = block_paths(teacher)
     path, full, is_shared = blocks[0].rpartition(".")[0], _lists(teacher), len(blocks) == 1
     for fits in (_is_whole, _is_part):  # a tensor outside of the blocks may have one entry a block
@@ -203,7 +203,7 @@ def _depth_names(part: Any) -> list[str]:
 
 
 def _candidates(config: Any, num_blocks: int, chosen: Sequence[int]) -> Iterator[Any]:
-    """Configurations in which one number that equals the number of blocks is that of the chosen ones."""
+    """Yield configurations with one number that equals the number of blocks replaced by that of the chosen ones."""
     for path in _parts(config):
         values = {name: getattr(_part(config, path), name, None) for name in _depth_names(_part(config, path))}
         if any(_is_depths(value) for value in values.values()):  # a model in stages: its blocks differ in size
@@ -220,7 +220,7 @@ def _is_depths(value: Any) -> bool:
 
 
 def _halved(config: Any, is_shared: bool) -> Iterator[Any]:
-    """Configurations with half of a depth: of every entry of a list, or of a number where one block runs repeatedly."""
+    """Yield configurations with half of a depth: all entries of a list, or a number where one block runs repeatedly."""
     for path in _parts(config):
         for name in _depth_names(_part(config, path)):
             value: Any = getattr(_part(config, path), name, None)
@@ -235,7 +235,7 @@ def _halved(config: Any, is_shared: bool) -> Iterator[Any]:
 
 
 def _without_stage_names(config: Any) -> Any:
-    """The configuration with the names of a backbone's stages made anew: their number follows the depth."""
+    """Return the configuration without the names of a backbone's stages, whose number follows the depth."""
     if not hasattr(config, "out_features"):
         return config
     entries = {k: v for k, v in config.to_dict().items() if k not in ("stage_names", "out_features", "out_indices")}
@@ -255,7 +255,7 @@ def _set(part: Any, name: str, value: Any, chosen: Sequence[int], num_blocks: in
 
 
 def _on_meta(config: Any, kind: Kind) -> nn.Module | None:
-    """The model of a configuration without its weights; None where it cannot be built."""
+    """Return the model of a configuration without its weights, or None where it cannot be built."""
     try:
         written = type(config).from_dict(config.to_dict())  # as the student's folder will have it
         with torch.device("meta"):

@@ -88,7 +88,7 @@ def capture(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def tensor_at(output: Any, item: int, place: str) -> Tensor:
-    """The tensor at `item` of a module's output, which may be a tensor, a sequence or a mapping.
+    """Return the tensor at `item` of a module's output, which may be a tensor, a sequence or a mapping.
 
     Raises:
         UserError: there is none.
@@ -119,7 +119,7 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> Any:
 
 @torch.no_grad()
 def dry_pass(model: nn.Module, patterns: Sequence[str], inputs: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
-    """What the places give for `inputs`, in evaluation mode; the model's mode is restored."""
+    """Return the tensors at the places for `inputs`, in evaluation mode; restore the model's mode."""
     was_training = model.training
     model.eval()
     try:
@@ -188,7 +188,7 @@ def build_adapters(links: Sequence[Link]) -> nn.ModuleList:
 
 
 def link_table(links: Sequence[Link]) -> str:
-    """The links as an aligned table of text, one a line."""
+    """Return the links as an aligned table of text, one a line."""
     rows = [("student", "shape", "teacher", "shape", "adapter")]
     rows += [(k.student, str(list(k.student_shape)), k.teacher, str(list(k.teacher_shape)), k.adapter) for k in links]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -169,7 +169,7 @@ class Instrumented(nn.Module):
 
 
 def new_head(width: int, plan: Plan) -> nn.Module:
-    """What an exit adds to the model: a linear head, or the norm ahead of a language model's own head."""
+    """Return the new module of an exit: a linear head, or the norm ahead of a language model's own head."""
     return nn.RMSNorm(width) if plan.per_token else nn.Linear(width, plan.num_classes)
 
 

@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": "e
 
 
 def transformers() -> Any:
-    """The package transformers.
+    """Import the package transformers.
 
     Raises:
         UserError: the extra is not installed.
@@ -62,7 +62,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_config(source: str) -> Any:
-    """The configuration in a folder, in a JSON file, or of a hub id.
+    """Load the configuration in a folder, in a JSON file, or of a hub id.
 
     Raises:
         UserError: there is none, or it cannot be had without network.
@@ -72,14 +72,14 @@ def load_config(source: str) -> Any:
 
 @functools.cache
 def class_names(kind: Kind) -> frozenset[str]:
-    """The classes of transformers that are for `kind`."""
+    """Return the names of the classes of transformers for `kind`."""
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     table: Mapping[str, str | tuple[str, ...]] = getattr(auto, f"MODEL_FOR_{kind.upper()}_MAPPING_NAMES")
     return frozenset(n for names in table.values() for n in ((names,) if isinstance(names, str) else names))
 
 
 def kind_of(config: Any, source: str) -> Kind:
-    """What a model is for, from the architecture that its configuration names.
+    """Return the kind of a model, from the architecture that its configuration names.
 
     Raises:
         UserError: none of the three kinds.
@@ -95,7 +95,7 @@ def kind_of(config: Any, source: str) -> Kind:
 
 
 def _class_of(config: Any, kind: Kind) -> Any:
-    """The class that the configuration names, where it is one for `kind`; else what transformers chooses.
+    """Return the class that the configuration names, where it is one for `kind`, else transformers' choice.
 
     Raises:
         UserError: transformers has none.
@@ -118,7 +118,7 @@ def load_model(
     seed: int = 0,
     device_map: str | None = None,
 ) -> nn.Module:
-    """A pretrained model in float32 and evaluation mode.
+    """Load a pretrained model in float32 and evaluation mode.
 
     Args:
         source: a folder with config.json and safetensors, or a hub id where there is network.
@@ -157,7 +157,7 @@ def load_model(
 
 
 def _shared_prefix(model: Any, info: Mapping[str, Any]) -> str:
-    """What stands ahead of the names in a file of weights, such as `module.`; "" where the names fit as they are."""
+    """Return the prefix of the names in a file of weights, such as `module.`, or "" where the names fit as they are."""
     strangers, missing = set(info["unexpected_keys"]), set(info["missing_keys"])
     base = f"{model.base_model_prefix}."
     wanted = missing | {name.removeprefix(base) for name in missing}
@@ -181,7 +181,7 @@ def _is_of_head(model: Any, name: str) -> bool:
 
 
 def read_device_map(text: str) -> dict[str, Any]:
-    """What `from_pretrained` takes for it: a word of accelerate's, or a JSON file of module paths and devices.
+    """Return the arguments of `from_pretrained` for a word of accelerate's, or a JSON file of module paths and devices.
 
     Parts on `disk` are read from the model's own safetensors when they are needed.
 
@@ -212,7 +212,7 @@ def state_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def new_model(config: Any, kind: Kind, seed: int) -> nn.Module:
-    """A model of `config` with fresh weights drawn from `seed`, in evaluation mode."""
+    """Return a model of `config` with fresh weights drawn from `seed`, in evaluation mode."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model = _class_of(config, kind)._from_config(config, attn_implementation=OPTIONS["attn_implementation"])
@@ -228,7 +228,7 @@ def whole_depth(model: nn.Module) -> nn.Module:
 
 
 def load_processor(source: str, kind: Kind) -> Any:
-    """The tokenizer, or the image processor, that stands beside a model.
+    """Load the tokenizer, or the image processor, from a model's folder.
 
     A tokenizer without a padding token pads with its end token, which a warning reports.
 
@@ -287,7 +287,7 @@ def _load(source: str, loader: Any, **options: Any) -> Any:
 
 
 def vocabulary_differences(teacher: Any, student: Any) -> str | None:
-    """What first differs between two tokenizers, in words; None where they give the same ids for the same text."""
+    """Describe the first difference between two tokenizers; None where they give the same ids for the same text."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         return f"{len(theirs)} against {len(ours)} tokens, first at {_first_difference(theirs, ours)}"

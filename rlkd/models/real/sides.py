@@ -249,14 +249,14 @@ def _check_words(name: str, data: Examples, tokenizer: Any) -> None:
 
 
 def _check_tokens(name: str, model: nn.Module, data: Examples) -> None:
-    """Raises UserError for a vocabulary that the tokens go beyond."""
+    """Raise UserError for token ids beyond the model's vocabulary."""
     size, highest = getattr(model.config, "vocab_size", None), int(data.inputs["input_ids"].max())
     if isinstance(size, int) and highest >= size:
         raise UserError(f"{name}: its vocabulary has {size} tokens; the data have token {highest}")
 
 
 def _check_same_size(name: str, model: nn.Module, size: int) -> None:
-    """Raises UserError for a pretrained student whose tokens may be others than the teacher's."""
+    """Raise UserError for a pretrained student whose tokens may differ from the teacher's."""
     own: Any = model.config
     if own.vocab_size != size:
         raise UserError(
@@ -302,7 +302,7 @@ def _cut_vocabulary(name: str, model: nn.Module, size: int, tokenizer: Any) -> s
 
 @torch.no_grad()
 def most_tokens(model: nn.Module, data: Examples, name: str) -> int:
-    """The length of the longest text, or of the longest beginning of it that the model takes.
+    """Return the length of the longest text, or of the longest beginning of it that the model takes.
 
     Raises:
         UserError: it takes none.
@@ -378,7 +378,7 @@ def _take_classes(config: Any, teacher: Any) -> None:
 
 
 def _own_processor(source: str, kind: Kind) -> Any:
-    """The student's own tokenizer or image processor; None where its folder has none."""
+    """Load the student's own tokenizer or image processor; None where its folder has none."""
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json")
     if Path(source).is_dir() and not any((Path(source) / name).exists() for name in names):
         return None

@@ -72,7 +72,7 @@ def module_signals(
 
 
 def describe_quality(signals: Signals, data: Examples) -> str:
-    """The teacher's accuracy on validation in one line, with a warning where it is no better than a constant answer."""
+    """Describe the teacher's accuracy on validation, with a warning where a constant answer is as good."""
     if isinstance(data, TokenExamples):
         return ""
     accuracy, labels = float(signals.accuracy[0]), data.labels[data.splits["validation"]]
@@ -89,7 +89,7 @@ def describe_quality(signals: Signals, data: Examples) -> str:
 
 
 def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
-    """What signals depend on: weights, configuration, data with their preprocessing, and versions."""
+    """Return what signals depend on: weights, configuration, data with their preprocessing, and versions."""
     splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
     config: Any = teacher.config
     return {
