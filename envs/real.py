@@ -19,6 +19,7 @@ from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
 from rlkd.data.rows import ColumnConfig
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.guard import GuardConfig
+from rlkd.envs.rate import with_learning_rate
 from rlkd.envs.references import References, stated_reference
 from rlkd.envs.scenario import check_keep
 from rlkd.errors import UserError
@@ -291,7 +292,7 @@ def build_real_scenario(
         num_labels=Range(len(student.data.splits["train"]), len(student.data.splits["train"])),
     )
     is_whole = config.teacher_device_map is None
-    return RealScenario(
+    scenario = RealScenario(
         RealEpisodeConfig(config.num_windows, task, config.train, controls),
         student.data,
         signals,
@@ -308,6 +309,7 @@ def build_real_scenario(
         teacher.model if is_whole else None,
         teacher.data if is_whole else None,
     )
+    return with_learning_rate(scenario, seed)
 
 
 def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:

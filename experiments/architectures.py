@@ -255,7 +255,7 @@ def try_architecture(task: str, family: str, folder: Path) -> Row:
         teacher=str(folder / "teacher"),
         data=str(write_data(folder, task, getattr(model.config, "image_size", None) or IMAGE_SIZE)),
         num_windows=1,
-        train=ModuleTrainConfig(steps_per_window=2, batch_size=8),
+        train=ModuleTrainConfig(steps_per_window=2, batch_size=8, learning_rate=5e-5),
         cost=RealCostConfig(batch_size=4),
     )
     try:

@@ -17,7 +17,10 @@ from rlkd.compression.real.cut import load_module_student
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import make_examples, read_table
 
-QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
+QUICK = [
+    *("--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8"),
+    *("--cost.batch_size", "4", "--train.learning_rate", "5e-5"),
+]
 GOOD, BAD = ("good", "fine", "bright", "great"), ("bad", "dull", "slow", "poor")
 
 

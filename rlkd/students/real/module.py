@@ -54,8 +54,8 @@ class ModuleTrainConfig(TrainConfig):
     micro_batches: int = 1
     """Parts that a batch is computed in; the loss is the same, the memory smaller."""
     optimizer: Literal["adamw", "lion"] = "adamw"
-    learning_rate: float = 5e-5
-    """Step size where the policy's control stands at 0.003, its published value."""
+    learning_rate: float = 0.0
+    """Step size where the policy's control stands at 0.003, its published value; 0: a range test finds one."""
     rate_exponent: float = 0.5
     """How strongly the control moves the step size: by (control / 0.003) to this power; 0: not at all."""
     weight_decay: float = 0.01
@@ -71,7 +71,7 @@ class ModuleTrainConfig(TrainConfig):
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
     evaluation_batch_size: int = 64
-    validation_size: int = 128
+    validation_size: int = 512
     """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
 
     def check(self) -> None:
@@ -81,10 +81,10 @@ class ModuleTrainConfig(TrainConfig):
             raise UserError(
                 f"train.micro_batches: got {self.micro_batches}; allowed: 1 to {self.batch_size}, the batch"
             )
-        if not (self.learning_rate > 0 and self.clip_norm > 0 and self.weight_decay >= 0):
+        if not (self.learning_rate >= 0 and self.clip_norm > 0 and self.weight_decay >= 0):
             raise UserError(
                 f"train: got learning_rate {self.learning_rate:g}, clip_norm {self.clip_norm:g}, weight_decay "
-                f"{self.weight_decay:g}; allowed: above 0, above 0, at least 0"
+                f"{self.weight_decay:g}; allowed: at least 0 (0: a range test), above 0, at least 0"
             )
         if not 0 <= self.rate_exponent <= 1:
             raise UserError(f"train.rate_exponent: got {self.rate_exponent:g}; allowed: 0 to 1")
@@ -137,6 +137,8 @@ class ModuleStudent:
         self, student: Instrumented, data: Examples, signals: Signals, config: ModuleTrainConfig, num_windows: int
     ) -> None:
         config.check()
+        if config.learning_rate == 0:
+            raise ValueError("learning_rate: got 0; allowed here: above 0 (rlkd.envs.rate finds one)")
         if config.batch_size < config.micro_batches * processes.num_processes():
             raise UserError(
                 f"train.batch_size: got {config.batch_size}; allowed: at least {config.micro_batches} micro-batches a "

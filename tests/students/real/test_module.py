@@ -319,7 +319,7 @@ def test_the_control_s_hold_on_the_learning_rate_can_be_loosened() -> None:
 
 WRONG: dict[str, Callable[[], ModuleTrainConfig]] = {
     "micro_batches": lambda: replace(TRAIN, micro_batches=13),
-    "learning_rate": lambda: replace(TRAIN, learning_rate=0.0),
+    "learning_rate": lambda: replace(TRAIN, learning_rate=-1.0),
     "warmup": lambda: replace(TRAIN, warmup=1.0),
     "rate_exponent": lambda: replace(TRAIN, rate_exponent=1.5),
     "device": lambda: replace(TRAIN, device="gpu"),

@@ -1,0 +1,79 @@
+"""The range test: it finds a step size that learns, says so, and leaves the student as it was."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from rlkd.envs import ControlConfig, rate
+from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.errors import UserError
+from rlkd.models.real.cutting import StudentCut
+from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+
+
+@pytest.fixture(scope="module")
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> RealScenario:
+    folder = tmp_path_factory.mktemp("rate")
+    teacher = tiny_models.tiny("vit", layers=3)
+    classes = list(teacher.config.id2label.values())
+    teacher.save_pretrained(folder / "vit")
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % len(classes)
+    size = teacher.config.image_size
+    images = generator.normal(size=(60, teacher.config.num_channels, size, size)).astype(np.float32)
+    np.savez(folder / "data.npz", inputs=images, labels=labels)
+    config = RealConfig(
+        teacher=str(folder / "vit"),
+        data=str(folder / "data.npz"),
+        num_windows=2,
+        cut=StudentCut(layers=2),
+        train=ModuleTrainConfig(steps_per_window=2, batch_size=8, learning_rate=1e-3),
+        cost=RealCostConfig(batch_size=4),
+    )
+    return build_real_scenario(config, ControlConfig())
+
+
+def without_rate(scenario: RealScenario) -> RealScenario:
+    train = dataclasses.replace(scenario.config.train, learning_rate=0.0)
+    return dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, train=train))
+
+
+def test_a_given_step_size_is_taken(scenario: RealScenario) -> None:
+    assert rate.with_learning_rate(scenario, 0) is scenario
+
+
+def test_the_least_validation_loss_decides_and_the_student_is_put_back(
+    scenario: RealScenario, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate, "RATES", (1e-9, 3e-3))  # the first cannot learn in a few steps
+    students = scenario.students(1)
+    before = {name: tensor.clone() for name, tensor in scenario.student.model.state_dict().items()}
+    with caplog.at_level(logging.INFO, "rlkd"):
+        found = rate.with_learning_rate(without_rate(scenario), 0)
+    losses = [rate._loss_after(without_rate(scenario), r, 0) for r in rate.RATES]
+    best = rate.RATES[losses.index(min(losses))]
+    assert found.config.train.learning_rate == best
+    assert f"learning rate: {best:g}" in caplog.text
+    students = found.students(1)
+    assert students.num_students == 1
+    for name, tensor in found.student.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_same_seed_finds_the_same(scenario: RealScenario) -> None:
+    assert rate._loss_after(scenario, 1e-3, 5) == rate._loss_after(scenario, 1e-3, 5)
+
+
+def test_no_finite_loss_is_refused(scenario: RealScenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate, "RATES", (1e30,))
+    with pytest.raises(UserError, match="finite loss"):
+        rate.with_learning_rate(without_rate(scenario), 0)
+
+
+def test_students_refuse_to_train_without_a_step_size(scenario: RealScenario) -> None:
+    with pytest.raises(ValueError, match="learning_rate: got 0"):
+        ModuleStudent(scenario.student, scenario.data, scenario.signals, without_rate(scenario).config.train, 2)
