@@ -8,7 +8,7 @@ from rich.console import Console
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.progress import Bar, print_comparison, print_front
-from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
+from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder, resumed
 from rlkd.configs import CompareConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
@@ -18,6 +18,10 @@ from rlkd.runs.folder import use_one_thread
 
 def run(argv: list[str]) -> int:
     """Compare, write JSON and CSV, print the tables; once, or once for each config file that `argv` begins with."""
+    if is_of_real_model(argv):
+        from rlkd.cli import compare_models
+
+        return compare_models.run(argv)
     num_files = next((i for i, given in enumerate(argv) if given.startswith("-")), len(argv))
     files, options = argv[:num_files], argv[num_files:]
     if files and resumed(options):
@@ -54,7 +58,8 @@ def _run_one(argv: list[str], name: str | None) -> int:
 def _parser() -> ArgumentParser:
     parser = new_parser(
         "compare",
-        "Train the same held-out tasks under several controllers and compare them in pairs, on test data.",
+        "Train the same held-out tasks under several controllers and compare them in pairs, on test data. With --data, "
+        "a real model: `rlkd compare --data FILE --help` lists its options.",
         [
             "--methods constant,nncf,cubic --comparison.keeps [0.98] --num_seeds 2",
             "--policy runs/first/policy --methods policy,constant,nncf,open_loop,tpe_25 --num_seeds 5",

@@ -7,15 +7,13 @@ from jsonargparse import ArgumentParser, Namespace
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.arguments import add_run_options, new_parser
-from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.cli.outcome import Watch, finish, show_goal
 from rlkd.cli.progress import Bar
-from rlkd.cli.resume import is_finished, parse_run, resumable_folder, resumed
+from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder
 from rlkd.configs import DistilConfig
 from rlkd.cost import save_profile
 from rlkd.envs.scenario import build_scenario
 from rlkd.errors import UserError
-from rlkd.io.files import read_bytes
 from rlkd.io.journal import Journal
 from rlkd.io.records import plain
 from rlkd.runs.distil import check_shipped, distil, write_student
@@ -28,7 +26,7 @@ POLICY_HELP = "a run folder of rlkd train, or a folder of a policy; by default t
 
 def run(argv: list[str]) -> int:
     """Distil one student, write it, and print what it reached."""
-    if any(given.split("=")[0] == "--data" for given in argv) or _is_of_real_model(resumed(argv)):
+    if is_of_real_model(argv):
         from rlkd.cli import distil_models
 
         return distil_models.run(argv)
@@ -60,14 +58,6 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--policy", type=Path | None, default=None, help=POLICY_HELP)
     add_run_options(parser)
     return parser
-
-
-def _is_of_real_model(folder: Path | None) -> bool:
-    """Whether the run in the folder began with `--data`."""
-    if folder is None or not (folder / "config.yaml").is_file():
-        return False
-    tree = plain_yaml(read_bytes(folder / "config.yaml", MAX_CONFIG_BYTES).decode(errors="replace"), "--resume")
-    return isinstance(tree, dict) and "data" in tree
 
 
 def policy_option(options: Namespace) -> dict[str, str]:

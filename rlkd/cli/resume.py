@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from rlkd.cli.arguments import check_seed, parse
+from rlkd.cli.configfile import MAX_CONFIG_BYTES, plain_yaml
 from rlkd.errors import UserError, WriteError
+from rlkd.io.files import read_bytes
 from rlkd.io.records import plain
 from rlkd.runs.folder import run_folder
 
@@ -34,6 +36,17 @@ def resumed(argv: Sequence[str]) -> Path | None:
                 raise UserError("--resume: got nothing; allowed: the folder of a run that was stopped")
             return Path(name)
     return None
+
+
+def is_of_real_model(argv: Sequence[str]) -> bool:
+    """Return whether a command, or the run that it resumes, has `--data`."""
+    if any(given.split("=")[0] == "--data" for given in argv):
+        return True
+    folder = resumed(argv)
+    if folder is None or not (folder / "config.yaml").is_file():
+        return False
+    tree = plain_yaml(read_bytes(folder / "config.yaml", MAX_CONFIG_BYTES).decode(errors="replace"), "--resume")
+    return isinstance(tree, dict) and "data" in tree
 
 
 def parse_run(
