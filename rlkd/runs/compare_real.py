@@ -348,7 +348,7 @@ def summary(
         for name, other in results.items()
         if name != first
     }
-    some = rows["plain"][0]
+    dense = rows["plain"][0]
     return {
         "schema": 2,
         "task": {"data": config.data, "teacher": config.teacher, "student": config.student, "cut": plain(config.cut)},
@@ -357,7 +357,7 @@ def summary(
         "num_seeds": config.num_seeds,
         "num_steps": config.num_windows * config.train.steps_per_window,
         "goal": plain(config.goal),
-        "teacher_accuracy": some.get("teacher_accuracy"),
+        "teacher_accuracy": dense.get("teacher_accuracy"),
         "methods": methods,
         "paired": pairs,
         "seeds": {
