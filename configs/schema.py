@@ -15,6 +15,7 @@ from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
 from rlkd.io.numbers import check_finite
+from rlkd.losses import LossConfig
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
@@ -59,6 +60,7 @@ class ScenarioConfig:
     warm_windows: int = 0
     """Windows of dense training under the published setting before the episode; 0 starts from fresh weights."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cost: CostConfig = field(default_factory=CostConfig)
 
@@ -130,6 +132,7 @@ class ExperimentConfig:
                 student=scenario.student,
                 teacher=scenario.teacher,
                 train=scenario.train,
+                loss=scenario.loss,
                 controls=self.controls,
                 cost=scenario.cost,
             )
@@ -151,6 +154,7 @@ class DistilConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     goal: Goal = field(default_factory=Goal)
     preference: Preference = field(default_factory=Preference)
@@ -170,6 +174,7 @@ class DistilConfig:
             student=self.student,
             teacher=self.teacher,
             train=self.train,
+            loss=self.loss,
             controls=controls,
             cost=self.cost,
         )
@@ -196,6 +201,7 @@ class OnlineConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     preference: Preference = field(default_factory=Preference)
     agent: OnlineAgentConfig = field(default_factory=OnlineAgentConfig)
@@ -211,6 +217,7 @@ class OnlineConfig:
             student=self.student,
             teacher=self.teacher,
             train=self.train,
+            loss=self.loss,
             controls=controls,
             cost=self.cost,
         )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkd.errors import UserError
-from rlkd.losses import FAMILIES
+from rlkd.losses import FAMILIES, PUBLISHED
 from rlkd.students import Controls
 
 WEIGHT_LOGIT = 4.0  # a family's logit runs from -4 to 4: weights differ by a factor of up to e^8, about 3,000
@@ -142,7 +142,7 @@ def with_values(u: Tensor, controls: Mapping[str, float | Tensor], config: Contr
 
 def published_setting(config: ControlConfig) -> Tensor:
     """[12]: CE : KL : feature : attention = 0.5 : 0.3 : 0.15 : 0.05 at T = 4, nothing pruned, no early exit."""
-    weights = dict(zip((f"weight_{f}" for f in FAMILIES), (0.5, 0.3, 0.15, 0.05), strict=True))
+    weights = {f"weight_{family}": weight for family, weight in PUBLISHED.items()}
     rate = min(max(3e-3, config.learning_rate[0]), config.learning_rate[1])
     return encode(
         {

@@ -15,8 +15,10 @@ from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
 from rlkd.errors import UserError
 from rlkd.io.numbers import check_finite
+from rlkd.losses import LossConfig
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.students import Population, SoloStudent, Students, TrainConfig
+from rlkd.students.adapted import chain_objective
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 
 
@@ -38,6 +40,7 @@ class EnvConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     controls: ControlConfig = field(default_factory=ControlConfig)
     cost: CostConfig = field(default_factory=CostConfig)
 
@@ -47,7 +50,7 @@ class EnvConfig:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         if self.warm_windows < 0:
             raise UserError(f"warm_windows: got {self.warm_windows}; allowed: at least 0")
-        for part in (self.task, self.student, self.teacher, self.train, self.controls, self.cost):
+        for part in (self.task, self.student, self.teacher, self.train, self.loss, self.controls, self.cost):
             part.check()
         check_finite(self)
         self.train.torch_device()
@@ -157,7 +160,7 @@ class Scenario:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a training learns from: data and teachers' signals."""
         told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
-        return {"inputs": self.data.inputs, "labels": self.data.labels, **told}
+        return {"inputs": self.data.inputs, "labels": self.data.labels, **told, **self.signals.more}
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """As `EpisodeScenario.cost`."""
@@ -228,9 +231,16 @@ class Scenario:
         structure, c = self.new_structure(), self.config
         max_teachers = round(c.task.num_teachers.high)
         if num_students == 1:
-            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost, max_teachers)
+            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost, max_teachers, c.loss)
         return Population(
-            structure, self.data, self.signals, num_students, c.train, self.exit_cost, max_teachers=max_teachers
+            structure,
+            self.data,
+            self.signals,
+            num_students,
+            c.train,
+            self.exit_cost,
+            max_teachers=max_teachers,
+            loss=c.loss,
         )
 
 
@@ -249,7 +259,7 @@ def build_scenario(
     config.check()
     data = load_dataset(config.task.dataset)
     teachers = load_teachers(config.teacher, data)
-    signals = compute_signals(teachers, data)
+    signals = compute_signals(teachers, data, config.loss.needs)
     if student is None:
         student = build_student(config.student, data.input_shape, data.num_classes)
     if student.num_classes != data.num_classes or math.prod(student.input_shape) != math.prod(data.input_shape):
@@ -257,6 +267,7 @@ def build_scenario(
             f"student: {student.num_classes} classes for inputs of shape {list(student.input_shape)}; "
             f"{data.name} has {data.num_classes} for {list(data.input_shape)}"
         )
+    chain_objective(config.loss, student, signals)  # before anything is timed: a term may lack a signal
     profile = load_or_calibrate(config.cost, student)
     if start is None:
         start = published_setting(config.controls)

@@ -39,7 +39,7 @@ from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_
 from rlkd.errors import UserError
 from rlkd.io.files import write_whole
 from rlkd.io.records import write_json
-from rlkd.losses import losses_of
+from rlkd.losses import attention_transfer, cross_entropy, hint, response
 from rlkd.models.chain import initialise
 from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.pretrained import new_model, quiet, transformers
@@ -148,15 +148,14 @@ def bare(scenario: RealScenario) -> tuple[tuple[float, float], tuple[float, floa
             out = model(data.inputs["pixel_values"][rows], output_hidden_states=True, output_attentions=True)
             early = [head(out.hidden_states[b].mean(1)) for b, head in zip(plan.exits, heads, strict=True)]
             ours = F.normalize(out.attentions[-1].mean(1).mean(1), dim=-1, eps=1e-8)
-            losses = losses_of(
-                (*early, out.logits),
-                out.hidden_states[-1].mean(1),
-                ours,
-                task.labels[positions[step]],
-                logits[rows],
-                features[rows],
-                maps[rows],
-                temperature,
+            exits = (*early, out.logits)
+            losses = torch.stack(
+                [
+                    sum(cross_entropy(z, task.labels[positions[step]]) for z in exits) / len(exits),
+                    sum(response(z, logits[rows], temperature) for z in exits) / len(exits),
+                    hint(out.hidden_states[-1].mean(1), features[rows]),
+                    attention_transfer(ours, maps[rows]),
+                ]
             )
             optimizer.zero_grad()
             (losses * weights).sum().backward()

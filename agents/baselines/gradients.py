@@ -13,7 +13,7 @@ from rlkd.envs.action import CONTROLS, WEIGHT_LOGIT, decode, with_values
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import Scenario
 from rlkd.losses import FAMILIES
-from rlkd.students.interface import available_families
+from rlkd.students.adapted import chain_objective
 from rlkd.students.sensitivity import Sensitivity, sensitivity
 
 TEMPERATURE_RATE = 0.5  # of log T for each unit of d log loss / d log T
@@ -60,7 +60,8 @@ def hypergradient(base: Controller, seed: int) -> Controller:
         moved = WEIGHT_RATE / (2 * WEIGHT_LOGIT) * look(episodes, generator).alignment.nan_to_num()  # [N, 4]
         weights = episodes.u[:, columns] + moved
         # only differences of logits count: keep the largest at the top of its range so that none is clipped away
-        used = available_families(_chain_scenario(episodes).template.is_conv, episodes.scenario.signals.are_conv)
+        scenario = _chain_scenario(episodes)
+        used = chain_objective(scenario.config.loss, scenario.template, scenario.signals).available
         u[:, columns] = (weights + (1.0 - weights[:, used].amax(-1, keepdim=True))).clamp(0.0, 1.0)
         return u
 
@@ -73,7 +74,14 @@ def look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
     controls = decode(episodes.u, scenario.config.controls, scenario.data.num_classes)
     structure = scenario.new_structure()
     return sensitivity(
-        episodes.students, structure, episodes.tasks, controls, scenario.data, scenario.signals, generator
+        episodes.students,
+        structure,
+        episodes.tasks,
+        controls,
+        scenario.data,
+        scenario.signals,
+        generator,
+        scenario.config.loss,
     )
 
 

@@ -16,10 +16,9 @@ from rlkd.agents.baselines.gradients import look
 from rlkd.agents.policy.controllers import Controller
 from rlkd.envs.action import encode, with_exit_kind, with_values
 from rlkd.envs.episodes import Episodes
-from rlkd.losses import FAMILIES
+from rlkd.losses import FAMILIES, PUBLISHED
 
 Values = dict[str, float | Tensor]
-PUBLISHED = (0.5, 0.3, 0.15, 0.05)  # in the order of FAMILIES
 
 
 class Moment(NamedTuple):
@@ -122,7 +121,7 @@ def _curriculum(moment: Moment) -> Values:
     """
     stage = _stage(moment)
     whole: Values = {"feature_keep": 1.0, "unit_keep": 1.0}
-    held = {0: (1.0, 0.0, 0.0, 0.0), 1: (0.2, 0.8, 0.0, 0.0), 3: PUBLISHED}
+    held = {0: (1.0, 0.0, 0.0, 0.0), 1: (0.2, 0.8, 0.0, 0.0), 3: tuple(PUBLISHED.values())}
     weights: tuple[float | Tensor, ...] = reward_weights(moment) if stage == 2 else held[stage]
     return {**_weights(*weights), "temperature": 4.0, **(whole if stage < 3 else {})}
 
@@ -134,9 +133,10 @@ def reward_weights(moment: Moment) -> tuple[Tensor, ...]:
     """
     generator = torch.Generator().manual_seed(moment.window)
     pay = look(moment.episodes, generator).alignment.nan_to_num().clamp_min(0.0)  # [N, 4]
-    weighted = torch.tensor(PUBLISHED) * pay
+    published = torch.tensor(tuple(PUBLISHED.values()))
+    weighted = published * pay
     useful = weighted.sum(-1, keepdim=True) > 0
-    return tuple(torch.where(useful, weighted, torch.tensor(PUBLISHED)).unbind(-1))
+    return tuple(torch.where(useful, weighted, published).unbind(-1))
 
 
 SCHEDULES: dict[str, Callable[[Moment], Values]] = {

@@ -5,7 +5,7 @@ from rlkd.cli.arguments import CONFIG_FOLDER, config_names, new_parser, parse
 from rlkd.data import DATASETS
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.observation import OBSERVATIONS
-from rlkd.losses import attention_transfer, cross_entropy, hint, response
+from rlkd.losses import TERMS
 
 
 def run(argv: list[str]) -> int:
@@ -17,11 +17,8 @@ def run(argv: list[str]) -> int:
             "mlp": "linear blocks; --student.widths, --student.exits",
             "conv": "3x3 convolutions, each halving height and width; the same options",
         },
-        "loss terms (weight_FAMILY)": {
-            "hard_label": _first_line(cross_entropy),
-            "response": _first_line(response),
-            "feature": _first_line(hint),
-            "attention": _first_line(attention_transfer),
+        "loss terms (--loss.terms, by the family whose weight they share)": {
+            name: f"{term.family}: {term.summary}" for name, term in TERMS.items()
         },
         "controllers (rlkd compare --methods)": {name: method.meaning for name, method in METHODS.items()},
         "configs (--config)": {

@@ -1,130 +1,117 @@
-"""The losses of all families for one batch, in one tensor; the controls weigh them."""
+"""The loss of each family for one batch, in one tensor; the controls weigh them."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlkd.losses.attention import attention_transfer
-from rlkd.losses.feature import hint
-from rlkd.losses.hard_label import cross_entropy
-from rlkd.losses.response import response
-from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
-from rlkd.models import Outputs
-from rlkd.models.attention_map import attention_map
+from rlkd.errors import UserError
+from rlkd.losses.registry import FAMILIES, TERMS, Term
 
-FAMILIES = ("hard_label", "response", "feature", "attention")
+DEFAULT_TERMS = ("cross_entropy", "kl", "fitnets", "attention_transfer")
 
 
-def family_losses(
-    outputs: Outputs,
-    adapted_features: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor,
-    teacher_features: Tensor,
-    teacher_map: Tensor,
-    temperature: Tensor,
-) -> Tensor:
-    """Return the loss of each family for one student and one batch; the objective is their weighted sum.
+@dataclass(frozen=True)
+class LossConfig:
+    """Which loss terms train a student; `rlkd list` has their names."""
 
-    Logit terms are averaged over all exits, as BranchyNet trains its exits jointly with equal weights; feature
-    and attention terms look at the last block.
+    terms: tuple[str, ...] = DEFAULT_TERMS
+    """Terms by their published names. Those of one family share its weight."""
+    stages: int = 1
+    """Equal parts of a real student's training, in which hints of deeper blocks join those of shallower ones
+    (--attach.hints all); in the last part all learn."""
 
-    Args:
-        outputs: the student's, logits [B, C] an exit.
-        adapted_features: [B, F], the last block's features through the adapter.
-        labels: [B] int64.
-        teacher_logits: [B, C].
-        teacher_features: [B, F].
-        teacher_map: [B, P], the teacher's attention map.
-        temperature: scalar.
+    def check(self) -> None:
+        """Raise UserError for an unknown term, one named twice, or none at all."""
+        for name in self.terms:
+            if name not in TERMS:
+                close = difflib.get_close_matches(name, TERMS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise UserError(f"loss.terms: got {name!r}; allowed: {', '.join(TERMS)}{hint}")
+        if not self.terms or len(set(self.terms)) < len(self.terms):
+            raise UserError(f"loss.terms: got {list(self.terms)}; allowed: one or more terms, each once")
 
-    Returns:
-        [4], in the order of `FAMILIES`.
-    """
-    student_map = attention_map(outputs.features[-1], teacher_map.shape[-1])  # [B, P]
-    return losses_of(
-        outputs.logits,
-        adapted_features,
-        student_map,
-        labels,
-        teacher_logits,
-        teacher_features,
-        teacher_map,
-        temperature,
-    )
+        if self.stages < 1:
+            raise UserError(f"loss.stages: got {self.stages}; allowed: at least 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the signals that the terms need."""
+        return frozenset(need for name in self.terms for need in TERMS[name].needs)
 
 
-def losses_of(
-    logits: tuple[Tensor, ...],
-    adapted_features: Tensor,
-    student_map: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor,
-    teacher_features: Tensor,
-    teacher_map: Tensor,
-    temperature: Tensor,
-) -> Tensor:
-    """Return the losses as `family_losses` does, for a student whose attention map is given.
+class Objective:
+    """The chosen terms, family by family.
 
     Args:
-        logits: [B, C] an exit.
-        adapted_features: [B, F].
-        student_map: [B, P], rows of unit norm.
-        labels: as in `family_losses`, like all that follow.
-        teacher_logits: [B, C].
-        teacher_features: [B, F].
-        teacher_map: [B, P].
-        temperature: scalar.
+        config: checked here.
+        offered: names of the signals that student and teacher have; a family without a term whose signals are all
+            there is not available.
+        on_request: names of further signals, which the teachers give to a configuration that needs them.
 
-    Returns:
-        [4], in the order of `FAMILIES`.
+    Raises:
+        UserError: a term needs a signal that is not offered, and it is not one of the default terms.
     """
-    num_exits = len(logits)
-    zero = logits[0].new_zeros(())
-    hard = sum((cross_entropy(z, labels) for z in logits), start=zero) / num_exits
-    soft = sum((response(z, teacher_logits, temperature) for z in logits), start=zero) / num_exits
-    return torch.stack(
-        [hard, soft, hint(adapted_features, teacher_features), attention_transfer(student_map, teacher_map)]
-    )
+
+    def __init__(self, config: LossConfig, offered: frozenset[str], on_request: frozenset[str] = frozenset()) -> None:
+        config.check()
+        self.needs = config.needs
+        self.terms = {f: tuple(t for n in config.terms if (t := TERMS[n]).family == f) for f in FAMILIES}
+        given = {term.name for members in self.terms.values() for term in members if offered.issuperset(term.needs)}
+        for name in config.terms:
+            # of the default terms, an unavailable one is left out, so that one configuration serves every architecture
+            if name not in given and config.terms != DEFAULT_TERMS:
+                missing = [need for need in TERMS[name].needs if need not in offered]
+                possible = sorted(n for n, t in TERMS.items() if (offered | on_request).issuperset(t.needs))
+                raise UserError(
+                    f"loss.terms: {name} needs {', '.join(missing)}, which this pair of student and teacher does not "
+                    f"have; allowed here: {', '.join(possible)}"
+                )
+        self.available = torch.tensor([any(t.name in given for t in self.terms[f]) for f in FAMILIES])
+
+    def modules(self, sizes: Mapping[str, int]) -> nn.ModuleDict:
+        """Return new modules of the terms that have parameters, by term name.
+
+        Args:
+            sizes: by the names of `registry.SIZES`.
+        """
+        members = [term for some in self.terms.values() for term in some if term.is_module]
+        return nn.ModuleDict({t.name: t.function(**{size: sizes[size] for size in t.sizes}) for t in members})
+
+    def __call__(
+        self, given: Mapping[str, Any], modules: nn.ModuleDict | None = None, ready: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the losses [4] in the order of `FAMILIES`; the objective is their weighted sum.
+
+        A family's loss is the mean of its terms, each times its `scale`; 0 without a term. Terms of `student_logits`
+        are averaged over all exits, as BranchyNet trains its exits jointly with equal weights.
+
+        Args:
+            given: signals by name, at least those of `needs`; `exit_logits` stands for `student_logits`.
+            modules: of `modules`.
+            ready: losses of families that were computed elsewhere.
+        """
+        ready = ready or {}
+        zero = given["exit_logits"][0].new_zeros(())
+        losses = [ready[f] if f in ready else self._family(f, given, modules, zero) for f in FAMILIES]
+        return torch.stack(losses)
+
+    def _family(self, family: str, given: Mapping[str, Any], modules: nn.ModuleDict | None, zero: Tensor) -> Tensor:
+        members = self.terms[family]
+        values = [_loss_of(term, given, modules, zero) for term in members]
+        return values[0] if len(values) == 1 else sum(values, start=zero) / max(1, len(values))
 
 
-def token_losses_of(
-    logits: tuple[Tensor, ...],
-    tokens: Tensor,
-    counted: Tensor,
-    teacher: TopK,
-    temperature: Tensor,
-    reverse: bool,
-    adapted_features: Tensor,
-    teacher_features: Tensor,
-    student_map: Tensor,
-    teacher_map: Tensor,
-) -> Tensor:
-    """Return the losses of a language model as `losses_of` does; hard label and response are means over `counted`.
-
-    Args:
-        logits: [B, L, V] an exit.
-        tokens: [B, L] int64.
-        counted: [B, L - 1] bool, positions whose next token is learned.
-        teacher: of the same [B, L].
-        temperature: scalar.
-        reverse: response is KL(student || teacher).
-        adapted_features: [B, F].
-        teacher_features: [B, F].
-        student_map: [B, P], rows of unit norm.
-        teacher_map: [B, P].
-
-    Returns:
-        [4], in the order of `FAMILIES`.
-    """
-    num_exits = len(logits)
-    zero = logits[0].new_zeros(())
-    hard = sum((token_cross_entropy(z, tokens, counted) for z in logits), start=zero) / num_exits
-    soft = sum((token_response_top_k(z, teacher, counted, temperature, reverse) for z in logits), start=zero)
-    return torch.stack(
-        [
-            hard,
-            soft / num_exits,
-            hint(adapted_features, teacher_features),
-            attention_transfer(student_map, teacher_map),
-        ]
-    )
+def _loss_of(term: Term, given: Mapping[str, Any], modules: nn.ModuleDict | None, zero: Tensor) -> Tensor:
+    """Return the scaled loss of one term."""
+    function = modules[term.name] if term.is_module and modules is not None else term.function
+    if "student_logits" in term.needs:
+        others = {name: given[name] for name in term.needs if name != "student_logits"}
+        exits = given["exit_logits"]
+        loss = sum((function(student_logits=z, **others) for z in exits), start=zero) / len(exits)
+    else:
+        loss = function(**{name: given[name] for name in term.needs})
+    return loss if term.scale == 1.0 else loss * term.scale

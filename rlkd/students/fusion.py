@@ -57,24 +57,20 @@ class TeacherMix:
         """Set theta [N, 3]."""
         self._theta.copy_(theta)
 
-    def of(self, signals: Signals, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N, B, C], features [N, B, F] and attention maps [N, B, P] for `samples` and `labels` [N, B].
+    def of(self, signals: Signals, samples: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Return the signals [N, B, *], in the order of `Signals.named`, for `samples` and `labels` [N, B].
 
         A mean of maps of unit norm is brought back to unit norm.
         """
         if self._teachers.shape[1] == 1:
-            return (
-                signals.logits[self._teachers, samples],
-                signals.features[self._teachers, samples],
-                signals.maps[self._teachers, samples],
-            )
+            return tuple(signal[self._teachers, samples] for signal in signals.named().values())
         teachers = self._teachers[:, :, None]  # [N, K, 1]
-        logits, features, maps = (
-            s[teachers, samples[:, None]] for s in (signals.logits, signals.features, signals.maps)
-        )
+        each = {name: signal[teachers, samples[:, None]] for name, signal in signals.named().items()}
+        logits = each["teacher_logits"]  # [N, K, B, C]
         weights = self._weights(cues(logits, labels[:, None].expand(logits.shape[:-1])))  # [N, K, B]
-        mixed = F.normalize(_mean(maps, weights), dim=-1, eps=1e-8)
-        return _mean(logits, weights), _mean(features, weights), mixed
+        mixed = {name: _mean(signal, weights) for name, signal in each.items()}
+        mixed["teacher_map"] = F.normalize(mixed["teacher_map"], dim=-1, eps=1e-8)
+        return tuple(mixed.values())
 
     def answers(self, signals: Signals, index: Tensor) -> Tensor:
         """Log-probabilities [N, C, B] under the plain mean on samples `index` [B] whose labels are not to be used."""

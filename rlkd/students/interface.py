@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rlkd.data import Split, Task
 from rlkd.errors import UserError
-from rlkd.losses import FAMILIES
 from rlkd.models import Masks
 
 PROBE_SIZE = 16  # samples that each family's gradient is looked at on; a whole batch costs 6 % of a window more
@@ -164,8 +163,3 @@ def family_weights(weights: Tensor, available: Tensor) -> Tensor:
     """Weights [N, 4] with unavailable families ([4] bool) at zero, the others scaled to sum to one."""
     kept = weights * available
     return kept / kept.sum(-1, keepdim=True).clamp_min(1e-12)
-
-
-def available_families(student_is_conv: bool, teacher_is_conv: bool) -> Tensor:
-    """[4] bool. Attention maps over pixels and over units cannot be compared, so the kinds must match."""
-    return torch.tensor([family != "attention" or student_is_conv == teacher_is_conv for family in FAMILIES])

@@ -15,15 +15,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from rlkd.compression.selection import importance, select
 from rlkd.data import DataSet, Split, Task, task_generator
-from rlkd.losses import FAMILIES, family_losses
+from rlkd.losses import FAMILIES, LossConfig
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
 from rlkd.models.chain import draw_weights, drawn_names
+from rlkd.students.adapted import WithAdapter, chain_objective
 from rlkd.students.evaluation import summarise
 from rlkd.students.fusion import TeacherMix
 from rlkd.students.gating import ExitCost, Stakes, gate_training
@@ -33,7 +34,6 @@ from rlkd.students.interface import (
     Metrics,
     Telemetry,
     TrainConfig,
-    available_families,
     divergence_free,
     family_weights,
     probed_samples,
@@ -45,23 +45,6 @@ from rlkd.teachers import Signals
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 Parameters = dict[str, Tensor]
 Tensors = TypeVar("Tensors", DataSet, Signals)
-
-
-class WithAdapter(nn.Module):
-    """A student and the linear adapter that brings its last features to the teacher's width for the hint."""
-
-    def __init__(self, student: ChainStudent, teacher_width: int) -> None:
-        super().__init__()
-        self.student = student
-        # its first weights come from the task; the global generator stays where it is
-        with torch.random.fork_rng(devices=[]):
-            self.adapter = nn.Linear(student.group_sizes[-1], teacher_width)
-
-    def forward(self, inputs: Tensor, masks: Masks) -> tuple[Outputs, Tensor]:
-        """Return the student's outputs, and its last features at the teacher's width, [B, F]."""
-        outputs = self.student(inputs, masks)
-        last = outputs.features[-1]
-        return outputs, self.adapter(last.mean((-2, -1)) if last.ndim == 4 else last)
 
 
 class Population:
@@ -77,6 +60,7 @@ class Population:
         record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same. Convolutional
             students are never recorded: cuDNN broke the capture off (torch 2.11, H200).
         max_teachers: that a task may have.
+        loss: terms of the objective.
     """
 
     def __init__(
@@ -89,6 +73,7 @@ class Population:
         exit_cost: ExitCost | None = None,
         record: bool = True,
         max_teachers: int = 1,
+        loss: LossConfig | None = None,
     ) -> None:
         config.check()
         self._device = device = config.torch_device()
@@ -96,8 +81,9 @@ class Population:
         self.num_students = num_students
         self._student, self._config = student, config
         self._data, self._signals = _placed(data, device), _placed(signals, device)
-        self._module = WithAdapter(student, signals.features.shape[-1])
-        self._available = available_families(student.is_conv, signals.are_conv)
+        objective = chain_objective(loss or LossConfig(), student, signals)
+        self._module = WithAdapter(student, objective, signals)
+        self._available = objective.available
         train = data.splits["train"]
         self._input_scale = data.inputs[train].flatten(1).abs().mean(0).to(device)  # [D]
         n = num_students
@@ -320,20 +306,11 @@ class Population:
         outputs: Outputs = functional_call(self._module, parameters, (inputs, masks))[0]
         return outputs
 
-    def _losses(
-        self,
-        parameters: Parameters,
-        inputs: Tensor,
-        labels: Tensor,
-        teacher_logits: Tensor,
-        teacher_features: Tensor,
-        teacher_map: Tensor,
-        masks: Masks,
-        temperature: Tensor,
-    ) -> tuple[Tensor, Outputs]:
-        outputs, adapted = functional_call(self._module, parameters, (inputs, masks))
-        losses = family_losses(outputs, adapted, labels, teacher_logits, teacher_features, teacher_map, temperature)
-        return losses, outputs  # [4]
+    def _losses(self, parameters: Parameters, inputs: Tensor, *rest: Any) -> tuple[Tensor, Outputs]:
+        """Return the losses [4] and the outputs; `rest` is labels, the teachers' signals, masks and temperature."""
+        *targets, masks, temperature = rest
+        outputs, losses = functional_call(self._module, parameters, (inputs, masks, (*targets, temperature)))
+        return losses, outputs
 
     def _loss(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """Return total and losses; `rest` is that of `_losses`, with the weights before its last, then the stakes."""

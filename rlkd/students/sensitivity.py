@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
 from rlkd.data import DataSet, Task
-from rlkd.losses import FAMILIES, cross_entropy, family_losses
+from rlkd.losses import FAMILIES, LossConfig, cross_entropy
 from rlkd.models import ChainStudent
+from rlkd.students.adapted import WithAdapter, chain_objective
 from rlkd.students.fusion import TeacherMix
 from rlkd.students.interface import Controls, Students
-from rlkd.students.population import WithAdapter
 from rlkd.teachers import Signals
 
 NUM_SAMPLES = 48  # of a student's own samples, and of the validation split
@@ -38,6 +38,7 @@ def sensitivity(
     data: DataSet,
     signals: Signals,
     generator: torch.Generator,
+    loss: LossConfig | None = None,
 ) -> Sensitivity:
     """Gradients on NUM_SAMPLES training samples a student and as many of the validation split.
 
@@ -52,8 +53,9 @@ def sensitivity(
         data: gives samples and validation labels.
         signals: of the teachers.
         generator: draws the samples.
+        loss: the terms of the students' objective.
     """
-    module = WithAdapter(structure, signals.features.shape[-1])
+    module = WithAdapter(structure, chain_objective(loss or LossConfig(), structure, signals), signals)
     parameters = {_full_name(k): p for k, p in students.state_dict().items()}
     positions = [torch.randint(len(task.samples), (NUM_SAMPLES,), generator=generator) for task in tasks]
     samples = torch.stack([task.samples[p] for task, p in zip(tasks, positions, strict=True)])  # [N, B]
@@ -66,9 +68,8 @@ def sensitivity(
 
     def losses(p: dict[str, Tensor], inputs: Tensor, *rest: Any) -> Tensor:
         *targets, masks, log_temperature = rest
-        outputs, adapted = functional_call(module, p, (inputs, masks))
-        labels, logits, features, maps = targets
-        return family_losses(outputs, adapted, labels, logits, features, maps, log_temperature.exp())  # [4]
+        losses: Tensor = functional_call(module, p, (inputs, masks, (*targets, log_temperature.exp())))[1]
+        return losses  # [4]
 
     def of_one(p: dict[str, Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
         _, pullback = vjp(lambda q: losses(q, *rest), p)  # type: ignore[misc]
@@ -94,4 +95,4 @@ def _answers(module: WithAdapter, parameters: dict[str, Tensor], masks: Any, inp
 
 
 def _full_name(name: str) -> str:
-    return name if name.startswith("adapter.") else f"student.{name}"
+    return name if name.startswith(("adapter.", "terms.")) else f"student.{name}"

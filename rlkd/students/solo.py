@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rlkd.compression.selection import importance, select
 from rlkd.data import DataSet, Split, Task, task_generator
-from rlkd.losses import FAMILIES, family_losses
+from rlkd.losses import FAMILIES, LossConfig
 from rlkd.models import ChainStudent, Masks, Outputs, initialise
+from rlkd.students.adapted import WithAdapter, chain_objective
 from rlkd.students.evaluation import summarise
 from rlkd.students.fusion import TeacherMix
 from rlkd.students.gating import ExitCost, Stakes, gate_training
@@ -22,13 +23,11 @@ from rlkd.students.interface import (
     Metrics,
     Telemetry,
     TrainConfig,
-    available_families,
     divergence_free,
     family_weights,
     probed_samples,
 )
 from rlkd.students.optimizers import load_optimizer_state, optimizer_state
-from rlkd.students.population import WithAdapter
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.teachers import Signals
 
@@ -36,7 +35,7 @@ from rlkd.teachers import Signals
 class SoloStudent:
     """Implements `Students` for one student; `exit_cost` is needed where it has exit gates.
 
-    Its task may have up to `max_teachers` teachers.
+    Its task may have up to `max_teachers` teachers; `loss` has the terms of the objective.
     """
 
     num_students = 1
@@ -49,13 +48,15 @@ class SoloStudent:
         config: TrainConfig,
         exit_cost: ExitCost | None = None,
         max_teachers: int = 1,
+        loss: LossConfig | None = None,
     ) -> None:
         config.check()
         self._gate = gate_training(student, exit_cost, 1)
         self.student = student
         self._data, self._signals, self._config = data, signals, config
-        self._module = WithAdapter(student, signals.features.shape[-1])
-        self._available = available_families(student.is_conv, signals.are_conv)
+        objective = chain_objective(loss or LossConfig(), student, signals)
+        self._module = WithAdapter(student, objective, signals)
+        self._available = objective.available
         self._input_scale = data.inputs[data.splits["train"]].flatten(1).abs().mean(0)  # [D]
         self._masks = student.full_masks()
         self._threshold = torch.ones(1)
@@ -184,10 +185,9 @@ class SoloStudent:
 
     def _losses(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Outputs]:
         samples, labels = self._task.samples[positions], self._task.labels[positions]  # each [B]
-        told = self._teachers.of(self._signals, samples[None], labels[None])  # each [1, B, *]
-        outputs, adapted = self._module(self._data.inputs[samples], self._masks)
-        logits, features, maps = (signal[0] for signal in told)
-        losses = family_losses(outputs, adapted, labels, logits, features, maps, temperature)
+        signals = self._teachers.of(self._signals, samples[None], labels[None])  # each [1, B, *]
+        targets = (labels, *(signal[0] for signal in signals), temperature)
+        outputs, losses = self._module(self._data.inputs[samples], self._masks, targets)
         return losses, outputs  # [4]
 
     def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

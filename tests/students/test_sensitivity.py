@@ -7,8 +7,9 @@ from torch import Tensor
 
 from rlkd.data import Task, draw_task
 from rlkd.envs import Scenario
-from rlkd.losses import FAMILIES, cross_entropy, family_losses
+from rlkd.losses import FAMILIES, attention_transfer, cross_entropy, hint, response
 from rlkd.models import StudentConfig, build_student
+from rlkd.models.attention_map import attention_map
 from rlkd.students import Controls, Population, SoloStudent, TrainConfig
 from rlkd.students.sensitivity import NUM_SAMPLES, Sensitivity, sensitivity
 
@@ -52,8 +53,15 @@ def by_hand(
         outputs = student.student(scenario.data.inputs[samples], masks)
         adapted = outputs.features[-1] @ state["adapter.weight"][0].T + state["adapter.bias"][0]
         s = scenario.signals
-        targets = (s.logits[task.teacher, samples], s.features[task.teacher, samples], s.maps[task.teacher, samples])
-        return family_losses(outputs, adapted, task.labels[positions], *targets, torch.tensor(temperature))
+        logits, features, maps = (signal[task.teacher, samples] for signal in (s.logits, s.features, s.maps))
+        return torch.stack(
+            [
+                torch.stack([cross_entropy(z, task.labels[positions]) for z in outputs.logits]).mean(),
+                torch.stack([response(z, logits, temperature) for z in outputs.logits]).mean(),
+                hint(adapted, features),
+                attention_transfer(attention_map(outputs.features[-1], maps.shape[-1]), maps),
+            ]
+        )
 
     def flat(loss: Tensor) -> Tensor:
         gradients = torch.autograd.grad(loss, list(student.student.parameters()), materialize_grads=True)

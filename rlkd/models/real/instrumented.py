@@ -66,6 +66,7 @@ class Instrumented(nn.Module):
         self.model, self.plan, self.links = model, plan, links
         self.heads = nn.ModuleList(new_head(plan.widths[block - 1], plan) for block in plan.exits)
         self.adapters = build_adapters(links)
+        self.terms = nn.ModuleDict()  # modules of loss terms, which train with the student
         self._pass: _Pass | None = None
         self._handles: list[RemovableHandle] = []
         linked = {plan.blocks.index(link.student) + 1 for link in links}

@@ -19,8 +19,8 @@ from rlkd.data.anchors import Anchors
 from rlkd.data.examples import TokenExamples
 from rlkd.errors import UserError
 from rlkd.io.memory import enough_memory
-from rlkd.losses.objective import token_losses_of
-from rlkd.losses.tokens import TopK, token_response_top_k
+from rlkd.losses import FAMILIES, LossConfig
+from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.interface import Metrics
 from rlkd.students.real.module import EVALUATE_LESS, ModuleStudent, ModuleTrainConfig
@@ -130,6 +130,10 @@ class CausalStudent(ModuleStudent):
         config: checked here.
         num_windows: as in `ModuleStudent`.
         reverse: the response term is KL(student || teacher).
+        loss: terms of the objective; hard label and response have those of tokens alone.
+
+    Raises:
+        UserError: another hard-label or response term.
     """
 
     def __init__(
@@ -140,8 +144,15 @@ class CausalStudent(ModuleStudent):
         config: ModuleTrainConfig,
         num_windows: int,
         reverse: bool,
+        loss: LossConfig | None = None,
     ) -> None:
-        super().__init__(student, data, signals, config, num_windows)
+        super().__init__(student, data, signals, config, num_windows, loss)
+        by_token = [term.name for family in FAMILIES[:2] for term in self._objective.terms[family]]
+        if by_token != ["cross_entropy", "kl"]:
+            raise UserError(
+                f"loss.terms: got {', '.join(by_token)} for a language model; allowed: cross_entropy and kl, which are "
+                "computed for each token, with terms of features or attention"
+            )
         self._texts, self._teacher, self._reverse = data, signals, reverse
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
@@ -163,18 +174,14 @@ class CausalStudent(ModuleStudent):
         outputs = self._forward(samples)
         logits = tuple(z.float() for z in outputs.logits)  # [B, L, V] each
         length = logits[0].shape[1]
-        features = self._signals.features[self._task.teacher, samples].to(device)  # [B, F]
-        return token_losses_of(
-            logits,
-            self._texts.inputs["input_ids"][samples, :length].to(device),
-            self._texts.counted_of(samples, length).to(device),
-            TopK(*(values.to(device) for values in self._teacher.top(samples, length))),
-            temperature,
-            self._reverse,
-            outputs.features.float() if self._available[2] else features,
-            features,
-            *self._maps(samples, outputs),
-        )
+        tokens = self._texts.inputs["input_ids"][samples, :length].to(device)
+        counted = self._texts.counted_of(samples, length).to(device)
+        teacher = TopK(*(values.to(device) for values in self._teacher.top(samples, length)))
+        zero = logits[0].new_zeros(())
+        hard = sum((token_cross_entropy(z, tokens, counted) for z in logits), start=zero) / len(logits)
+        soft = (token_response_top_k(z, teacher, counted, temperature, self._reverse) for z in logits)
+        ready = {"hard_label": hard, "response": sum(soft, start=zero) / len(logits)}
+        return self._objective({"exit_logits": logits, **self._hidden(samples, outputs)}, self.student.terms, ready)
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:

@@ -17,9 +17,10 @@ from rlkd.data import Split, Task, task_generator
 from rlkd.data.examples import Examples, to_device
 from rlkd.errors import UserError
 from rlkd.io.memory import enough_memory
-from rlkd.losses import FAMILIES, losses_of
+from rlkd.losses import FAMILIES, TERMS, LossConfig, Objective
 from rlkd.losses.hard_label import log_probabilities
 from rlkd.models.chain import Masks, initialise
+from rlkd.models.layer_mapping import active_pairs
 from rlkd.models.real.blocks import group_importance
 from rlkd.models.real.instrumented import Instrumented, ModuleOutputs
 from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
@@ -129,12 +130,19 @@ class ModuleStudent:
         signals: of one teacher, for all samples; maps with P = 0 switch the attention family off.
         config: checked here.
         num_windows: of a whole training, for the course of the learning rate.
+        loss: terms of the objective; relations between samples are those within a micro-batch.
     """
 
     num_students = 1
 
     def __init__(
-        self, student: Instrumented, data: Examples, signals: Signals, config: ModuleTrainConfig, num_windows: int
+        self,
+        student: Instrumented,
+        data: Examples,
+        signals: Signals,
+        config: ModuleTrainConfig,
+        num_windows: int,
+        loss: LossConfig | None = None,
     ) -> None:
         config.check()
         if config.learning_rate == 0:
@@ -146,11 +154,18 @@ class ModuleStudent:
             )
         self._device = config.torch_device()
         self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
-        self.student = student.to(self._device)
         self.plan = student.plan
         self._data, self._signals, self._config = data, signals, config
         self._num_steps = num_windows * config.steps_per_window
-        self._available = torch.tensor([True, True, bool(student.links), self._has_maps()])
+        self._loss = loss or LossConfig()
+        self._objective = Objective(self._loss, self._offered(student))
+        self._check_stages(student)
+        self._available = self._objective.available
+        width, num_classes = signals.features.shape[-1], signals.logits.shape[-1]
+        student.terms = self._objective.modules(
+            {"student_width": width, "teacher_width": width, "num_classes": num_classes}
+        )
+        self.student = student.to(self._device)
         self._unit_masks: Masks = tuple(torch.ones(group.size) for group in self.plan.groups)
         self._keep, self._threshold = 1.0, torch.ones(1)
         self._token_scores = torch.ones(self.plan.num_positions)
@@ -167,7 +182,7 @@ class ModuleStudent:
         (self._task,) = tasks
         self.student.model.load_state_dict(self._initial)
         generator = task_generator(self._task.seed, "parameters")
-        for part in (self.student.heads, self.student.adapters):
+        for part in (self.student.heads, self.student.adapters, self.student.terms):
             part.cpu()
             initialise(part, generator)
             part.to(self._device)
@@ -359,6 +374,31 @@ class ModuleStudent:
         groups = group_importance(self.student.model, self.plan.groups)
         return (self._token_scores, *(groups or (torch.ones(1),)))
 
+    def _check_stages(self, student: Instrumented) -> None:
+        """Raise UserError for more stages than hints, or for terms of a fixed width in stages."""
+        stages, modules = self._loss.stages, [n for n in self._loss.terms if TERMS[n].is_module]
+        if stages > max(1, len(student.links)):
+            raise UserError(
+                f"loss.stages: got {stages}; allowed: 1 to {max(1, len(student.links))}, the blocks with hints "
+                "(--attach.hints all gives every block one)"
+            )
+        if stages > 1 and modules:
+            raise UserError(f"loss.stages: got {stages} with {modules[0]}, which has a fixed width; allowed: 1")
+
+    def _active_columns(self) -> int:
+        """How many columns of the features belong to the hints that learn now, the shallowest blocks first."""
+        links, stages = self.student.links, self._loss.stages
+        if stages == 1:
+            return self._signals.features.shape[-1]
+        count = active_pairs(len(links), stages, self._step / self._num_steps)
+        return sum(link.teacher_width for link in links[:count])
+
+    def _offered(self, student: Instrumented) -> frozenset[str]:
+        """Names of the signals that the student and its teacher have; its features are those behind the adapters."""
+        names = {"student_logits", "exit_logits", "labels", "temperature", "teacher_logits"}
+        names |= {"student_features", "adapted_features", "teacher_features"} if student.links else set()
+        return frozenset(names | ({"student_map", "teacher_map"} if self._has_maps() else set()))
+
     def _has_maps(self) -> bool:
         """Whether the student's attention map has the teacher's positions."""
         if self.plan.is_conv or self._signals.are_conv:
@@ -383,18 +423,28 @@ class ModuleStudent:
         samples = self._task.samples[positions]  # [B]
         teacher, device = self._task.teacher, self._device
         outputs = self._forward(samples)
-        features = self._signals.features[teacher, samples].to(device)  # [B, F]
-        ours, theirs = self._maps(samples, outputs)
-        return losses_of(
-            tuple(z.float() for z in outputs.logits),
-            outputs.features.float() if self._available[2] else features,
-            ours,
-            self._task.labels[positions].to(device),
-            self._signals.logits[teacher, samples].to(device),
-            features,
-            theirs,
-            temperature,
-        )
+        given = {
+            "exit_logits": tuple(z.float() for z in outputs.logits),
+            "labels": self._task.labels[positions].to(device),
+            "teacher_logits": self._signals.logits[teacher, samples].to(device),
+            "temperature": temperature,
+            **self._hidden(samples, outputs),
+        }
+        return self._objective(given, self.student.terms)
+
+    def _hidden(self, samples: Tensor, outputs: ModuleOutputs) -> dict[str, Tensor]:
+        """Signals of hidden layers for the samples [B]; student and teacher have equal ones without the family."""
+        columns = self._active_columns()
+        features = self._signals.features[self._task.teacher, samples, :columns].to(self._device)  # [B, F]
+        adapted = outputs.features[:, :columns].float() if self._available[2] else features
+        student_map, teacher_map = self._maps(samples, outputs)
+        return {
+            "student_features": adapted,
+            "adapted_features": adapted,
+            "teacher_features": features,
+            "student_map": student_map,
+            "teacher_map": teacher_map,
+        }
 
     def _maps(self, samples: Tensor, outputs: ModuleOutputs) -> tuple[Tensor, Tensor]:
         """Return the maps of student and teacher for the samples [B], [B, P] each; equal ones without the family."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlkd.data import Task
 from rlkd.data.examples import Examples
 from rlkd.errors import UserError
+from rlkd.losses import LossConfig
 from rlkd.models.real.attachment import AttachConfig, make_plan
 from rlkd.models.real.hooks import link_places
 from rlkd.models.real.instrumented import Instrumented
@@ -56,6 +57,7 @@ def student_of(
     config: ModuleTrainConfig = TRAIN,
     attach: AttachConfig | None = None,
     teacher_family: str | None = None,
+    loss: LossConfig | None = None,
     **changes: Any,
 ) -> ModuleStudent:
     data = images() if family in tiny_models.IMAGE_FAMILIES else texts()
@@ -69,7 +71,7 @@ def student_of(
     blocks = plan.blocks if attach.hints == "all" else plan.blocks[-1:]
     links = link_places(student, teacher, blocks, theirs.blocks, inputs, inputs)
     signals = module_signals(teacher, theirs, [k.teacher for k in links], data)
-    made = ModuleStudent(Instrumented(student, plan, links), data, signals, config, num_windows=4)
+    made = ModuleStudent(Instrumented(student, plan, links), data, signals, config, 4, loss)
     made.reset([task(data)])
     return made
 
@@ -460,3 +462,44 @@ def test_a_batch_smaller_than_its_parts_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("rlkd.students.real.processes.num_processes", lambda: 5)
     with pytest.raises(UserError, match=r"train\.batch_size: got 12; allowed: at least 3 micro-batches .* 5 processes"):
         student_of(config=replace(TRAIN, micro_batches=3))
+
+
+NINE = LossConfig(
+    ("cross_entropy", "kl", "dkd", "dist", "fitnets", "similarity", "rkd_distance", "attention_transfer", "crd")
+)
+
+
+def test_a_real_student_trains_with_nine_terms_and_their_modules() -> None:
+    student, default = student_of(loss=NINE), student_of()
+    before = student.state_dict()
+    telemetry, plain = student.train_window(controls()), default.train_window(controls())
+    assert torch.isfinite(telemetry.losses).all()
+    assert (telemetry.losses[0, 1:3] != plain.losses[0, 1:3]).all()
+    after = student.state_dict()
+    own = [name for name in after if name.startswith("terms.crd.")]
+    assert own
+    assert all(not torch.equal(before[name], after[name]) for name in own)
+    assert not [name for name in default.state_dict() if name.startswith("terms.")]
+    student.reset([task(texts())])
+    assert all(torch.equal(student.state_dict()[name], before[name]) for name in own)
+
+
+def test_hints_of_deeper_blocks_join_in_stages() -> None:
+    attach = AttachConfig(hints="all")
+    staged = student_of(attach=attach, loss=LossConfig(stages=3))
+    width = staged.student.links[0].teacher_width
+    assert staged._active_columns() == width
+    staged.train_window(controls())  # 3 of 12 steps
+    staged.train_window(controls())
+    assert staged._active_columns() == 2 * width
+    staged.train_window(controls())
+    assert staged._active_columns() == 3 * width
+    with pytest.raises(UserError, match="stages: got 2; allowed: 1 to 1"):
+        student_of(loss=LossConfig(stages=2))
+    with pytest.raises(UserError, match="crd, which has a fixed width"):
+        student_of(attach=attach, loss=LossConfig(("cross_entropy", "crd"), stages=2))
+
+
+def test_a_term_that_a_real_pair_cannot_have_is_refused() -> None:
+    with pytest.raises(UserError, match="jacobian needs student_input_gradient, teacher_input_gradient"):
+        student_of(loss=LossConfig(("cross_entropy", "jacobian")))
