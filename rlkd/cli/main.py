@@ -16,6 +16,8 @@ VERBS = {
     "distil": "distil a new student to a goal under a learned policy, in one training run",
     "policies": "the policies that come with rlkd, with their cards",
     "compare": "train the same tasks under several controllers, paired",
+    "evaluate": "metrics of a distilled student beside its teacher: agreement, calibration, robustness, classes",
+    "inspect-teacher": "whether a teacher suits a student, before any distillation",
     "verify": "compute a run's final table again from what it saved, and compare",
     "analyze": "figures and one HTML page from the event files of runs",
     "calibrate": "time compacted students on this machine and write a cost profile",
@@ -96,7 +98,7 @@ def _run(args: list[str]) -> int:
     with warnings.catch_warnings(), _failures_of_threads() as failures:
         # SB3 advises against 1 window an episode and the like on every start; errors stay errors
         warnings.filterwarnings("ignore", category=UserWarning, module="stable_baselines3")
-        module = {"list": "listing"}.get(args[0], args[0])
+        module = {"list": "listing"}.get(args[0], args[0].replace("-", "_"))
         code: int = importlib.import_module(f"rlkd.cli.{module}").run(args[1:])
     if failures:
         raise failures[0]
