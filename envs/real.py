@@ -24,6 +24,7 @@ from rlkd.envs.references import References, stated_reference
 from rlkd.envs.scenario import check_keep
 from rlkd.errors import UserError
 from rlkd.io.numbers import check_finite
+from rlkd.losses import LossConfig
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table
 from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.hooks import Link, link_places, link_table
@@ -40,6 +41,7 @@ from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, evaluate
 from rlkd.students.real.processes import first_alone
 from rlkd.teachers import Signals
 from rlkd.teachers.real.module_signals import describe_quality, module_signals
+from rlkd.teachers.real.several import Weighting, combine_teachers, further_answers
 from rlkd.teachers.real.token_signals import TokenSignals, token_signals
 
 logger = logging.getLogger(__name__)
@@ -77,12 +79,18 @@ class RealConfig:
     teacher_device_map: str | None = None
     """Spread a teacher that fits on no single device: auto or balanced (accelerate), or a JSON file of module paths and
     devices, among them cpu and disk. Its signals are computed once, before any training."""
+    more_teachers: tuple[str, ...] = ()
+    """Folders or hub ids of further classifiers of the same classes, of any architecture. Their answers are combined
+    with those of `teacher` once, before any training; hidden features and attention come from `teacher`."""
+    teacher_weights: Weighting = "mean"
+    """mean; confidence: by how sure each teacher is of a training sample's label; gate: learned on the train split."""
     num_windows: int = 12
     """Decisions; each trains the student for train.steps_per_window steps."""
     cut: StudentCut = field(default_factory=StudentCut)
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     attach: AttachConfig = field(default_factory=AttachConfig)
     train: ModuleTrainConfig = field(default_factory=ModuleTrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     cost: RealCostConfig = field(default_factory=RealCostConfig)
     goal: Goal = field(default_factory=Goal)
@@ -111,7 +119,7 @@ class RealConfig:
         if self.num_windows < 1:
             raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         check_keep(self.keep_checkpoints)
-        for part in (self.cut, self.columns, self.attach, self.train, self.tokens, self.cost):
+        for part in (self.cut, self.columns, self.attach, self.train, self.loss, self.tokens, self.cost):
             part.check()
         self.goal.check()
         self.guard.check()
@@ -128,6 +136,7 @@ class RealEpisodeConfig:
     task: TaskDistribution
     train: ModuleTrainConfig
     controls: ControlConfig
+    loss: LossConfig = field(default_factory=LossConfig)
 
 
 @dataclass(frozen=True)
@@ -232,8 +241,8 @@ class RealScenario:
         c = self.config
         if isinstance(self.signals, TokenSignals):
             assert isinstance(self.data, TokenExamples)
-            return CausalStudent(self.student, self.data, self.signals, c.train, c.num_windows, self.is_reverse)
-        return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows)
+            return CausalStudent(self.student, self.data, self.signals, c.train, c.num_windows, self.is_reverse, c.loss)
+        return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows, c.loss)
 
 
 def build_real_scenario(
@@ -293,7 +302,7 @@ def build_real_scenario(
     )
     is_whole = config.teacher_device_map is None
     scenario = RealScenario(
-        RealEpisodeConfig(config.num_windows, task, config.train, controls),
+        RealEpisodeConfig(config.num_windows, task, config.train, controls, config.loss),
         student.data,
         signals,
         profile,
@@ -334,7 +343,12 @@ def _rehearsed(student: Side, links: list[Link], kind: Kind) -> Plan:
 def _signals(config: RealConfig, teacher: Side, places: list[str]) -> Signals:
     model, plan, data, size = teacher.model, teacher.plan, teacher.data, config.train.evaluation_batch_size
     if not isinstance(data, TokenExamples):
-        return module_signals(model, plan, places, data, size)
+        signals = module_signals(model, plan, places, data, size)
+        device, sources = config.train.torch_device(), config.sources()
+        more = [further_answers(sources, name, teacher, device, size) for name in config.more_teachers]
+        return combine_teachers(signals, more, data, config.teacher_weights) if more else signals
+    if config.more_teachers:
+        raise UserError("more_teachers: got a language model; allowed: with classifiers")
     anchors = config.tokens.anchors(data.num_classes)
     return token_signals(model, plan, places, data, config.tokens.top_k, anchors, size)
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -13,6 +14,7 @@ from rlkd.envs import ControlConfig
 from rlkd.envs.action import published_setting
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.errors import UserError
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.goals import reference_accuracies, task_of, with_goal
 from rlkd.students.real.module import ModuleTrainConfig
@@ -92,3 +94,40 @@ def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:
     assert float(dense.parameters) == sum(p.numel() for p in real.student.model.parameters())
     first = real.cost(sizes, torch.eye(real.num_exits)[:1], torch.full((1,), 0.5))
     assert float(first.size_ratio) < 1.0
+
+
+def test_answers_of_several_teachers_are_combined(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+    folder = tmp_path
+    for name, family, seed in (("first", "bert", 0), ("second", "distilbert", 1), ("other", "bert", 2)):
+        model = tiny_models.tiny(family, seed=seed)
+        names = ["neg", "pos"] if name != "other" else ["pos", "neg"]
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {label: i for i, label in enumerate(names)}
+        model.save_pretrained(folder / name)
+        tiny_models.save_tokenizer(folder / name)
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label", "source"])
+        rows.writerows(
+            ("good film" if i % 2 else "bad plot", "pos" if i % 2 else "neg", f"review {i // 2}") for i in range(60)
+        )
+
+    def built(*more: str) -> RealScenario:
+        config = RealConfig(
+            teacher=str(folder / "first"),
+            data=str(folder / "reviews.csv"),
+            more_teachers=tuple(str(folder / name) for name in more),
+            num_windows=1,
+            cut=StudentCut(layers=1),
+            train=ModuleTrainConfig(steps_per_window=1, batch_size=8),
+            cost=RealCostConfig(batch_size=4),
+        )
+        return build_real_scenario(config, ControlConfig())
+
+    alone, both, twice = built(), built("second"), built("first")
+    torch.testing.assert_close(twice.signals.logits, alone.signals.logits)
+    assert not torch.allclose(both.signals.logits, alone.signals.logits)
+    assert torch.equal(both.signals.features, alone.signals.features)
+    with pytest.raises(UserError, match=r"more_teachers: .*other has the classes"):
+        built("other")
