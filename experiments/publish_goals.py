@@ -3,11 +3,11 @@
     rlkd compare configs/compare/*.yaml --policy RUN/policy --seed 4000 --out COMPARED
     python experiments/publish_goals.py COMPARED
 
-Every number comes from a result.json (schema 2); a bar that is missed says so.
+Every number comes from a result.json (schema 2); a bar that is missed says so. Folders SET.more, SET.2, ... hold further
+floors of SET. docs/results/goals/about.md says how the runs were made; it is copied into the page.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rlkd.agents.baselines.methods import METHODS
+from rlkd.io.records import write_json
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 MET = {"in_family": 0.95}  # least share of feasible tasks whose goal is met within 1 point; elsewhere MET_ELSEWHERE
@@ -23,16 +24,20 @@ SHOWN = ("dense", "nncf", "cubic", "one_shot", "constant", "tpe_50", "tpe_100", 
 
 
 def read_sets(compared: Path) -> dict[str, dict[str, Any]]:
-    """Results by the name of their folder; only those with a floor.
+    """Return results by the name of their set; only those with a floor.
 
     Raises:
         SystemExit: there is none.
     """
-    sets = {}
+    sets: dict[str, dict[str, Any]] = {}
     for path in sorted(compared.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        if result.get("schema") == 2 and floors(result):
-            sets[path.parent.name] = result
+        result, name = json.loads(path.read_text()), path.parent.name.partition(".")[0]
+        if result.get("schema") != 2 or not floors(result):
+            continue
+        if name in sets:
+            sets[name]["goals"] += result["goals"]
+        else:
+            sets[name] = result
     if not sets:
         raise SystemExit(f"{compared}: no folder in it has a result.json of schema 2 with a goal that keeps accuracy")
     return sets
@@ -138,6 +143,7 @@ def page(sets: dict[str, dict[str, Any]]) -> str:
         "",
         "![Leads and goals met](goals/leads.png)",
         "",
+        (DOCS / "goals" / "about.md").read_text(),
     ]
     named = dict.fromkeys(m for result in sets.values() for e in floors(result) for m in e["methods"])
     parts += [f"- `{name}`: {METHODS[name].meaning}" for name in named if name in METHODS]
@@ -162,8 +168,8 @@ def main() -> int:
     compared = Path(sys.argv[1])
     sets = read_sets(compared)
     (DOCS / "goals").mkdir(parents=True, exist_ok=True)
-    for name in sets:
-        shutil.copy(compared / name / "result.json", DOCS / "goals" / f"{name}.json")
+    for name, result in sets.items():
+        write_json(DOCS / "goals" / f"{name}.json", result)
     draw(sets, DOCS / "goals" / "leads.png")
     (DOCS / "goals.md").write_text(page(sets))
     return 0

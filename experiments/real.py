@@ -17,7 +17,8 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def fashion(work: Path) -> RealCompareConfig:
             architectures=["ViTForImageClassification"],
         )
         examples = make_examples(read_table(data, columns), None, GARMENTS, columns)
-        train(new_model(config, "image_classification", seed=0), examples, Teacher(3000, 64, 1e-3, 0.05), folder)
+        with seeded():
+            train(new_model(config, "image_classification", seed=0), examples, Teacher(3000, 64, 1e-3, 0.05), folder)
     return RealCompareConfig(
         teacher=str(folder),
         data=str(data),
@@ -92,11 +94,12 @@ def reviews(work: Path) -> RealCompareConfig:
     folder, columns = work / "minilm-teacher", ColumnConfig(max_length=64)
     fetch_reviews(work, table, model)
     if not folder.exists():
-        teacher: Any = load_model(str(model), "sequence_classification", num_classes=2)
-        teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
-        tokenizer = load_processor(str(model), "sequence_classification")
-        examples = make_examples(read_table(table, columns), tokenizer, ["neg", "pos"], columns)
-        train(teacher, examples, Teacher(330, 32, 5e-5, 0.01), folder, tokenizer)
+        with seeded():
+            teacher: Any = load_model(str(model), "sequence_classification", num_classes=2)  # a fresh head
+            teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+            tokenizer = load_processor(str(model), "sequence_classification")
+            examples = make_examples(read_table(table, columns), tokenizer, ["neg", "pos"], columns)
+            train(teacher, examples, Teacher(330, 32, 5e-5, 0.01), folder, tokenizer)
     return RealCompareConfig(
         teacher=str(folder),
         data=str(table),
@@ -110,22 +113,28 @@ def reviews(work: Path) -> RealCompareConfig:
 STUDIES: dict[str, Callable[[Path], RealCompareConfig]] = {"fashion": fashion, "reviews": reviews}
 
 
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw a teacher's head, batches and dropout from seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def train(model: Any, data: Examples, teacher: Teacher, folder: Path, processor: Any = None) -> None:
     """Train a teacher on the train split by labels alone, and keep it with its test accuracy in `folder`."""
     began = time.perf_counter()
     optimizer = new_optimizer(model, "adamw", teacher.learning_rate, teacher.weight_decay)
-    generator, rows = torch.Generator().manual_seed(0), data.splits["train"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of dropout
-        for step in range(teacher.num_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = teacher.learning_rate * schedule(step, teacher.num_steps, 0.06, 0.0)
-            drawn = rows[torch.randint(len(rows), (teacher.batch_size,), generator=generator)]
-            loss = F.cross_entropy(logits_of(model.train()(**data.batch(drawn))), data.labels[drawn])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+    rows = data.splits["train"]
+    for step in range(teacher.num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = teacher.learning_rate * schedule(step, teacher.num_steps, 0.06, 0.0)
+        drawn = rows[torch.randint(len(rows), (teacher.batch_size,))]
+        loss = F.cross_entropy(logits_of(model.train()(**data.batch(drawn))), data.labels[drawn])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
     model.eval()
     with torch.inference_mode():
         parts = [
