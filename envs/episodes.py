@@ -22,7 +22,7 @@ from rlkd.errors import UserError
 from rlkd.students import Controls, Metrics, Population, Students, Telemetry
 from rlkd.teachers.landmarks import LANDMARKS
 
-CAUTION = 0.5  # standard errors; see `Episodes.floors`
+CAUTION = 0.5  # standard errors; see `cautious`
 LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
 
 
@@ -50,6 +50,21 @@ def merge_rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Tenso
     if not old or len(rows) == 1:
         return dict(new if rows.any() or not old else old)
     return {name: torch.where(rows.view(-1, *(1,) * (t.ndim - 1)), new[name], t) for name, t in old.items()}
+
+
+def cautious(floors: Tensor, num_samples: int) -> Tensor:
+    """Raise the validation floors by CAUTION standard errors of an accuracy on `num_samples` samples.
+
+    A student that exactly reaches a floor on validation misses it on test half of the time. No floor is raised above 1.
+
+    Args:
+        floors: [N, 2], on validation and test; 0 for no floor.
+        num_samples: of the validation split that are evaluated.
+    """
+    reached = floors[:, 0].clamp(0.0, 1.0)
+    error = (reached * (1.0 - reached) / num_samples).sqrt()  # [N]
+    highest = floors[:, 0].clamp_min(1.0)  # a floor that can be met stays so
+    return torch.stack([torch.minimum(floors[:, 0] + CAUTION * error, highest), floors[:, 1]], dim=-1)
 
 
 class Episodes:
@@ -110,15 +125,10 @@ class Episodes:
     def floors(self) -> Tensor:
         """[N, 2], least accuracy on validation and test that meets the goal; 0 for no floor.
 
-        That on validation is higher by CAUTION standard errors of an accuracy on so many samples: who reaches a floor
-        there exactly misses it on test every other time.
+        See `cautious`.
         """
         keep = torch.tensor([task.keep for task in self.tasks])  # [N]
-        floors = self.reference * keep[:, None]
-        reached = floors[:, 0].clamp(0.0, 1.0)
-        num_samples = self.students.num_evaluated("validation")
-        error = (reached * (1.0 - reached) / num_samples).sqrt()  # [N]
-        return torch.stack([floors[:, 0] + CAUTION * error, floors[:, 1]], dim=-1)
+        return cautious(self.reference * keep[:, None], self.students.num_evaluated("validation"))
 
     @property
     def threshold(self) -> Tensor:

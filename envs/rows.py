@@ -1,4 +1,4 @@
-"""Rows of `windows.jsonl`: the controls and validation metrics of one student's window."""
+"""Rows of a single student's `metrics.jsonl`: the controls and validation metrics of one student's window."""
 
 from torch import Tensor
 

@@ -38,7 +38,7 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
 
     Episode end:
         Terminated after `num_windows` steps (the observation tells the progress, so nothing is cut off) and when
-        the student diverges (a parameter or loss is not finite), with J = 0. Never truncated.
+        the student diverges (a parameter or loss is not finite), with the worst J, -min(2, 10 floor). Never truncated.
 
     Args:
         config: the environment's parts; `scenario`, if given, takes its place.

@@ -11,7 +11,7 @@ from rlkd.agents.policy.controllers import Results, run
 from rlkd.data import Preference, TaskDistribution
 from rlkd.envs.scenario import Scenario
 
-SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM, PLAN_STREAM, GATE_STREAM = 1, 2, 3, 4, 5, 6
+SEARCH_STREAM, TRAIN_STREAM, TEST_STREAM, METHOD_STREAM = 1, 2, 3, 4
 
 
 def stream_seed(seed: int, stream: int) -> int:

@@ -77,7 +77,7 @@ def _distil(config: DistilConfig, bundle: Bundle, options: Namespace, folder: Pa
         scenario = with_goal(scenario, config.goal, config.preference)
         save_profile(scenario.profile, folder / f"{PROFILE}.json")
         remember(journal, "distil", scenario.tensors(), costs=plain(scenario.profile), policy=bundle.digest)
-        dense = show_goal(scenario, config.goal, options.seed, journal, bar)
+        dense = show_goal(scenario, config.goal, options.seed, journal)
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
         done = distil(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)

@@ -87,7 +87,7 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         if not (folder / f"{PROFILE}.json").exists():
             scenario.profile.save(folder / f"{PROFILE}.json")
         remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)
-        dense = show_goal(scenario, config.goal, options.seed, journal, bar)
+        dense = show_goal(scenario, config.goal, options.seed, journal)
         bar.phase("distilling", 1, config.num_windows)
         watch = Watch(folder, bundle, bar, journal)
         done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)

@@ -17,6 +17,7 @@ from rlkd.agents.policy.bundle import Bundle
 from rlkd.cli.progress import Bar
 from rlkd.data import Goal
 from rlkd.envs.action import CONTROLS
+from rlkd.envs.episodes import cautious
 from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.scenario import EpisodeScenario
 from rlkd.io.journal import Journal
@@ -53,7 +54,7 @@ class Done(Protocol):
         """Whether there is no student to ship."""
 
 
-def show_goal(scenario: EpisodeScenario, goal: Goal, seed: int, journal: Journal, bar: Bar) -> Tensor | None:
+def show_goal(scenario: EpisodeScenario, goal: Goal, seed: int, journal: Journal) -> Tensor | None:
     """Print what is possible before anything is trained, and train the dense student first if the floor needs it.
 
     Returns:
@@ -75,15 +76,16 @@ def show_goal(scenario: EpisodeScenario, goal: Goal, seed: int, journal: Journal
             "training the dense student first, under the published setting: the floor is a share of its accuracy"
         )
     reference = reference_accuracies(scenario, task, journal)  # [2]
-    floors = keep * reference
     what = {"teacher": "the teacher's", "dense": "the dense student's"}.get(name, "the stated")
+    check_floor(keep * reference, reference, keep, what)
+    num_samples = scenario.students(1).num_evaluated("validation")
+    floors = cautious(keep * reference[None], num_samples)[0]  # [2]
     Console().print(
         f"floor: accuracy {float(floors[1]):.4f} on test, which is {keep:g} of {what} {float(reference[1]):.4f}; "
-        f"{float(floors[0]):.4f} on validation, where half a standard error is added",
+        f"{float(floors[0]):.4f} on validation, half a standard error of {num_samples} samples included",
         highlight=False,
         soft_wrap=True,
     )
-    check_floor(floors, reference, keep, what)
     return reference if name == "dense" else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlkd.agents.policy.controllers import run
 from rlkd.data import Range
 from rlkd.envs import CONTROLS, OBSERVATIONS, Scenario
-from rlkd.envs.episodes import CAUTION, Episodes, reference_savings
+from rlkd.envs.episodes import CAUTION, Episodes, cautious, reference_savings
 from rlkd.envs.observation import REFERENCES, SAVINGS, TABLE
 from rlkd.teachers.landmarks import LANDMARKS
 
@@ -199,3 +199,10 @@ def test_floors_on_validation_are_half_a_standard_error_higher(scenario: Scenari
     plain = Episodes(scenario, 2)
     plain.reset([1, 2])
     assert plain.floors.tolist() == [[0.0, 0.0]] * 2
+
+
+def test_floors_on_validation_are_raised_by_half_a_standard_error_and_stay_reachable() -> None:
+    floors = cautious(torch.tensor([[0.9, 0.8], [0.999, 0.999], [1.0, 1.0], [1.02, 1.02], [0.0, 0.0]]), 100)
+    # sqrt(0.9 * 0.1 / 100) = 0.03
+    assert floors[:, 0].tolist() == pytest.approx([0.915, 1.0, 1.0, 1.02, 0.0])
+    assert floors[:, 1].tolist() == pytest.approx([0.8, 0.999, 1.0, 1.02, 0.0])
