@@ -160,8 +160,8 @@ def published_setting(config: ControlConfig) -> Tensor:
 def change(u: Tensor, action: Tensor, start: Tensor, config: ControlConfig) -> Tensor:
     """Return the unit controls [N, 12] after `action` [N, 12] in [-1, 1].
 
-    The controls move from where they are by `config.step` times the action, so that they stay where nothing changes
-    and exploration wanders instead of trembling. The kind of exit is chosen anew every time, with a lead of
+    The controls move from where they are by `config.step` times the action: a zero action keeps them, and exploration
+    is a random walk instead of noise around the start. The kind of exit is chosen anew every time, with a lead of
     KIND_LEAD for the kind of `start`.
 
     Args:

@@ -56,7 +56,7 @@ def check_parts(action: Any, space: gymnasium.spaces.Dict) -> None:
 
 
 def checked_changes(changes: Any, num_students: int) -> NDArray[np.float32]:
-    """Return changes of N students as float32 [N, 9], in the order of `CONTROLS`.
+    """Return changes of N students as float32 [N, 12], in the order of `CONTROLS`.
 
     Raises:
         ValueError: another shape; a number that is not finite, with its control.

@@ -1,8 +1,8 @@
 """What the agent sees of a student: named, bounded, relative to its goal, and independent of data set and architecture.
 
-Accuracies are differences to an anchor: the floor, or the reference accuracy of a task without a floor. A figure that
-only tells data sets apart does harm on data never seen, so there are none. Version 4 of the schema. Names, order and
-bounds go into the policy bundle, and loading compares them.
+Accuracies are differences to an anchor: the floor, or the reference accuracy of a task without a floor. No observation
+merely identifies the data set: such observations made policies worse on new data. Version 4 of the schema. Names,
+order and bounds go into the policy bundle, and loading compares them.
 """
 
 import math

@@ -15,4 +15,4 @@ class UserError(Exception):
 
 
 class WriteError(UserError):
-    """Something could not be written: a run that ended with this can go on once it can."""
+    """A file could not be written. The run can be resumed after the cause is removed."""

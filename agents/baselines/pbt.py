@@ -100,7 +100,7 @@ def _winners(
 ) -> Tensor:
     """[G, W, 12], the line of settings behind the best student of every group."""
     num_windows, num_students = scenario.config.num_windows, config.num_groups * config.group_size
-    # all of it before the training, so that the generator does not know whether that was done or is remembered
+    # drawn before training, so that the generator ends in the same state whether results are computed or read
     seeds = torch.randint(2**59, (config.num_groups,), generator=generator).tolist()
     noise = torch.stack([torch.randn(num_students, NUM_CONTROLS, generator=generator) for _ in range(num_windows)])
     inputs = {"pbt": asdict(config), "tasks": asdict(tasks), "seeds": seeds, "settings": digest(first, noise)}
@@ -131,7 +131,7 @@ def _train_groups(
     history = torch.empty(num_students, 0, NUM_CONTROLS)
     for window in range(scenario.config.num_windows):
         outcome = episodes.step(u)
-        history = torch.cat([history, u[:, None]], dim=1)  # [N, w, 9]
+        history = torch.cat([history, u[:, None]], dim=1)  # [N, w, 12]
         if on_window:
             on_window(num_students)
         ranked = outcome.score.view(groups, size).argsort(dim=-1, descending=True, stable=True)  # [G, S]

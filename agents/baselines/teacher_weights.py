@@ -74,7 +74,7 @@ def learn_teacher_weights(
     """
     config.check()
     num_students = config.num_groups * config.group_size
-    # all of it before the training, so that the generator does not know whether that was done or is remembered
+    # drawn before training, so that the generator ends in the same state whether results are computed or read
     seeds = torch.randint(2**59, (config.num_iterations, config.num_groups), generator=generator).tolist()
     draws = torch.randn(config.num_iterations, num_students, NUM_CUES, generator=generator)
 

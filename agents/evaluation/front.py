@@ -85,7 +85,7 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
 
 
 def undominated(accuracy: NDArray[np.float64], cost: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """[P], points than which no other is at least as good in both and better in one."""
+    """Return [P] bool: no other point is at least as good in both metrics and better in one (the Pareto front)."""
     better = (accuracy[:, None] >= accuracy) & (cost[:, None] <= cost)  # [P, P], row at least as good as column
     strictly = (accuracy[:, None] > accuracy) | (cost[:, None] < cost)
     dominated: NDArray[np.bool_] = np.any(better & strictly, axis=0)

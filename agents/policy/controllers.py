@@ -76,7 +76,7 @@ def run(
         on_window: called with the number of students after every window, for progress.
         tune_exit: choose each student's exit threshold on validation once it is trained.
         guard: ship each student's best window instead of its last; by default the last.
-        journal: answers in place of the trainings, `controller` uncalled, if they were done before the run was stopped.
+        journal: if it holds these results from before a stop, they are returned and `controller` is not called.
         label: tells what is trained, the controller above all.
     """
     inputs = {

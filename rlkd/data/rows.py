@@ -1,7 +1,7 @@
 """Turn the columns of table files into rows whose cells were checked: texts, labels, sources and splits.
 
-No cell is made a text: a text is a text in the file, a source a text or a whole number. Every row is used, or is left
-out and counted, or the data are refused with its place.
+Cells are not converted to text: text columns must hold texts, source columns texts or whole numbers. Every row
+is used, or is left out and counted, or the data are refused with its place.
 """
 
 from collections.abc import Iterator, Sequence

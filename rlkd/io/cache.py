@@ -32,7 +32,7 @@ FORMAT = 1
 Spec = tuple[tuple[int, ...], str]  # shape and numpy dtype
 Arrays = dict[str, "NDArray[np.generic]"]
 CHUNK_BYTES = 1 << 22
-NUM_TRIES = 5  # another process may take a broken folder away, and with it the whole one that took its place
+NUM_TRIES = 5  # another process that removes a broken folder can also remove the intact one that replaced it
 
 
 def cache_dir() -> Path:

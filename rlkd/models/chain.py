@@ -99,7 +99,7 @@ class ChainStudent(nn.Module):
         self.is_conv = isinstance(layers[0], nn.Conv2d)
         self.gate = gate or GateConfig()
         self.gates = nn.ModuleList(ExitGate(self.num_classes) for _ in self.exits[:-1] if self.gate.enabled)
-        # Pixels of a convolution's input share their weights: leaving some out saves nothing: a group of one.
+        # Leaving pixels out of a convolution saves nothing, so the inputs are one group of size 1.
         num_inputs = 1 if self.is_conv else math.prod(self.input_shape)
         self.group_sizes = (num_inputs, *(layer.weight.shape[0] for layer in layers))
 

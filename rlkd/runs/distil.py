@@ -67,7 +67,7 @@ def run_windows(
         scenario: of chains or of a real model.
         controller: sets the controls before every window, from what it is given alone.
         seed: task, parameters and batches.
-        on_window: as in `distil`; called for windows of before a stop, too, while `journal.replaying`.
+        on_window: as in `distil`; after a resume also called for the windows before the stop (`journal.replaying`).
         journal: keeps the student's state after every window; the training goes on from the last one.
         guard: what is undone, and which window ships.
     """

@@ -26,7 +26,7 @@ def describe(
     extra: tuple[str, ...] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`describe_run`; for a run that goes on the versions with which it began, and a line if they are others now."""
+    """Describe a new run; for a resumed one, return the recorded versions and warn if they have changed."""
     path = folder / "versions.json"
     if not (journal.resumes and path.exists()):
         return describe_run(folder, config, seed, extra, options)

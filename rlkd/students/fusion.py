@@ -19,7 +19,7 @@ from rlkd.losses.hard_label import log_probabilities
 from rlkd.teachers import Signals
 
 NUM_CUES = 3
-LEAST_LOG_P = -5.0  # of a label; below it a teacher is as sure that the label is wrong as it needs to be
+LEAST_LOG_P = -5.0  # least log-probability of a label; smaller values carry no more information
 
 
 class TeacherMix:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STEP_SHRINK = 0.1  # what leaves float32 within a window is too large by orders of magnitude, seldom by a factor of two
+STEP_SHRINK = 0.1  # a tenth, because a step that overflows is usually orders of magnitude too large
 
 
 class Rollbacks:

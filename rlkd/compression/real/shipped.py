@@ -1,6 +1,6 @@
 """How a shipped student of a real model answers: samples, or a language model's tokens, leave at exits as trained.
 
-Other than in training, blocks that nothing waits for are not run.
+Unlike in training, a block is skipped once every sample has left.
 """
 
 import inspect

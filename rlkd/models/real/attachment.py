@@ -1,4 +1,4 @@
-"""What of a real student can be controlled: found from one dry pass, and said in a table."""
+"""Find from dry passes which controls a real student supports, and describe them in a table."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
