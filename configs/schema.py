@@ -14,6 +14,7 @@ from rlkd.envs.action import ControlConfig
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
 from rlkd.errors import UserError
+from rlkd.hardware import load_hardware
 from rlkd.io.numbers import check_finite
 from rlkd.losses import LossConfig
 from rlkd.models import StudentConfig
@@ -150,6 +151,9 @@ class DistilConfig:
 
     num_windows: int = 12
     """Decisions; each trains the student for train.steps_per_window steps."""
+    hardware: str = ""
+    """Hardware profile (cpu, gpu, edge, or a YAML file) whose channel_multiple takes the place of
+    student.unit_multiple; by default none."""
     task: TaskDistribution = field(default_factory=_clean_task)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
@@ -171,13 +175,23 @@ class DistilConfig:
         return EnvConfig(
             num_windows=self.num_windows,
             task=task,
-            student=self.student,
+            student=self.structure(),
             teacher=self.teacher,
             train=self.train,
             loss=self.loss,
             controls=controls,
             cost=self.cost,
         )
+
+    def structure(self) -> StudentConfig:
+        """Return the student, whose kept units are rounded as the hardware profile says.
+
+        Raises:
+            UserError: there is no such profile.
+        """
+        if not self.hardware:
+            return self.student
+        return replace(self.student, unit_multiple=load_hardware(self.hardware).channel_multiple)
 
     def check(self) -> None:
         """Raise UserError for the first impossible value."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlkd.compression.selection import num_kept
 from rlkd.cost import Cost
 from rlkd.envs.action import CONTROLS, EXIT_KINDS, decode, exit_kind, with_exit_kind
 from rlkd.envs.scenario import EpisodeScenario
@@ -45,8 +46,9 @@ def largest_cost(u: Tensor, scenario: EpisodeScenario, *, at_first: bool) -> Cos
     """Return the most that students with `u` [N, 12] can cost, or their cost if all samples leave at the first exit."""
     controls = decode(u, scenario.config.controls, scenario.data.num_classes)
     sizes = torch.tensor(scenario.group_sizes, dtype=torch.float32)  # [G]
-    shares = torch.where(torch.arange(len(sizes)) == 0, controls.feature_keep[:, None], controls.unit_keep[:, None])
-    kept = (shares * sizes).round().clamp_min(1.0)  # [N, G]
+    inputs = num_kept(controls.feature_keep[:, None], sizes[:1])  # [N, 1]
+    units = num_kept(controls.unit_keep[:, None], sizes[1:], scenario.unit_multiple)  # [N, G - 1]
+    kept = torch.cat([inputs, units], dim=-1)  # [N, G]
     rates = torch.eye(scenario.num_exits)[0 if at_first else -1].expand(len(u), -1)  # [N, E]
     if at_first:
         threshold = torch.full((len(u),), 1.0 / scenario.data.num_classes)

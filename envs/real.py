@@ -166,6 +166,11 @@ class RealScenario:
         return self.student.plan.group_sizes
 
     @property
+    def unit_multiple(self) -> int:
+        """Return 1: a real student's units are not rounded."""
+        return 1
+
+    @property
     def num_exits(self) -> int:
         """Early exits and the end."""
         return len(self.student.plan.exits) + 1

@@ -105,6 +105,10 @@ class EpisodeScenario(Protocol):
         """Of the student: inputs, then the units of every group."""
 
     @property
+    def unit_multiple(self) -> int:
+        """Return the number that kept units are rounded up to multiples of."""
+
+    @property
     def num_exits(self) -> int:
         """Of the student, its end included."""
 
@@ -146,6 +150,11 @@ class Scenario:
     def group_sizes(self) -> tuple[int, ...]:
         """Inputs, then the units of every block."""
         return self.template.group_sizes
+
+    @property
+    def unit_multiple(self) -> int:
+        """As in `EpisodeScenario`."""
+        return self.template.unit_multiple
 
     @property
     def num_exits(self) -> int:

@@ -32,21 +32,34 @@ def importance(student: ChainStudent, parameters: Mapping[str, Tensor], input_sc
     return (inputs, *units)
 
 
-def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
-    """Return the mask of the round(keep * G), at least one, highest scores; ties go to the lower index.
+def num_kept(keep: Tensor, size: Tensor | int, multiple: int = 1) -> Tensor:
+    """Return how many of `size` are kept at a share: rounded, at least one, then up to a multiple; as floats.
+
+    Args:
+        keep: [*N], in [0, 1].
+        size: G, or sizes that go with `keep`.
+        multiple: numbers that a target likes are multiples of this; never more than G are kept.
+    """
+    count = (keep * size).round().clamp_min(1.0)
+    return ((count / multiple).ceil() * multiple).clamp_max(size)
+
+
+def keep_top(scores: Tensor, keep: Tensor, multiple: int = 1) -> Tensor:
+    """Return the mask of the `num_kept` highest scores; ties go to the lower index.
 
     Args:
         scores: [*N, G].
         keep: [*N], in [0, 1].
+        multiple: as in `num_kept`.
 
     Returns:
         [*N, G] of zeros and ones.
     """
     size = scores.shape[-1]
-    num_kept = (keep * size).round().clamp(1, size)  # [*N]
+    count = num_kept(keep, size, multiple)  # [*N]
     order = scores.argsort(dim=-1, descending=True, stable=True)  # [*N, G]
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
-    return (rank < num_kept[..., None]).to(scores.dtype)
+    return (rank < count[..., None]).to(scores.dtype)
 
 
 def spread(scores: Tensor) -> Tensor:
@@ -129,4 +142,5 @@ def exits_taken(
 
 def select(student: ChainStudent, scores: Masks, feature_keep: Tensor, unit_keep: Tensor) -> Masks:
     """Return masks of all groups: `feature_keep` of the inputs, `unit_keep` of every block's units."""
-    return (keep_top(scores[0], feature_keep), *(keep_top(s, unit_keep) for s in scores[1:]))
+    multiple = student.unit_multiple
+    return (keep_top(scores[0], feature_keep), *(keep_top(s, unit_keep, multiple) for s in scores[1:]))

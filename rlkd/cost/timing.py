@@ -1,7 +1,7 @@
 """Measure latency: compacted students over a grid of keep ratios and exit rates, and a non-negative fit.
 
-Everything is timed on one thread. A latency is the median over interleaved rounds, so a slow moment of the machine
-affects one round of every network instead of all rounds of one network.
+Everything is timed on one thread unless the caller says otherwise. A latency is the median over interleaved rounds, so
+a slow moment of the machine affects one round of every network instead of all rounds of one network.
 """
 
 import math
@@ -33,10 +33,10 @@ CALL_TIME_S = 2e-3
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread inside the block."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Run torch on so many threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one call, over rounds that were interleaved with those of the other calls, on one thread."""
+    """Seconds of one call, over rounds that were interleaved with those of the other calls."""
 
     median_s: float
     spread_s: float  # interquartile range
@@ -67,13 +67,13 @@ def _seconds_a_call(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / num_calls
 
 
-def time_calls(calls: Sequence[Callable[[], object]], num_rounds: int = NUM_ROUNDS) -> list[Latency]:
-    """Time calls against each other: one thread, a warm-up of each, then rounds of all of them.
+def time_calls(calls: Sequence[Callable[[], object]], num_rounds: int = NUM_ROUNDS, threads: int = 1) -> list[Latency]:
+    """Time calls against each other: a warm-up of each, then rounds of all of them, with torch on `threads` threads.
 
     Every second round goes backwards, so a call does not always follow the same other call.
     """
     seconds: list[list[float]] = [[] for _ in calls]
-    with one_thread(), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         for call in calls:
             _seconds_a_call(call)  # warm-up
         for number in range(num_rounds):

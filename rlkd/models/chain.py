@@ -43,6 +43,8 @@ class StudentConfig:
     exits: tuple[int, ...] = (1,)
     """After which blocks (counted from 1) an early exit stands; the last block always ends in the final head."""
     gate: GateConfig = field(default_factory=GateConfig)
+    unit_multiple: int = 1
+    """Kept units are rounded up to multiples of this; hardware profiles say which multiples a target likes."""
 
     def check(self) -> None:
         """Raise UserError for impossible widths or exits."""
@@ -59,6 +61,8 @@ class StudentConfig:
                 f"student.exits: got {list(self.exits)}; allowed: rising block numbers from 1 to "
                 f"{len(self.widths) - 1} (the last block has the final head)"
             )
+        if not 1 <= self.unit_multiple <= MAX_WIDTH:
+            raise UserError(f"student.unit_multiple: got {self.unit_multiple}; allowed: 1 to {MAX_WIDTH}")
         self.gate.check()
         if self.gate.enabled and not self.exits:
             raise UserError("student.gate.enabled: got true for a student without an early exit; allowed: false")
@@ -74,6 +78,7 @@ class ChainStudent(nn.Module):
         exits: the block (from 1) behind which each head stands; the last equals len(layers).
         input_shape: [D] or [channels, height, width] that one sample is reshaped to.
         gate: how the gates of the early exits are trained, where it is enabled; by default there are none.
+        unit_multiple: kept units are rounded up to multiples of this.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class ChainStudent(nn.Module):
         exits: Sequence[int],
         input_shape: Sequence[int],
         gate: GateConfig | None = None,
+        unit_multiple: int = 1,
     ) -> None:
         super().__init__()
         for layer in layers:
@@ -98,6 +104,7 @@ class ChainStudent(nn.Module):
         self.input_shape = tuple(input_shape)
         self.is_conv = isinstance(layers[0], nn.Conv2d)
         self.gate = gate or GateConfig()
+        self.unit_multiple = unit_multiple
         self.gates = nn.ModuleList(ExitGate(self.num_classes) for _ in self.exits[:-1] if self.gate.enabled)
         # Leaving pixels out of a convolution saves nothing, so the inputs are one group of size 1.
         num_inputs = 1 if self.is_conv else math.prod(self.input_shape)
@@ -171,7 +178,7 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
         )
         for block in exits
     ]
-    return ChainStudent(layers, heads, exits, shape, config.gate).to_empty(device="cpu")
+    return ChainStudent(layers, heads, exits, shape, config.gate, config.unit_multiple).to_empty(device="cpu")
 
 
 @torch.no_grad()

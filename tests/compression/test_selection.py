@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.compression import exits_at, importance, keep_top, spread
+from rlkd.compression.selection import num_kept, select
 from rlkd.models import StudentConfig, build_student
 
 
@@ -24,6 +25,17 @@ def test_what_is_kept_scores_no_less_than_what_is_dropped(values: list[float], k
     assert int(mask.sum()) == max(1, round(float(torch.tensor(keep) * len(values))))
     if not mask.all():
         assert scores[0][mask].min() >= scores[0][~mask].max()
+
+
+def test_kept_units_are_rounded_up_to_multiples_and_inputs_are_not() -> None:
+    keep = torch.tensor([0.01, 0.4, 0.41, 0.9])
+    assert num_kept(keep, 20, 8).tolist() == [8, 8, 8, 20]
+    assert num_kept(keep[:, None], torch.tensor([20.0, 40.0]), 8).tolist() == [[8, 8], [8, 16], [8, 16], [20, 40]]
+    student = build_student(StudentConfig(widths=(20, 12), exits=(), unit_multiple=8), (5,), 2)
+    scores = tuple(torch.arange(float(size)) for size in student.group_sizes)
+    masks = select(student, scores, torch.tensor(0.5), torch.tensor(0.5))
+    assert [int(mask.sum()) for mask in masks] == [2, 16, 8]
+    assert masks[1].tolist() == [0.0] * 4 + [1.0] * 16  # the highest
 
 
 def test_importance_by_hand() -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from rlkd.data.distribution import COSTS, TaskGoal
 from rlkd.envs import Scenario
-from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, exit_kind, published_setting, with_exit_kind
+from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, decode, exit_kind, published_setting, with_exit_kind
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.limits import KEPT, largest_cost, must_leave_first, within_limits
+from rlkd.models import StudentConfig, build_student
 
 INF = math.inf
 KINDS = list(range(NUM_CONTROLS - len(EXIT_KINDS), NUM_CONTROLS))
@@ -41,6 +42,23 @@ def test_settings_are_moved_until_the_cost_fits_and_no_further(scenario: Scenari
     others = [i for i, name in enumerate(CONTROLS) if name not in ("feature_keep", "unit_keep")]
     assert torch.equal(moved[:, others], u[:, others])
     assert (after[~fitted] > 0.6 * limits[~fitted, index]).all()  # not lowered more than the bisection's steps
+
+
+def test_limits_hold_where_kept_units_are_rounded_up(scenario: Scenario) -> None:
+    template = build_student(StudentConfig(widths=(48, 48), exits=(1,), unit_multiple=16), (8, 8), 10)
+    rounded = dataclasses.replace(scenario, template=template)
+    u = with_exit_kind(some_units(24), "never")
+    limits = torch.full((24, len(COSTS)), INF)
+    limits[:, COSTS.index("size")] = 0.5
+    moved = within_limits(u, limits, rounded)
+    size, plain = (largest_cost(moved, s, at_first=False).size_ratio for s in (rounded, scenario))
+    assert (size <= 0.5).all()
+    assert (size > plain).any()  # rounding costs something, which the limit counts
+    students = rounded.students(24)
+    controls = decode(moved, rounded.config.controls, 10)
+    students.set_controls(controls)
+    kept = torch.stack([mask.sum(-1) for mask in students.masks()[1:]])
+    assert (kept % 16 == 0).all()
 
 
 def test_without_limits_nothing_moves(scenario: Scenario) -> None:
