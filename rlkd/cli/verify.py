@@ -56,16 +56,16 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
     if "data" in tree:
         from rlkd.envs.real import RealConfig  # the extra hf
 
-        return verify_module_replay(folder, _config(folder, RealConfig)[0])
+        return verify_module_replay(folder, config_of_run(folder, RealConfig)[0])
     if "methods" in tree:
-        compared, seed = _config(folder, CompareConfig)
+        compared, seed = config_of_run(folder, CompareConfig)
         with Bar(compared.train.steps_per_window) as bar:
             return verify_compare(folder, compared, seed, bar, policy)
     if "ppo" in tree:
-        trained, seed = _config(folder, ExperimentConfig)
+        trained, seed = config_of_run(folder, ExperimentConfig)
         with Bar(trained.steps_per_window) as bar:
             return verify_train(folder, trained, seed, bar)
-    replayed, seed = _config(folder, DistilConfig)
+    replayed, seed = config_of_run(folder, DistilConfig)
     with Bar(replayed.train.steps_per_window) as bar:
         return verify_replay(folder, replayed, seed, bar)
 
@@ -80,8 +80,8 @@ def _config_tree(folder: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _config(folder: Path, config_class: type[Any]) -> tuple[Any, int]:
-    """Return the run's config and seed."""
+def config_of_run(folder: Path, config_class: type[Any]) -> tuple[Any, int]:
+    """Return the config and the seed of the run in a folder."""
     parser = new_parser("verify", "", [])
     parser.add_argument("--seed", type=int, default=0)
     if not hasattr(config_class, "policy"):

@@ -87,7 +87,7 @@ class CompactStudent(nn.Module):
             else:
                 answers[waiting] = logits
             if block != self.exits[-1]:
-                stay = torch.nonzero(self._stays(logits, self.exits.index(block)))[:, 0]  # [R']
+                stay = torch.nonzero(self.stays(logits, self.exits.index(block)))[:, 0]  # [R']
                 if len(stay) == 0:
                     return answers
                 x = x[stay]
@@ -95,8 +95,8 @@ class CompactStudent(nn.Module):
         assert answers is not None  # the last block always has an exit
         return answers
 
-    def _stays(self, logits: Tensor, exit_index: int) -> Tensor:
-        """Return [R] bool, samples that go on behind this early exit."""
+    def stays(self, logits: Tensor, exit_index: int) -> Tensor:
+        """Return [R] bool, samples that go on behind the early exit `exit_index` (from 0), for its logits [R, C]."""
         if self.gates:
             return torch.as_tensor(self.gates[exit_index](logits) < 0)
         return log_probabilities(logits).amax(0) < self._log_threshold

@@ -24,19 +24,18 @@ from rlkd.envs.action import ControlConfig
 from rlkd.envs.reward import KAPPA, MAX_PENALTY, score, worst_score
 from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.errors import UserError
-from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json, whole
+from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json
 from rlkd.io.records import plain
 from rlkd.runs.compare import compare_methods
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import with_own_profile
+from rlkd.runs.shipped import examples_of
 from rlkd.runs.train import compare_on_held_out_tasks, result_of, shipped_scenario
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # what float32 sums in another order may differ by; a changed answer is far above it
 CLOCK = ("wall_s", "updates_per_s", "trainings_per_s")
 OF_LEARNING = ("evaluations", "shipped_iteration")  # only another training of the policy could tell them
-
-LONGEST_TEXT = 2**20  # tokens
 
 
 @dataclass(frozen=True)
@@ -123,23 +122,13 @@ def verify_module_replay(folder: Path, config: Any) -> list[Row]:
     """
     from rlkd.compression.real.cut import load_module_student
     from rlkd.data.examples import TokenExamples
-    from rlkd.data.loading import load_table
-    from rlkd.models.real.pretrained import load_processor
-    from rlkd.models.real.sides import examples_for
     from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
 
     recorded = _replayed(read_result(folder))
     try:
         student = load_module_student(folder / "student")
-        kind, model = student.shipment.kind, str(folder / "student" / "model")
-        table = load_table(Path(config.data), kind, config.columns, model)
-        processor = None if table.kind == "array" else load_processor(model, kind)
         card = read_json(folder / "student" / "student.json", "a real student's card")
-        given = card.get("inputs") or {}
-        length = whole(given.get("max_length", config.columns.max_length), "inputs.max_length", 2, LONGEST_TEXT)
-        columns = replace(config.columns, max_length=length)
-        data, _ = examples_for(student.model, student.model.config, table, processor, columns, name=model)
-        data = replace(data, fixed_length=bool(given.get("fixed_length", False)))
+        data = examples_of(student, folder / "student" / "model", config.columns, Path(config.data), card)
     except (UserError, ValueError, AttributeError) as error:
         return [Row("student", (str(error),))]
     if isinstance(data, TokenExamples):

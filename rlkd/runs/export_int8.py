@@ -1,0 +1,229 @@
+"""The int8 form of an exported student: all methods are tried, the fastest ships that loses little enough."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkd.compression import CompactStudent
+from rlkd.cost.timing import time_calls
+from rlkd.errors import UserError
+from rlkd.export import surgery
+from rlkd.export.aware import AwareConfig, FakeChain, four_bit_layers, train_aware
+from rlkd.export.int8 import METHODS, NUM_CALIBRATED, NUM_SENSITIVE, layers_of, within
+from rlkd.export.onnx_file import Run, runner_of, save_graph, session_of
+from rlkd.export.qdq import LayerGrids, with_integers
+from rlkd.hardware import Hardware
+from rlkd.runs.shipped import Opened
+
+CALIBRATED_AT_ONCE = 32
+NUM_ROUNDS = 21
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the student, with what it reaches."""
+
+    name: str  # "float32", "int8 dynamic" or "int8 static"
+    graph: Any  # with its early exits
+    straight: Any  # without
+    lost: float  # accuracy on validation that it loses against float32, a share
+    kept_float: tuple[str, ...] = ()
+
+
+def int8_forms(opened: Opened, flat: Any, num_early: int, most_lost: float, say: Say) -> list[Form]:
+    """Return the float form and those int8 forms that lose at most `most_lost` on validation.
+
+    Args:
+        opened: the student with its data.
+        flat: its straight float graph.
+        num_early: its early exits.
+        most_lost: share of accuracy.
+        say: told in one line of everything that is taken back.
+    """
+    train, validation = opened.splits["train"][:NUM_CALIBRATED], opened.few("validation")
+    batches = [opened.batch(rows) for rows in torch.split(train, CALIBRATED_AT_ONCE)]
+    probe = opened.batch(validation[:NUM_SENSITIVE])
+    reference = opened.accuracy(_last_of(flat), validation)
+
+    def loss_of(graph: Any) -> float:
+        return reference - opened.accuracy(_last_of(graph), validation)
+
+    forms = [Form("float32", surgery.fold_exits(flat, num_early), flat, 0.0)]
+    for method in METHODS:
+        if not layers_of(flat, method):
+            say(f"int8 {method}: this graph has no layer for it")
+            continue
+        found = within(flat, method, batches, probe, loss_of, most_lost, say)
+        if found is not None:
+            made, lost = found
+            folded = surgery.fold_exits(made.graph, num_early)
+            forms.append(Form(f"int8 {method}", folded, made.graph, lost, made.kept_float))
+    return forms
+
+
+def aware_forms(
+    opened: Opened, flat: Any, num_early: int, *, most_lost: float, num_steps: int, say: Say, seed: int = 0
+) -> list[Form]:
+    """Return the forms of quantisation-aware distillation that lose little enough: all in int8, and mixed with int4.
+
+    Args:
+        opened: a chain whose run names its teacher.
+        flat, num_early, most_lost, say: as in `int8_forms`.
+        num_steps: of the training.
+        seed: of its batches.
+
+    Raises:
+        UserError: the student is no chain, or its teacher is not named.
+    """
+    if opened.data is None or opened.teacher_logits is None or not isinstance(opened.student, CompactStudent):
+        raise UserError(
+            f"--qat: got a {opened.kind.replace('_', ' ')} student without a named teacher; allowed: the run folder of "
+            "a chain student"
+        )
+    data, student, logits = opened.data, opened.student, opened.teacher_logits()
+    reference = opened.accuracy(_last_of(flat), opened.few("validation"))
+    forms = []
+    for name, bits in (("int8 aware", {}), ("int4 and int8 aware", four_bit_layers(student, data))):
+        trained = train_aware(student, data, logits, AwareConfig(num_steps=num_steps), seed, bits)
+        straight = integer_graph(flat, trained.chain)
+        lost = reference - opened.accuracy(_last_of(straight), opened.few("validation"))
+        if lost > most_lost:
+            say(f"{name}: loses {100 * lost:.2f} points, more than {100 * most_lost:g}; taken back")
+            continue
+        forms.append(Form(name, surgery.fold_exits(straight, num_early), straight, lost))
+        if bits:
+            say(f"{name}: four-bit weights in {', '.join(bits)}")
+    return forms
+
+
+def integer_graph(flat: Any, chain: FakeChain) -> Any:
+    """Return the straight graph of a chain as it computes on its grid."""
+    student = chain.student
+    blocks = {f"layers.{i}": i for i in range(len(student.layers))}
+    blocks |= {f"heads.{i}": block for i, block in enumerate(student.exits)}
+    grids = {}
+    for name, block in blocks.items():
+        layer: Any = student.get_submodule(name)
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+        grids[f"student.{name}.weight"] = LayerGrids(
+            chain.activation_grid(block), chain.weight_grid(name), weight, bias
+        )
+    return with_integers(flat, grids)
+
+
+def _last_of(graph: Any) -> Run:
+    """Return a function from inputs to the last output of a straight graph."""
+    session = session_of(graph)
+    names, last = [value.name for value in session.get_inputs()], session.get_outputs()[-1].name
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(session.run([last], {name: inputs[name].numpy() for name in names})[0])
+
+    return run
+
+
+def add_int8(
+    opened: Opened,
+    flat: Any,
+    num_early: int,
+    *,
+    hardware: Hardware,
+    most_lost: float,
+    aware_steps: int,
+    out: Path,
+    say: Say,
+) -> dict[str, Any]:
+    """Write model_int8.onnx, where an int8 form loses little enough, and say what it costs and gains.
+
+    Args:
+        opened: the student with its data.
+        flat: its straight float graph.
+        num_early: its early exits.
+        hardware: gives batches and threads.
+        most_lost: share of accuracy on validation that int8 may lose.
+        aware_steps: of quantisation-aware distillation; 0: after the training alone.
+        out: folder.
+        say: told what was found, a line each.
+
+    Returns:
+        The forms with bytes, loss and latency, and which one was written.
+
+    Raises:
+        UserError: the target takes no int8.
+    """
+    if "int8" not in hardware.precisions:
+        raise UserError(
+            f"--int8: {hardware.name} takes {', '.join(hardware.precisions)}; allowed: a target that takes int8"
+        )
+    forms = int8_forms(opened, flat, num_early, most_lost, say)
+    if aware_steps:
+        forms += aware_forms(opened, flat, num_early, most_lost=most_lost, num_steps=aware_steps, say=say)
+    test = opened.few("test")
+    timed = [_latency_s(forms, opened, size, hardware.threads) for size in hardware.batch_sizes]
+    rows: list[dict[str, Any]] = []
+    for index, form in enumerate(forms):
+        session = session_of(form.graph, hardware.threads)
+        latency = {str(size): row[index] for size, row in zip(hardware.batch_sizes, timed, strict=True)}
+        rows.append(
+            {
+                "form": form.name,
+                "weight_bytes": weight_bytes(form.graph),
+                "points_lost_on_validation": 100 * form.lost,
+                "test_accuracy": opened.accuracy(runner_of(session), test),
+                "latency_s": latency,
+                "kept_float": list(form.kept_float),
+            }
+        )
+    record: dict[str, Any] = {"forms": rows, "written": None}
+    if len(forms) == 1:
+        say(f"int8 was taken back: no form loses at most {100 * most_lost:g} points; float32 ships alone")
+        return record
+    first = str(hardware.batch_sizes[0])
+    best = min(range(1, len(forms)), key=lambda index: rows[index]["latency_s"][first])
+    save_graph(forms[best].graph, out / "model_int8.onnx")
+    record["written"] = rows[best]["form"]
+    for row in rows[1:]:
+        say(_line(row, rows[0]))
+    slower = [size for size in latency if rows[best]["latency_s"][size] > rows[0]["latency_s"][size]]
+    if slower:
+        say(f"note: int8 is slower than float32 here at batch {', '.join(slower)}; it gains size alone")
+    return record
+
+
+def _line(row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    speeds = [
+        f"{reference['latency_s'][size] / seconds:.2f} times as fast at batch {size}"
+        for size, seconds in row["latency_s"].items()
+    ]
+    return (
+        f"{row['form']}: weights {reference['weight_bytes'] / row['weight_bytes']:.2f} times smaller, "
+        f"{row['points_lost_on_validation']:.2f} points lost on validation, {', '.join(speeds)}"
+    )
+
+
+def weight_bytes(graph: Any) -> int:
+    """Return the bytes of all tensors that a graph stores: weights, biases, scales and constants."""
+    import onnx
+
+    bits = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.INT4: 4}
+    total = 0
+    for tensor in graph.graph.initializer:
+        width = bits.get(tensor.data_type, 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        total += -(-math.prod(tensor.dims) * width // 8)
+    return total
+
+
+def _latency_s(forms: Sequence[Form], opened: Opened, batch_size: int, threads: int) -> list[float]:
+    """Return the median seconds of a batch of each form, timed against each other."""
+    test = opened.splits["test"]
+    inputs = opened.batch(test[torch.arange(batch_size) % len(test)])
+    given = {name: value.numpy() for name, value in inputs.items()}
+    calls: list[Callable[[], object]] = [partial(session_of(f.graph, threads).run, None, given) for f in forms]
+    return [latency.median_s for latency in time_calls(calls, NUM_ROUNDS)]

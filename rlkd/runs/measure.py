@@ -1,0 +1,145 @@
+"""`rlkd measure`: a shipped student in PyTorch and in onnxruntime, beside another student or a teacher."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkd.compression import CompactStudent, compact
+from rlkd.errors import UserError
+from rlkd.export import surgery
+from rlkd.export.flat import num_early_exits
+from rlkd.export.measure import NUM_COUNTED, Measured, count_macs, measure, parameters_of
+from rlkd.export.onnx_file import export_flat, runner_of, session_of, torch_runner
+from rlkd.hardware import Hardware
+from rlkd.runs.export import NUM_TRACED
+from rlkd.runs.shipped import Opened, examples_of, opened_examples
+
+TEACHER = "teacher"
+INT8_FILE = "model_int8.onnx"
+
+
+def measure_student(
+    opened: Opened,
+    reload: Callable[[], Opened],
+    against: Opened | None,
+    hardware: Hardware,
+    batch_sizes: tuple[int, ...],
+) -> dict[str, Any]:
+    """Return what was measured of a student, and of another one on the same data.
+
+    Args:
+        opened: the student.
+        reload: opens it anew, to see what memory it takes.
+        against: another student or a teacher; None: the student alone.
+        hardware: gives the threads.
+        batch_sizes: samples that one call answers.
+    """
+    forms = forms_of(opened, "student", hardware.threads, reload)
+    if against is not None:
+        forms += forms_of(against, "against", hardware.threads, lambda: against)
+    test = opened.splits["test"]
+
+    def batch(size: int) -> Mapping[str, Tensor]:
+        return opened.batch(test[torch.arange(size) % len(test)])
+
+    rows = measure(forms, batch, batch_sizes, hardware.threads)
+    return {
+        "format": 1,
+        "data": opened.data_name,
+        "hardware": hardware.name,
+        "threads": hardware.threads,
+        "torch": torch.__version__,
+        "forms": rows,
+    }
+
+
+def forms_of(opened: Opened, label: str, threads: int, reload: Callable[[], Opened]) -> list[Measured]:
+    """Return a student's forms: torch, onnxruntime, and the int8 file that `rlkd export --int8` left beside it."""
+    student, test = opened.student, opened.few("test")
+    num_early = num_early_exits(student)
+    flat = export_flat(student, opened.batch(opened.few("validation", NUM_TRACED)), opened.has_length)
+    graph = surgery.fold_exits(flat, num_early)
+    run = torch_runner(student)
+    counted = test[: NUM_COUNTED if num_early else 1]
+    macs = count_macs(run, [opened.batch(row[None]) for row in counted])
+    number = parameters_of(student)
+    place = opened.folder / "student.safetensors"
+    weights = [place] if place.exists() else sorted((opened.folder / "model").glob("*.safetensors"))
+    torch_bytes = sum(path.stat().st_size for path in weights)
+    forms = [
+        Measured(
+            f"{label}, torch",
+            lambda: torch_runner(reload().student),
+            torch_bytes,
+            number,
+            macs,
+            "float32",
+            opened.accuracy(run, test),
+        ),
+        _onnx_form(opened, f"{label}, onnxruntime", graph.SerializeToString(), threads, (number, macs, "float32")),
+    ]
+    int8 = opened.folder.parent / "export" / "onnx" / INT8_FILE
+    if int8.exists():
+        blob = int8.read_bytes()
+        forms.append(_onnx_form(opened, f"{label}, onnxruntime int8", blob, threads, (number, macs, "int8")))
+    return forms
+
+
+def _onnx_form(opened: Opened, name: str, blob: bytes, threads: int, work: tuple[int, float, str]) -> Measured:
+    import onnx
+
+    def load() -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return runner_of(session_of(onnx.load_from_string(blob), threads))
+
+    number, macs, precision = work
+    accuracy = opened.accuracy(load(), opened.few("test"))
+    return Measured(name, load, len(blob), number, macs, precision, accuracy)
+
+
+def open_against(given: str, opened: Opened, config_of: Any) -> Opened:
+    """Return the teacher of the run, or a model of transformers in a folder, on the data of `opened`.
+
+    Args:
+        given: "teacher", or the folder of a model of transformers.
+        opened: the student that is measured, from a run folder.
+        config_of: as in `open_shipped`.
+
+    Raises:
+        UserError: the run does not tell its teacher.
+    """
+    run = opened.folder.parent
+    if given == TEACHER and not (run / "config.yaml").exists():
+        raise UserError(f"--against: {run} has no config.yaml that names a teacher; give a folder")
+    if opened.kind == "chain":
+        if given != TEACHER:
+            raise UserError(f"--against: got {given!r:.60}; allowed: teacher, or the folder of a student")
+        from rlkd.configs import DistilConfig
+        from rlkd.data import load_dataset
+        from rlkd.teachers import load_teachers
+
+        config = config_of(run, DistilConfig)[0]
+        teacher = load_teachers(config.teacher, load_dataset(opened.data_name))[-1]
+        student = compact(teacher, teacher.full_masks(), 1.0).eval()
+        return dataclasses.replace(opened, folder=run / TEACHER, student=student)
+    from rlkd.envs.real import RealConfig
+
+    config = config_of(run, RealConfig)[0]
+    return _real_teacher(config.teacher if given == TEACHER else given, opened, config)
+
+
+def _real_teacher(source: str, opened: Opened, config: Any) -> Opened:
+    from rlkd.compression.real.shipped import Shipment, shipped_student
+    from rlkd.models.real.pretrained import load_model
+
+    assert not isinstance(opened.student, CompactStudent)
+    kind = opened.student.shipment.kind
+    model = load_model(source, kind, config.allow_pickle)
+    num_classes = opened.student.shipment.num_classes
+    shipment = Shipment(kind, (), (), (), 0, 1.0, None, 1.0, num_classes, False)
+    teacher = shipped_student(model, torch.nn.ModuleList(), shipment)
+    examples = examples_of(teacher, Path(source), config.columns, Path(config.data), opened.card)
+    return opened_examples(Path(source) / "student", teacher, examples, {})

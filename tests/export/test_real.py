@@ -1,0 +1,126 @@
+"""Real students in onnxruntime answer as in PyTorch: exits, tokens, every kind of input."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+
+pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
+pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+
+from rlkd.compression.real.cut import ship
+from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.export import surgery
+from rlkd.export.flat import num_early_exits
+from rlkd.export.int8 import METHODS, Method, layers_of, quantise
+from rlkd.export.onnx_file import compare, export_flat, runner_of, session_of
+from rlkd.export.runner import PartsRunner
+from rlkd.models.real.attachment import AttachConfig, make_plan
+from rlkd.models.real.instrumented import Instrumented
+from rlkd.models.real.pretrained import Kind
+from rlkd.runs.export import parts_run, write_parts
+from rlkd.runs.export_int8 import weight_bytes
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(tiny_models.IMAGE_FAMILIES, "image_classification"),
+    "llama": "causal_lm",
+}
+
+
+def shipped(family: str, share_left: float | None, patience: int = 0) -> tuple[ShippedStudent, dict[str, Tensor]]:
+    """A student whose first exit takes about `share_left` of the samples (None: no early exits), and its inputs."""
+    torch.manual_seed(0)
+    is_conv = family in tiny_models.CONV_FAMILIES
+    model, inputs = tiny_models.tiny(family, layers=3), tiny_models.batch(family, size=51)
+    exits = () if share_left is None else (1,) if is_conv else (1, 2)
+    plan = make_plan(model, inputs, AttachConfig(exits=exits, patience=patience), None)
+    student = Instrumented(model, plan, []).eval()
+    for head in student.heads:
+        torch.nn.init.normal_(head.weight, std=0.15)
+    masks = tuple((torch.arange(g.size) % 2).float() for g in plan.groups)
+    keep = 0.5 if plan.select_after else 1.0
+    threshold = 1.0
+    if share_left is not None:
+        with torch.no_grad():
+            confidence = student(inputs, masks, keep).logits[0].softmax(-1).amax(-1)
+        threshold = float(confidence.flatten().quantile(1 - share_left)) - 1e-6
+    kind = KINDS.get(family, "sequence_classification")
+    return ship(student, kind, masks, keep, threshold), inputs
+
+
+def exported(student: ShippedStudent, inputs: dict[str, Tensor]) -> Any:
+    few = {name: values[:3] for name, values in inputs.items()}
+    return export_flat(student, few, dynamic_length="input_ids" in inputs)
+
+
+def real_tokens(inputs: Any) -> Tensor | None:
+    return inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+
+
+def check(family: str, share_left: float | None, patience: int = 0) -> tuple[ShippedStudent, dict[str, Tensor], Any]:
+    student, inputs = shipped(family, share_left, patience)
+    graph = exported(student, inputs)
+    run = runner_of(session_of(surgery.fold_exits(graph, num_early_exits(student))))
+    counts = real_tokens if family == "llama" else lambda inputs: None
+    index = torch.arange(51)
+    parity = compare(run, [student], lambda rows: {n: v[rows] for n, v in inputs.items()}, index, counts)
+    assert parity.largest < 1e-4
+    assert (parity.num_samples, parity.batch_sizes) == (51, (1, 17))
+    if "input_ids" in inputs:  # another length than the one it was traced with
+        longer = tiny_models.batch(family, size=2, length=11)
+        with torch.no_grad():
+            gap = (run(longer) - student(**longer)).abs()
+        assert float(gap[longer["attention_mask"].bool()].max() if family == "llama" else gap.max()) < 1e-4
+    return student, inputs, graph
+
+
+@pytest.mark.slow
+def test_a_text_student_with_exits_and_left_out_tokens(tmp_path: Path) -> None:
+    student, inputs, graph = check("bert", 0.5)
+    assert student.shipment.select_after is not None
+    write_parts(surgery.split_parts(graph, 2), tmp_path)
+    runner = PartsRunner(tmp_path)
+    logits, exits = runner({name: values.numpy() for name, values in inputs.items()})
+    assert set(exits.tolist()) == {1, 2, 3}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), student(**inputs), atol=1e-5, rtol=1e-4)
+    one = {name: values[7:8] for name, values in inputs.items()}
+    torch.testing.assert_close(parts_run(runner)(one)[0], torch.from_numpy(logits[7]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_left", [None, 0.5])
+@pytest.mark.parametrize(
+    "family",
+    ["roberta", "electra", "distilbert", "llama_classifier", "vit", "resnet", "convnext", "mobilenet", "llama"],
+)
+def test_every_family(family: str, share_left: float | None) -> None:
+    if family == "mobilenet" and share_left is not None:
+        pytest.skip("its blocks have no exit here")
+    check(family, share_left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "num_layers"), [("bert", 3 * 6 + 2), ("resnet", 8)])
+@pytest.mark.parametrize("method", METHODS)
+def test_int8_of_real_students(family: str, num_layers: int, method: Method) -> None:
+    student, inputs = shipped(family, None)
+    graph = exported(student, inputs)
+    batches = [{name: values[i : i + 17] for name, values in inputs.items()} for i in (0, 17)]
+    if family == "bert" or method == "static":
+        assert len(layers_of(graph, method)) >= num_layers
+    made = quantise(graph, method, batches)
+    answer = runner_of(session_of(surgery.fold_exits(made.graph, 0)))(inputs)
+    with torch.no_grad():
+        wanted = student(**inputs)
+    assert 0 < float((answer - wanted).abs().max()) < 0.1 * float(wanted.abs().max())
+    if family == "bert":  # embeddings stay in float
+        assert weight_bytes(made.graph) < 0.6 * weight_bytes(graph)
+
+
+@pytest.mark.slow
+def test_exits_that_agree_let_samples_leave() -> None:
+    check("bert", 0.1, patience=2)

@@ -1,0 +1,156 @@
+"""`rlkd export`: from a student's folder to what is deployed."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_students
+import torch
+
+pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
+import onnxruntime
+
+from rlkd.cli.main import main
+from rlkd.compression import load_student
+from rlkd.data import load_dataset
+from rlkd.export.exits import with_threshold
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_students.save_trained(tmp_path_factory.mktemp("a") / "student", *small_students.trained_chain())
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported")
+    options = ["--data", "digits", "--out", str(out), "--triton", str(out / "triton"), "--name", "tiny"]
+    assert main(["export", str(folder), *options]) == 0
+    return out
+
+
+def test_the_exported_student_is_as_accurate_as_reported(folder: Path, exported: Path) -> None:
+    data = load_dataset("digits")
+    test = data.splits["test"]
+    session = onnxruntime.InferenceSession(str(exported / "model.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"inputs": data.inputs[test].flatten(1).numpy()})
+    accuracy = float((torch.from_numpy(logits).argmax(-1) == data.labels[test]).float().mean())
+    assert accuracy == json.loads((folder / "student.json").read_text())["figures"]["accuracy"]
+    report = json.loads((exported / "export.json").read_text())
+    assert report["opset"] == 18
+    assert 0 < report["parity"]["largest"] < 1e-4
+    assert report["parity"]["num_samples"] == 255
+    assert report["num_early_exits"] == 2
+
+
+def test_triton_is_told_what_the_graph_has(exported: Path) -> None:
+    text = (exported / "triton" / "tiny" / "config.pbtxt").read_text()
+    model = exported / "triton" / "tiny" / "1" / "model.onnx"
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    types = {"TYPE_FP32": "tensor(float)", "TYPE_INT64": "tensor(int64)"}
+    for word, values in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        (block,) = re.findall(rf"^{word} \[\n(.*?)\n\]", text, re.DOTALL | re.MULTILINE)
+        names, kinds = re.findall(r'name: "(\w+)"', block), re.findall(r"data_type: (\w+)", block)
+        dims = [[int(d) for d in row.split(",")] for row in re.findall(r"dims: \[ (.*) \]", block)]
+        assert names == [value.name for value in values]
+        assert [types[kind] for kind in kinds] == [value.type for value in values]
+        assert dims == [[d if isinstance(d, int) else -1 for d in value.shape[1:]] for value in values]
+        assert all(isinstance(value.shape[0], str) for value in values)  # the batch, which max_batch_size stands for
+    assert 'name: "tiny"' in text
+    assert "max_batch_size: 32" in text
+    assert text.count("{") == text.count("}")
+
+
+def test_the_card_says_what_was_made_and_its_python_runs(exported: Path, tmp_path: Path) -> None:
+    card = (exported / "README.md").read_text()
+    for words in ("accuracy on test data | 0.", "input `inputs`: float [batch, 64]", "divisor 16", "ONNX opset 18"):
+        assert words in card
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    script = (
+        "import numpy\ninputs = numpy.zeros((2, 64), numpy.float32)\n" + block + "print(logits.shape, exits.shape)\n"
+    )
+    place = shutil.copytree(exported, tmp_path / "elsewhere")
+    done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=True)
+    assert done.stdout == "(2, 10) (2,)\n"
+
+
+def test_the_runner_needs_no_rlkd(exported: Path) -> None:
+    text = (exported / "parts" / "runner.py").read_text()
+    assert "rlkd." not in text
+    assert "PartsRunner" in runpy.run_path(str(exported / "parts" / "runner.py"))
+
+
+def accuracy_at(folder: Path, threshold: float) -> float:
+    """On validation."""
+    student, data = load_student(folder), load_dataset("digits")
+    changed = with_threshold(student, threshold)
+    validation = data.splits["validation"]
+    with torch.no_grad():
+        answers = changed(inputs=data.inputs[validation]).argmax(-1)
+    return float((answers == data.labels[validation]).float().mean())
+
+
+def test_exit_thresholds_are_chosen_on_validation(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    asked = (accuracy_at(folder, 0.1) + accuracy_at(folder, 0.999)) / 2
+    options = ["--data", "digits", "--out", str(tmp_path), "--to", "torch", "--exit_accuracy", str(asked)]
+    assert main(["export", str(folder), *options]) == 0
+    chosen = json.loads((tmp_path / "export.json").read_text())["exits"]
+    assert chosen["accuracy"] >= asked
+    assert chosen["accuracy"] == pytest.approx(accuracy_at(folder, chosen["threshold"]))
+    assert accuracy_at(folder, chosen["threshold"] - 0.02) < asked  # no lower one would do
+    assert f"accuracy {chosen['accuracy']:.4f} on validation" in capsys.readouterr().out
+    data = load_dataset("digits")
+    validation = data.splits["validation"]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    right = program(data.inputs[validation].flatten(1)).argmax(-1) == data.labels[validation]
+    assert float(right.float().mean()) == pytest.approx(chosen["accuracy"])
+
+
+MISTAKES = {
+    "no student": (["gone"], ["gone", "student.json"]),
+    "no data": (["FOLDER"], ["--data"]),
+    "wrong data": (["FOLDER", "--data", "wine"], ["wine has 3 of 13"]),
+    "target": (["FOLDER", "--data", "digits", "--to", "tflite"], ["'tflite'", "onnx, torch, hf"]),
+    "hf for a chain": (["FOLDER", "--data", "digits", "--to", "hf"], ["got hf for a chain", "onnx, torch"]),
+    "exits": (["FOLDER", "--data", "digits", "--exits", "all"], ["both, if, parts"]),
+    "tolerance": (["FOLDER", "--data", "digits", "--tolerance", "0"], ["--tolerance: got 0"]),
+    "hardware": (["FOLDER", "--data", "digits", "--hardware", "cpux"], ["'cpux'", "did you mean 'cpu'"]),
+    "triton of torch": (["FOLDER", "--to", "torch", "--triton", "x"], ["--triton: got --to torch"]),
+    "accuracy out of reach": (["FOLDER", "--data", "digits", "--exit_accuracy", "0.999"], ["allowed: at most 0.9"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(
+    name: str, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv, words = MISTAKES[name]
+    assert main(["export", *(str(folder) if given == "FOLDER" else given for given in argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rlkd: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def test_what_differs_from_pytorch_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    options = ["--data", "digits", "--out", str(tmp_path), "--tolerance", "1e-12"]
+    assert main(["export", str(folder), *options]) == 2
+    assert "model.onnx: differs from PyTorch by" in capsys.readouterr().err
+
+
+def test_a_target_without_control_flow_takes_parts_alone(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    options = ["--data", "digits", "--out", str(tmp_path / "out"), "--hardware", "edge"]
+    assert main(["export", str(folder), *options]) == 2
+    assert "edge lacks If, which this student's graph uses; give --exits parts" in capsys.readouterr().err
+    assert main(["export", str(folder), *options, "--exits", "parts"]) == 0
+    assert (tmp_path / "out" / "parts" / "part_3.onnx").exists()
+    assert not (tmp_path / "out" / "model.onnx").exists()
