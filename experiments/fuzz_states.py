@@ -181,12 +181,11 @@ def fuzz_signals(r: random.Random, s: Samples) -> Callable[[], None]:
 
 def fuzz_real_student(r: random.Random, s: Samples) -> Callable[[], None]:
     """The shipped student of a real model: its card, its exits, its weights or its configuration; often signed anew."""
-    from rlkd.compression.real.cut import WEIGHTS, load_module_student
+    from rlkd.compression.real.cut import CUT, EXITS, PLAIN, load_module_student
 
     folder = s.place("real")
-    name = r.choice(
-        ["student.json", "student.json", "exits.safetensors", "model/model.safetensors", "model/config.json"]
-    )
+    weights = CUT if (folder / CUT).exists() else PLAIN
+    name = r.choice(["student.json", "student.json", EXITS, weights, "model/config.json"])
     path = folder / name
     blob = path.read_bytes()
     if name.endswith(".json"):
@@ -195,7 +194,7 @@ def fuzz_real_student(r: random.Random, s: Samples) -> Callable[[], None]:
         path.write_bytes(damaged_tensors(r, blob))
         if r.random() < 0.8:
             card = json.loads((folder / "student.json").read_bytes())
-            card["sha256"] = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in WEIGHTS}
+            card["sha256"] = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in (EXITS, weights)}
             (folder / "student.json").write_text(json.dumps(card))
 
     def use() -> None:

@@ -1,24 +1,27 @@
-"""A trained real student on disk and at inference: hidden units cut out, heads zeroed, exits and tokens as trained.
+"""A trained real student on disk and at inference: what its controls left out is cut out of it.
 
-The folder holds `model/`, which transformers loads as it is, `exits.safetensors` and `student.json`. Hidden units are
-cut where every block keeps equally many and the configuration has a size for them; transformers has none for heads
-that differ in number from hidden size / head size, nor for a convolution's inner channels, so masked ones stay, as
-zeros, and save nothing.
+Hidden units, heads, inner channels and blocks behind an exit that every sample takes are physically gone. The folder
+holds `model/`, `exits.safetensors` and `student.json`. Where transformers' configuration can say the new sizes,
+`model/` is a plain folder that transformers loads as it is. A configuration has one size for all blocks, and most have
+none for heads that are fewer than hidden size / head size or for a convolution's inner channels: then the weights are
+called `cut.safetensors`, which transformers does not read; `load_module_student` cuts a whole model to their shapes.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from rlkd.compression.real.shipped import Shipment, ShippedStudent, shipped_student
+from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
 from rlkd.io.files import (
     MAX_TENSOR_BYTES,
@@ -35,13 +38,27 @@ from rlkd.io.files import (
     write_whole,
 )
 from rlkd.models.chain import Masks
-from rlkd.models.real.blocks import Group
+from rlkd.models.real.attachment import Plan
+from rlkd.models.real.blocks import KINDS as KINDS_OF_GROUPS
+from rlkd.models.real.blocks import Group, find_groups, layout_of, linear
 from rlkd.models.real.hooks import resolve
 from rlkd.models.real.instrumented import Instrumented
-from rlkd.models.real.pretrained import AUTO_CLASSES, HIDDEN_UNITS, Kind, load_model, new_model, quiet
+from rlkd.models.real.pretrained import (
+    AUTO_CLASSES,
+    HIDDEN_UNITS,
+    Kind,
+    load_config,
+    load_model,
+    new_model,
+    on_meta,
+    quiet,
+)
+from rlkd.models.real.shrink import cut_group, cut_to_shapes, take_out, zero_group
 
-FORMAT = 2
-WEIGHTS = ("exits.safetensors", "model/model.safetensors")
+FORMAT = 3
+FORMATS = (2, FORMAT)  # students of format 2 have all their blocks
+EXITS, PLAIN, CUT = "exits.safetensors", "model/model.safetensors", "model/cut.safetensors"
+MAX_SHRINKAGE = 1000  # weights of a whole model for each one that a cut leaves
 MAX_BLOCKS, MAX_WIDTH = 1024, 2**20
 CHUNK_BYTES = 2**22
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # what transformers' configurations call it
@@ -49,42 +66,90 @@ SPARE_BLOCKS = 32  # layers beyond the card's blocks, such as those of an embedd
 
 
 def cut_model(
-    model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks, *, cuts_units: bool = True
+    model: nn.Module, kind: Kind, groups: Sequence[Group], masks: Masks, cuts: Collection[str] = KINDS_OF_GROUPS
 ) -> nn.Module:
-    """Return a model on the CPU that answers like `model` under `masks`, physically smaller where possible.
+    """Return a model on the CPU that answers like `model` under `masks`, physically smaller.
 
     Args:
         model: of transformers.
         kind: what it is for.
         groups: its groups.
         masks: one [size] a group.
-        cuts_units: cut hidden units out where every block keeps equally many; else they stay, as zeros.
+        cuts: kinds of groups that are cut; masked units of others stay, as zeros.
     """
-    described: Any = copy.deepcopy(model.config)
-    names = [name for name in HIDDEN_UNITS if isinstance(getattr(described, name, None), int)]
-    counts = {int(mask.sum()) for group, mask in zip(groups, masks, strict=True) if group.kind == "units"}
-    cuts_units = cuts_units and len(counts) == 1 and bool(names)
-    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    small = new_model(copy.deepcopy(model.config), kind, seed=0)
+    small.load_state_dict({name: value.detach().cpu() for name, value in model.state_dict().items()})
     for group, mask in zip(groups, masks, strict=True):
-        reader = f"{group.reader}.weight"
-        if group.kind == "units" and cuts_units:
-            kept = mask.bool()
-            state[reader] = state[reader][:, kept]
-            for name in (f"{path}.{part}" for path in group.writers for part in ("weight", "bias")):
-                if name in state:
-                    state[name] = state[name][kept]
+        if group.kind in cuts:
+            cut_group(small, group, mask.cpu())
         else:
-            wide = mask.repeat_interleave(group.width)
-            state[reader] = state[reader] * (wide[:, None, None] if state[reader].ndim == 4 else wide)
-    if cuts_units:
-        setattr(described, names[0], counts.pop())
-    small = new_model(described, kind, seed=0)
-    small.load_state_dict(state)
-    return small
+            zero_group(small, group, mask.cpu())
+    described = _described(small, groups)
+    if not _fits(described, kind, small):
+        return small
+    plain = new_model(described, kind, seed=0)
+    plain.load_state_dict(small.state_dict())
+    return plain
+
+
+def _described(model: nn.Module, groups: Sequence[Group]) -> Any:
+    """Return the configuration with the sizes that hidden units and heads have in the first block."""
+    described: Any = copy.deepcopy(model.config)
+    first: dict[str, Group] = {group.kind: group for group in reversed(groups)}
+    for kind, group in first.items():
+        count = torch.as_tensor(model.get_submodule(group.reader).weight).shape[1] // group.width
+        if kind == "units":
+            name = next((n for n in HIDDEN_UNITS if isinstance(getattr(described, n, None), int)), None)
+            if name is not None:
+                setattr(described, name, count)
+        elif kind == "heads" and count < group.size:
+            described.num_attention_heads, described.head_dim = count, group.width
+            if hasattr(described, "num_key_value_heads"):
+                shared = (*group.shared, *group.writers)[0]
+                described.num_key_value_heads = linear(model, shared).out_features // group.width
+    return described
+
+
+def _fits(described: Any, kind: Kind, model: nn.Module) -> bool:
+    """Tell whether a model of the configuration has the tensors of `model`."""
+    made = on_meta(described, kind)
+    return made is not None and _shapes(made.state_dict()) == _shapes(model.state_dict())
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def shipment_of(plan: Plan, kind: Kind, keep: float, threshold: float) -> Shipment:
+    """Return how a student of a plan answers: without exits that no sample takes and parts that no sample reaches.
+
+    Args:
+        plan: of the student.
+        kind: of its model.
+        keep: share of tokens.
+        threshold: of the exits.
+    """
+    always, never = (bool(end) for end in exit_ends(torch.tensor([threshold]), plan.num_classes))
+    exits = () if never else plan.exits[:1] if always else plan.exits
+    depth = exits[0] if always and exits else len(plan.blocks)
+    selects = plan.select_after is not None and plan.select_after < depth
+    return Shipment(
+        kind=kind,
+        blocks=plan.blocks,
+        attention=plan.attention[:depth],
+        exits=exits,
+        patience=plan.patience,
+        threshold=threshold,
+        select_after=plan.select_after if selects else None,
+        keep=keep if selects else 1.0,
+        num_classes=plan.num_classes,
+        drops_rows=plan.drops_rows,
+        gone=() if depth == len(plan.blocks) else (*plan.blocks[depth:], *plan.after),
+    )
 
 
 def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, threshold: float) -> ShippedStudent:
-    """Return the student as it will answer, on the CPU.
+    """Return the student as it will answer, on the CPU, without what no sample reaches.
 
     Args:
         student: trained.
@@ -94,39 +159,40 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
         threshold: of the exits.
     """
     plan = student.plan
-    shipment = Shipment(
-        kind,
-        plan.blocks,
-        plan.attention,
-        plan.exits,
-        plan.patience,
-        threshold,
-        plan.select_after,
-        keep,
-        plan.num_classes,
-        plan.drops_rows,
-    )
-    heads = copy.deepcopy(student.heads).cpu()
-    return shipped_student(
-        cut_model(student.model, kind, plan.groups, unit_masks, cuts_units=plan.cuts_units), heads, shipment
-    )
+    shipment = shipment_of(plan, kind, keep, threshold)
+    model = cut_model(student.model, kind, plan.groups, unit_masks, plan.cuts)
+    take_out(model, shipment.gone)
+    heads = copy.deepcopy(student.heads[: len(shipment.exits)]).cpu()
+    return shipped_student(model, heads, shipment)
 
 
 def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
-    """Write `model/` with its tokenizer or image processor, `exits.safetensors` and `student.json`."""
+    """Write `model/` with its tokenizer or image processor, `exits.safetensors` and `student.json`.
+
+    The card's `loads_with` says whether transformers alone can read `model/`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
     model: Any = student.model
+    is_plain = not student.shipment.gone and _fits(model.config, student.shipment.kind, model)
+    weights = PLAIN if is_plain else CUT
     with quiet():
-        model.save_pretrained(folder / "model")
+        if is_plain:
+            model.save_pretrained(folder / "model")
+        else:
+            described = copy.deepcopy(model.config)
+            described.architectures = [type(model).__name__]
+            described.save_pretrained(folder / "model")
+            write_whole(folder / CUT, save({k: v.contiguous() for k, v in _own_state(model).items()}))
         if processor is not None:
             processor.save_pretrained(folder / "model")
     tensors = {name: value.contiguous() for name, value in student.heads.state_dict().items()}
-    write_whole(folder / "exits.safetensors", save(tensors))
-    sums = {name: _sha256(folder, name) for name in WEIGHTS}
+    write_whole(folder / EXITS, save(tensors))
+    sums = {name: _sha256(folder, name) for name in (EXITS, weights)}
     content = {"format": FORMAT, "sha256": sums, "shipment": asdict(student.shipment), **card}
+    content["loads_with"] = "transformers (without exits and tokens), rlkd" if is_plain else "rlkd"
     write_whole(folder / "student.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -139,18 +205,20 @@ def load_module_student(folder: Path | str) -> ShippedStudent:
     folder = Path(folder)
     try:
         card = read_json(inside(folder, "student.json"), "a real student's card")
-        if card["format"] != FORMAT:
-            raise UserError(f"{folder}/student.json: format {card['format']!r:.20}; allowed: {FORMAT}; distil it anew")
-        if set(card["sha256"]) != set(WEIGHTS):
-            raise ValueError(f"sha256 names {sorted(card['sha256'])!s:.60}; allowed: {list(WEIGHTS)}")
-        for name in WEIGHTS:
+        if card["format"] not in FORMATS:
+            raise UserError(f"{folder}/student.json: format {card['format']!r:.20}; allowed: {FORMATS}; distil it anew")
+        weights = CUT if CUT in card["sha256"] else PLAIN
+        if set(card["sha256"]) != {EXITS, weights}:
+            raise ValueError(f"sha256 names {sorted(card['sha256'])!s:.60}; allowed: {[EXITS, weights]}")
+        for name in (EXITS, weights):
             if _sha256(folder, name) != card["sha256"][name]:
                 raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
-        shipment = _shipment(card["shipment"])
+        older: dict[str, Any] = {"gone": []} if card["format"] == 2 else {}
+        shipment = _shipment({**older, **card["shipment"]})
         _check_model_folder(folder)
-        _check_depth(folder, len(shipment.blocks))
+        _check_depth(folder, weights, len(shipment.blocks))
         heads = _load_heads(folder, shipment)
-        model = load_model(str(folder / "model"), shipment.kind)
+        model = load_model(str(folder / "model"), shipment.kind) if weights == PLAIN else _load_cut(folder, shipment)
         resolve(model, [*shipment.blocks, *shipment.attention])
         _check_outputs(model, heads, shipment)
         student = shipped_student(model, heads, shipment)
@@ -166,7 +234,7 @@ def _shipment(given: Any) -> Shipment:
         raise ValueError(f"shipment has {sorted(values)!s:.60}; allowed: {[f.name for f in fields(Shipment)]!s:.200}")
     if values["kind"] not in AUTO_CLASSES:
         raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(AUTO_CLASSES)}")
-    for name in ("blocks", "attention", "exits"):
+    for name in ("blocks", "attention", "exits", "gone"):
         entries, wanted = values[name], int if name == "exits" else str
         if not isinstance(entries, list) or len(entries) > MAX_BLOCKS or any(type(e) is not wanted for e in entries):
             raise ValueError(f"shipment.{name} is {entries!r:.40}; allowed: a list of up to {MAX_BLOCKS}")
@@ -185,20 +253,59 @@ def _shipment(given: Any) -> Shipment:
     return Shipment(**values)
 
 
+def _load_cut(folder: Path, shipment: Shipment) -> nn.Module:
+    """Return a whole model of the configuration, cut to the shapes of the weights in `cut.safetensors`.
+
+    Raises:
+        UserError, ValueError, KeyError: weights that no cut of that model has.
+    """
+    described = load_config(str(folder / "model"))
+    shapes = {name: shape for name, (_, shape) in _header(folder / CUT).items()}
+    bare = on_meta(described, shipment.kind)
+    if bare is None:
+        raise ValueError("no model can be built of model/config.json")
+    num_whole, num_cut = (sum(map(math.prod, s.values())) for s in (_shapes(_own_state(bare)), shapes))
+    if num_whole > MAX_SHRINKAGE * num_cut:
+        raise ValueError(f"the configuration has {num_whole} weights, the file {num_cut}")
+    model = new_model(described, shipment.kind, seed=0)
+    groups = find_groups(model, shipment.blocks, layout_of(model, shipment.blocks))
+    take_out(model, shipment.gone)
+    cut_to_shapes(model, [g for g in groups if shipment.blocks[g.block] not in shipment.gone], shapes)
+    own = _own_state(model)
+    differ = sorted(set(_shapes(own).items()) ^ set(shapes.items()))
+    if differ:
+        raise ValueError(f"{differ[0][0]} of {CUT} does not fit model/config.json")
+    state = load_file(folder / CUT)
+    model.load_state_dict(state, strict=False)  # tied weights stand in the file once
+    if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
+        raise ValueError(f"{CUT} holds a non-finite value")
+    return model.eval()
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return weights and buffers as in `state_dict`, tied ones once."""
+    state, seen = model.state_dict(keep_vars=True), set()
+    own = {}
+    for name, value in state.items():
+        if id(value) not in seen:
+            own[name] = value.detach()
+        seen.add(id(value))
+    return own
+
+
 def _check_model_folder(folder: Path) -> None:
     """Raise UserError for an entry of `model/` that leads out of it, is no file, or is too large."""
     inside(folder, "model")
     for path in sorted((folder / "model").iterdir()):
-        with opened(
-            inside(folder / "model", path.name), None if path.name == "model.safetensors" else MAX_TENSOR_BYTES
-        ):
+        is_weights = f"model/{path.name}" in (PLAIN, CUT)
+        with opened(inside(folder / "model", path.name), None if is_weights else MAX_TENSOR_BYTES):
             pass
 
 
-def _check_depth(folder: Path, num_blocks: int) -> None:
+def _check_depth(folder: Path, weights: str, num_blocks: int) -> None:
     """ValueError for a model of far more layers than there are blocks or tensors: all would be built first."""
     config = read_json(inside(folder / "model", "config.json"), "a model's configuration")
-    num_tensors = _num_tensors(folder / "model" / "model.safetensors")
+    num_tensors = len(_header(folder / weights))
     depths = config.get("depths")
     claimed = {name: config.get(name) for name in DEPTHS}
     if isinstance(depths, list):
@@ -210,16 +317,17 @@ def _check_depth(folder: Path, num_blocks: int) -> None:
             )
 
 
-def _num_tensors(path: Path) -> int:
+def _header(path: Path) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Return types and shapes of a file of weights."""
     with opened(path) as (file, _):
         head = file.read(8)
         length = min(int.from_bytes(head, "little"), MAX_TENSOR_BYTES)
-        return len(tensor_shapes(head + file.read(length), str(path)))
+        return tensor_shapes(head + file.read(length), str(path))
 
 
 def _load_heads(folder: Path, shipment: Shipment) -> nn.ModuleList:
     """One layer an exit: linear, [C, width], or a language model's norm, [width]."""
-    path = inside(folder, "exits.safetensors")
+    path = inside(folder, EXITS)
     blob = read_bytes(path, MAX_TENSOR_BYTES)
     found = tensor_shapes(blob, str(path))
     schema: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}

@@ -33,6 +33,7 @@ class Shipment:
     keep: float  # share of tokens
     num_classes: int  # of a language model the size of its vocabulary
     drops_rows: bool  # samples that left are taken out of the batch; else a batch stops once all have left
+    gone: tuple[str, ...] = ()  # modules behind an exit that every sample takes: they have no weights
 
 
 class _AllLeft(Exception):
@@ -77,6 +78,11 @@ class ShippedStudent(nn.Module):
             place = s.attention[s.select_after - 1]
             model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
 
+    @property
+    def config(self) -> Any:
+        """The configuration of its model."""
+        return self.model.config
+
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits [B, C]."""
         size = len(next(iter(inputs.values())))
@@ -103,6 +109,8 @@ class ShippedStudent(nn.Module):
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if self._batch is not None:
                 self._batch.hidden = tensor_at(output, 0, path)
+                if self._always:
+                    self._leave(self._batch, 0)
 
         return hook
 
@@ -142,10 +150,13 @@ class ShippedStudent(nn.Module):
         s, hidden = self.shipment, now.hidden
         assert hidden is not None
         logits = self.heads[index](pool(hidden, now.valid)).float()  # [R, C]
+        if self._always:
+            now.answers = logits
+            raise _AllLeft
         confidence, answer = logits.softmax(-1).max(-1)  # [R]
         now.history.append(answer)
         leave = exits_at(confidence, torch.tensor(s.threshold), s.num_classes)
-        if 0 < s.patience <= len(now.history) and not self._always:
+        if 0 < s.patience <= len(now.history):
             recent = torch.stack(now.history[-s.patience :])  # [patience, R]
             leave = leave | (recent == recent[0]).all(0)
         leave = leave & now.waiting

@@ -125,7 +125,8 @@ def try_out(
 def _variants(plan: Plan, control: str) -> list[Plan]:
     """Return the plan, then one with less of a control, to try in this order; [] for a control that it lacks."""
     if control == "unit_keep" and plan.groups:
-        return [plan, *([keep_zeros(plan)] if plan.cuts_units else [])]
+        fewer = dict.fromkeys([tuple(kind for kind in plan.cuts if kind != "heads"), ()])
+        return [plan, *(keep_zeros(plan, cuts) for cuts in fewer if cuts != plan.cuts)]
     if control == "exit_threshold" and plan.exits:
         return [plan, *([replace(plan, drops_rows=False)] if plan.drops_rows else [])]
     return [plan] if control == "feature_keep" and plan.select_after is not None else []
@@ -135,7 +136,7 @@ def _with(plan: Plan, other: Plan, control: str) -> Plan:
     """Return the plan with one control as in another plan of the same model."""
     controls = {**plan.controls, control: other.controls[control]}
     if control == "unit_keep":
-        return replace(plan, groups=other.groups, cuts_units=other.cuts_units, controls=controls)
+        return replace(plan, groups=other.groups, cuts=other.cuts, controls=controls)
     if control == "exit_threshold":
         return replace(plan, exits=other.exits, drops_rows=other.drops_rows, controls=controls)
     return replace(plan, select_after=other.select_after, num_positions=other.num_positions, controls=controls)

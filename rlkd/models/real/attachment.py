@@ -59,7 +59,10 @@ class Plan:
     per_token: bool  # a language model: one answer a position, and exits answer through the model's own head
     drops_rows: bool  # a shipped student can take samples that left out of the batch: all that blocks are given follows
     has_features: bool  # the last block gives one row of features a sample
-    cuts_units: bool  # hidden units can be cut out of the shipped model; else masked ones stay, as zeros
+    cuts: tuple[
+        str, ...
+    ]  # kinds of groups whose masked units are cut out of the shipped model; else they stay as zeros
+    after: tuple[str, ...]  # modules with weights that run behind the last block alone; an early exit does without them
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -106,7 +109,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         raise UserError("student: no nn.ModuleList of blocks was found; name them with --attach.blocks PATTERN")
     layout = layout_of(model, blocks)
     attention = _attention_places(model, blocks, layout, inputs)
-    logits, observed = _observe(model, blocks, inputs)
+    logits, observed, after = _observe(model, blocks, inputs)
     seen = [observed[block] for block in blocks]
     per_token = logits.ndim == 3
     if logits.ndim != 2 and not per_token:
@@ -136,7 +139,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
             else "not available: the model gives no attention weights"
         ),
         "feature_keep": f"not available: {why_not}" if why_not else f"tokens after block {config.select_after}",
-        "unit_keep": _units_in_words(groups),
+        "unit_keep": _units_in_words(groups, _kinds(groups)),
         "exit_threshold": f"not available: {why_no_exits}" if why_no_exits else _about_exits(exits, per_token),
     }
     return Plan(
@@ -156,7 +159,8 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         and all(block.enters_as_left and block.follows_rows for block in seen[1:])
         and _bears_fewer_rows(model, blocks[-1], inputs, logits),
         has_features=last is not None,
-        cuts_units=any(group.kind == "units" for group in groups),
+        cuts=_kinds(groups),
+        after=tuple(path for path in after if not per_token or path != _output_path(model)),
     )
 
 
@@ -164,26 +168,37 @@ def without(plan: Plan, control: str, reason: str) -> Plan:
     """Return the plan with one control switched off: `unit_keep`, `feature_keep` or `exit_threshold`."""
     controls = {**plan.controls, control: f"not available: {reason}"}
     if control == "unit_keep":
-        return replace(plan, groups=(), cuts_units=False, controls=controls)
+        return replace(plan, groups=(), cuts=(), controls=controls)
     if control == "feature_keep":
         return replace(plan, select_after=None, num_positions=1, controls=controls)
     return replace(plan, exits=(), controls=controls)
 
 
-def keep_zeros(plan: Plan) -> Plan:
-    """Return the plan for a model whose units cannot be cut out: the shipped model keeps masked ones as zeros."""
-    text = plan.controls["unit_keep"].replace("masked heads stay", "masked ones stay")
-    return replace(plan, cuts_units=False, controls={**plan.controls, "unit_keep": text})
+def keep_zeros(plan: Plan, cuts: tuple[str, ...]) -> Plan:
+    """Return the plan for a model whose groups of these kinds alone can be cut; others stay, as zeros."""
+    controls = {**plan.controls, "unit_keep": _units_in_words(plan.groups, cuts)}
+    return replace(plan, cuts=cuts, controls=controls)
+
+
+def _kinds(groups: Sequence[Group]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(group.kind for group in groups))
+
+
+def _output_path(model: nn.Module) -> str:
+    """Return the path of a language model's output layer, which its exits answer through; "" where it has none."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return next((name for name, module in model.named_modules() if module is head), "")
 
 
 def _observe(
     model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, _Observed]]:
-    """Logits of a pass, with their graph, and what the pass showed of every block."""
+) -> tuple[Tensor, dict[str, _Observed], list[str]]:
+    """Logits of a pass, with their graph, what the pass showed of every block, and what ran behind the last one."""
     was_training = model.training
     model.eval()
     try:
-        with _calls(model, blocks) as first:
+        with _calls(model, blocks) as first, _order(model, blocks) as order:
             logits = logits_of(forward(model, inputs))
         with _calls(model, blocks) as second, torch.no_grad():
             other = _other_pass(model, inputs, second)
@@ -203,7 +218,9 @@ def _observe(
             bool(calls) and bool(others) and _follow_rows(calls[0][1], others[0][1], sizes),
         )
         before = hidden
-    return logits, observed
+    last = max((number for number, path in enumerate(order) if path in observed), default=len(order))
+    early = set(order[:last])
+    return logits, observed, list(dict.fromkeys(path for path in order[last + 1 :] if path not in early))
 
 
 Call = tuple[Tensor | None, list[Tensor], Any]  # first argument, the other tensors, output
@@ -224,6 +241,22 @@ def _calls(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, list[C
         handles.append(model.get_submodule(block).register_forward_hook(hook, with_kwargs=True))
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _order(model: nn.Module, blocks: Sequence[str]) -> Iterator[list[str]]:
+    """Paths of the blocks, and of all modules that hold weights of their own, in the order in which they end."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: order.append(path))
+        for path, module in model.named_modules()
+        if path in blocks or any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        yield order
     finally:
         for handle in handles:
             handle.remove()
@@ -284,14 +317,16 @@ def _follow_rows(tensors: Sequence[Tensor], others: Sequence[Tensor], sizes: tup
     return all(a.ndim > 0 and (a.shape[0], b.shape[0]) in (sizes, (1, 1)) for a, b in pairs)
 
 
-def _units_in_words(groups: tuple[Group, ...]) -> str:
+def _units_in_words(groups: tuple[Group, ...], cuts: tuple[str, ...]) -> str:
     """Describe what unit_keep masks, and what of it stays in the shipped model."""
     if not groups:
         return "not available: no known layout of feed-forward layers and heads, or of inner channels"
-    count = f"in {len(groups)} groups; masked"
-    if groups[0].kind == "channels":
-        return f"{sum(g.size for g in groups)} inner channels {count} ones stay in the shipped model, as zeros"
-    return f"{sum(g.size for g in groups)} hidden units and heads {count} heads stay in the shipped model, as zeros"
+    what = "inner channels" if groups[0].kind == "channels" else "hidden units and heads"
+    stay = [kind for kind in _kinds(groups) if kind not in cuts]
+    end = "masked ones are cut out of the shipped model"
+    if stay:
+        end = f"masked {'heads' if stay == ['heads'] else 'ones'} stay in the shipped model, as zeros"
+    return f"{sum(g.size for g in groups)} {what} in {len(groups)} groups; {end}"
 
 
 def control_table(plan: Plan) -> str:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rlkd.models.chain import Masks
 
+KINDS = ("units", "heads", "channels")  # of groups
 LARGE = 0.25  # of the largest list's weights
 
 
@@ -83,12 +84,22 @@ CHANNELS = {
 class Group:
     """Units of one kind in one block, or in one layer of a convolutional block."""
 
-    kind: str  # "units", "heads" or "channels"
+    kind: str  # of KINDS
     block: int  # from 0
     reader: str  # path of the layer that reads them
     writers: tuple[str, ...]  # paths of the layers whose rows are cut with them
     size: int
     width: int  # channels a unit: 1, or a head's dimension
+    norms: tuple[str, ...] = ()  # paths of normalisations that keep channels apart and are cut with them
+    shared: tuple[str, ...] = ()  # paths of layers that write keys and values which several heads share
+    sharing: int = 1  # heads that share one of those keys and values
+
+    def settled(self, count: float) -> float:
+        """Return how many units stay where `count` are asked for: equally many heads for each shared key and value."""
+        if self.sharing == 1:
+            return count
+        num_shared = self.size // self.sharing
+        return num_shared * min(max((int(count) + num_shared // 2) // num_shared, 1), self.sharing)
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -132,7 +143,7 @@ def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) 
     """Hidden units, then heads, of every block; without a layout, inner channels, where there are any.
 
     The number of heads comes from `model.config.num_attention_heads`. Keys and values that several heads share
-    (grouped-query attention) stay: they are no writers.
+    (grouped-query attention) are no writers, because a head that goes leaves them to the others.
     """
     if layout is None:
         return _channel_groups(model, blocks)
@@ -152,13 +163,20 @@ def find_groups(model: nn.Module, blocks: Sequence[str], layout: Layout | None) 
         )
         if writers:
             width = out.in_features // num_heads
-            groups.append(Group("heads", index, f"{block}.{layout.out}", writers, num_heads, width))
+            shared = tuple(f"{block}.{path}" for path in layout.queries if f"{block}.{path}" not in writers)
+            sizes = {linear(model, path).out_features for path in shared}
+            sharing = out.in_features // min(sizes, default=out.in_features)
+            if sizes and (len(sizes) > 1 or num_heads % sharing or sharing * min(sizes) != out.in_features):
+                continue
+            reader = f"{block}.{layout.out}"
+            groups.append(Group("heads", index, reader, writers, num_heads, width, shared=shared, sharing=sharing))
     return groups
 
 
 def _channel_groups(model: nn.Module, blocks: Sequence[str]) -> list[Group]:
     """Inner channels of every layer of a convolutional block that one of `CHANNELS` describes."""
     weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    batch_norms = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     groups = []
     for index, block in enumerate(blocks):
         inside = (name for name, _ in model.get_submodule(block).named_modules(prefix=block))
@@ -169,7 +187,10 @@ def _channel_groups(model: nn.Module, blocks: Sequence[str]) -> list[Group]:
                     continue
                 size = weights[reader].shape[1]
                 if all(len(weights[name]) == size for name in writers):
-                    groups.append(Group("channels", index, reader, writers, size, 1))
+                    norms = tuple(
+                        n for n in (f"{w.rpartition('.')[0]}.normalization" for w in writers) if n in batch_norms
+                    )
+                    groups.append(Group("channels", index, reader, writers, size, 1, norms))
                     break  # a bottleneck's first pair of convolutions looks like a basic layer's
     return groups
 

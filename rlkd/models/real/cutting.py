@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlkd.errors import UserError
 from rlkd.models.real.blocks import block_paths
-from rlkd.models.real.pretrained import HIDDEN_UNITS, Kind, as_user_error, new_model, state_of
+from rlkd.models.real.pretrained import HIDDEN_UNITS, Kind, as_user_error, new_model, on_meta, state_of
 
 DEPTH_WORDS = ("layer", "block", "depth", "repeat")  # a configuration's number of layers has one of them in its name
 DEFAULT_SHARE = 0.5  # of the blocks
@@ -28,19 +28,39 @@ class StudentCut:
     """Blocks that are kept; by default half of them, at least one."""
     keep: Literal["spread", "first"] = "spread"
     """Which blocks: evenly spread with the first and the last among them (cf. Sun et al. 2019), or the first ones."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks that are kept, by their rising numbers from 1, in place of `layers` and `keep`."""
     width: float = 1.0
     """Share of the hidden size, heads and hidden units that is kept; leading rows and columns stay."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether blocks are named or counted."""
+        return self.layers is not None or self.blocks is not None
 
     def check(self) -> None:
         """Raise UserError for a student without a layer or wider than its teacher."""
         if self.layers is not None and self.layers < 1:
             raise UserError(f"cut.layers: got {self.layers}; allowed: at least 1")
+        if self.blocks is not None and (self.layers is not None or not _rises(self.blocks)):
+            raise UserError(
+                f"cut.blocks: got {list(self.blocks)!s:.60}{' beside cut.layers' if self.layers else ''}; allowed: "
+                "rising numbers from 1, without cut.layers"
+            )
         if not 0 < self.width <= 1:
             raise UserError(f"cut.width: got {self.width:g}; allowed: above 0, at most 1")
 
 
+def _rises(numbers: Sequence[int]) -> bool:
+    return bool(numbers) and numbers[0] >= 1 and list(numbers) == sorted(set(numbers))
+
+
 def kept_layers(num_layers: int, cut: StudentCut) -> list[int]:
     """Teacher blocks (from 0) that the student begins with: for 2 of 6 `spread` gives 0 and 5, `first` 0 and 1."""
+    if cut.blocks is not None:
+        if cut.blocks[-1] > num_layers:
+            raise UserError(f"cut.blocks: got {list(cut.blocks)!s:.60}; allowed: 1 to {num_layers}, the teacher's")
+        return [number - 1 for number in cut.blocks]
     count = cut.layers or max(1, int(num_layers * DEFAULT_SHARE))
     if count > num_layers:
         raise UserError(f"cut.layers: got {count}; allowed: 1 to {num_layers}, the teacher's")
@@ -51,6 +71,20 @@ def _chosen(num_layers: int, count: int, keep: str) -> list[int]:
     if keep == "first":
         return list(range(count))
     return [round(i * (num_layers - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+
+def drop_blocks(model: nn.Module, kind: Kind, keep: Sequence[int]) -> nn.Module:
+    """Make a plain model of transformers with some of the blocks alone; it answers as if the others were identities.
+
+    Args:
+        model: with its blocks in one list, all of one size.
+        kind: what it is for.
+        keep: rising numbers, from 1, of the blocks that stay.
+
+    Raises:
+        UserError: numbers that are no blocks, or a model whose configuration has no number of blocks.
+    """
+    return student_from_teacher(model, kind, StudentCut(blocks=tuple(keep)))[0]
 
 
 def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tuple[nn.Module, list[int]]:
@@ -76,7 +110,7 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
     with as_user_error(f"cut: no smaller {_type(teacher)} can be built; give the student's config with --student"):
         student = new_model(config, kind, seed=0)
     source = state_of(teacher)
-    names = _teacher_names(student, teacher, cut.keep, _is_part)
+    names = _teacher_names(student, teacher, _picker(cut, num_blocks, chosen), _is_part)
     if names is None:
         raise UserError(
             f"cut: the tensors of a student of type {_type(teacher)} are no parts of the teacher's; give the student's "
@@ -88,14 +122,25 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
     return student, chosen
 
 
+Pick = Callable[[int, int], Sequence[int]]  # which entries of a list of n the k of a shorter one stand for
+
+
+def _picker(cut: StudentCut, num_blocks: int, chosen: Sequence[int]) -> Pick:
+    def pick(full: int, size: int) -> Sequence[int]:
+        is_blocks = cut.blocks is not None and (full, size) == (num_blocks, len(chosen))
+        return chosen if is_blocks else _chosen(full, size, cut.keep)
+
+    return pick
+
+
 def _teacher_names(
-    student: nn.Module, teacher: nn.Module, keep: str, fits: Callable[[Tensor, Tensor], bool]
+    student: nn.Module, teacher: nn.Module, pick: Pick, fits: Callable[[Tensor, Tensor], bool]
 ) -> dict[str, str] | None:
     """Return the teacher's tensor for each of the student's, or None where one has no counterpart that fits."""
     theirs, lists = teacher.state_dict(), (_lists(student), _lists(teacher))
     names = {}
     for name, tensor in student.state_dict().items():
-        names[name] = other = _teacher_name(name, lists, keep)
+        names[name] = other = _teacher_name(name, lists, pick)
         if other not in theirs or not fits(tensor, theirs[other]):
             return None
     return names
@@ -120,7 +165,7 @@ def _lists(model: nn.Module) -> dict[str, int]:
     return {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
 
 
-def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]], keep: str) -> str:
+def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]], pick: Pick) -> str:
     """Return the teacher's name of a student's tensor; entries of a shorter list correspond to some of the longer."""
     mine, theirs = lists
     own: list[str] = []
@@ -129,7 +174,7 @@ def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]],
         size, full = mine.get(".".join(own)), theirs.get(".".join(other))
         own.append(part)
         if part.isdigit() and size is not None and full is not None and size < full:
-            part = str(_chosen(full, size, keep)[int(part)])
+            part = str(pick(full, size)[int(part)])
         other.append(part)
     return ".".join(other)
 
@@ -138,14 +183,14 @@ def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Seq
     """Return the teacher's configuration with fewer blocks and, for width below 1, narrower ones."""
     config: Any = copy.deepcopy(teacher.config)
     config.architectures = [type(teacher).__name__]
-    if len(chosen) == num_blocks and cut.layers is not None:
+    if len(chosen) == num_blocks and cut.is_given:
         smaller = copy.deepcopy(config)
     else:
         found = _fewer_blocks(teacher, config, kind, chosen, cut)
         if found is None and cut.width == 1.0:
             raise UserError(
                 f"cut: a model of type {config.model_type} with {num_blocks} blocks cannot be cut into "
-                f"{'layers' if cut.layers is None else f'{cut.layers} layers'}; give --cut.width below 1, or the "
+                f"{f'{len(chosen)} layers' if cut.is_given else 'layers'}; give --cut.width below 1, or the "
                 "student's config with --student"
             )
         smaller = copy.deepcopy(config) if found is None else found
@@ -163,17 +208,18 @@ def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Seq
 def _fewer_blocks(teacher: nn.Module, config: Any, kind: Kind, chosen: Sequence[int], cut: StudentCut) -> Any | None:
     """Return a configuration with the chosen blocks or half of every stage's; None if no name gives their number."""
     blocks = block_paths(teacher)
+    pick = _picker(cut, len(blocks), chosen)
     path, full, is_shared = blocks[0].rpartition(".")[0], _lists(teacher), len(blocks) == 1
     for fits in (_is_whole, _is_part):  # a tensor outside of the blocks may have one entry a block
         for smaller in _candidates(config, len(blocks), chosen) if len(chosen) < len(blocks) else ():
-            model = _on_meta(smaller, kind)
+            model = on_meta(smaller, kind)
             if model is None or _lists(model).get(path) != len(chosen):
                 continue
-            if _teacher_names(model, teacher, cut.keep, fits):
+            if _teacher_names(model, teacher, pick, fits):
                 return smaller
-        for smaller in _halved(config, is_shared) if cut.layers is None else ():
-            model = _on_meta(smaller, kind)
-            if model is None or not _teacher_names(model, teacher, cut.keep, fits):
+        for smaller in _halved(config, is_shared) if not cut.is_given else ():
+            model = on_meta(smaller, kind)
+            if model is None or not _teacher_names(model, teacher, pick, fits):
                 continue
             lists = _lists(model)
             if is_shared or (lists != full and all(lists.get(name, 0) <= size for name, size in full.items())):
@@ -252,16 +298,6 @@ def _set(part: Any, name: str, value: Any, chosen: Sequence[int], num_blocks: in
     except Exception:  # whatever its own checks raise, this name is not the one
         return False
     return True
-
-
-def _on_meta(config: Any, kind: Kind) -> nn.Module | None:
-    """Return the model of a configuration without its weights, or None where it cannot be built."""
-    try:
-        written = type(config).from_dict(config.to_dict())  # as the student's folder will have it
-        with torch.device("meta"):
-            return new_model(written, kind, seed=0)
-    except Exception:  # whatever its parts raise, the configuration is no model's
-        return None
 
 
 def _narrow(smaller: Any, config: Any, width: float) -> None:

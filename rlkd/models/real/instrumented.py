@@ -22,6 +22,7 @@ from rlkd.models.chain import Masks
 from rlkd.models.real.attachment import Plan, logits_of
 from rlkd.models.real.blocks import mask_groups
 from rlkd.models.real.hooks import Link, build_adapters, forward, pool, tensor_at
+from rlkd.models.real.shrink import kept_units
 
 NUM_PIXELS = 16  # positions of a convolutional attention map
 
@@ -67,6 +68,8 @@ class Instrumented(nn.Module):
         self.heads = nn.ModuleList(new_head(plan.widths[block - 1], plan) for block in plan.exits)
         self.adapters = build_adapters(links)
         self.terms = nn.ModuleDict()  # modules of loss terms, which train with the student
+        cut = [g if g.kind == "heads" and "heads" in plan.cuts else None for g in plan.groups]
+        self._cut_heads = {group.block + 1: index for index, group in enumerate(cut) if group is not None}
         self._pass: _Pass | None = None
         self._handles: list[RemovableHandle] = []
         linked = {plan.blocks.index(link.student) + 1 for link in links}
@@ -128,18 +131,25 @@ class Instrumented(nn.Module):
     def _selected(self, now: _Pass, block: int) -> bool:
         return now.chosen is not None and self.plan.select_after is not None and block > self.plan.select_after
 
+    def _weights(self, now: _Pass, block: int) -> Tensor:
+        """Attention weights [B, heads, L, L] of a block, without the heads that the shipped student will lack."""
+        weights, index = now.weights[block], self._cut_heads.get(block)
+        if index is None:
+            return weights
+        return weights[:, kept_units(self.plan.groups[index], now.masks[index])]
+
     def _map(self, now: _Pass) -> Tensor | None:
         last = len(self.plan.blocks)
         if self.plan.is_conv:
             return attention_map(now.hidden[last].float(), NUM_PIXELS)
         if not self.plan.attention:
             return None
-        return F.normalize(received(now.weights[last].float(), now.valid), dim=-1, eps=1e-8)
+        return F.normalize(received(self._weights(now, last).float(), now.valid), dim=-1, eps=1e-8)
 
     def _token_scores(self, now: _Pass, valid: Tensor | None) -> Tensor | None:
         if self.plan.select_after is None:
             return None
-        scores = received(now.weights[self.plan.select_after].detach().float(), valid)  # [B, L]
+        scores = received(self._weights(now, self.plan.select_after).detach().float(), valid)  # [B, L]
         ordered = scores.sort(dim=-1, descending=True).values.mean(0)  # [L]
         return F.pad(ordered, (0, self.plan.num_positions - len(ordered)))
 
@@ -159,7 +169,7 @@ class Instrumented(nn.Module):
             if number == after + 1:
                 first = next(iter(bound.arguments))
                 hidden = bound.arguments[first]  # [B, L, D]
-                now.chosen, now.valid = choose_tokens(now.weights[after], now.valid, now.keep)
+                now.chosen, now.valid = choose_tokens(self._weights(now, after), now.valid, now.keep)
                 now.mask = (~now.valid)[:, None, None].to(hidden.dtype) * torch.finfo(hidden.dtype).min
                 index = now.chosen[..., None].expand(-1, -1, hidden.shape[-1])
                 bound.arguments[first] = hidden.gather(1, index)  # [B, L', D]

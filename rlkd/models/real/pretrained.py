@@ -219,6 +219,16 @@ def new_model(config: Any, kind: Kind, seed: int) -> nn.Module:
         return whole_depth(model.eval())
 
 
+def on_meta(config: Any, kind: Kind) -> nn.Module | None:
+    """Return the model of a configuration without its weights, or None where it cannot be built."""
+    try:
+        written = type(config).from_dict(config.to_dict())  # as the student's folder will have it
+        with torch.device("meta"):
+            return new_model(written, kind, seed=0)
+    except Exception:  # whatever its parts raise, the configuration is no model's
+        return None
+
+
 def whole_depth(model: nn.Module) -> nn.Module:
     """Switch off layers that are left out at random in training: hooks wait for every block."""
     for module in model.modules():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlkd.compression.selection import keep_top
+from rlkd.compression.real.choice import keep_top_units
 from rlkd.data import Split, Task, task_generator
 from rlkd.data.examples import Examples, to_device
 from rlkd.errors import UserError
@@ -197,7 +197,7 @@ class ModuleStudent:
     def set_controls(self, controls: Controls) -> None:
         """Choose units and heads by importance as it is now, the share of tokens, and the exit threshold."""
         scores = group_importance(self.student.model, self.plan.groups)
-        self._unit_masks = tuple(keep_top(score, controls.unit_keep[0]) for score in scores)
+        self._unit_masks = keep_top_units(self.plan.groups, scores, controls.unit_keep[0])
         self._keep = float(controls.feature_keep[0]) if self.plan.select_after is not None else 1.0
         self._threshold = controls.exit_threshold
         self._seen = None
@@ -215,7 +215,7 @@ class ModuleStudent:
         """As `Students.probe`; what the last evaluation answered under the same masks is not computed again."""
         before = self._unit_masks, self._keep
         scores = group_importance(self.student.model, self.plan.groups)
-        masks = tuple(keep_top(score, unit_keep[0]) for score in scores)
+        masks = keep_top_units(self.plan.groups, scores, unit_keep[0])
         keep = float(feature_keep[0]) if self.plan.select_after is not None else 1.0
         is_same = keep == self._keep and all(torch.equal(a, b) for a, b in zip(masks, self._unit_masks, strict=True))
         if is_same and self._seen is not None:

@@ -14,12 +14,12 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save
 
-from rlkd.compression.real.cut import WEIGHTS, load_module_student, save_module_student, ship
+from rlkd.compression.real.cut import CUT, EXITS, PLAIN, load_module_student, save_module_student, ship
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.errors import UserError
-from rlkd.models.real.attachment import AttachConfig, make_plan
+from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
 from rlkd.models.real.hooks import link_places
-from rlkd.models.real.instrumented import Instrumented
+from rlkd.models.real.instrumented import Instrumented, choose_tokens
 from rlkd.models.real.pretrained import Kind
 
 KINDS: dict[str, Kind] = dict.fromkeys(tiny_models.IMAGE_FAMILIES, "image_classification")
@@ -94,35 +94,100 @@ def test_a_batch_that_has_left_does_not_run_on(monkeypatch: pytest.MonkeyPatch) 
     shipped = ship(student, "sequence_classification", masks, 1.0, 0.5)
     ran: list[int] = []
     for number, path in enumerate(shipped.shipment.blocks, start=1):
-        shipped.model.get_submodule(path).register_forward_hook(lambda *_, n=number: ran.append(n))
+        shipped.model.get_submodule(path).register_forward_pre_hook(lambda *_, n=number: ran.append(n))
     shipped(**tiny_models.batch("bert"))
     assert ran == [1]
 
 
-def test_hidden_units_are_gone_and_transformers_loads_the_folder(tmp_path: Path) -> None:
-    student = trained("bert", AttachConfig())
-    masks = tuple((torch.arange(g.size) % 4 == 0).float() for g in student.plan.groups)
-    shipped = ship(student, "sequence_classification", masks, 0.5, 0.55)
+def quarter(plan: Plan, kinds: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    """Masks that leave a quarter of the units of these kinds, and all others."""
+    return tuple(
+        (torch.arange(g.size) % 4 == 0).float() if g.kind in kinds else torch.ones(g.size) for g in plan.groups
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("bert", ("units",)), ("vit", ("units", "heads")), ("llama_classifier", ("units", "heads"))]
+)
+def test_transformers_loads_what_a_configuration_can_say(tmp_path: Path, family: str, kinds: tuple[str, ...]) -> None:
+    student, kind = trained(family, AttachConfig()), KINDS.get(family, "sequence_classification")
+    masks = quarter(student.plan, kinds)
+    shipped = ship(student, kind, masks, 1.0, 0.55)
     save_module_student(shipped, tmp_path / "s", None, {"figures": {"accuracy": 0.5}})
     t = tiny_models.need_transformers()
-    plain = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "s" / "model")
+    auto = t.AutoModelForImageClassification if family == "vit" else t.AutoModelForSequenceClassification
+    plain = auto.from_pretrained(tmp_path / "s" / "model", attn_implementation="eager").eval()
     assert plain.config.intermediate_size == 16
-    assert plain.bert.encoder.layer[0].intermediate.dense.weight.shape == (16, 32)
-    inputs = tiny_models.batch("bert", size=12)
+    assert "transformers" in json.loads((tmp_path / "s" / "student.json").read_text())["loads_with"]
+    inputs = tiny_models.batch(family, size=12)
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(**inputs).logits, student(inputs, masks, 1.0).logits[-1])
+        torch.testing.assert_close(plain(**inputs).logits, student(inputs, masks, 1.0).logits[-1])
         loaded = load_module_student(tmp_path / "s")
         torch.testing.assert_close(loaded(**inputs), shipped(**inputs))
 
 
-def test_units_that_differ_in_number_are_zeroed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama_classifier", "vit", *tiny_models.CONV_FAMILIES])
+def test_rlkd_alone_loads_what_no_configuration_can_say(tmp_path: Path, family: str) -> None:
+    student, kind = trained(family, AttachConfig()), KINDS.get(family, "sequence_classification")
+    masks = tuple((torch.arange(g.size) < max(1, g.size // (2 + i))).float() for i, g in enumerate(student.plan.groups))
+    shipped = ship(student, kind, masks, 1.0, 1.0)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    assert json.loads((tmp_path / "s" / "student.json").read_text())["loads_with"] == "rlkd"
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):  # not a model with other weights
+        type(student.model).from_pretrained(tmp_path / "s" / "model")  # type: ignore[attr-defined]
+    inputs = tiny_models.batch(family, size=12)
+    loaded = load_module_student(tmp_path / "s")
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in student.model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs), student(inputs, masks, 1.0).logits[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "resnet", "llama_classifier", "llama"])
+def test_parts_behind_an_exit_that_every_sample_takes_are_gone(tmp_path: Path, family: str) -> None:
+    is_causal = family == "llama"
+    kind: Kind = "causal_lm" if is_causal else KINDS.get(family, "sequence_classification")
+    if is_causal:
+        model, inputs = tiny_models.tiny("llama", layers=3), tiny_models.batch("llama")
+        student = Instrumented(model, make_plan(model, inputs, AttachConfig(exits=(1, 2)), None), []).eval()
+    else:
+        inputs = tiny_models.batch(family, size=12)
+        student = trained(family, AttachConfig(exits=(1,) if family == "resnet" else (1, 2)))
+    plan = student.plan
+    masks = quarter(plan, ("units", "heads", "channels"))
+    shipped = ship(student, kind, masks, 1.0, 0.0)
+    assert (shipped.shipment.exits, len(shipped.heads)) == ((1,), 1)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    loaded = load_module_student(tmp_path / "s")
+    for path in (*plan.blocks[1:], *plan.after):
+        assert not list(loaded.model.get_submodule(path).parameters())
+    assert list(loaded.model.get_submodule(plan.blocks[0]).parameters())
+    with torch.no_grad():
+        wanted = student(inputs, masks, 1.0).logits[0]
+        real = inputs["attention_mask"].bool() if is_causal else torch.ones(len(wanted)).bool()
+        torch.testing.assert_close(loaded(**inputs)[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+def test_units_that_differ_in_number_are_gone_too() -> None:
     student = trained("bert", AttachConfig())
     masks = tuple((torch.arange(g.size) < 3 + i).float() for i, g in enumerate(student.plan.groups))
     shipped = ship(student, "sequence_classification", masks, 1.0, 1.0)
-    assert shipped.model.config.intermediate_size == 64
+    sizes = [shipped.model.get_submodule(g.reader).in_features for g in student.plan.groups if g.kind == "units"]
+    assert sizes == [3, 5, 7]
     inputs = tiny_models.batch("bert")
     with torch.no_grad():
         torch.testing.assert_close(shipped(**inputs), student(inputs, masks, 1.0).logits[-1])
+
+
+def test_tokens_are_chosen_by_the_heads_that_stay() -> None:
+    student, inputs = trained("bert", AttachConfig(exits=())), tiny_models.batch("bert", size=12)
+    masks = tuple((torch.arange(g.size) == g.size - 1).float() for g in student.plan.groups)
+    with torch.no_grad():
+        weights = student.model(**inputs, output_attentions=True).attentions[0][:, -1:]  # of the last head alone
+        chosen, _ = choose_tokens(weights, inputs["attention_mask"].bool(), 0.4)
+        outputs = student(inputs, masks, 0.4)
+        assert torch.equal(outputs.positions, chosen)
+        shipped = ship(student, "sequence_classification", masks, 0.4, 1.0)
+        torch.testing.assert_close(shipped(**inputs), outputs.logits[-1])
 
 
 def saved(tmp_path: Path) -> Path:
@@ -160,7 +225,8 @@ class Bomb:
 def signed(folder: Path, **changes: Any) -> None:
     """Make the card's checksums right, then change entries of it."""
     card = json.loads((folder / "student.json").read_text())
-    card["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in WEIGHTS}
+    weights = CUT if (folder / CUT).exists() else PLAIN
+    card["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (EXITS, weights)}
     (folder / "student.json").write_text(json.dumps(card | changes))
 
 
@@ -225,6 +291,7 @@ WRONG: dict[str, Any] = {
     "keep": None,
     "num_classes": 2**40,
     "drops_rows": 1,
+    "gone": "all",
     "more": 0,
 }
 
@@ -237,6 +304,64 @@ def test_an_impossible_card_is_one_line(tmp_path: Path, name: str) -> None:
     signed(folder, shipment={**card["shipment"], name: WRONG[name]})
     with pytest.raises(UserError, match=r"not a (real student's card|student of a real model), or a damaged one"):
         load_module_student(folder)
+
+
+def saved_cut(tmp_path: Path) -> Path:
+    """Heads and units are gone, and all that lies behind the first block."""
+    student = trained("bert", AttachConfig())
+    masks = quarter(student.plan, ("units", "heads"))
+    save_module_student(ship(student, "sequence_classification", masks, 1.0, 0.0), tmp_path / "s", None, {})
+    return tmp_path / "s"
+
+
+READER = "bert.encoder.layer.0.attention.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"more": torch.ones(2)}, "more of model/cut.safetensors does not fit"),
+        ({READER: torch.ones(32, 12)}, "reads 1 of 4 units; no cut leaves that"),
+        ({READER: torch.ones(32, 16)}, "does not fit"),  # two heads, where the queries are of one
+        ({READER: torch.full((32, 8), float("inf"))}, "holds a non-finite value"),
+    ],
+)
+def test_weights_that_no_cut_leaves_are_refused(tmp_path: Path, changes: dict[str, torch.Tensor], words: str) -> None:
+    folder = saved_cut(tmp_path)
+    load_module_student(folder)
+    path = folder / "model" / "cut.safetensors"
+    path.write_bytes(save({**load_file(path), **changes}))
+    signed(folder)
+    with pytest.raises(UserError, match=words):
+        load_module_student(folder)
+
+
+def test_a_configuration_far_larger_than_the_weights_is_not_built(tmp_path: Path) -> None:
+    folder = saved_cut(tmp_path)
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 10**9}))
+    with pytest.raises(UserError, match=r"the configuration has \d+ weights, the file"):
+        load_module_student(folder)
+
+
+@pytest.mark.parametrize("gone", [["bert.nowhere"], ["bert"], [3], "all"])
+def test_parts_that_cannot_be_gone_are_refused(tmp_path: Path, gone: Any) -> None:
+    folder = saved_cut(tmp_path)
+    card = json.loads((folder / "student.json").read_text())
+    signed(folder, shipment={**card["shipment"], "gone": gone})
+    with pytest.raises(UserError) as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_student_of_the_format_before_is_loaded(tmp_path: Path) -> None:
+    folder, inputs = saved(tmp_path), tiny_models.batch("bert")
+    with torch.no_grad():
+        wanted = load_module_student(folder)(**inputs)
+        card = json.loads((folder / "student.json").read_text())
+        del card["shipment"]["gone"]
+        signed(folder, format=2, shipment=card["shipment"])
+        torch.testing.assert_close(load_module_student(folder)(**inputs), wanted, rtol=0, atol=0)
 
 
 def saved_causal(tmp_path: Path) -> Path:

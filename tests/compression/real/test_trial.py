@@ -124,13 +124,21 @@ def test_tokens_that_later_blocks_do_not_place_can_be_left_out(caplog: pytest.Lo
     assert plan.select_after == 1
 
 
-def test_units_that_cannot_be_cut_stay_as_zeros() -> None:
-    _, plan = tried("MobileBertForSequenceClassification")
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("BertForSequenceClassification", ("units", "heads")),
+        ("MobileBertForSequenceClassification", ("units", "heads")),
+        ("Olmo2ForCausalLM", ("units",)),  # its norm of queries runs over all heads
+        ("ConvNextV2ForImageClassification", ()),  # its norm of a layer runs over all channels
+    ],
+)
+def test_units_that_cannot_be_cut_stay_as_zeros(name: str, cuts: tuple[str, ...]) -> None:
+    _, plan = tried(name)
     assert plan.groups
-    assert not plan.cuts_units  # several feed-forward layers share one size of the configuration
-    assert "masked ones stay" in plan.controls["unit_keep"]
-    _, plan = tried("BertForSequenceClassification")
-    assert plan.cuts_units
+    assert plan.cuts == cuts
+    stay = "masked heads stay" if cuts == ("units",) else "masked ones stay"
+    assert (stay in plan.controls["unit_keep"]) is (cuts != ("units", "heads"))
 
 
 def test_an_efficientnet_loads_its_own_export(tmp_path: Any) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rlkd.compression.real.cut import cut_model
 from rlkd.cost.profile import ENERGY_MODEL
-from rlkd.cost.real import ModuleProfile, count_work
+from rlkd.cost.real import ModuleProfile
+from rlkd.cost.real_work import count_work
 from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
 from rlkd.models.real.blocks import Group, group_importance
 from rlkd.models.real.instrumented import Instrumented
@@ -70,7 +71,8 @@ def test_masked_channels_equal_cut_ones_in_answers_and_macs(family: str) -> None
         shipped = cut_model(student.model, "image_classification", plan.groups, masks)
         torch.testing.assert_close(shipped(**inputs).logits, masked, atol=1e-4, rtol=1e-4)
     one = {name: values[:1] for name, values in inputs.items()}
-    profile = ModuleProfile(plan, count_work(student.model, one, plan), 8, 1e-3, 1e-9, dict(ENERGY_MODEL), {})
+    work = count_work(student.model, one, plan)
+    profile = ModuleProfile(plan, work, 8, tiny_models.even_speed(work, 1e-3, 1e-9), dict(ENERGY_MODEL), {})
     kept = torch.tensor([[1.0, *(float(mask.sum()) for mask in masks)]])
     counted = profile.cost(kept, torch.tensor([[0.0, 1.0]]), torch.tensor([1.0]))
     assert float(counted.macs) == pytest.approx(count_work(small, one, plan).dense_macs)

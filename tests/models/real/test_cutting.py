@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from rlkd.errors import UserError
+from rlkd.models.real.attachment import logits_of
 from rlkd.models.real.blocks import block_paths
-from rlkd.models.real.cutting import StudentCut, student_from_teacher
+from rlkd.models.real.cutting import StudentCut, drop_blocks, student_from_teacher
+from rlkd.models.real.hooks import forward
 from rlkd.models.real.pretrained import Kind
 
 tiny_models.need_transformers()
@@ -92,3 +94,46 @@ def test_what_cannot_be_cut_is_one_line(name: str, kind: Kind, cut: StudentCut) 
 def test_a_teacher_of_one_block_has_no_smaller_student() -> None:
     with pytest.raises(UserError, match="cannot be cut into layers"):
         student_from_teacher(tiny_models.tiny("bert", layers=1), TEXT, StudentCut())
+
+
+FAMILIES: dict[str, Kind] = {
+    **dict.fromkeys(("bert", "roberta", "electra", "distilbert", "llama_classifier"), TEXT),
+    "vit": "image_classification",
+    "llama": "causal_lm",
+    "qwen2": "causal_lm",
+    "gpt2": "causal_lm",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [(2,), (1, 4), (2, 3, 4)])
+def test_a_model_without_some_blocks_answers_as_if_they_were_identities(family: str, keep: tuple[int, ...]) -> None:
+    model, inputs = tiny_models.tiny(family, layers=4), tiny_models.batch(family)
+    small = drop_blocks(model, FAMILIES[family], keep)
+    assert len(block_paths(small)) == len(keep)
+
+    def identity(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for number, path in enumerate(block_paths(model), start=1):
+        if number not in keep:
+            model.get_submodule(path).register_forward_hook(identity, with_kwargs=True)
+    with torch.no_grad():
+        wanted = logits_of(forward(model, inputs))
+        torch.testing.assert_close(logits_of(forward(small, inputs)), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (StudentCut(blocks=(2, 1)), r"cut.blocks: got \[2, 1\]; allowed: rising numbers from 1"),
+        (StudentCut(blocks=(0, 1)), "rising numbers from 1"),
+        (StudentCut(blocks=()), "rising numbers from 1"),
+        (StudentCut(blocks=(1, 5)), r"cut.blocks: got \[1, 5\]; allowed: 1 to 4, the teacher's"),
+        (StudentCut(blocks=(1,), layers=2), "beside cut.layers; allowed: rising numbers from 1, without cut.layers"),
+    ],
+)
+def test_impossible_blocks_are_refused(cut: StudentCut, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        student_from_teacher(tiny_models.tiny("bert", layers=4), TEXT, cut)

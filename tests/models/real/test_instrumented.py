@@ -45,7 +45,7 @@ def test_what_a_convolution_lacks_is_said() -> None:
     assert plan.group_sizes == (1, 2, 4)  # a bottleneck's width is a quarter of its output
     table = control_table(plan).splitlines()
     assert [line.split()[0] for line in table if "not available" in line] == ["feature_keep"]
-    assert "stay in the shipped model, as zeros" in control_table(plan)
+    assert "masked ones are cut out of the shipped model" in control_table(plan)
     without = make_plan(Plain(), {"pixel_values": torch.rand(2, 3, 16, 16)}, AttachConfig(blocks="body.*"), None)
     assert "not available" in without.controls["unit_keep"]
     assert without.group_sizes == (1, 1)

@@ -1,0 +1,32 @@
+"""The units of a real student that stay: the most important ones of every group."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rlkd.compression.selection import keep_top
+from rlkd.models.chain import Masks
+from rlkd.models.real.blocks import Group
+
+
+def keep_top_units(groups: Sequence[Group], scores: Sequence[Tensor], keep: Tensor) -> Masks:
+    """Return masks of the most important units of every group, one [size] a group.
+
+    Of heads that share keys and values, equally many stay for each of those, because attention repeats a key and a
+    value equally often; `Group.settled` says how many.
+
+    Args:
+        groups: of a plan.
+        scores: importance, one [size] a group.
+        keep: [], share of the units.
+    """
+    return tuple(_top(group, score, keep) for group, score in zip(groups, scores, strict=True))
+
+
+def _top(group: Group, scores: Tensor, keep: Tensor) -> Tensor:
+    if group.sharing == 1:
+        return keep_top(scores, keep)
+    asked = float((keep * group.size).round().clamp(1, group.size))
+    share = keep.new_tensor(group.settled(asked) / group.size)
+    rows = scores.reshape(-1, group.sharing)  # [keys and values, heads]
+    return keep_top(rows, share.expand(len(rows))).flatten()
