@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from rlkd.compression.real.trial import try_out
 from rlkd.cost import Cost
-from rlkd.cost.real import ModuleProfile, count_work, load_speed, profile_module
+from rlkd.cost.real import ModuleProfile, load_speed
+from rlkd.cost.real_timing import BATCHES, load_or_measure
+from rlkd.cost.real_work import count_work
 from rlkd.data import Goal, Preference, Range, Split, Task, TaskDistribution
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
 from rlkd.data.rows import ColumnConfig
@@ -54,14 +56,22 @@ class RealCostConfig:
     """Where costs come from."""
 
     batch_size: int = 8
-    """Samples that one inference answers together, on one thread: the latency that the reward reads."""
+    """Samples that one inference answers together: the latency that the reward reads."""
+    threads: int = 1
+    """CPU threads of one inference."""
+    batches: tuple[int, ...] = BATCHES
+    """Further batch sizes that smaller copies of the student are timed at; more of them make a better fit."""
     profile: str | None = None
     """cost_profile.json of an earlier run of the same student: its speed is taken and nothing is timed."""
 
     def check(self) -> None:
-        """Raise UserError for a batch without a sample."""
-        if self.batch_size < 1:
-            raise UserError(f"cost.batch_size: got {self.batch_size}; allowed: at least 1")
+        """Raise UserError for a batch without a sample, or no thread."""
+        if self.batch_size < 1 or any(size < 1 for size in self.batches):
+            raise UserError(
+                f"cost: got batch_size {self.batch_size} and batches {list(self.batches)}; allowed: at least 1 each"
+            )
+        if self.threads < 1:
+            raise UserError(f"cost.threads: got {self.threads}; allowed: at least 1")
 
 
 @dataclass(frozen=True)
@@ -298,7 +308,7 @@ def build_real_scenario(
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
-    profile = _profile(config, student, one)
+    profile = _profile(config, student, one, kind)
     teacher_macs = count_work(teacher.model, _typical(teacher.data), teacher.plan).dense_macs
     task = TaskDistribution(
         dataset=student.data.name,
@@ -328,7 +338,7 @@ def build_real_scenario(
 
 def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
     """Raise UserError where the default cut leaves the whole teacher."""
-    if config.student or config.cut.layers is not None or config.cut.width < 1.0:
+    if config.student or config.cut.is_given or config.cut.width < 1.0:
         return
     own, theirs = (count_work(side.model, _typical(side.data), side.plan).dense_macs for side in (student, teacher))
     if own >= theirs:
@@ -388,10 +398,17 @@ def _typical(data: Examples) -> dict[str, Tensor]:
     return data.batch(train[where : where + 1])
 
 
-def _profile(config: RealConfig, student: Side, one: dict[str, Tensor]) -> ModuleProfile:
-    if config.cost.profile is None:
-        logger.info("timing the dense student at two batch sizes")
-        return profile_module(student.model, one, student.plan, config.cost.batch_size)
-    work = count_work(student.model, one, student.plan)
-    counted = ModuleProfile(student.plan, work, config.cost.batch_size, 0.0, 0.0, {}, {})
-    return load_speed(Path(config.cost.profile), counted)
+def _profile(config: RealConfig, student: Side, one: dict[str, Tensor], kind: Kind) -> ModuleProfile:
+    cost = config.cost
+    if cost.profile is not None:
+        work = count_work(student.model, one, student.plan)
+        return load_speed(Path(cost.profile), student.plan, work, cost.batch_size)
+    return load_or_measure(
+        student.model,
+        one,
+        student.plan,
+        kind,
+        batch_size=cost.batch_size,
+        batches=cost.batches,
+        threads=cost.threads,
+    )

@@ -11,6 +11,7 @@ Example:
 
 import argparse
 import csv
+import json
 import os
 import random
 import sys
@@ -173,6 +174,7 @@ class Row:
     controls: dict[str, bool]
     difference: float  # between trained and shipped answers, of the largest one
     note: str
+    cut: str = ""  # what is gone from the shipped student of what its controls left out, and what loads it
 
 
 def class_of(task: str, family: str) -> str:
@@ -256,7 +258,7 @@ def try_architecture(task: str, family: str, folder: Path) -> Row:
         data=str(write_data(folder, task, getattr(model.config, "image_size", None) or IMAGE_SIZE)),
         num_windows=1,
         train=ModuleTrainConfig(steps_per_window=2, batch_size=8, learning_rate=5e-5),
-        cost=RealCostConfig(batch_size=4),
+        cost=RealCostConfig(batch_size=4, batches=()),
     )
     try:
         scenario = build_real_scenario(config, ControlConfig())
@@ -275,7 +277,18 @@ def try_architecture(task: str, family: str, folder: Path) -> Row:
         controls_of(scenario.student.plan, bool(scenario.student.links)),
         done.figures["shipped_difference"],
         note,
+        _about_cut(scenario.student.plan, folder / "student"),
     )
+
+
+def _about_cut(plan: Plan, student: Path) -> str:
+    """Say what is gone: all units, some kinds of them or none, and whether transformers alone loads the folder."""
+    kinds = {group.kind for group in plan.groups}
+    if not kinds:
+        return ""
+    gone = "all" if kinds == set(plan.cuts) else ", ".join(plan.cuts) or "none, zeros"
+    card = json.loads((student / "student.json").read_text())
+    return f"{gone}; {'plain' if card['loads_with'] != 'rlkd' else 'rlkd'}"
 
 
 def controls_of(plan: Plan, has_hints: bool) -> dict[str, bool]:
@@ -292,12 +305,13 @@ def controls_of(plan: Plan, has_hints: bool) -> dict[str, bool]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown: one architecture a row."""
     names = ("units", "exits", "tokens", "features", "attention")
-    lines = [f"| architecture | {' | '.join(names)} | trained - shipped | remark |", "|---" * (len(names) + 3) + "|"]
+    heads = ("architecture", *names, "gone; loader", "trained - shipped", "remark")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         marks = [("yes" if row.controls[n] else "no") if row.controls else "" for n in names]
         difference = f"{row.difference:.0e}" if row.controls else ""
         remark = row.note if row.outcome == "runs" else f"refused before training: {row.outcome}"
-        lines.append(f"| {row.name} | {' | '.join(marks)} | {difference} | {remark.replace('|', '/')} |")
+        lines.append(f"| {row.name} | {' | '.join(marks)} | {row.cut} | {difference} | {remark.replace('|', '/')} |")
     return "\n".join(lines)
 
 
@@ -315,6 +329,8 @@ most {worst:.0e} of the largest answer. transformers {transformers().__version__
 - *units*: hidden units, heads or inner channels can be left out. *exits*: samples, or tokens, can leave early.
 - *tokens*: little attended tokens can be left out; only where the answer is read from the first token and later blocks do
   not tell tokens by their place. *features*, *attention*: these distillation losses have what they need.
+- *gone; loader*: which of the units that were left out are cut out of the shipped student (the rest stay as zeros), and whether
+  its folder is a *plain* one of transformers or needs *rlkd*'s loader, because the configuration cannot say the sizes.
 - Weights, temperature and learning rate work everywhere.
 
 Before every training `rlkd` finds this out for the model in hand, on a copy: it attaches, leaves half out, cuts, exports,

@@ -9,6 +9,8 @@ from torch import nn
 
 from rlkd.agents.policy.bundle import save_bundle
 from rlkd.agents.policy.policy import TENSORS, Policy
+from rlkd.cost.real import coefficient_names
+from rlkd.cost.real_work import ModuleWork
 from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig
 from rlkd.envs.action import published_setting
 
@@ -89,6 +91,12 @@ def batch(family: str, size: int = 4, length: int = 7) -> dict[str, torch.Tensor
     ids = torch.randint(5, 40, (size, length), generator=generator)
     mask = (torch.arange(length) < length - torch.arange(size)[:, None] % 3).long()  # rows of 7, 6, 5, 7 tokens
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def even_speed(work: ModuleWork, run_s: float, mac_s: float) -> tuple[float, ...]:
+    """Coefficients of a cost profile by hand: every block costs `run_s` and every MAC `mac_s`."""
+    names = coefficient_names(work)
+    return tuple(run_s if n.endswith("run_s") else mac_s if n.endswith("mac_s") else 0.0 for n in names)
 
 
 def save_tokenizer(folder: Path, words: list[str] = WORDS) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,14 +159,25 @@ def load_profile(path: Path | str) -> CostProfile:
         ) from error
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int = 1) -> dict[str, Any]:
     """Describe the machine and the software, which measured times depend on besides the student."""
     return {
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "threads": 1,
+        "threads": threads,
     }
+
+
+def _processor() -> str:
+    """Return the name of the processor; Python gives none on Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def load_or_calibrate(config: CostConfig, student: ChainStudent) -> CostProfile:

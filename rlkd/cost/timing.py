@@ -51,20 +51,21 @@ class Latency:
     spread_s: float  # interquartile range
     p95_s: float
     num_rounds: int
+    processor_s: float  # median of what the calling thread computed; less than median_s where other processes ran
 
 
-def _seconds_a_call(call: Callable[[], object]) -> float:
-    """Return the mean over as many calls as fill CALL_TIME_S."""
-    start = time.perf_counter()
-    call()
-    once = max(time.perf_counter() - start, 1e-7)
-    if once >= CALL_TIME_S:
-        return once
-    num_calls = max(1, round(CALL_TIME_S / once))
-    start = time.perf_counter()
+def _seconds_a_call(call: Callable[[], object]) -> tuple[float, float]:
+    """Return wall seconds and the calling thread's processor seconds, means over as many calls as fill CALL_TIME_S."""
+    once = _elapsed(call, 1)
+    wall_s = max(once[0], 1e-7)
+    return once if wall_s >= CALL_TIME_S else _elapsed(call, max(1, round(CALL_TIME_S / wall_s)))
+
+
+def _elapsed(call: Callable[[], object], num_calls: int) -> tuple[float, float]:
+    wall, processor = time.perf_counter(), time.thread_time()
     for _ in range(num_calls):
         call()
-    return (time.perf_counter() - start) / num_calls
+    return (time.perf_counter() - wall) / num_calls, (time.thread_time() - processor) / num_calls
 
 
 def time_calls(calls: Sequence[Callable[[], object]], num_rounds: int = NUM_ROUNDS, threads: int = 1) -> list[Latency]:
@@ -72,20 +73,26 @@ def time_calls(calls: Sequence[Callable[[], object]], num_rounds: int = NUM_ROUN
 
     Every second round goes backwards, so a call does not always follow the same other call.
     """
-    seconds: list[list[float]] = [[] for _ in calls]
+    seconds: list[list[tuple[float, float]]] = [[] for _ in calls]
     with torch_threads(threads), torch.inference_mode():
         for call in calls:
             _seconds_a_call(call)  # warm-up
         for number in range(num_rounds):
             for i in range(len(calls)) if number % 2 == 0 else reversed(range(len(calls))):
                 seconds[i].append(_seconds_a_call(calls[i]))
-    return [summarise(column) for column in seconds]
+    return [summarise(*zip(*column, strict=True)) for column in seconds]
 
 
-def summarise(seconds: Sequence[float]) -> Latency:
+def summarise(seconds: Sequence[float], processor_s: Sequence[float]) -> Latency:
     """Return median, interquartile range and 95th percentile of the rounds."""
     c = sorted(seconds)
-    return Latency(statistics.median(c), c[3 * len(c) // 4] - c[len(c) // 4], c[math.ceil(0.95 * len(c)) - 1], len(c))
+    return Latency(
+        median_s=statistics.median(c),
+        spread_s=c[3 * len(c) // 4] - c[len(c) // 4],
+        p95_s=c[math.ceil(0.95 * len(c)) - 1],
+        num_rounds=len(c),
+        processor_s=statistics.median(processor_s),
+    )
 
 
 def compare_latency(

@@ -191,6 +191,5 @@ def examples_of(student: Any, model: Path, columns: Any, data: Path, card: Mappi
     given = card.get("inputs") or {}
     length = whole(given.get("max_length", columns.max_length), "inputs.max_length", 2, LONGEST_TEXT)
     cut = dataclasses.replace(columns, max_length=length)
-    model_config = student.model.config
-    examples, _ = examples_for(student.model, model_config, table, processor, cut, name=name)
+    examples, _ = examples_for(student, student.config, table, processor, cut, name=name)
     return dataclasses.replace(examples, fixed_length=bool(given.get("fixed_length", False)))

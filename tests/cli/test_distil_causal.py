@@ -17,8 +17,9 @@ from rlkd.data.rows import ColumnConfig
 from rlkd.data.texts import make_token_examples, read_texts
 
 QUICK = [
-    *("--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "4"),
-    *("--cost.batch_size", "4", "--train.learning_rate", "5e-5"),
+    *("--num_windows", "2", "--train.steps_per_window", "2"),
+    *("--train.batch_size", "4", "--cost.batch_size", "4", "--cost.batches", "[]"),
+    *("--train.learning_rate", "5e-5"),
 ]
 FEW = ["--tokens.top_k", "5"]
 V = len(tiny_models.WORDS) + 3

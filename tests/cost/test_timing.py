@@ -25,12 +25,16 @@ def test_calls_take_turns_on_one_thread_without_gradients() -> None:
     assert turns == "abc" + "abc" + "cba"[1:] + "abc"[1:] + "cba"[1:]  # the warm-up, then rounds to and fro
     assert seen == {(1, True)}
     assert [latency.num_rounds for latency in latencies] == [4, 4, 4]
+    seen.clear()
+    time_calls([call("a")], 1, threads=2)
+    assert seen == {(2, True)}
 
 
 def test_the_summary_by_hand() -> None:
-    latency = summarise([float(i) for i in reversed(range(21))])
+    latency = summarise([float(i) for i in reversed(range(21))], [1.0, 3.0, 2.0])
     assert (latency.median_s, latency.spread_s, latency.p95_s) == (10.0, 10.0, 19.0)
-    assert summarise([2.0]).p95_s == 2.0
+    assert latency.processor_s == 2.0
+    assert summarise([2.0], [1.0]).p95_s == 2.0
 
 
 def test_a_comparison_states_how_it_was_measured() -> None:

@@ -40,7 +40,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealScenario:
         num_windows=2,
         cut=StudentCut(layers=2),
         train=ModuleTrainConfig(steps_per_window=2, batch_size=8, learning_rate=5e-5),
-        cost=RealCostConfig(batch_size=4),
+        cost=RealCostConfig(batch_size=4, batches=()),
     )
     return build_real_scenario(config, ControlConfig())
 

@@ -91,7 +91,9 @@ def csv_file(path: Path, spell: Callable[[int], Any], classes: range = range(C))
 
 
 def scenario(teacher: Path, data: Path, **columns: Any) -> RealScenario:
-    config = RealConfig(str(teacher), str(data), columns=ColumnConfig(**columns), cost=RealCostConfig(batch_size=2))
+    config = RealConfig(
+        str(teacher), str(data), columns=ColumnConfig(**columns), cost=RealCostConfig(batch_size=2, batches=())
+    )
     config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, layers=1))
     return build_real_scenario(config, ControlConfig())
 

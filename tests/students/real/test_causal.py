@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.compression.real.cut import load_module_student, save_module_student, ship
-from rlkd.cost.real import ENERGY_MODEL, ModuleProfile, count_work
+from rlkd.cost.profile import ENERGY_MODEL
+from rlkd.cost.real import ModuleProfile
+from rlkd.cost.real_work import count_work
 from rlkd.data import Task
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import TokenExamples, next_token_mask
@@ -262,9 +264,8 @@ def test_an_exit_saves_where_every_token_has_left() -> None:
     student = student_of()
     inputs = texts().batch(torch.tensor([0]))
     length = inputs["input_ids"].shape[1]
-    profile = ModuleProfile(
-        student.plan, count_work(student.student.model, inputs, student.plan), 4, 1e-3, 1e-9, dict(ENERGY_MODEL), {}
-    )
+    work = count_work(student.student.model, inputs, student.plan)
+    profile = ModuleProfile(student.plan, work, 4, tiny_models.even_speed(work, 1e-3, 1e-9), dict(ENERGY_MODEL), {})
     kept = torch.tensor([student.plan.group_sizes], dtype=torch.float32)
     head = float(length * 32 * V)
 
