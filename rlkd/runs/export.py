@@ -332,6 +332,17 @@ def _to_torch(opened: Opened, wish: Wish, out: Path) -> Written:
     return Written({"model.pt2": "a program of torch.export"}, shapes_of, notes, usage, record)
 
 
+def check_plain(folder: Path) -> None:
+    """Raise UserError for a real student whose `model/` is no plain folder of transformers."""
+    from rlkd.compression.real.cut import PLAIN
+
+    if not (folder / PLAIN).exists():
+        raise UserError(
+            "--to: got hf for a student whose sizes transformers' configuration cannot say (heads, channels or blocks "
+            "are cut out of it); allowed: onnx, torch"
+        )
+
+
 def _to_transformers(opened: Opened, wish: Wish, out: Path) -> Written:
     """Copy the model's folder, which transformers loads as it is, and check what it answers there."""
     from rlkd.compression.real.shipped import ShippedStudent
@@ -341,6 +352,7 @@ def _to_transformers(opened: Opened, wish: Wish, out: Path) -> Written:
 
     student = opened.student
     assert isinstance(student, ShippedStudent)
+    check_plain(opened.folder)
     try:
         shutil.copytree(opened.folder / "model", out / "model", dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:

@@ -11,8 +11,9 @@ from torch import Tensor
 pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
 pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
 
-from rlkd.compression.real.cut import ship
+from rlkd.compression.real.cut import save_module_student, ship
 from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits
 from rlkd.export.int8 import METHODS, Method, layers_of, quantise
@@ -21,7 +22,7 @@ from rlkd.export.runner import PartsRunner
 from rlkd.models.real.attachment import AttachConfig, make_plan
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind
-from rlkd.runs.export import parts_run, write_parts
+from rlkd.runs.export import check_plain, parts_run, write_parts
 from rlkd.runs.export_int8 import weight_bytes
 
 KINDS: dict[str, Kind] = {
@@ -124,3 +125,16 @@ def test_int8_of_real_students(family: str, num_layers: int, method: Method) -> 
 @pytest.mark.slow
 def test_exits_that_agree_let_samples_leave() -> None:
     check("bert", 0.1, patience=2)
+
+
+@pytest.mark.parametrize(("family", "is_plain"), [("bert", False), ("vit", True)])
+def test_a_student_that_transformers_cannot_load_is_not_exported_for_it(
+    family: str, is_plain: bool, tmp_path: Path
+) -> None:
+    student, _ = shipped(family, None)  # half of the heads are gone, which a BERT's configuration cannot say
+    save_module_student(student, tmp_path / "student", None, {})
+    if is_plain:
+        check_plain(tmp_path / "student")
+        return
+    with pytest.raises(UserError, match="transformers' configuration cannot say"):
+        check_plain(tmp_path / "student")
