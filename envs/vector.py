@@ -46,6 +46,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         num_envs: int = 128,
         config: EnvConfig | None = None,
         scenario: Scenario | None = None,
+        *,
         render_mode: str | None = None,
         pool: Sequence[int] | None = None,
         restart_together: bool = False,
@@ -171,7 +172,7 @@ class FlatDistillationVectorEnv(DistillationVectorEnv):
         scenario: Scenario | None = None,
         render_mode: str | None = None,
     ) -> None:
-        super().__init__(num_envs, config, scenario, render_mode)
+        super().__init__(num_envs, config, scenario, render_mode=render_mode)
         self.single_action_space = spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)
 

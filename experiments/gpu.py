@@ -31,7 +31,7 @@ from torch import Tensor
 
 import rlkd.envs.episodes
 from rlkd.agents.evaluation.comparison import interval, paired
-from rlkd.agents.policy.controllers import run
+from rlkd.agents.policy.controllers import RunOptions, run
 from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
@@ -242,7 +242,7 @@ def agreement(scenarios: dict[str, Scenario], device: str, num_tasks: int) -> di
     controller = moving_controller(cpu, seeds)
 
     def final(scenario: Scenario, num_parallel: int) -> Any:
-        return run(scenario, controller, seeds, scenario.config.task, "test", num_parallel)
+        return run(scenario, controller, seeds, scenario.config.task, options=RunOptions(num_parallel=num_parallel))
 
     reference, gpu, again = (
         final(cpu, num_tasks),

@@ -49,7 +49,7 @@ def one(scenario: Scenario, base: Controller, seed: int, agent: OnlineAgentConfi
     if agent is None:
         hold_base(run, NUM_WINDOWS)
     else:
-        learn_online(run, NUM_WINDOWS, agent, seed % 2**31, None)
+        learn_online(run, NUM_WINDOWS, agent, seed=seed % 2**31, logger=None)
     run.bring_back_best()
     metrics, cost, score = run.episodes.evaluate("test")
     return {

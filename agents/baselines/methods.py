@@ -16,9 +16,9 @@ from rlkd.agents.baselines.pbt import PBTConfig, find_schedule
 from rlkd.agents.baselines.published import SCHEDULES, annealed, curriculum, upon
 from rlkd.agents.baselines.recipes import RECIPES, for_all
 from rlkd.agents.baselines.search import SearchConfig, first_settings, search_recipe
-from rlkd.agents.baselines.task_search import Sampler, Trials, search_tasks
+from rlkd.agents.baselines.task_search import Sampler, TaskSearch, Trials, search_tasks
 from rlkd.agents.baselines.teacher_weights import TeacherWeightsConfig, learn_teacher_weights, weighing
-from rlkd.agents.policy.controllers import Controller, follow, hold_start, run
+from rlkd.agents.policy.controllers import Controller, RunOptions, follow, hold_start, run
 from rlkd.agents.policy.policy import Policy
 from rlkd.data import TaskDistribution
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS, change, published_setting
@@ -57,6 +57,11 @@ class Request:
     budgets: Mapping[tuple[Sampler, str], int] = field(default_factory=dict)  # of per-task searches, the largest asked
     found: dict[str, object] = field(default_factory=dict, compare=False)  # what methods share, under this goal
 
+    @property
+    def options(self) -> RunOptions:
+        """Return the options of every training."""
+        return RunOptions(self.guard, self.on_window, self.journal)
+
     def generator(self, purpose: str) -> torch.Generator:
         """Return a separate random generator for each purpose."""
         return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(purpose.encode()))
@@ -81,9 +86,7 @@ class Request:
                 self.generator(recipe),
                 tasks=[self.tasks],
                 known=first,
-                guard=self.guard,
-                on_window=self.on_window,
-                journal=self.journal,
+                options=self.options,
             )
 
         return self.once(recipe, find)
@@ -307,14 +310,10 @@ def _searched(request: Request, sampler: Sampler, recipe: str) -> Trials:
             request.scenario,
             request.seeds,
             request.tasks,
-            sampler=sampler,
-            recipe=RECIPES[recipe],
-            num_trials=request.budgets[sampler, recipe],
+            search=TaskSearch(sampler, RECIPES[recipe], request.budgets[sampler, recipe]),
             first=request.tuned("constant"),
             seed=request.seed,
-            guard=request.guard,
-            on_window=request.on_window,
-            journal=request.journal,
+            options=request.options,
         ),
     )
 
@@ -331,7 +330,14 @@ def mean_controls(request: Request) -> Tensor:
             seen.append(controller(observation, episodes, window))
             return seen[-1]
 
-        run(request.scenario, recorded, seeds, request.tasks, final_split="validation", on_window=request.on_window)
+        run(
+            request.scenario,
+            recorded,
+            seeds,
+            request.tasks,
+            final_split="validation",
+            options=RunOptions(on_window=request.on_window),
+        )
         return {"controls": torch.stack(seen).mean(1).numpy()}
 
     shapes = {"controls": ("float32", (num_windows, NUM_CONTROLS))}
@@ -346,7 +352,12 @@ def mean_controls(request: Request) -> Tensor:
 def _pbt(request: Request) -> Controller:
     first, generator = request.tuned("constant"), request.generator("pbt")
     schedule = find_schedule(
-        request.scenario, PBTConfig(), request.tasks, first, generator, request.on_window, request.journal
+        request.scenario,
+        PBTConfig(),
+        request.tasks,
+        first=first,
+        generator=generator,
+        options=replace(request.options, guard=None),
     )
     return follow(schedule)
 
@@ -356,10 +367,9 @@ def _weighed(request: Request, purpose: str, base: Controller) -> Controller:
         request.scenario,
         TeacherWeightsConfig(),
         request.tasks,
-        base,
-        request.generator(purpose),
-        request.on_window,
-        request.journal,
+        base=base,
+        generator=request.generator(purpose),
+        options=request.options,
     )
     return weighing(base, theta)
 

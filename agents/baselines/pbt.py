@@ -6,19 +6,19 @@ line of settings that led to the winner. Unlike the paper one schedule must serv
 winners of several groups are tried on further tasks and the best on average is taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import follow, run
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, RunOptions, follow, run
 from rlkd.data import TaskDistribution
 from rlkd.envs.action import NUM_CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
-from rlkd.io.journal import Arrays, Journal, digest, recall
+from rlkd.io.journal import Arrays, digest, recall
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def find_schedule(
     scenario: Scenario,
     config: PBTConfig,
     tasks: TaskDistribution,
+    *,
     first: Tensor,
     generator: torch.Generator,
-    on_window: Callable[[int], object] | None = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
     """[W, 12], unit controls of the best schedule in every window, chosen on validation.
 
@@ -67,11 +67,10 @@ def find_schedule(
         tasks: training tasks, their goal fixed.
         first: [12], setting around which the populations begin; the first member of each holds exactly it.
         generator: of tasks and settings.
-        on_window: called with the number of students after every window.
-        journal: as of `rlkd.agents.policy.controllers.run`.
+        options: of every training; its guard serves the trials alone.
     """
     config.check()
-    lines = _winners(scenario, config, tasks, first, generator, on_window, journal)  # [G, W, 12]
+    lines = _winners(scenario, config, tasks, first=first, generator=generator, options=options)  # [G, W, 12]
     seeds = torch.randint(2**59, (config.num_trials,), generator=generator).tolist()
     means = []
     for line in lines:
@@ -81,8 +80,7 @@ def find_schedule(
             seeds,
             tasks,
             final_split="validation",
-            on_window=on_window,
-            journal=journal,
+            options=options,
             label=f"schedule {digest(line)}",
         )
         means.append(results.score.mean())
@@ -93,10 +91,10 @@ def _winners(
     scenario: Scenario,
     config: PBTConfig,
     tasks: TaskDistribution,
+    *,
     first: Tensor,
     generator: torch.Generator,
-    on_window: Callable[[int], object] | None,
-    journal: Journal | None = None,
+    options: RunOptions,
 ) -> Tensor:
     """[G, W, 12], the line of settings behind the best student of every group."""
     num_windows, num_students = scenario.config.num_windows, config.num_groups * config.group_size
@@ -107,36 +105,29 @@ def _winners(
     shapes = {"lines": ("float32", (config.num_groups, num_windows, NUM_CONTROLS))}
 
     def train() -> Arrays:
-        return {"lines": _train_groups(scenario, config, tasks, first, seeds, noise, on_window).numpy()}
+        episodes = Episodes(scenario, num_students, tasks)
+        episodes.reset([seed for seed in seeds for _ in range(config.group_size)])
+        return {"lines": _train_groups(episodes, config, first, noise, on_window=options.on_window).numpy()}
 
-    return torch.from_numpy(recall(journal, "population-based training", inputs, shapes, train)["lines"])
+    return torch.from_numpy(recall(options.journal, "population-based training", inputs, shapes, train)["lines"])
 
 
 def _train_groups(
-    scenario: Scenario,
-    config: PBTConfig,
-    tasks: TaskDistribution,
-    first: Tensor,
-    seeds: Sequence[int],
-    noise: Tensor,
-    on_window: Callable[[int], object] | None,
+    episodes: Episodes, config: PBTConfig, first: Tensor, noise: Tensor, *, on_window: Callable[[int], object]
 ) -> Tensor:
-    """[G, W, 12], as `_winners`; `seeds` are the groups' tasks, `noise` [W, N, 12] is standard normal."""
+    """[G, W, 12], as `_winners`; `noise` [W, N, 12] is standard normal."""
     groups, size = config.num_groups, config.group_size
     num_students, num_replaced = groups * size, max(1, round(config.replaced * size))
-    episodes = Episodes(scenario, num_students, tasks)
-    episodes.reset([seed for seed in seeds for _ in range(size)])
     is_first = torch.arange(num_students) % size == 0
     u = (first + config.spread * noise[0].masked_fill(is_first[:, None], 0.0)).clamp(0.0, 1.0)  # [N, 12]
     history = torch.empty(num_students, 0, NUM_CONTROLS)
-    for window in range(scenario.config.num_windows):
+    for window in range(len(noise)):
         outcome = episodes.step(u)
         history = torch.cat([history, u[:, None]], dim=1)  # [N, w, 12]
-        if on_window:
-            on_window(num_students)
+        on_window(num_students)
         ranked = outcome.score.view(groups, size).argsort(dim=-1, descending=True, stable=True)  # [G, S]
         ranked = ranked + torch.arange(groups)[:, None] * size
-        if window == scenario.config.num_windows - 1:
+        if window == len(noise) - 1:
             return history[ranked[:, 0]]
         sources = torch.arange(num_students)
         worst, best = ranked[:, size - num_replaced :], ranked[:, :num_replaced]

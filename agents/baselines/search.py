@@ -5,7 +5,7 @@ Optuna has it, and scored by the mean J on validation over the same tasks. The b
 not linear in what a student reaches, so every goal has a search of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +16,13 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import Tensor
 
 from rlkd.agents.baselines.recipes import RECIPES, Recipe, for_rows
-from rlkd.agents.policy.controllers import Results, join, run
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Results, RunOptions, join, run
 from rlkd.data import TaskDistribution
 from rlkd.envs.action import ControlConfig, published_setting, with_exit_kind, with_values
-from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
-from rlkd.io.journal import Journal, digest
+from rlkd.io.journal import digest
 
-OnWindow = Callable[[int], object] | None
 NUM_PARALLEL = 128  # students in lock-step
 NUM_ASKED = 4  # points proposed at once
 FIRST_KEPT = (1.0, 0.5, 0.25)  # shares of units in the settings that are tried first
@@ -63,15 +61,11 @@ def search_setting(
     generator: torch.Generator,
     *,
     tasks: Sequence[TaskDistribution] | None = None,
-    guard: GuardConfig | None = None,
-    on_window: OnWindow = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
     """[12], the constant setting with the highest mean J on validation. Arguments as of `search_recipe`."""
     recipe = RECIPES["constant"]
-    return search_recipe(
-        recipe, scenarios, config, generator, tasks=tasks, guard=guard, on_window=on_window, journal=journal
-    )
+    return search_recipe(recipe, scenarios, config, generator, tasks=tasks, options=options)
 
 
 def search_recipe(
@@ -82,9 +76,7 @@ def search_recipe(
     *,
     tasks: Sequence[TaskDistribution] | None = None,
     known: Tensor | None = None,
-    guard: GuardConfig | None = None,
-    on_window: OnWindow = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
     """Return the point [A] of `recipe` with the highest mean J on validation; of equals the one tried first.
 
@@ -95,9 +87,7 @@ def search_recipe(
         generator: of tasks and proposals.
         tasks: one distribution a scenario; by default its own.
         known: [K, 12], settings tried before all others; by default `first_settings`.
-        guard: of every training; by default its last window counts.
-        on_window: called with the number of students after every window.
-        journal: as of `rlkd.agents.policy.controllers.run`.
+        options: of every training.
     """
     config.check()
     drawn_from = [scenario.config.task for scenario in scenarios] if tasks is None else list(tasks)
@@ -117,9 +107,7 @@ def search_recipe(
             some = list(seeds[k :: len(scenarios)])
             if some:
                 each, rows = some * len(points), points.repeat_interleave(len(some), dim=0)
-                results = run_points(
-                    scenario, recipe, each, rows, distribution, guard=guard, on_window=on_window, journal=journal
-                )
+                results = run_points(scenario, recipe, each, rows, tasks=distribution, options=options)
                 parts.append(results.score.reshape(len(points), len(some)))
         mean: NDArray[np.float64] = np.concatenate(parts, axis=1).mean(axis=1)
         return mean
@@ -170,12 +158,10 @@ def run_points(
     recipe: Recipe,
     seeds: Sequence[int],
     points: Tensor,
-    tasks: TaskDistribution,
     *,
+    tasks: TaskDistribution,
     split: str = "validation",
-    guard: GuardConfig | None = None,
-    on_window: OnWindow = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Results:
     """Train task `seeds[i]` under `points[i]` ([M, A]) of `recipe` and evaluate it on `split`; seeds may repeat."""
     parts = []
@@ -188,9 +174,7 @@ def run_points(
                 chunk,
                 tasks,
                 final_split=split,
-                on_window=on_window,
-                guard=guard,
-                journal=journal,
+                options=options,
                 label=f"{recipe.controller.__name__} {digest(some)}",
             )
         )

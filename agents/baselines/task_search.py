@@ -18,14 +18,23 @@ from torch import Tensor
 
 from rlkd.agents.baselines.recipes import RECIPES, Recipe, for_tasks
 from rlkd.agents.baselines.search import axes, named, run_points
-from rlkd.agents.policy.controllers import Controller, Results
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Controller, Results, RunOptions
 from rlkd.data import TaskDistribution
-from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import Scenario
-from rlkd.io.journal import Journal
 
 Sampler = Literal["random", "tpe"]
-OnWindow = Callable[[int], object] | None
+
+
+@dataclass(frozen=True)
+class TaskSearch:
+    """A search of each task for itself."""
+
+    sampler: Sampler
+    """"random", or "tpe" (Bergstra et al. 2011), multivariate."""
+    recipe: Recipe
+    """What is tuned."""
+    num_trials: int
+    """Full trainings a task."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,10 @@ def search_tasks(
     seeds: Sequence[int],
     tasks: TaskDistribution,
     *,
-    sampler: Sampler,
-    recipe: Recipe,
-    num_trials: int,
+    search: TaskSearch,
     first: Tensor,
     seed: int,
-    guard: GuardConfig | None = None,
-    on_window: OnWindow = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Trials:
     """Search each task for itself.
 
@@ -67,23 +72,21 @@ def search_tasks(
         scenario: what the tasks share.
         seeds: M tasks.
         tasks: the distribution that the seeds draw from, its goal fixed.
-        sampler: "random", or "tpe" (Bergstra et al. 2011), multivariate.
-        recipe: what is tuned.
-        num_trials: full trainings a task.
+        search: sampler, recipe and budget.
         first: [12], the first trial of every task: the best constant setting known before the search.
         seed: of the samplers.
-        guard: of every training; by default its last window counts.
-        on_window: called with the number of students after every window.
-        journal: as of `rlkd.agents.policy.controllers.run`.
+        options: of every training.
     """
     studies = [
-        optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed + i)) for i in range(len(seeds))
+        optuna.create_study(direction="maximize", sampler=_sampler(search.sampler, seed + i)) for i in range(len(seeds))
     ]
 
     def train(points: Tensor) -> Results:
-        return run_points(scenario, recipe, seeds, points, tasks, guard=guard, on_window=on_window, journal=journal)
+        return run_points(scenario, search.recipe, seeds, points, tasks=tasks, options=options)
 
-    return _search(seeds, recipe, studies, num_trials, first, train, lambda r: r.score[:, None])
+    queue = search.recipe.first(first[None])
+    points, results = _search(studies, search.num_trials, queue, train=train, values_of=lambda r: r.score[:, None])
+    return _trials(seeds, search.recipe, points, results)
 
 
 def search_fronts(
@@ -94,8 +97,7 @@ def search_fronts(
     num_trials: int,
     first: Tensor,
     seed: int,
-    on_window: OnWindow = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Trials:
     """Search each task's constant settings for the front of accuracy against cost (multi-objective TPE).
 
@@ -111,12 +113,13 @@ def search_fronts(
     recipe = RECIPES["constant"]
 
     def train(points: Tensor) -> Results:
-        return run_points(scenario, recipe, seeds, points, tasks, on_window=on_window, journal=journal)
+        return run_points(scenario, recipe, seeds, points, tasks=tasks, options=options)
 
     def values(r: Results) -> NDArray[np.float64]:
         return np.stack([r.accuracy, cost_of(r.latency_ratio, r.energy_ratio)], axis=-1)
 
-    return _search(seeds, recipe, studies, num_trials, first, train, values)
+    points, results = _search(studies, num_trials, recipe.first(first[None]), train=train, values_of=values)
+    return _trials(seeds, recipe, points, results)
 
 
 def cost_of(latency_ratio: NDArray[np.float64], energy_ratio: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -131,32 +134,40 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def _search(
-    seeds: Sequence[int],
-    recipe: Recipe,
     studies: Sequence[optuna.Study],
     num_trials: int,
-    first: Tensor,
+    queue: Tensor,
+    *,
     train: Callable[[Tensor], Results],
     values_of: Callable[[Results], NDArray[np.float64]],
-) -> Trials:
-    """Ask every study, train all tasks, tell every study, `num_trials` times."""
+) -> tuple[list[Tensor], list[Results]]:
+    """Ask every study, train all tasks, tell every study, `num_trials` times; `queue` [K, A] comes first.
+
+    Returns:
+        For each trial the points [M, A] and the results of M tasks.
+    """
     for study in studies:
-        for point in recipe.first(first[None]):
+        for point in queue:
             study.enqueue_trial(named(point))
     points, columns = [], []
     for _ in range(num_trials):
-        asked = [study.ask(axes(recipe.num_axes)) for study in studies]
+        asked = [study.ask(axes(queue.shape[1])) for study in studies]
         drawn = torch.tensor([list(trial.params.values()) for trial in asked])  # [M, A]
         results = train(drawn)
         for study, trial, values in zip(studies, asked, values_of(results), strict=True):
             study.tell(trial, [float(v) for v in values])
         points.append(drawn)
         columns.append(results)
+    return points, columns
+
+
+def _trials(seeds: Sequence[int], recipe: Recipe, points: Sequence[Tensor], columns: Sequence[Results]) -> Trials:
+    """Stack points [M, A] and results of every trial."""
     stacked = {
         name: np.stack([getattr(r, name) for r in columns], axis=1)
         for name in ("score", "accuracy", "latency_ratio", "energy_ratio")
     }
-    return Trials(tuple(seeds), recipe, torch.stack(points, dim=1), **stacked)
+    return Trials(tuple(seeds), recipe, torch.stack(list(points), dim=1), **stacked)
 
 
 def hypervolume(

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import Controller
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Controller, RunOptions
 from rlkd.data import TaskDistribution
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
-from rlkd.io.journal import Arrays, Journal, recall
+from rlkd.io.journal import Arrays, recall
 from rlkd.students import Population, SoloStudent
 from rlkd.students.fusion import NUM_CUES
 
@@ -56,10 +56,10 @@ def learn_teacher_weights(
     scenario: Scenario,
     config: TeacherWeightsConfig,
     tasks: TaskDistribution,
+    *,
     base: Controller,
     generator: torch.Generator,
-    on_window: Callable[[int], object] | None = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
     """[3], theta that raises J on validation, learned over training tasks.
 
@@ -69,8 +69,7 @@ def learn_teacher_weights(
         tasks: training tasks with several teachers, their preference fixed.
         base: sets the controls.
         generator: of tasks and draws.
-        on_window: called with the number of students after every window.
-        journal: as of `rlkd.agents.policy.controllers.run`.
+        options: progress and journal; a guard is not used, because J at the end of the last window is learned from.
     """
     config.check()
     num_students = config.num_groups * config.group_size
@@ -83,13 +82,13 @@ def learn_teacher_weights(
         for some, drawn in zip(seeds, draws, strict=True):
             each = [seed for seed in some for _ in range(config.group_size)]
             theta = (mean + drawn) * torch.tensor(SPREAD)  # [N, 3]
-            gain = _gains(scenario, weighing(base, theta), each, tasks, on_window)  # [N]
+            gain = _gains(scenario, weighing(base, theta), each, tasks, on_window=options.on_window)  # [N]
             mean = mean + config.rate * direction(drawn, gain, config.group_size)
         return {"theta": (mean * torch.tensor(SPREAD)).numpy()}
 
     inputs = {"config": asdict(config), "tasks": asdict(tasks), "seeds": seeds}
     shapes = {"theta": ("float32", (NUM_CUES,))}
-    return torch.from_numpy(recall(journal, "teacher weights", inputs, shapes, learn)["theta"])
+    return torch.from_numpy(recall(options.journal, "teacher weights", inputs, shapes, learn)["theta"])
 
 
 def direction(drawn: Tensor, gain: Tensor, group_size: int) -> Tensor:
@@ -125,14 +124,14 @@ def _gains(
     controller: Controller,
     seeds: list[int],
     tasks: TaskDistribution,
-    on_window: Callable[[int], object] | None,
+    *,
+    on_window: Callable[[int], object],
 ) -> Tensor:
-    """[N], what training brought in J on validation, divergence as its worst score."""
+    """[N], the gain in J on validation of the training of each seed; divergence has the worst J."""
     episodes = Episodes(scenario, len(seeds), tasks)
     observation, total = episodes.reset(seeds), torch.zeros(len(seeds))
     for window in range(scenario.config.num_windows):
         outcome = episodes.step(controller(observation, episodes, window))
         observation, total = outcome.observation, total + outcome.reward
-        if on_window:
-            on_window(len(seeds))
+        on_window(len(seeds))
     return total

@@ -5,6 +5,7 @@ nothing dominates on validation. Both fronts are then read on test data and comp
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,14 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
     """
     if request.policy is None:
         raise ValueError("compare_fronts: the request has no policy")
+    options = replace(request.options, guard=None)
     results = [
         run(
             request.scenario,
             request.policy.controller(),
             request.seeds,
             request.tasks.with_preference(Preference(weight)),
-            on_window=request.on_window,
-            journal=request.journal,
+            options=options,
             label=f"policy's front at {weight}",
         )
         for weight in accuracy_weights
@@ -62,8 +63,7 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
         num_trials=num_trials,
         first=request.policy.start,
         seed=request.seed,
-        on_window=request.on_window,
-        journal=request.journal,
+        options=options,
     )
     baseline = f"search_{num_trials}"
     fronts[baseline] = _on_test(trials, request)
@@ -103,10 +103,9 @@ def _on_test(trials: Trials, request: Request) -> Points:
         RECIPES["constant"],
         seeds,
         trials.points[rows, columns],
-        tasks,
+        tasks=tasks,
         split="test",
-        on_window=request.on_window,
-        journal=request.journal,
+        options=replace(request.options, guard=None),
     )
     test_cost = cost_of(results.latency_ratio, results.energy_ratio)
     return [(results.accuracy[rows == i], test_cost[rows == i]) for i in range(len(trials.seeds))]

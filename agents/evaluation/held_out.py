@@ -72,11 +72,9 @@ def run_methods(
                 controller,
                 asked.seeds,
                 asked.tasks,
-                on_window=asked.on_window,
                 tune_exit=tune_exit,
-                guard=asked.guard,
-                journal=asked.journal,
                 label=name,
+                options=asked.options,
             )
             for name, controller in build_methods(names, asked).items()
         }

@@ -108,10 +108,10 @@ def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]
     """Write the hyperparameters of a `train` run with its final test score and leads."""
     metrics = {"test_score": result["methods"]["policy"]["score"]["mean"]}
     metrics |= {name: row["difference"] for name, row in result["paired"].items()}
-    write_hparams(logger, config, seed, metrics, result["cost"]["agent_trainings"])
+    write_hparams(logger, config, seed, metrics=metrics, step=result["cost"]["agent_trainings"])
 
 
-def write_hparams(logger: Logger, config: Any, seed: int, metrics: Mapping[str, float], step: int) -> None:
+def write_hparams(logger: Logger, config: Any, seed: int, *, metrics: Mapping[str, float], step: int) -> None:
     """Write hyperparameters with metrics for TensorBoard's HPARAMS tab, which reads the metrics as scalars."""
     flat = {"seed": seed, **_flatten(plain(config))}
     hparams = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}

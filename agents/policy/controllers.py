@@ -41,6 +41,27 @@ class Results:
     goal_met_within_1_point: NDArray[np.bool_]
 
 
+def ignore(num_students: int) -> None:
+    """Do nothing after a window."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How trainings run, whatever sets their controls."""
+
+    guard: GuardConfig | None = None
+    """Ships each student's best window instead of its last; by default the last."""
+    on_window: Callable[[int], object] = ignore
+    """Called with the number of students after every window, for progress."""
+    journal: Journal | None = None
+    """Gives results of trainings that were done before the run was stopped."""
+    num_parallel: int = 128
+    """Students in lock-step."""
+
+
+DEFAULT_OPTIONS = RunOptions()
+
+
 def hold_start(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
     """Return the setting that every student started with."""
     return episodes.start
@@ -56,13 +77,11 @@ def run(
     controller: Controller,
     seeds: Sequence[int],
     tasks: TaskDistribution,
+    *,
     final_split: str = "test",
-    num_parallel: int = 128,
-    on_window: Callable[[int], object] | None = None,
     tune_exit: bool = False,
-    guard: GuardConfig | None = None,
-    journal: Journal | None = None,
     label: str = "batch",
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Results:
     """Train one student a task under `controller` and evaluate each once, at the end.
 
@@ -72,19 +91,16 @@ def run(
         seeds: one a task.
         tasks: the distribution that the seeds draw from.
         final_split: "validation" for selection, "test" for the one result.
-        num_parallel: students in lock-step.
-        on_window: called with the number of students after every window, for progress.
         tune_exit: choose each student's exit threshold on validation once it is trained.
-        guard: ship each student's best window instead of its last; by default the last.
-        journal: if it holds these results from before a stop, they are returned and `controller` is not called.
-        label: tells what is trained, the controller above all.
+        label: name of the trainings in the journal; it must identify the controller, which the journal cannot compare.
+        options: guard, progress and journal; a journal that has the results gives them without calling `controller`.
     """
     inputs = {
         "tasks": asdict(tasks),
         "seeds": list(seeds),
         "split": final_split,
         "tune_exit": tune_exit,
-        "guard": asdict(guard) if guard else None,
+        "guard": asdict(options.guard) if options.guard else None,
         "scenario": [
             list(scenario.group_sizes),
             scenario.config.num_windows,
@@ -100,49 +116,40 @@ def run(
     shapes = {f.name: (kinds.get(f.name, "float64"), (len(seeds),)) for f in fields(Results)}
 
     def train() -> Arrays:
-        results = _train(scenario, controller, seeds, tasks, final_split, num_parallel, on_window, tune_exit, guard)
+        parts = []
+        for begin in range(0, len(seeds), options.num_parallel):
+            episodes = Episodes(scenario, len(seeds[begin : begin + options.num_parallel]), tasks)
+            diverged, num_rollbacks = _train(episodes, controller, seeds[begin : begin + options.num_parallel], options)
+            if tune_exit:
+                _tune_exit(episodes)
+            parts.append(final_results(episodes, diverged, num_rollbacks, final_split))
+        results = join(parts)
         return {name: getattr(results, name) for name in shapes}
 
-    is_known = journal is not None and journal.has_answer
-    results = Results(**recall(journal, label, inputs, shapes, train))
-    if is_known and on_window:
+    is_recorded = options.journal is not None and options.journal.has_answer
+    results = Results(**recall(options.journal, label, inputs, shapes, train))
+    if is_recorded:
         for _ in range(scenario.config.num_windows):
-            on_window(len(seeds))
+            options.on_window(len(seeds))
     return results
 
 
 def _train(
-    scenario: Scenario,
-    controller: Controller,
-    seeds: Sequence[int],
-    tasks: TaskDistribution,
-    final_split: str,
-    num_parallel: int,
-    on_window: Callable[[int], object] | None,
-    tune_exit: bool,
-    guard_config: GuardConfig | None,
-) -> Results:
-    """Train and evaluate, where no journal has the answer of `run`."""
-    parts = []
-    for begin in range(0, len(seeds), num_parallel):
-        chunk = list(seeds[begin : begin + num_parallel])
-        episodes = Episodes(scenario, len(chunk), tasks)
-        observation = episodes.reset(chunk)
-        guard = Guard(episodes, guard_config) if guard_config else None
-        diverged = torch.zeros(len(chunk), dtype=torch.bool)
-        for window in range(scenario.config.num_windows):
-            outcome = episodes.step(controller(observation, episodes, window))
-            observation, diverged = outcome.observation, diverged | outcome.diverged
-            if guard:
-                observation = guard.after_window(outcome)
-            if on_window:
-                on_window(len(chunk))
+    episodes: Episodes, controller: Controller, seeds: Sequence[int], options: RunOptions
+) -> tuple[Tensor, Tensor]:
+    """Train the students of `episodes`, one a seed; return which diverged and how often each was rolled back, [N]."""
+    observation = episodes.reset(list(seeds))
+    guard = Guard(episodes, options.guard) if options.guard else None
+    diverged = torch.zeros(len(seeds), dtype=torch.bool)
+    for window in range(episodes.scenario.config.num_windows):
+        outcome = episodes.step(controller(observation, episodes, window))
+        observation, diverged = outcome.observation, diverged | outcome.diverged
         if guard:
-            diverged = diverged & (guard.finish() == 0)
-        if tune_exit:
-            _tune_exit(episodes)
-        parts.append(final_results(episodes, diverged, outcome.telemetry.num_rollbacks, final_split))
-    return join(parts)
+            observation = guard.after_window(outcome)
+        options.on_window(len(seeds))
+    if guard:
+        diverged = diverged & (guard.finish() == 0)
+    return diverged, outcome.telemetry.num_rollbacks
 
 
 def join(parts: Sequence[Results]) -> Results:

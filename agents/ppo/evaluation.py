@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import run
+from rlkd.agents.policy.controllers import RunOptions, ignore, run
 from rlkd.agents.policy.policy import Policy
 from rlkd.envs.scenario import Scenario
 
@@ -36,9 +36,10 @@ class Evaluation:
 def evaluate(
     policy: Policy,
     scenarios: Sequence[Scenario],
+    *,
     num_tasks: int,
     iteration: int,
-    on_window: Callable[[int], object] | None = None,
+    on_window: Callable[[int], object] = ignore,
 ) -> Evaluation:
     """Train one student a task in every scenario under the policy's mean action.
 
@@ -49,17 +50,21 @@ def evaluate(
         iteration: as of `Evaluation`.
         on_window: called with the number of students after every window.
     """
-    rows = [_reached(policy, scenario, k, num_tasks, on_window) for k, scenario in enumerate(scenarios)]
+    first = [FIRST_SEED + k * 2**20 for k in range(len(scenarios))]
+    rows = [
+        _reached(policy, scenario, range(seed, seed + num_tasks), on_window)
+        for scenario, seed in zip(scenarios, first, strict=True)
+    ]
     return Evaluation(iteration, *(float(value) for value in np.mean(rows, axis=0)))
 
 
 def _reached(
-    policy: Policy, scenario: Scenario, index: int, num_tasks: int, on_window: Callable[[int], object] | None
+    policy: Policy, scenario: Scenario, seeds: Sequence[int], on_window: Callable[[int], object]
 ) -> tuple[float, float, float, float]:
     """Means of one scenario, in the order of `Evaluation`."""
-    first = FIRST_SEED + index * 2**20
-    seeds, tasks = range(first, first + num_tasks), scenario.config.task
-    results = run(scenario, policy.controller(), seeds, tasks, final_split="validation", on_window=on_window)
+    tasks = scenario.config.task
+    options = RunOptions(on_window=on_window)
+    results = run(scenario, policy.controller(), seeds, tasks, final_split="validation", options=options)
     has_floor = results.floor > 0
     met = results.goal_met[has_floor].mean() if has_floor.any() else 1.0
     shortfall = results.shortfall[has_floor].mean() if has_floor.any() else 0.0
@@ -100,7 +105,9 @@ class Choice:
             self.weights = policy.weights
         if iteration not in self.iterations:
             return
-        now = evaluate(policy, self._scenarios, self._num_tasks, iteration, self._on_window)
+        now = evaluate(
+            policy, self._scenarios, num_tasks=self._num_tasks, iteration=iteration, on_window=self._on_window
+        )
         if all(now.score > before.score for before in self.evaluations):
             self.weights = {name: tensor.clone() for name, tensor in policy.weights.items()}
         self.evaluations.append(now)

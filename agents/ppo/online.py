@@ -136,7 +136,7 @@ class _UntilDiverged(BaseCallback):
         return not self._run.diverged
 
 
-def learn_online(run: OneRun, num_windows: int, config: OnlineAgentConfig, seed: int, logger: Logger | None) -> int:
+def learn_online(run: OneRun, num_windows: int, config: OnlineAgentConfig, *, seed: int, logger: Logger | None) -> int:
     """Train `run`'s student for `num_windows` windows while PPO learns from them; returns how often PPO was updated.
 
     It ends early where the student diverges.

@@ -195,13 +195,11 @@ class _ResumablePPO(PPO):
 
 
 class _Watch(BaseCallback):
-    """Sets the exploration, collects what rollouts report, and hands a summary on after each."""
+    """Set the exploration, collect what rollouts report, and call the listeners."""
 
-    def __init__(
-        self, config: PPOConfig, on_window: Callable[[int], object], on_rollout: Callable[[Rollout, Logger], object]
-    ) -> None:
+    def __init__(self, config: PPOConfig, listeners: "Listeners") -> None:
         super().__init__()
-        self._config, self._on_window, self._on_rollout = config, on_window, on_rollout
+        self._config, self._listeners = config, listeners
         self._ended: list[dict[str, float]] = []
         self._sums: dict[str, list[float]] = {}
         self.iteration = 0
@@ -211,7 +209,7 @@ class _Watch(BaseCallback):
         self._ended += [{**i["student"], "return": i["episode"]["r"]} for i in infos if "student" in i]
         for name, value in self._controls().items():
             self._sums.setdefault(name, []).append(value)
-        self._on_window(len(infos))
+        self._listeners.on_window(len(infos))
         return True
 
     def _on_rollout_start(self) -> None:
@@ -236,8 +234,22 @@ class _Watch(BaseCallback):
             figures[name] = float(sum(e[key] for e in self._ended))
         controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
         num_trainings = self.iteration * self.training_env.num_envs * len(self.training_env.envs)  # type: ignore[attr-defined]
-        self._on_rollout(Rollout(self.iteration, num_trainings, {**figures, **controls}), self.logger)
+        self._listeners.on_rollout(Rollout(self.iteration, num_trainings, {**figures, **controls}), self.logger)
         self._ended, self._sums = [], {}
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Functions that are called while an agent learns."""
+
+    on_window: Callable[[int], object]
+    """Given the number of students after every window."""
+    on_rollout: Callable[[Rollout, Logger], object]
+    """Given each iteration's summary, before the update."""
+    on_evaluation: Callable[[Evaluation], object] = lambda evaluation: None
+    """Given each evaluation on validation scenarios."""
+    on_agent: Callable[[Callable[[], Policy]], object] = lambda policy_now: None
+    """Given a function that returns the present policy, so that an interrupted run can be saved."""
 
 
 def train(
@@ -245,12 +257,9 @@ def train(
     config: PPOConfig,
     seed: int,
     *,
-    on_window: Callable[[int], object],
-    on_rollout: Callable[[Rollout, Logger], object],
+    listeners: Listeners,
     validation: Sequence[Scenario] = (),
-    on_evaluation: Callable[[Evaluation], object] = lambda evaluation: None,
     logger: Logger | None = None,
-    on_agent: Callable[[Callable[[], Policy]], object] | None = None,
     journal: Journal | None = None,
 ) -> Learned:
     """Learn a policy; the start of the scenarios is the setting that its actions change.
@@ -259,12 +268,9 @@ def train(
         scenarios: take turns; they have one start and one range of controls.
         config: the agent's.
         seed: of the students' tasks, the exploration and the minibatches.
-        on_window: called with the number of students after every window.
-        on_rollout: called with each iteration's summary, before the update.
+        listeners: are called while the agent learns.
         validation: scenarios that choose the iteration that is returned; with the same start.
-        on_evaluation: called after each evaluation on them.
         logger: SB3's, for TensorBoard.
-        on_agent: given a function that returns the policy as it is now, so that an interrupted run can be saved.
         journal: keeps the state after every update, and goes on from the last one.
     """
     config.check()
@@ -272,7 +278,7 @@ def train(
     pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
     for scenario, pool in zip(scenarios, pools, strict=True):
         scenario.prepare(pool)
-    mean, deviation = _figures(scenarios, config, seed, on_window, journal)
+    mean, deviation = _figures(scenarios, config, seed, on_window=listeners.on_window, journal=journal)
     deviation = hide(deviation, config.hidden_groups)
 
     def learn() -> Arrays:
@@ -289,17 +295,16 @@ def train(
             state: dict[str, Any] = agent.policy.state_dict()
             return policy_from_sb3(state, mean, deviation, start=start, controls=controls)
 
-        if on_agent:
-            on_agent(now)
+        listeners.on_agent(now)
         choice = Choice(
             validation,
             config.evaluated(),
             config.num_evaluation_tasks,
             now().weights,
-            on_evaluation=on_evaluation,
-            on_window=on_window,
+            on_evaluation=listeners.on_evaluation,
+            on_window=listeners.on_window,
         )
-        _learn(agent, env, config, _Watch(config, on_window, on_rollout), choice, now, journal)
+        _learn(agent, env, config, watch=_Watch(config, listeners), choice=choice, now=now, journal=journal)
         return {**{name: tensor.numpy() for name, tensor in choice.weights.items()}, "evaluations": choice.table()}
 
     inputs = {
@@ -331,6 +336,7 @@ def _figures(
     scenarios: Sequence[Scenario],
     config: PPOConfig,
     seed: int,
+    *,
     on_window: Callable[[int], object],
     journal: Journal | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -354,6 +360,7 @@ def _learn(
     agent: "_ResumablePPO",
     env: SB3VecEnv,
     config: PPOConfig,
+    *,
     watch: "_Watch",
     choice: Choice,
     now: Callable[[], Policy],

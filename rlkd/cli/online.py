@@ -69,7 +69,9 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
 
         base = bundle.policy.controller() if bundle else hold_start
         one = OneRun(scenario, base, seed, on_window)
-        num_updates = learn_online(one, config.num_windows, config.agent, stream_seed(seed, TRAIN_STREAM), watch.logger)
+        num_updates = learn_online(
+            one, config.num_windows, config.agent, seed=stream_seed(seed, TRAIN_STREAM), logger=watch.logger
+        )
     one.bring_back_best()
     done = ship(scenario, Trained(one.episodes, one.last, one.best_window, num_undone=0))
     done.figures.update(agent_updates=num_updates, num_windows=len(watch.u))

@@ -146,7 +146,7 @@ class Watch:
         named = {"test_score": "score", "test_accuracy": "accuracy"}
         named |= {name: name for name in ("validation_score", "validation_accuracy")}
         metrics = {name: figures[key] for name, key in named.items()}
-        tb.write_hparams(self.logger, config, seed, metrics, len(self.u))
+        tb.write_hparams(self.logger, config, seed, metrics=metrics, step=len(self.u))
         self.logger.close()
 
 

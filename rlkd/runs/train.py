@@ -25,9 +25,10 @@ from rlkd.agents.evaluation.held_out import (
 )
 from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.agents.policy.bundle import save_bundle
+from rlkd.agents.policy.controllers import RunOptions
 from rlkd.agents.policy.policy import Policy
 from rlkd.agents.ppo.evaluation import Evaluation
-from rlkd.agents.ppo.train import Learned, Rollout, train
+from rlkd.agents.ppo.train import Learned, Listeners, Rollout, train
 from rlkd.configs.schema import DistilConfig, ExperimentConfig
 from rlkd.cost import save_profile
 from rlkd.data import Goal, Preference
@@ -140,9 +141,8 @@ def find_start(run: Run, scenarios: Sequence[Scenario]) -> torch.Tensor:
     """[12], the best constant setting over the tasks that the policy will be trained on."""
     search = run.config.search
     run.progress.phase("best constant setting", search.num_trainings, _mean_windows(run.config))
-    start = search_setting(
-        scenarios, search, run.generator(SEARCH_STREAM), on_window=run.progress.advance, journal=run.journal
-    )
+    options = RunOptions(on_window=run.progress.advance, journal=run.journal)
+    start = search_setting(scenarios, search, run.generator(SEARCH_STREAM), options=options)
     run.timing.write({"part": "search", "wall_s": run.journal.elapsed_s()})
     return start
 
@@ -179,12 +179,9 @@ def learn(run: Run, scenarios: Sequence[Scenario], validation: Sequence[Scenario
             scenarios,
             config.ppo,
             stream_seed(run.seed, TRAIN_STREAM),
-            on_window=progress.advance,
-            on_rollout=on_rollout,
+            listeners=Listeners(progress.advance, on_rollout, on_evaluation, now.append),
             validation=validation,
-            on_evaluation=on_evaluation,
             logger=run.logger,
-            on_agent=now.append,
             journal=journal,
         )
     except KeyboardInterrupt:

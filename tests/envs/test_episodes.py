@@ -100,7 +100,14 @@ def test_tuning_the_exit_of_pruned_students_never_costs_validation_score(scenari
     seeds = [SEED + i for i in range(6)]
     pruned = settings(scenario, {KEEP: 0.6, CONTROLS.index("feature_keep"): 0.7, **ALL_FIRST})[0]
     fixed, tuned = (
-        run(scenario, lambda o, e, w: pruned.expand_as(e.start), seeds, scenario.config.task, "validation", tune_exit=t)
+        run(
+            scenario,
+            lambda o, e, w: pruned.expand_as(e.start),
+            seeds,
+            scenario.config.task,
+            final_split="validation",
+            tune_exit=t,
+        )
         for t in (False, True)
     )
     assert (tuned.score >= fixed.score).all()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.policy.policy import Policy
-from rlkd.agents.ppo.train import PPOConfig, Rollout, train
+from rlkd.agents.ppo.train import Listeners, PPOConfig, Rollout, train
 from rlkd.configs import ComparisonConfig, ExperimentConfig
 from rlkd.configs.schema import ScenarioConfig
 from rlkd.cost import CostConfig
@@ -222,8 +222,7 @@ def test_it_goes_on_where_students_diverged(goal_scenario: Scenario, tmp_path: P
             [hot],
             config,
             5,
-            on_window=on_window,
-            on_rollout=lambda rollout, logger: rollouts.append(rollout),
+            listeners=Listeners(on_window, lambda rollout, logger: rollouts.append(rollout)),
             journal=Journal(folder, resume),
         )
         return learned.policy, rollouts

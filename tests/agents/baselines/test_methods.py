@@ -15,7 +15,7 @@ from rlkd.agents.baselines.methods import (
 from rlkd.agents.baselines.pbt import PBTConfig
 from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.evaluation.held_out import asked_goals, held_out_seeds, run_methods, stream_seed
-from rlkd.agents.policy.controllers import Results, hold_start, run
+from rlkd.agents.policy.controllers import Results, RunOptions, hold_start, run
 from rlkd.agents.policy.policy import Policy, actor_shapes
 from rlkd.data import Preference
 from rlkd.envs import CONTROLS, OBSERVATIONS, Scenario
@@ -114,7 +114,7 @@ def test_a_policy_is_asked_for_by_name(asked: Request) -> None:
 def test_the_blind_policy_begins_with_its_own_start(asked: Request) -> None:
     assert asked.blind is not None
     other = dataclasses.replace(asked.scenario, start=asked.blind.start)
-    by_hand = run(other, asked.blind.controller(), SEEDS, asked.tasks, guard=asked.guard)
+    by_hand = run(other, asked.blind.controller(), SEEDS, asked.tasks, options=RunOptions(asked.guard))
     np.testing.assert_array_equal(table_of(["blind"], asked)["blind"].score, by_hand.score)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.baselines.pbt import PBTConfig, _winners, find_schedule
-from rlkd.agents.policy.controllers import Results, run
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Results, RunOptions, run
 from rlkd.data import Preference, TaskDistribution
 from rlkd.envs import Scenario
 from rlkd.errors import UserError
@@ -62,7 +62,7 @@ def test_a_pair_by_hand(scenario: Scenario, tasks: TaskDistribution) -> None:
         moved = (members[best] + noise[1 - best]).clamp(0, 1)
         schedules = torch.stack([torch.stack([members[best], second]) for second in (members[best], moved)])
         held_on, mutated = train(two, [task, task], schedules, tasks).score
-        found = find_schedule(two, PAIR, tasks, first, generator(seed))
+        found = find_schedule(two, PAIR, tasks, first=first, generator=generator(seed))
         if held_on == mutated:
             continue
         torch.testing.assert_close(found, schedules[int(mutated > held_on)])
@@ -75,7 +75,7 @@ def test_a_winner_is_replayed_to_no_less_than_the_first_setting(scenario: Scenar
     first = torch.full((12,), 0.6)
     # with one window nothing is replaced: the winner is the best of a group that the first setting is in
     one = with_windows(scenario, 1)
-    lines = _winners(one, SMALL, tasks, first, generator(4), None)
+    lines = _winners(one, SMALL, tasks, first=first, generator=generator(4), options=DEFAULT_OPTIONS)
     g = generator(4)
     seeds = torch.randint(2**59, (3,), generator=g).tolist()
     noise = torch.randn(12, 12, generator=g)
@@ -85,7 +85,7 @@ def test_a_winner_is_replayed_to_no_less_than_the_first_setting(scenario: Scenar
     best = torch.from_numpy(scores.argmax(1))
     assert torch.equal(lines[:, 0], members.view(3, 4, 12)[torch.arange(3), best])
     # with more, copies carry what came before: on average the line beats the setting held to the end
-    lines = _winners(scenario, SMALL, tasks, first, generator(4), None)
+    lines = _winners(scenario, SMALL, tasks, first=first, generator=generator(4), options=DEFAULT_OPTIONS)
     gains = [
         reached(scenario, seed, line, tasks) - reached(scenario, seed, first.expand(3, 12), tasks)
         for seed, line in zip(seeds, lines, strict=True)
@@ -96,16 +96,18 @@ def test_a_winner_is_replayed_to_no_less_than_the_first_setting(scenario: Scenar
 
 def test_without_spread_the_schedule_is_the_first_setting(scenario: Scenario, tasks: TaskDistribution) -> None:
     config = dataclasses.replace(SMALL, spread=0.0)
-    found = find_schedule(with_windows(scenario, 2), config, tasks, torch.full((12,), 0.3), generator(0))
+    found = find_schedule(
+        with_windows(scenario, 2), config, tasks, first=torch.full((12,), 0.3), generator=generator(0)
+    )
     assert torch.equal(found, torch.full((2, 12), 0.3))
 
 
 def test_the_schedule_is_the_best_of_the_winners_on_further_tasks(scenario: Scenario, tasks: TaskDistribution) -> None:
     g, first = generator(2), torch.full((12,), 0.6)
-    lines = _winners(scenario, SMALL, tasks, first, g, None)
+    lines = _winners(scenario, SMALL, tasks, first=first, generator=g, options=DEFAULT_OPTIONS)
     more = torch.randint(2**59, (2,), generator=g).tolist()
     means = [train(scenario, more, line.expand(2, 3, 12), tasks).score.mean() for line in lines]
-    found = find_schedule(scenario, SMALL, tasks, first, generator(2))
+    found = find_schedule(scenario, SMALL, tasks, first=first, generator=generator(2))
     assert sorted(means)[-1] > sorted(means)[-2]
     assert torch.equal(found, lines[int(torch.tensor(means).argmax())])
 
@@ -116,9 +118,11 @@ def test_it_repeats_counts_its_cost_and_never_reads_the_test_split(scenario: Sce
     blind = dataclasses.replace(scenario, data=dataclasses.replace(scenario.data, labels=labels))
     windows: list[int] = []
     first = torch.full((12,), 0.6)
-    one = find_schedule(scenario, SMALL, tasks, first, generator(1), windows.append)
-    assert torch.equal(one, find_schedule(blind, SMALL, tasks, first, generator(1)))
-    assert not torch.equal(one, find_schedule(scenario, SMALL, tasks, first, generator(2)))
+    one = find_schedule(
+        scenario, SMALL, tasks, first=first, generator=generator(1), options=RunOptions(on_window=windows.append)
+    )
+    assert torch.equal(one, find_schedule(blind, SMALL, tasks, first=first, generator=generator(1)))
+    assert not torch.equal(one, find_schedule(scenario, SMALL, tasks, first=first, generator=generator(2)))
     assert one.shape == (3, 12)
     assert one.min() >= 0
     assert one.max() <= 1
@@ -133,4 +137,4 @@ def test_impossible_populations_are_refused(
 ) -> None:
     config = dataclasses.replace(SMALL, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="pbt: got"):
-        find_schedule(scenario, config, tasks, torch.full((12,), 0.6), generator(0))
+        find_schedule(scenario, config, tasks, first=torch.full((12,), 0.6), generator=generator(0))

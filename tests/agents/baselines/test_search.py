@@ -5,6 +5,7 @@ import torch
 
 from rlkd.agents.baselines.recipes import RECIPES
 from rlkd.agents.baselines.search import SearchConfig, first_settings, run_points, search_recipe, search_setting
+from rlkd.agents.policy.controllers import RunOptions
 from rlkd.envs import Scenario
 from rlkd.envs.action import EXIT_KINDS, exit_kind, published_setting
 from rlkd.envs.guard import GuardConfig
@@ -19,7 +20,7 @@ def generator(seed: int) -> torch.Generator:
 
 def test_search_repeats_counts_its_cost_and_tries_the_published_setting_first(scenario: Scenario) -> None:
     windows: list[int] = []
-    one = search_setting([scenario], SMALL, generator(4), on_window=windows.append)
+    one = search_setting([scenario], SMALL, generator(4), options=RunOptions(on_window=windows.append))
     assert torch.equal(one, search_setting([scenario], SMALL, generator(4)))
     assert sum(windows) == SMALL.num_trainings * scenario.config.num_windows == (24 + 10) * 4
     alone = search_setting([scenario], SearchConfig(1, 2, 1, 2), generator(0))
@@ -49,14 +50,15 @@ def test_a_goal_changes_what_is_best(scenario: Scenario) -> None:
     tasks = stated.with_keep(0.05)
     seeds = [1, 2, 3, 4]
     scores = [
-        run_points(numeric, RECIPES["constant"], seeds, s.expand(4, -1), tasks).score.mean() for s in (strict, lax)
+        run_points(numeric, RECIPES["constant"], seeds, s.expand(4, -1), tasks=tasks).score.mean()
+        for s in (strict, lax)
     ]
     assert scores[1] > scores[0] + 0.1
 
 
 def test_several_scenarios_share_the_tasks(scenario: Scenario) -> None:
     windows: list[int] = []
-    search_setting([scenario, scenario], SMALL, generator(0), on_window=windows.append)
+    search_setting([scenario, scenario], SMALL, generator(0), options=RunOptions(on_window=windows.append))
     assert sum(windows) == SMALL.num_trainings * scenario.config.num_windows
 
 

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.agents.baselines.recipes import RECIPES
-from rlkd.agents.baselines.task_search import Sampler, Trials, cost_of, hypervolume, search_fronts, search_tasks
+from rlkd.agents.baselines.task_search import (
+    Sampler,
+    TaskSearch,
+    Trials,
+    cost_of,
+    hypervolume,
+    search_fronts,
+    search_tasks,
+)
+from rlkd.agents.policy.controllers import RunOptions
 from rlkd.data import Preference
 from rlkd.envs import Scenario
 from rlkd.envs.episodes import Episodes
@@ -34,9 +43,7 @@ def searched(
         scenario,
         seeds,
         tasks,
-        sampler=sampler,
-        recipe=RECIPES[recipe],
-        num_trials=num_trials,
+        search=TaskSearch(sampler, RECIPES[recipe], num_trials),
         first=FIRST,
         seed=3,
     )
@@ -101,7 +108,9 @@ def test_fronts_are_searched_for_accuracy_and_low_cost(quick: Scenario) -> None:
     windows: list[int] = []
     tasks, seeds = quick.config.task.with_preference(Preference(0.6)), tuple(2**60 + i for i in range(4))
     small = search_fronts(quick, seeds, tasks, num_trials=11, first=FIRST, seed=3)
-    found = search_fronts(quick, seeds, tasks, num_trials=22, first=FIRST, seed=3, on_window=windows.append)
+    found = search_fronts(
+        quick, seeds, tasks, num_trials=22, first=FIRST, seed=3, options=RunOptions(on_window=windows.append)
+    )
     assert torch.equal(small.points, found.points[:, :11])
     assert sum(windows) == 4 * 22 * 2
     assert torch.allclose(found.points[:, 0], FIRST.expand(4, 12))

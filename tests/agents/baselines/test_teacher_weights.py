@@ -16,7 +16,7 @@ from rlkd.agents.baselines.teacher_weights import (
     weighing,
 )
 from rlkd.agents.evaluation.held_out import asked_goals, run_methods
-from rlkd.agents.policy.controllers import Controller, hold_start
+from rlkd.agents.policy.controllers import Controller, RunOptions, hold_start
 from rlkd.agents.policy.policy import Policy, actor_shapes
 from rlkd.data import Preference, Range, TaskDistribution
 from rlkd.envs import Scenario
@@ -56,28 +56,42 @@ def test_it_finds_the_weights_that_gain_most(scenario: Scenario, monkeypatch: py
     theta: list[Tensor] = []
     monkeypatch.setattr(teacher_weights, "weighing", lambda base, given: theta.append(given))
 
-    def gains(_: Scenario, __: object, seeds: list[int], *rest: object) -> Tensor:
+    def gains(_: Scenario, __: object, seeds: list[int], *rest: object, **more: object) -> Tensor:
         of_task = torch.tensor([float(seed % 7) for seed in seeds])  # the same for a whole group
         return of_task - ((theta[-1] - best) / torch.tensor(SPREAD)).square().sum(-1)
 
     monkeypatch.setattr(teacher_weights, "_gains", gains)
     config = TeacherWeightsConfig(num_iterations=40, num_groups=64)
-    found = learn_teacher_weights(scenario, config, scenario.config.task, hold_start, generator())
+    found = learn_teacher_weights(scenario, config, scenario.config.task, base=hold_start, generator=generator())
     assert ((found - best) / torch.tensor(SPREAD)).abs().max() < 0.3
 
 
 def test_learning_moves_the_weights_and_a_journal_remembers_them(scenario: Scenario, tmp_path: Path) -> None:
     counted: list[int] = []
-    theta = learn_teacher_weights(scenario, SMALL, scenario.config.task, hold_start, generator(), counted.append)
+    theta = learn_teacher_weights(
+        scenario,
+        SMALL,
+        scenario.config.task,
+        base=hold_start,
+        generator=generator(),
+        options=RunOptions(on_window=counted.append),
+    )
     assert theta.shape == (3,)
     assert theta.abs().min() > 0
     assert sum(counted) == SMALL.num_trainings * scenario.config.num_windows
     first = Journal(tmp_path, False, 1)
-    again = learn_teacher_weights(scenario, SMALL, scenario.config.task, hold_start, generator(), journal=first)
+    again = learn_teacher_weights(
+        scenario, SMALL, scenario.config.task, base=hold_start, generator=generator(), options=RunOptions(journal=first)
+    )
     assert torch.equal(again, theta)
     resumed, counted = Journal(tmp_path, True, 1), []
     known = learn_teacher_weights(
-        scenario, SMALL, scenario.config.task, hold_start, generator(), counted.append, journal=resumed
+        scenario,
+        SMALL,
+        scenario.config.task,
+        base=hold_start,
+        generator=generator(),
+        options=RunOptions(None, counted.append, resumed),
     )
     assert torch.equal(known, theta)
     assert not counted
@@ -107,7 +121,7 @@ def test_rlkd_compare_knows_it_and_counts_what_it_costs(scenario: Scenario, monk
 def test_weights_are_learned_under_what_they_are_held_with(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     bases: list[Controller] = []
 
-    def learn(_: Scenario, __: object, ___: object, base: Controller, *rest: object) -> Tensor:
+    def learn(*_: object, base: Controller, **__: object) -> Tensor:
         bases.append(base)
         return torch.ones(3)
 

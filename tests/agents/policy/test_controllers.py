@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import EXIT_GRID, hold_start, run
+from rlkd.agents.policy.controllers import EXIT_GRID, RunOptions, hold_start, run
 from rlkd.data import Range
 from rlkd.envs import ControlConfig, EnvConfig, Scenario, build_scenario
 from rlkd.envs.action import CONTROLS, with_exit_kind
@@ -20,7 +20,7 @@ def test_the_same_seeds_give_the_same_results_however_many_run_together(scenario
     seeds = [2**60 + i for i in range(6)]
     one, again = (run(scenario, hold_start, seeds, scenario.config.task) for _ in range(2))
     np.testing.assert_array_equal(one.score, again.score)
-    parts = run(scenario, hold_start, seeds, scenario.config.task, num_parallel=2)
+    parts = run(scenario, hold_start, seeds, scenario.config.task, options=RunOptions(num_parallel=2))
     np.testing.assert_allclose(one.score, parts.score, atol=5e-3)
     np.testing.assert_array_equal(one.macs_ratio, parts.macs_ratio)
 
@@ -47,7 +47,7 @@ def test_a_diverged_student_misses_its_goal_by_the_whole_floor(config: EnvConfig
     assert results.score.tolist() == pytest.approx([-0.5] * 2)  # 10 a unit of accuracy, all of it missing
     assert not results.goal_met_within_1_point.any()
     # under a guard the windows before the divergence count: two that were undone left the first parameters
-    assert not run(hot, hold_start, [1, 2], task, guard=GuardConfig()).diverged.any()
+    assert not run(hot, hold_start, [1, 2], task, options=RunOptions(GuardConfig())).diverged.any()
 
 
 def test_goals_are_those_of_the_asked_split(scenario: Scenario) -> None:
@@ -89,7 +89,8 @@ def test_a_guard_ships_a_window_that_met_the_goal(scenario: Scenario) -> None:
     numeric = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, task=task))
     seeds = [2**60 + i for i in range(6)]
     last, best = (
-        run(numeric, collapses, seeds, task, final_split="validation", guard=guard) for guard in (None, GuardConfig())
+        run(numeric, collapses, seeds, task, final_split="validation", options=RunOptions(guard))
+        for guard in (None, GuardConfig())
     )
     assert best.goal_met.sum() > last.goal_met.sum()
     assert (best.score >= last.score - 1e-6)[last.goal_met].all()

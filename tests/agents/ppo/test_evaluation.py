@@ -27,7 +27,7 @@ def test_an_evaluation_is_the_mean_over_scenarios_of_the_final_figures(
     goal_scenario: Scenario, other_scenario: Scenario
 ) -> None:
     policy = policy_for(goal_scenario, -0.3)
-    found = evaluate(policy, [goal_scenario, other_scenario], 5, 7)
+    found = evaluate(policy, [goal_scenario, other_scenario], num_tasks=5, iteration=7)
     rows = []
     for k, scenario in enumerate((goal_scenario, other_scenario)):
         episodes = Episodes(scenario, 5)
@@ -47,7 +47,7 @@ def test_an_evaluation_is_the_mean_over_scenarios_of_the_final_figures(
     means = [sum(column) / 2 for column in zip(*rows, strict=True)]
     assert found.iteration == 7
     assert dataclasses.astuple(found)[1:] == pytest.approx(means, abs=1e-6)
-    assert evaluate(policy, [goal_scenario, other_scenario], 5, 7) == found
+    assert evaluate(policy, [goal_scenario, other_scenario], num_tasks=5, iteration=7) == found
 
 
 def test_a_diverged_student_counts_as_worst(goal_scenario: Scenario) -> None:
@@ -59,7 +59,7 @@ def test_a_diverged_student_counts_as_worst(goal_scenario: Scenario) -> None:
         train=TrainConfig(max_rollbacks=0),
     )
     hot = dataclasses.replace(goal_scenario, config=config, known=References())
-    found = evaluate(policy_for(hot, 0.0), [hot], 3, 0)
+    found = evaluate(policy_for(hot, 0.0), [hot], num_tasks=3, iteration=0)
     assert (found.score, found.goal_met, found.latency_saving) == (-2.0, 0.0, 0.0)
     episodes = Episodes(hot, 3)
     episodes.reset([FIRST_SEED + i for i in range(3)])
@@ -67,7 +67,7 @@ def test_a_diverged_student_counts_as_worst(goal_scenario: Scenario) -> None:
 
 
 def test_without_floors_every_goal_is_met(scenario: Scenario) -> None:
-    found = evaluate(policy_for(scenario, 0.0), [scenario], 2, 0)
+    found = evaluate(policy_for(scenario, 0.0), [scenario], num_tasks=2, iteration=0)
     assert (found.goal_met, found.shortfall) == (1.0, 0.0)
 
 

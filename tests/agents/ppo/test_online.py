@@ -95,19 +95,19 @@ def test_an_action_changes_the_base_by_a_share_of_the_range(long: Scenario) -> N
 
 def test_the_agent_is_updated_every_few_windows_and_the_run_repeats(long: Scenario) -> None:
     (one, first), (two, second) = started(long), started(long)
-    assert learn_online(one, 12, AGENT, 7, None) == 3
-    learn_online(two, 12, AGENT, 7, None)
+    assert learn_online(one, 12, AGENT, seed=7, logger=None) == 3
+    learn_online(two, 12, AGENT, seed=7, logger=None)
     assert [row["window"] for row in first] == list(range(1, 13))
     assert first == second
     other, third = started(long)
-    learn_online(other, 12, AGENT, 8, None)
+    learn_online(other, 12, AGENT, seed=8, logger=None)
     assert third != first
 
 
 def test_what_it_learns_changes_what_it_does(long: Scenario) -> None:
     (one, first), (two, second) = started(long), started(long)
-    learn_online(one, 12, AGENT, 7, None)
-    learn_online(two, 12, dataclasses.replace(AGENT, learning_rate=1e-12), 7, None)
+    learn_online(one, 12, AGENT, seed=7, logger=None)
+    learn_online(two, 12, dataclasses.replace(AGENT, learning_rate=1e-12), seed=7, logger=None)
     assert first[:4] == second[:4]  # before the first update there is exploration alone
     assert first[4:] != second[4:]
 
@@ -137,7 +137,7 @@ def test_a_diverged_run_ends_there_and_keeps_the_best_student(long: Scenario) ->
     schedule[5:, RATE] = 1.0
     run, rows = started(wild, follow(schedule))
     quiet = dataclasses.replace(AGENT, log_std=-20.0)
-    learn_online(run, 12, quiet, 0, None)
+    learn_online(run, 12, quiet, seed=0, logger=None)
     assert run.diverged
     assert len(rows) == 6
     assert 0 < run.best_window < 6

@@ -61,7 +61,7 @@ def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(caplo
 
 def test_figures_count_neither_padding_nor_prompts() -> None:
     data = texts()
-    signals = signals_of(data, 3, [])
+    signals = signals_of(data, 3)
     with torch.no_grad():
         logits = tiny_models.tiny("llama", layers=3)(**data.inputs).logits[:, :-1]  # [12, 6, 40]
     target = data.inputs["input_ids"][:, 1:]
@@ -85,7 +85,7 @@ def test_figures_count_neither_padding_nor_prompts() -> None:
 
 def test_features_and_maps_are_as_of_any_teacher() -> None:
     data = texts()
-    signals = signals_of(data, 2, [])
+    signals = signals_of(data, 2)
     train = data.splits["train"]
     assert float(signals.features[0, train].square().mean()) == pytest.approx(1.0, rel=1e-4)
     torch.testing.assert_close(signals.maps[0].norm(dim=-1), torch.ones(12))
@@ -95,7 +95,7 @@ def test_features_and_maps_are_as_of_any_teacher() -> None:
 @pytest.mark.parametrize("k", [0, 41])
 def test_k_is_at_most_the_vocabulary(k: int) -> None:
     with pytest.raises(UserError, match="1 to 40, the teacher's vocabulary"):
-        signals_of(texts(), k, [])
+        signals_of(texts(), k)
 
 
 def test_a_teacher_over_several_devices_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
