@@ -133,7 +133,7 @@ def without_clocks(tree: Any) -> Any:
     return {k: without_clocks(v) for k, v in tree.items() if k not in CLOCKS} if isinstance(tree, dict) else tree
 
 
-def harness(num_runs: int, most_kills: int, min_kills: int, seed: int, work: Path) -> list[Killed]:
+def harness(num_runs: int, most_kills: int, min_kills: int, *, seed: int, work: Path) -> list[Killed]:
     """Kill runs, each one to `most_kills` times; work in an empty folder.
 
     Args:
@@ -198,7 +198,7 @@ def command_line() -> int:
     given = parser.parse_args()
     began_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        runs = harness(given.runs, given.kills, given.min_kills, given.seed, Path(work))
+        runs = harness(given.runs, given.kills, given.min_kills, seed=given.seed, work=Path(work))
     command = f"python experiments/crash.py --runs {given.runs} --kills {given.kills} --seed {given.seed}"
     text = page(runs, command, time.perf_counter() - began_s)
     print(text)

@@ -317,7 +317,7 @@ def _peak_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def page(tallies: dict[str, Tally], seed: int, wall_s: float, peak_mib: float, start_mib: float) -> str:
+def page(tallies: dict[str, Tally], seed: int, wall_s: float, *, peak_mib: float, start_mib: float) -> str:
     """The figures as Markdown."""
     total = sum(t.accepted + t.refused + len(t.failures) for t in tallies.values())
     failed = sum(len(t.failures) for t in tallies.values())
@@ -368,7 +368,7 @@ def main() -> int:
     tallies = fuzz(options.num, options.seed, options.only, options.first)
     wall_s = time.perf_counter() - began
     peak_mib = _peak_mib()
-    text = page(tallies, options.seed, wall_s, peak_mib, start_mib)
+    text = page(tallies, options.seed, wall_s, peak_mib=peak_mib, start_mib=start_mib)
     print(text)
     failures = [failure for tally in tallies.values() for failure in tally.failures]
     for failure in failures:

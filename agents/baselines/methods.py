@@ -344,7 +344,9 @@ def mean_controls(request: Request) -> Tensor:
 
     def find() -> Tensor:
         inputs = {"seeds": seeds, "tasks": asdict(request.tasks)}
-        return torch.from_numpy(recall(request.journal, "mean controls", inputs, shapes, compute)["controls"])
+        return torch.from_numpy(
+            recall(request.journal, "mean controls", inputs, shapes=shapes, compute=compute)["controls"]
+        )
 
     return request.once("mean controls", find)
 

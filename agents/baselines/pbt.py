@@ -109,7 +109,9 @@ def _winners(
         episodes.reset([seed for seed in seeds for _ in range(config.group_size)])
         return {"lines": _train_groups(episodes, config, first, noise, on_window=options.on_window).numpy()}
 
-    return torch.from_numpy(recall(options.journal, "population-based training", inputs, shapes, train)["lines"])
+    return torch.from_numpy(
+        recall(options.journal, "population-based training", inputs, shapes=shapes, compute=train)["lines"]
+    )
 
 
 def _train_groups(

@@ -88,7 +88,7 @@ def learn_teacher_weights(
 
     inputs = {"config": asdict(config), "tasks": asdict(tasks), "seeds": seeds}
     shapes = {"theta": ("float32", (NUM_CUES,))}
-    return torch.from_numpy(recall(options.journal, "teacher weights", inputs, shapes, learn)["theta"])
+    return torch.from_numpy(recall(options.journal, "teacher weights", inputs, shapes=shapes, compute=learn)["theta"])
 
 
 def direction(drawn: Tensor, gain: Tensor, group_size: int) -> Tensor:

@@ -127,7 +127,7 @@ def run(
         return {name: getattr(results, name) for name in shapes}
 
     is_recorded = options.journal is not None and options.journal.has_answer
-    results = Results(**recall(options.journal, label, inputs, shapes, train))
+    results = Results(**recall(options.journal, label, inputs, shapes=shapes, compute=train))
     if is_recorded:
         for _ in range(scenario.config.num_windows):
             options.on_window(len(seeds))

@@ -319,7 +319,7 @@ def train(
         **{name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()},
         "evaluations": ("float64", (num_evaluations, len(fields(Evaluation)))),
     }
-    arrays = recall(journal, "PPO", inputs, shapes, learn)
+    arrays = recall(journal, "PPO", inputs, shapes=shapes, compute=learn)
     evaluations = from_table(arrays.pop("evaluations"))
     weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
     policy = Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
@@ -352,7 +352,7 @@ def _figures(
         "num_students": config.num_observed,
         "starts": [digest(scenario.start) for scenario in scenarios],
     }
-    known = recall(journal, "observations", inputs, shapes, compute)
+    known = recall(journal, "observations", inputs, shapes=shapes, compute=compute)
     return known["mean"], known["deviation"]
 
 

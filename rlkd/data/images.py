@@ -87,7 +87,7 @@ def read_images(folder: Path, is_skipping: bool) -> ImageFolder:
     has_splits = _has_splits(root, chosen)
     _check_depth(root, chosen, 3 if has_splits else 2)
     _check_classes(root, [path for path in files if not is_hidden(path.relative_to(folder))], chosen)
-    return _decoded(root, chosen, has_splits, is_skipping, tally)
+    return _decoded(root, chosen, has_splits, is_skipping=is_skipping, tally=tally)
 
 
 def _below_single_folder(folder: Path, images: list[Path]) -> Path:
@@ -155,7 +155,7 @@ def _check_classes(root: Path, files: Iterable[Path], images: Iterable[Path]) ->
             )
 
 
-def _decoded(root: Path, paths: list[Path], has_splits: bool, is_skipping: bool, tally: Tally) -> ImageFolder:
+def _decoded(root: Path, paths: list[Path], has_splits: bool, *, is_skipping: bool, tally: Tally) -> ImageFolder:
     images, labels, sources, used = [], [], [], []
     splits: list[Split] = []
     seen: dict[str, int] = defaultdict(int)

@@ -34,7 +34,7 @@ def load_table(path: Path, kind: str, columns: ColumnConfig, model: str) -> Tabl
     return table
 
 
-def load_examples(table: Table, processor: Any, config: Any, columns: ColumnConfig, model: str) -> Examples:
+def load_examples(table: Table, processor: Any, config: Any, *, columns: ColumnConfig, model: str) -> Examples:
     """Turn the samples of a table into inputs of a model.
 
     Args:

@@ -254,7 +254,7 @@ def pyarrow(path: Path | str) -> Any:
     try:
         import pyarrow as package
         import pyarrow.ipc
-        import pyarrow.parquet
+        import pyarrow.parquet  # noqa: F401, an attribute of the package
     except ImportError as error:
         raise UserError(f"{path}: reading it needs the package pyarrow; run `pip install 'rlkd[hf]'`") from error
     return package

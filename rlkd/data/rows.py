@@ -99,14 +99,18 @@ def read_rows(
         UserError: a missing column, a cell of a wrong type, or a row without a text or label, unless they are skipped.
     """
     rows = Rows()
-    raw = [row for split, file in files for row in _raw_rows(file, split, columns, second, has_labels, rows)]
+    raw = [
+        row
+        for split, file in files
+        for row in _raw_rows(file, split, columns, second=second, has_labels=has_labels, rows=rows)
+    ]
     tests = [row for row in raw if row.split == "test"]
     is_blind = has_labels and bool(tests) and all(_is_unlabelled(row.label) for row in tests)
     for row in raw:
         if is_blind and row.split == "test":
             rows.tally.leave_out("of the test split have no label", say_place(row.place))
         else:
-            _add(rows, row, columns, second, has_labels)
+            _add(rows, row, columns, second=second, has_labels=has_labels)
     if any(rows.splits) and not all(rows.splits):
         place = rows.places[rows.splits.index(None)]
         raise UserError(f"{say_place(place)}: tells no split while other rows do; give every row one")
@@ -117,7 +121,7 @@ def read_rows(
 
 
 def _raw_rows(
-    file: Path, split: Split | None, columns: ColumnConfig, second: str | None, has_labels: bool, rows: Rows
+    file: Path, split: Split | None, columns: ColumnConfig, *, second: str | None, has_labels: bool, rows: Rows
 ) -> Iterator[_Row]:
     required = [columns.text, *filter(None, (second, columns.source))] + [columns.label] * has_labels
     source = columns.source or "source"
@@ -143,11 +147,11 @@ def _raw_rows(
             cells[1][i] if second else "",
             cells[2][i],
             clean_source(part.cells[source][i], place, source) if has_source else None,
-            _split(None if told is None else told[i], split, told is not None, place, columns.split),
+            _split(None if told is None else told[i], split, told is not None, place=place, column=columns.split),
         )
 
 
-def _split(cell: Any, of_file: Split | None, is_told: bool, place: Place, column: str) -> Split | None:
+def _split(cell: Any, of_file: Split | None, is_told: bool, *, place: Place, column: str) -> Split | None:
     """Return the split of a row, from its file's name or its column; UserError for a contradiction."""
     named = split_named(str(cell)) if isinstance(cell, str | NumberedName) else None
     if of_file is not None:
@@ -188,7 +192,7 @@ def _is_unlabelled(cell: Any) -> bool:
     return is_missing(cell) or cell in (NO_LABEL, str(NO_LABEL))
 
 
-def _add(rows: Rows, row: _Row, columns: ColumnConfig, second: str | None, has_labels: bool) -> None:
+def _add(rows: Rows, row: _Row, columns: ColumnConfig, *, second: str | None, has_labels: bool) -> None:
     """Take a row, or leave it out, or refuse it."""
     problem = None
     if is_missing(row.text):

@@ -91,10 +91,10 @@ def read_table(path: Path, columns: ColumnConfig, wanted: Kind | None = None) ->
         return _image_table(path, columns)
     files, tally = table_files(path)
     rows = read_rows(files, columns, columns.pair, has_labels=True)
-    return table_of_rows(path, "text", rows, rows.texts if columns.pair is None else rows.pairs(), tally)
+    return table_of_rows(path, "text", rows, samples=rows.texts if columns.pair is None else rows.pairs(), tally=tally)
 
 
-def table_of_rows(path: Path, kind: Kind, rows: Rows, samples: Sequence[Any], tally: Tally) -> Table:
+def table_of_rows(path: Path, kind: Kind, rows: Rows, *, samples: Sequence[Any], tally: Tally) -> Table:
     """Build the table of the rows of one file, or of the files of a folder that `tally` counts."""
     return Table(
         name=path.name if path.is_dir() else path.name.split(".")[0] or path.name,

@@ -38,7 +38,7 @@ def read_texts(path: Path, columns: ColumnConfig) -> Table:
         files, tally = table_files(path)
         rows = read_rows(files, columns, columns.prompt, has_labels=False)
         samples = list(zip(rows.seconds, rows.texts, strict=True))
-        return table_of_rows(path, "document", rows, samples, tally)
+        return table_of_rows(path, "document", rows, samples=samples, tally=tally)
     tally = Tally("files")
     texts = find_files(path, is_text, "texts", tally) if path.is_dir() else [(None, path)] * is_text(path.name)
     if not texts:
@@ -84,7 +84,7 @@ def make_token_examples(table: Table, tokenizer: Any, vocabulary: int, columns: 
             if len(new) < len(every):
                 tally.leave_out("have one token, which leaves nothing to learn", where)
         else:
-            new = [_after_prompt(prompt, text, tokenizer, columns.max_length, where)]
+            new = [_after_prompt(prompt, text, tokenizer, length=columns.max_length, where=where)]
         tally.use(len(new))
         pieces += new
         sources += [table.sources[row]] * len(new)
@@ -114,7 +114,7 @@ def _pieces(text: str, tokenizer: Any, length: int) -> list[tuple[list[int], int
     return [(ids[i : i + length], 0) for i in range(0, len(ids), length)]
 
 
-def _after_prompt(prompt: str, text: str, tokenizer: Any, length: int, where: str) -> tuple[list[int], int]:
+def _after_prompt(prompt: str, text: str, tokenizer: Any, *, length: int, where: str) -> tuple[list[int], int]:
     head = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
     tail = tokenizer(text, add_special_tokens=not prompt, verbose=False)["input_ids"]
     ids = [*head, *tail][:length]

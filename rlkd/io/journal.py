@@ -245,7 +245,7 @@ class Journal:
 
 
 def recall(
-    journal: Journal | None, label: str, inputs: Mapping[str, Any], shapes: Shapes, compute: Callable[[], Arrays]
+    journal: Journal | None, label: str, inputs: Mapping[str, Any], *, shapes: Shapes, compute: Callable[[], Arrays]
 ) -> Arrays:
     """Return `Journal.arrays`, or `compute()` without a journal."""
     return compute() if journal is None else journal.arrays(label, inputs, shapes, compute)

@@ -185,7 +185,7 @@ def reference_accuracies(scenario: EpisodeScenario, task: Task, journal: Journal
     def train() -> Arrays:
         return {"accuracy": scenario.references([task])[0].double().numpy()}
 
-    validation, test = recall(journal, "the dense student", inputs, shapes, train)["accuracy"].tolist()
+    validation, test = recall(journal, "the dense student", inputs, shapes=shapes, compute=train)["accuracy"].tolist()
     known: References = scenario.known  # type: ignore[attr-defined]
     known.accuracy[task.seed] = (validation, test)
     return torch.tensor([validation, test])

@@ -43,7 +43,7 @@ def test_a_resumed_run_is_answered_to_the_bit_and_then_goes_on(tmp_path: Path) -
     for i in range(3):
         again.arrays("batch", {"seed": i}, SHAPES, never)
     assert not again.replaying
-    assert recall(None, "batch", {}, SHAPES, reached(5))["score"][0] == 5
+    assert recall(None, "batch", {}, shapes=SHAPES, compute=reached(5))["score"][0] == 5
 
 
 @pytest.mark.parametrize("length", [-1, -40, -200])

@@ -136,7 +136,7 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
     else:  # one and the same: positions of the two models correspond
 
         def remake(shorter: ColumnConfig) -> Examples:
-            return shared(load_examples(teacher.table, processor, described, shorter, sources.teacher))
+            return shared(load_examples(teacher.table, processor, described, columns=shorter, model=sources.teacher))
 
         data, columns = _fitted(model, teacher.data, teacher.columns, remake, name=name)
         if data is not teacher.data:
@@ -170,14 +170,14 @@ def examples_for(
     channels = getattr(own, "num_channels", None)
     if table.kind == "image" and channels == 1:
         table = dataclasses.replace(table, samples=[image.convert("L") for image in table.samples])
-    data = load_examples(table, processor, described, columns, name)
+    data = load_examples(table, processor, described, columns=columns, model=name)
     if "pixel_values" in data.inputs or (table.kind == "array" and channels is not None):
         return _with_channels(data, channels, name), columns
     if hasattr(processor, "all_special_ids"):
         _check_words(name, data, processor)
 
     def remake(shorter: ColumnConfig) -> Examples:
-        return load_examples(table, processor, described, shorter, name)
+        return load_examples(table, processor, described, columns=shorter, model=name)
 
     return _fitted(model, data, columns, remake, name=name)
 
