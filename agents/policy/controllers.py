@@ -18,7 +18,7 @@ from rlkd.envs.episodes import Episodes
 from rlkd.envs.guard import Guard, GuardConfig, meets_goal
 from rlkd.envs.reward import worst_score
 from rlkd.envs.scenario import Scenario
-from rlkd.io.journal import Arrays, Journal, digest, recall
+from rlkd.io.journal import Journal, digest
 
 EXIT_GRID = tuple(i / 20 for i in range(21))  # shares of the way from chance to certainty
 Controller = Callable[[Tensor, Episodes, int], Tensor]
@@ -115,22 +115,23 @@ def run(
     }
     shapes = {f.name: (kinds.get(f.name, "float64"), (len(seeds),)) for f in fields(Results)}
 
-    def train() -> Arrays:
-        parts = []
-        for begin in range(0, len(seeds), options.num_parallel):
-            episodes = Episodes(scenario, len(seeds[begin : begin + options.num_parallel]), tasks)
-            diverged, num_rollbacks = _train(episodes, controller, seeds[begin : begin + options.num_parallel], options)
-            if tune_exit:
-                _tune_exit(episodes)
-            parts.append(final_results(episodes, diverged, num_rollbacks, final_split))
-        results = join(parts)
-        return {name: getattr(results, name) for name in shapes}
-
-    is_recorded = options.journal is not None and options.journal.has_answer
-    results = Results(**recall(options.journal, label, inputs, shapes=shapes, compute=train))
-    if is_recorded:
+    journal = options.journal
+    arrays = journal.find(label, inputs, shapes) if journal else None
+    if arrays is not None:
         for _ in range(scenario.config.num_windows):
             options.on_window(len(seeds))
+        return Results(**arrays)
+    parts = []
+    for begin in range(0, len(seeds), options.num_parallel):
+        chunk = list(seeds[begin : begin + options.num_parallel])
+        episodes = Episodes(scenario, len(chunk), tasks)
+        diverged, num_rollbacks = _train(episodes, controller, chunk, options)
+        if tune_exit:
+            _tune_exit(episodes)
+        parts.append(final_results(episodes, diverged, num_rollbacks, final_split))
+    results = join(parts)
+    if journal:
+        journal.add(label, inputs, shapes, {name: getattr(results, name) for name in shapes})
     return results
 
 
@@ -138,7 +139,7 @@ def _train(
     episodes: Episodes, controller: Controller, seeds: Sequence[int], options: RunOptions
 ) -> tuple[Tensor, Tensor]:
     """Train the students of `episodes`, one a seed; return which diverged and how often each was rolled back, [N]."""
-    observation = episodes.reset(list(seeds))
+    observation = episodes.reset(seeds)
     guard = Guard(episodes, options.guard) if options.guard else None
     diverged = torch.zeros(len(seeds), dtype=torch.bool)
     for window in range(episodes.scenario.config.num_windows):

@@ -6,7 +6,7 @@ numpy's global generators for its exploration noise and minibatch order; the stu
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -281,7 +281,20 @@ def train(
     mean, deviation = _figures(scenarios, config, seed, on_window=listeners.on_window, journal=journal)
     deviation = hide(deviation, config.hidden_groups)
 
-    def learn() -> Arrays:
+    inputs = {
+        "ppo": asdict(config),
+        "seed": seed,
+        "scenarios": [_described(s) for s in scenarios],
+        "validation": [_described(s) for s in validation],
+        "start": digest(start),
+    }
+    num_evaluations = len(config.evaluated()) if validation else 0
+    shapes: Shapes = {
+        **{name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()},
+        "evaluations": ("float64", (num_evaluations, len(fields(Evaluation)))),
+    }
+    arrays = journal.find("PPO", inputs, shapes) if journal else None
+    if arrays is None:
         populations = [
             DistillationVectorEnv(config.num_students, scenario=s, pool=pool, restart_together=True)
             for s, pool in zip(scenarios, pools, strict=True)
@@ -296,32 +309,18 @@ def train(
             return policy_from_sb3(state, mean, deviation, start=start, controls=controls)
 
         listeners.on_agent(now)
-        choice = Choice(
-            validation,
-            config.evaluated(),
-            config.num_evaluation_tasks,
-            now().weights,
-            on_evaluation=listeners.on_evaluation,
-            on_window=listeners.on_window,
-        )
-        _learn(agent, env, config, watch=_Watch(config, listeners), choice=choice, now=now, journal=journal)
-        return {**{name: tensor.numpy() for name, tensor in choice.weights.items()}, "evaluations": choice.table()}
-
-    inputs = {
-        "ppo": asdict(config),
-        "seed": seed,
-        "scenarios": [_described(s) for s in scenarios],
-        "validation": [_described(s) for s in validation],
-        "start": digest(start),
-    }
-    num_evaluations = len(config.evaluated()) if validation else 0
-    shapes: Shapes = {
-        **{name: ("float32", shape) for name, shape in actor_shapes(config.hidden).items()},
-        "evaluations": ("float64", (num_evaluations, len(fields(Evaluation)))),
-    }
-    arrays = recall(journal, "PPO", inputs, shapes=shapes, compute=learn)
-    evaluations = from_table(arrays.pop("evaluations"))
-    weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        choice = _choice(validation, config, now().weights, listeners)
+        watch = _Watch(config, listeners)
+        is_resumed = _prepare(agent, env, watch, choice=choice, now=now, journal=journal)
+        total = config.num_iterations * config.num_students * env.num_steps
+        if agent.num_timesteps < total:
+            agent.learn(total - agent.num_timesteps, callback=watch, log_interval=1, reset_num_timesteps=not is_resumed)
+        agent.logger.dump(total + config.num_students * env.num_steps)  # the last update's, as if a rollout followed
+        arrays = {**{name: tensor.numpy() for name, tensor in choice.weights.items()}, "evaluations": choice.table()}
+        if journal:
+            journal.add("PPO", inputs, shapes, arrays)
+    evaluations = from_table(arrays["evaluations"])
+    weights = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "evaluations"}
     policy = Policy(weights, torch.from_numpy(mean), torch.from_numpy(deviation), start, controls)
     return Learned(policy, evaluations)
 
@@ -356,22 +355,36 @@ def _figures(
     return known["mean"], known["deviation"]
 
 
-def _learn(
+def _choice(
+    validation: Sequence[Scenario], config: PPOConfig, weights: Mapping[str, torch.Tensor], listeners: Listeners
+) -> Choice:
+    return Choice(
+        validation,
+        config.evaluated(),
+        config.num_evaluation_tasks,
+        weights,
+        on_evaluation=listeners.on_evaluation,
+        on_window=listeners.on_window,
+    )
+
+
+def _prepare(
     agent: "_ResumablePPO",
     env: SB3VecEnv,
-    config: PPOConfig,
-    *,
     watch: "_Watch",
+    *,
     choice: Choice,
     now: Callable[[], Policy],
     journal: Journal | None,
-) -> None:
-    """SB3's learning from the beginning, or from the journal's last state, to its end; saves the state as it goes."""
-    rollout = config.num_students * env.num_steps
-    total = config.num_iterations * rollout
+) -> bool:
+    """Evaluate the start, or restore the journal's last state, and save the state after every update from now on.
+
+    Returns:
+        Whether a state was restored.
+    """
     saved = journal.take_state() if journal else None
     if saved:
-        agent._setup_learn(total)  # the first observation and the counters, which `restore` then replaces
+        agent._setup_learn(0)  # the first observation and the counters, which `restore` then replaces
         watch.iteration = restore(agent, env, choice, saved)
     else:
         choice.consider(now(), 0)
@@ -382,6 +395,4 @@ def _learn(
             journal.save_state(watch.iteration, *capture(agent, env, choice, watch.iteration))
 
     agent.after_update = after_update
-    if agent.num_timesteps < total:
-        agent.learn(total - agent.num_timesteps, callback=watch, log_interval=1, reset_num_timesteps=saved is None)
-    agent.logger.dump(total + rollout)  # the last update's, where the next rollout's would be
+    return saved is not None

@@ -27,6 +27,7 @@ VERBS = {
     "bench": "student updates per second: lock-step population against its baselines",
     "list": "tasks, models, terms, controllers, configs",
 }
+MODULES = {"list": "listing", "inspect-teacher": "inspect_teacher"}  # where a verb's name is no name of a module
 RENAMED = {"replay": "distil"}  # verbs that answer under their old name
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -56,8 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
-        with named_streams(), shown_messages():
-            return _run(args)
+        with named_streams(), shown_messages(), _quiet_libraries():
+            verb, rest = _verb(args)
+            if verb is None:
+                return OK if args else USAGE
+            code: int = importlib.import_module(f"rlkd.cli.{MODULES.get(verb, verb)}").run(rest)
+            return code
     except UserError as error:
         complain(f"rlkd: {one_line(str(error))}")
         return USAGE
@@ -83,14 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         return USAGE
 
 
-def _run(args: list[str]) -> int:
-    """Run the verb and return its exit code."""
+def _verb(args: list[str]) -> tuple[str | None, list[str]]:
+    """Return the verb and its arguments; print help or version, and return None, where these are asked for."""
     if not args or args[0] in ("-h", "--help"):
         print(usage())
-        return OK if args else USAGE
+        return None, []
     if args[0] == "--version":
         print(f"rlkd {rlkd.__version__}")
-        return OK
+        return None, []
     if args[0] in RENAMED:
         complain(f"rlkd: {args[0]} is now called {RENAMED[args[0]]}")
         args = [RENAMED[args[0]], *args[1:]]
@@ -98,14 +103,18 @@ def _run(args: list[str]) -> int:
         from rlkd.cli.arguments import closest
 
         raise UserError(f"no verb {args[0]!r}; allowed: {', '.join(VERBS)}{closest(args[0], VERBS)}")
+    return args[0], args[1:]
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hide stable-baselines3's advice, and raise what a thread of TensorBoard cannot write once the block has ended."""
     with warnings.catch_warnings(), _failures_of_threads() as failures:
         # SB3 advises against 1 window an episode and the like on every start; errors stay errors
         warnings.filterwarnings("ignore", category=UserWarning, module="stable_baselines3")
-        module = {"list": "listing"}.get(args[0], args[0].replace("-", "_"))
-        code: int = importlib.import_module(f"rlkd.cli.{module}").run(args[1:])
+        yield
     if failures:
         raise failures[0]
-    return code
 
 
 @contextmanager

@@ -126,28 +126,27 @@ class Journal:
         return time.perf_counter() - self._began
 
     def arrays(self, label: str, inputs: Mapping[str, Any], shapes: Shapes, compute: Callable[[], Arrays]) -> Arrays:
-        """Return the arrays of the next entry, or call `compute` and append its result.
+        """Return the arrays of the next entry, or call `compute` and append its result; arguments as of `find`."""
+        arrays = self.find(label, inputs, shapes)
+        if arrays is None:
+            arrays = compute()
+            self.add(label, inputs, shapes, arrays)
+        return arrays
+
+    def find(self, label: str, inputs: Mapping[str, Any], shapes: Shapes) -> Arrays | None:
+        """Return the arrays of the next entry, or None if they are still to be computed.
 
         Args:
             label: for messages.
             inputs: JSON-able; everything that the arrays depend on.
             shapes: of the arrays.
-            compute: called unless the journal has the arrays.
 
         Raises:
-            UserError: the next entry has other inputs or is damaged; the disk is full.
+            UserError: the next entry has other inputs or is damaged.
         """
-        key = hashlib.sha256(json.dumps([label, inputs], sort_keys=True).encode()).hexdigest()
-        if self.has_answer:
-            return self._answer(label, key, shapes)
-        arrays = compute()
-        for name, (dtype, shape) in shapes.items():
-            if (arrays[name].dtype.name, arrays[name].shape) != (dtype, shape):
-                raise ValueError(f"{label}: {name} is {arrays[name].dtype} {arrays[name].shape}; said {dtype} {shape}")
-        self._append(label, key, arrays)
-        return arrays
-
-    def _answer(self, label: str, key: str, shapes: Shapes) -> Arrays:
+        if not self.has_answer:
+            return None
+        key = _key(label, inputs)
         place = f"{self._path}: entry {self._next + 1}"
         with opened(self._path, MAX_JOURNAL_BYTES) as (file, _):
             file.seek(self._offsets[self._next])
@@ -164,6 +163,18 @@ class Journal:
             raise UserError(f"{place} is damaged ({reason(error):.100}); start anew in another folder") from error
         self._next += 1
         return arrays
+
+    def add(self, label: str, inputs: Mapping[str, Any], shapes: Shapes, arrays: Arrays) -> None:
+        """Append the arrays that `find` lacked, with the same arguments.
+
+        Raises:
+            ValueError: arrays of other types or shapes.
+            UserError: the disk is full.
+        """
+        for name, (dtype, shape) in shapes.items():
+            if (arrays[name].dtype.name, arrays[name].shape) != (dtype, shape):
+                raise ValueError(f"{label}: {name} is {arrays[name].dtype} {arrays[name].shape}; not {dtype} {shape}")
+        self._append(label, _key(label, inputs), arrays)
 
     def _append(self, label: str, key: str, arrays: Arrays) -> None:
         entry: dict[str, Any] = {
@@ -242,6 +253,11 @@ class Journal:
                     )
         except OSError as error:
             raise write_error(error.filename or self._folder, error) from error
+
+
+def _key(label: str, inputs: Mapping[str, Any]) -> str:
+    """Return the hash of an entry's inputs."""
+    return hashlib.sha256(json.dumps([label, inputs], sort_keys=True).encode()).hexdigest()
 
 
 def recall(

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rlkd.agents.policy.bundle import save_bundle
 from rlkd.agents.policy.controllers import RunOptions
 from rlkd.agents.policy.policy import Policy
 from rlkd.agents.ppo.evaluation import Evaluation
-from rlkd.agents.ppo.train import Learned, Listeners, Rollout, train
+from rlkd.agents.ppo.train import Listeners, Rollout, train
 from rlkd.configs.schema import DistilConfig, ExperimentConfig
 from rlkd.cost import save_profile
 from rlkd.data import Goal, Preference
@@ -101,7 +102,19 @@ def train_experiment(
 
     start = find_start(run, scenarios)
     scenarios, validation = ([dataclasses.replace(s, start=start) for s in group] for group in (scenarios, validation))
-    learned = learn(run, scenarios, validation)
+    policies: list[Callable[[], Policy]] = []  # gives the policy as it is, once there is an agent
+    progress.phase("PPO", agent_trainings(config), _mean_windows(config))
+    with saved_at_interrupt(run, policies):
+        learned = train(
+            scenarios,
+            config.ppo,
+            stream_seed(seed, TRAIN_STREAM),
+            listeners=listeners_of(run, policies),
+            validation=validation,
+            logger=run.logger,
+            journal=journal,
+        )
+    save_bundle(learned.policy, folder / "policy", run.provenance)
     entries = compare_on_held_out_tasks(scenarios[0], learned.policy, config, seed, progress, journal)
     wall_s = journal.elapsed_s()
     result = result_of(config, entries, learned.evaluations, wall_s)
@@ -147,10 +160,10 @@ def find_start(run: Run, scenarios: Sequence[Scenario]) -> torch.Tensor:
     return start
 
 
-def learn(run: Run, scenarios: Sequence[Scenario], validation: Sequence[Scenario]) -> Learned:
-    """PPO with its metrics in files and TensorBoard; saves the policy at its end, or as it is on Ctrl-C."""
-    config, folder, journal, progress = run.config, run.folder, run.journal, run.progress
-    metrics, evaluations = (JsonLines(folder / f"{name}.jsonl", journal) for name in ("metrics", "evaluations"))
+def listeners_of(run: Run, policies: list[Callable[[], Policy]]) -> Listeners:
+    """Return functions that write metrics of PPO into files and TensorBoard; the agent's policy joins `policies`."""
+    config, journal, progress = run.config, run.journal, run.progress
+    metrics, evaluations = (JsonLines(run.folder / f"{name}.jsonl", journal) for name in ("metrics", "evaluations"))
     steps = sum(s.num_windows * s.train.steps_per_window for s in config.scenarios) * config.ppo.num_students
     num_steps = sum(s.num_windows for s in config.scenarios) * config.ppo.num_students  # of a rollout
     began = journal.last_entry_s
@@ -172,27 +185,20 @@ def learn(run: Run, scenarios: Sequence[Scenario], validation: Sequence[Scenario
         evaluations.write(asdict(evaluation))
         tb.record_evaluation(run.logger, evaluation, evaluation.iteration * num_steps)
 
-    now: list[Callable[[], Policy]] = []
-    progress.phase("PPO", agent_trainings(config), _mean_windows(config))
+    return Listeners(progress.advance, on_rollout, on_evaluation, policies.append)
+
+
+@contextmanager
+def saved_at_interrupt(run: Run, policies: Sequence[Callable[[], Policy]]) -> Iterator[None]:
+    """Save the last of `policies` as it is when Ctrl-C ends the block."""
     try:
-        learned = train(
-            scenarios,
-            config.ppo,
-            stream_seed(run.seed, TRAIN_STREAM),
-            listeners=Listeners(progress.advance, on_rollout, on_evaluation, now.append),
-            validation=validation,
-            logger=run.logger,
-            journal=journal,
-        )
+        yield
     except KeyboardInterrupt:
-        if now:
-            save_bundle(now[0](), folder / "policy", {**run.provenance, "interrupted": True})
-            logger.warning(
-                f"stopped; the policy so far is in {folder / 'policy'}: rlkd distil --policy {folder / 'policy'}"
-            )
+        folder = run.folder / "policy"
+        if policies:
+            save_bundle(policies[-1](), folder, {**run.provenance, "interrupted": True})
+            logger.warning(f"stopped; the policy so far is in {folder}: rlkd distil --policy {folder}")
         raise
-    save_bundle(learned.policy, folder / "policy", run.provenance)
-    return learned
 
 
 def compare_on_held_out_tasks(

@@ -38,7 +38,7 @@ from rlkd.students.interface import (
     family_weights,
     probed_samples,
 )
-from rlkd.students.recorded import Recorded
+from rlkd.students.recorded import recorded
 from rlkd.students.rollback import Rollbacks
 from rlkd.teachers import Signals
 
@@ -57,8 +57,8 @@ class Population:
         num_students: N.
         config: of the training, its device included.
         exit_cost: needed where the student has exit gates.
-        record: whether a GPU replays windows and evaluations, see `Recorded`; the results are the same. Convolutional
-            students are never recorded: cuDNN broke the capture off (torch 2.11, H200).
+        record: whether a GPU replays windows and evaluations (`rlkd.students.recorded`), with the same results.
+            Convolutional students are never recorded: cuDNN broke the capture off (torch 2.11, H200).
         max_teachers: that a task may have.
         loss: terms of the objective.
     """
@@ -104,8 +104,8 @@ class Population:
         self._family_gradients = vmap(self._gradients_of_one)
         self._forward = vmap(self._outputs, in_dims=(0, 0, None))
         record = record and not student.is_conv
-        self._window = Recorded(self._train, device, record)
-        self._evaluations = {split: Recorded(partial(self._metrics, split), device, record) for split in data.splits}
+        self._window = recorded(self._train, device, record)
+        self._evaluations = {split: recorded(partial(self._metrics, split), device, record) for split in data.splits}
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Fresh parameters, optimizer state and batches for the students at `rows`; the others go on untouched."""

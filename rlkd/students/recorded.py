@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 
+def recorded(
+    function: Callable[..., tuple[Tensor, ...]], device: torch.device, record: bool = True
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return `Recorded(function, device)` on a GPU; on the CPU, or with `record` false, return `function` itself."""
+    return Recorded(function, device) if record and device.type == "cuda" else function
+
+
 class Recorded:
-    """`function` of tensors that stay on one device, with the same results; on a GPU the second call records it.
+    """`function` of tensors that stay on one GPU, with the same results; the second call records it.
 
     The first call runs it plainly, which also loads kernels and makes the handles of the libraries; the second records
     and replays, later ones replay. Only what is done on the device is repeated: `function` must neither read a value
@@ -20,13 +27,11 @@ class Recorded:
 
     Args:
         function: from tensors to tensors.
-        device: of all of them; on the CPU every call runs `function` plainly.
-        record: false runs it plainly on a GPU too.
+        device: a GPU, of all of them.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device, record: bool = True) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
         self._function, self._device = function, device
-        self._record = record and device.type == "cuda"
         self._is_warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._held: list[Tensor] = []  # what the recorded kernels read: arguments are copied into it
@@ -37,8 +42,6 @@ class Recorded:
 
         Arguments must have the shapes of the first recorded call's.
         """
-        if not self._record:
-            return self._function(*arguments)
         if not self._is_warm:
             return self._warm_up(*arguments)
         if self._graph is None:

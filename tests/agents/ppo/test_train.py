@@ -7,7 +7,17 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rlkd.agents.policy.policy import HIDDEN, policy_from_sb3
 from rlkd.agents.ppo.evaluation import Evaluation
-from rlkd.agents.ppo.train import BLIND, Learned, PPOConfig, Rollout, hide, new_agent, observation_figures, train
+from rlkd.agents.ppo.train import (
+    BLIND,
+    Learned,
+    Listeners,
+    PPOConfig,
+    Rollout,
+    hide,
+    new_agent,
+    observation_figures,
+    train,
+)
 from rlkd.envs import CONTROLS, OBSERVATIONS, DistillationVectorEnv, Scenario
 from rlkd.envs.observation import TABLE
 from rlkd.envs.references import References
@@ -33,10 +43,12 @@ def trained(
         scenarios,
         config,
         seed,
-        on_window=lambda n: None,
-        on_rollout=lambda rollout, logger: log.append(("rollout", rollout)),
+        listeners=Listeners(
+            lambda n: None,
+            lambda rollout, logger: log.append(("rollout", rollout)),
+            lambda evaluation: log.append(("evaluation", evaluation)),
+        ),
         validation=validation,
-        on_evaluation=lambda evaluation: log.append(("evaluation", evaluation)),
     )
     return learned, log
 
