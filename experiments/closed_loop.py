@@ -27,7 +27,7 @@ import torch
 from rlkd.agents.evaluation.comparison import paired
 from rlkd.agents.evaluation.held_out import held_out_seeds
 from rlkd.agents.policy.bundled import find_policy
-from rlkd.agents.policy.controllers import Controller, Results, follow, run
+from rlkd.agents.policy.controllers import Controller, Results, RunOptions, follow, run
 from rlkd.agents.policy.policy import HIDDEN, Policy
 from rlkd.data import Range, TaskDistribution
 from rlkd.envs import EnvConfig, build_scenario
@@ -174,7 +174,7 @@ def groups(scenario: Scenario, policy: Policy, seeds: Sequence[int]) -> dict[str
     """J lost and goals missed on test without each group of observations, paired with the whole policy."""
 
     def results(some: Policy) -> Results:
-        return run(scenario, some.controller(), seeds, scenario.config.task, guard=GuardConfig())
+        return run(scenario, some.controller(), seeds, scenario.config.task, options=RunOptions(GuardConfig()))
 
     whole, generator = results(policy), np.random.default_rng(SEED)
     rows = {}

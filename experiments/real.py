@@ -99,7 +99,7 @@ def reviews(work: Path) -> RealCompareConfig:
             teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
             tokenizer = load_processor(str(model), "sequence_classification")
             examples = make_examples(read_table(table, columns), tokenizer, ["neg", "pos"], columns)
-            train(teacher, examples, Teacher(330, 32, 5e-5, 0.01), folder, tokenizer)
+            train(teacher, examples, Teacher(330, 32, 5e-5, 0.01), folder, processor=tokenizer)
     return RealCompareConfig(
         teacher=str(folder),
         data=str(table),
@@ -121,7 +121,7 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def train(model: Any, data: Examples, teacher: Teacher, folder: Path, processor: Any = None) -> None:
+def train(model: Any, data: Examples, teacher: Teacher, folder: Path, *, processor: Any = None) -> None:
     """Train a teacher on the train split by labels alone, and keep it with its test accuracy in `folder`."""
     began = time.perf_counter()
     optimizer = new_optimizer(model, "adamw", teacher.learning_rate, teacher.weight_decay)

@@ -16,7 +16,7 @@ ROOT = Path(rlkd.__file__).resolve().parent.parent
 MOST_FRAMES = 12
 
 
-class Reached(Exception):  # noqa: N818
+class Reached(Exception):
     """Ends a run at the loss."""
 
 
