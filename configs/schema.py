@@ -146,8 +146,8 @@ def _clean_task() -> TaskDistribution:
 
 
 @dataclass(frozen=True)
-class DistilConfig:
-    """`rlkd distil`: distil one new student under a learned policy. Control ranges come from the policy."""
+class OneStudentConfig:
+    """The training of one new student. Control ranges come from the policy."""
 
     num_windows: int = 12
     """Decisions; each trains the student for train.steps_per_window steps."""
@@ -160,8 +160,32 @@ class DistilConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     cost: CostConfig = field(default_factory=CostConfig)
-    goal: Goal = field(default_factory=Goal)
     preference: Preference = field(default_factory=Preference)
+
+    def env(self, controls: ControlConfig) -> EnvConfig:
+        """Return the environment's part with the preference in its tasks."""
+        return EnvConfig(
+            num_windows=self.num_windows,
+            task=self.task.with_preference(self.preference),
+            student=self.student,
+            teacher=self.teacher,
+            train=self.train,
+            loss=self.loss,
+            controls=controls,
+            cost=self.cost,
+        )
+
+    def check(self) -> None:
+        """Raise UserError for the first impossible value."""
+        check_finite(self)
+        self.env(ControlConfig()).check()
+
+
+@dataclass(frozen=True)
+class DistilConfig(OneStudentConfig):
+    """`rlkd distil`: distil one new student under a learned policy. Control ranges come from the policy."""
+
+    goal: Goal = field(default_factory=Goal)
     guard: GuardConfig = field(default_factory=GuardConfig)
     keep_checkpoints: int = 2
     """States of the training that stay on the disk; with --resume it goes on from the last one that is whole."""
@@ -172,16 +196,7 @@ class DistilConfig:
         A limit in seconds needs the cost profile (`rlkd.runs.goals.with_goal`).
         """
         task = self.task.with_preference(Preference(*self.goal.weights(self.preference)))
-        return EnvConfig(
-            num_windows=self.num_windows,
-            task=task,
-            student=self.structure(),
-            teacher=self.teacher,
-            train=self.train,
-            loss=self.loss,
-            controls=controls,
-            cost=self.cost,
-        )
+        return replace(super().env(controls), task=task, student=self.structure())
 
     def structure(self) -> StudentConfig:
         """Return the student, whose kept units are rounded as the hardware profile says.
@@ -195,51 +210,28 @@ class DistilConfig:
 
     def check(self) -> None:
         """Raise UserError for the first impossible value."""
-        check_finite(self)
         self.goal.check()
         self.guard.check()
         for name in ("floor_share", "limit_share"):
             if getattr(self.task, name):
                 raise UserError(f"task.{name}: got {getattr(self.task, name):g}; allowed: 0; state a goal with --goal")
-        self.env(ControlConfig()).check()
+        super().check()
         check_keep(self.keep_checkpoints)
 
 
 @dataclass(frozen=True)
-class OnlineConfig:
+class OnlineConfig(OneStudentConfig):
     """`rlkd train --mode online`: one long training, from which the agent learns while it goes on."""
 
     num_windows: int = 96
     """Decisions; each trains the student for train.steps_per_window steps."""
-    task: TaskDistribution = field(default_factory=_clean_task)
-    student: StudentConfig = field(default_factory=StudentConfig)
-    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    cost: CostConfig = field(default_factory=CostConfig)
-    preference: Preference = field(default_factory=Preference)
     agent: OnlineAgentConfig = field(default_factory=OnlineAgentConfig)
     keep_every: int = 12
     """Windows between two students that are kept on the disk."""
 
-    def env(self, controls: ControlConfig) -> EnvConfig:
-        """Return the environment's part with the preference in its tasks."""
-        task = self.task.with_preference(self.preference)
-        return EnvConfig(
-            num_windows=self.num_windows,
-            task=task,
-            student=self.student,
-            teacher=self.teacher,
-            train=self.train,
-            loss=self.loss,
-            controls=controls,
-            cost=self.cost,
-        )
-
     def check(self) -> None:
         """Raise UserError for the first impossible value."""
-        check_finite(self)
-        self.env(ControlConfig()).check()
+        super().check()
         self.agent.check(self.num_windows)
         if self.keep_every < 1:
             raise UserError(f"keep_every: got {self.keep_every}; allowed: at least 1")

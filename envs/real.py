@@ -23,9 +23,8 @@ from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.rate import with_learning_rate
 from rlkd.envs.references import References, stated_reference
-from rlkd.envs.scenario import check_keep
+from rlkd.envs.scenario import check_keep, check_sections
 from rlkd.errors import UserError
-from rlkd.io.numbers import check_finite
 from rlkd.losses import LossConfig
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table
 from rlkd.models.real.cutting import StudentCut
@@ -126,16 +125,9 @@ class RealConfig:
 
     def check(self) -> None:
         """Raise UserError for the first impossible value."""
-        if self.num_windows < 1:
-            raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         check_keep(self.keep_checkpoints)
-        for part in (self.cut, self.columns, self.attach, self.train, self.loss, self.tokens, self.cost):
-            part.check()
-        self.goal.check()
-        self.guard.check()
+        check_sections(self, "cut", "columns", "attach", "train", "loss", "tokens", "cost", "goal", "guard")
         self.goal.weights(self.preference)
-        check_finite(self)
-        self.train.torch_device()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ def check_keep(keep_checkpoints: int) -> None:
         raise UserError(f"keep_checkpoints: got {keep_checkpoints}; allowed: at least 1")
 
 
+def check_sections(config: Any, *names: str) -> None:
+    """Raise UserError for fewer than one window, or the first impossible value of the named sections."""
+    if config.num_windows < 1:
+        raise UserError(f"num_windows: got {config.num_windows}; allowed: at least 1")
+    for name in names:
+        getattr(config, name).check()
+    check_finite(config)
+    config.train.torch_device()
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     """All that defines the environment."""
@@ -46,14 +56,9 @@ class EnvConfig:
 
     def check(self) -> None:
         """Raise UserError for the first impossible value."""
-        if self.num_windows < 1:
-            raise UserError(f"num_windows: got {self.num_windows}; allowed: at least 1")
         if self.warm_windows < 0:
             raise UserError(f"warm_windows: got {self.warm_windows}; allowed: at least 0")
-        for part in (self.task, self.student, self.teacher, self.train, self.loss, self.controls, self.cost):
-            part.check()
-        check_finite(self)
-        self.train.torch_device()
+        check_sections(self, "task", "student", "teacher", "train", "loss", "controls", "cost")
         if self.task.num_teachers.high > len(self.teacher.num_samples):
             raise UserError(
                 f"task.num_teachers: got high {self.task.num_teachers.high:g}; allowed: at most "

@@ -25,7 +25,7 @@ from rlkd.io.files import (
     number,
     read_bytes,
     read_json,
-    reason,
+    refused_as,
     whole,
     write_whole,
 )
@@ -88,7 +88,7 @@ def load_bundle(folder: Path | str) -> Bundle:
     card = read_json(inside(folder, "bundle.json"), "a policy bundle's card")
     weights_file = inside(folder, "policy.safetensors")
     blob = read_bytes(weights_file, MAX_TENSOR_BYTES)
-    try:
+    with refused_as(folder / "bundle.json", "a policy bundle's card"):
         _check_schema(folder, card)
         digest = hashlib.sha256(blob).hexdigest()
         if digest != card["sha256"]:
@@ -96,10 +96,6 @@ def load_bundle(folder: Path | str) -> Bundle:
         controls = _controls(card["action"]["controls"])
         hidden = whole(card["network"]["hidden"], "network.hidden", 1, MAX_HIDDEN)
         provenance = dict(card["provenance"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}/bundle.json: not a policy bundle's card, or a damaged one ({reason(error):.120})"
-        ) from error
     tensors = load_tensors(blob, _schema(hidden), str(weights_file))
     _check_values(weights_file, tensors)
     weights = {name: tensors[name] for name in TENSORS}

@@ -13,7 +13,7 @@ from rlkd.configs import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.errors import UserError
 from rlkd.io.files import inside, read_bytes
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.verify import Row, read_result, verify_compare, verify_module_replay, verify_replay, verify_train
+from rlkd.runs.verify import Row, read_result, verify_compare, verify_distil, verify_real_distil, verify_train
 
 NUM_SHOWN = 3  # differences of one row
 
@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     """Compute a run's final table again and print every row; 1 if one of them does not hold."""
     parser = new_parser(
         "verify",
-        "Compute the final table of a train, compare or replay run again from what it saved, and compare row by row. "
+        "Compute the final table of a train, compare or distil run again from what it saved, and compare row by row. "
         "Exit code 1: a row does not hold.",
         ["runs/first", "runs/compare --policy runs/first/policy"],
     )
@@ -56,7 +56,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
     if "data" in tree:
         from rlkd.envs.real import RealConfig  # the extra hf
 
-        return verify_module_replay(folder, config_of_run(folder, RealConfig)[0])
+        return verify_real_distil(folder, config_of_run(folder, RealConfig)[0])
     if "methods" in tree:
         compared, seed = config_of_run(folder, CompareConfig)
         with Bar(compared.train.steps_per_window) as bar:
@@ -65,9 +65,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
         trained, seed = config_of_run(folder, ExperimentConfig)
         with Bar(trained.steps_per_window) as bar:
             return verify_train(folder, trained, seed, bar)
-    replayed, seed = config_of_run(folder, DistilConfig)
-    with Bar(replayed.train.steps_per_window) as bar:
-        return verify_replay(folder, replayed, seed, bar)
+    return verify_distil(folder, *config_of_run(folder, DistilConfig))
 
 
 def _config_tree(folder: Path) -> Mapping[str, Any]:
@@ -76,7 +74,7 @@ def _config_tree(folder: Path) -> Mapping[str, Any]:
     text = read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace")
     tree = plain_yaml(text, str(path))
     if not isinstance(tree, Mapping):
-        raise UserError(f"{path}: not a run's config; give the folder of a train, compare or replay run")
+        raise UserError(f"{path}: not a run's config; give the folder of a train, compare or distil run")
     return tree
 
 
@@ -85,7 +83,7 @@ def config_of_run(folder: Path, config_class: type[Any]) -> tuple[Any, int]:
     parser = new_parser("verify", "", [])
     parser.add_argument("--seed", type=int, default=0)
     if not hasattr(config_class, "policy"):
-        parser.add_argument("--policy", type=Path)  # of a replay, which stands beside its config
+        parser.add_argument("--policy", type=Path)  # of a distil run, which stands beside its config
     config, options = parse(parser, ["--config", str(folder / "config.yaml")], config_class)
     assert config is not None
     check_seed(options.seed)

@@ -25,7 +25,7 @@ from rlkd.io.files import (
     number,
     read_bytes,
     read_json,
-    reason,
+    refused_as,
     whole,
     write_whole,
 )
@@ -195,15 +195,11 @@ def load_student(folder: Path | str) -> CompactStudent:
         raise UserError(
             f"{folder}/student.json: student of format {card.get('format')!r:.20}; allowed: {FORMAT}; distil it anew"
         )
-    try:
+    with refused_as(folder / "student.json", "a student's card"):
         architecture = card["architecture"]
         if _digest(architecture, blob) != card["sha256"]:
             raise UserError(f"{folder}: the student was altered after it was saved (checksum); get it anew")
         _check_architecture(architecture)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}/student.json: not a student's card, or a damaged one ({reason(error):.120})"
-        ) from error
     with torch.device("meta"):  # shapes alone: no memory is allocated before the sizes on the card are checked
         skeleton = _empty(architecture)
     schema = {name: (t.dtype, tuple(t.shape)) for name, t in skeleton.state_dict().items()}

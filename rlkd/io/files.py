@@ -102,6 +102,20 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return parse_json(read_bytes(path, MAX_JSON_BYTES), f"{path}: not {what}")
 
 
+@contextlib.contextmanager
+def refused_as(path: Path, what: str) -> Iterator[None]:
+    """Raise UserError for an entry of the JSON file at `path` that the block finds missing or wrong.
+
+    Args:
+        path: of the file that was read with `read_json`.
+        what: as of `read_json`.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not {what}, or a damaged one ({reason(error):.120})") from error
+
+
 def parse_json(blob: bytes, complaint: str) -> dict[str, Any]:
     """Parse the JSON object in `blob`; the message of the UserError for anything else begins with `complaint`."""
     try:

@@ -77,15 +77,15 @@ def train_experiment(
     config.check()
     journal = journal or Journal(folder, False, config.keep_checkpoints)
     versions = describe(journal, folder, config, seed)
-    scenarios = built(config.envs(config.scenarios), PROFILE, folder, progress)
-    validation = built(config.envs(config.validation), f"{PROFILE}_validation", folder, progress)
+    scenarios = built(config.envs(config.scenarios), PROFILE, folder)
+    validation = built(config.envs(config.validation), f"{PROFILE}_validation", folder)
     found = {
         f"{name} {i}": tensor
         for i, scenario in enumerate((*scenarios, *validation))
         for name, tensor in scenario.tensors().items()
     }
     # what the last phase needs is made now: a config that it cannot use fails here, and not after all trainings
-    shipped = shipped_scenario(config, folder, progress)
+    shipped = shipped_scenario(config, folder)
     remember(journal, "train", found, costs=[plain(scenario.profile) for scenario in (*scenarios, *validation)])
     run = Run(
         config=config,
@@ -139,7 +139,7 @@ def train_experiment(
     return result
 
 
-def built(configs: Sequence[EnvConfig], name: str, folder: Path, progress: Progress) -> list[Scenario]:
+def built(configs: Sequence[EnvConfig], name: str, folder: Path) -> list[Scenario]:
     """Scenarios with the cost profiles that the run has written, if it has; else theirs are written now."""
     scenarios = []
     for index, config in enumerate(configs):
@@ -295,7 +295,7 @@ def distil_config(config: ExperimentConfig) -> DistilConfig:
     )
 
 
-def shipped_scenario(config: ExperimentConfig, folder: Path, progress: Progress) -> Scenario:
+def shipped_scenario(config: ExperimentConfig, folder: Path) -> Scenario:
     """Build the scenario of the one student that a `train` run ships, under the run's own cost profile."""
     own = with_own_profile(distil_config(config), folder)
     return with_goal(build_scenario(own.env(config.controls)), own.goal, own.preference)

@@ -47,7 +47,7 @@ class Row:
 
 
 def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Progress) -> list[Row]:
-    """Rows of a `train` run.
+    """Compare a `train` run, row by row.
 
     Args:
         folder: of the run.
@@ -68,7 +68,7 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     given = {name: value for name, value in recorded.items() if name not in ("student", *OF_LEARNING)}
     for name in OF_LEARNING:
         computed.pop(name)
-    student_scenario = replace(shipped_scenario(config, folder, progress), start=bundle.policy.start)
+    student_scenario = replace(shipped_scenario(config, folder), start=bundle.policy.start)
     student_rows = _student_rows(folder, student_scenario, seed, recorded.get("student"), bundle.digest)
     return [*compare_results(given, computed), *student_rows]
 
@@ -76,7 +76,7 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
 def verify_compare(
     folder: Path, config: CompareConfig, seed: int, progress: Progress, policy: Path | None = None
 ) -> list[Row]:
-    """Rows of a `compare` run, and of its result.csv; takes as long as the run did.
+    """Compare a `compare` run and its result.csv, row by row; takes as long as the run did.
 
     Args:
         folder: of the run.
@@ -98,8 +98,8 @@ def verify_compare(
     return [*compare_results(recorded, plain(computed)), *_csv_rows(read_csv(folder), table)]
 
 
-def verify_replay(folder: Path, config: DistilConfig, seed: int, progress: Progress) -> list[Row]:
-    """Rows of a `replay` run on a chain; the student answers the test samples again, nothing is trained.
+def verify_distil(folder: Path, config: DistilConfig, seed: int) -> list[Row]:
+    """Compare a `distil` run on a chain: the student answers the test samples again, nothing is trained.
 
     Raises:
         UserError: there is no result, or the config cannot be used.
@@ -110,8 +110,8 @@ def verify_replay(folder: Path, config: DistilConfig, seed: int, progress: Progr
     return _student_rows(folder, with_goal(scenario, config.goal, config.preference), seed, recorded)
 
 
-def verify_module_replay(folder: Path, config: Any) -> list[Row]:
-    """Rows of a `replay` run on a real model: answers of the shipped student on the test samples, and the score.
+def verify_real_distil(folder: Path, config: Any) -> list[Row]:
+    """Compare a `distil` run on a real model: answers of the shipped student on the test samples, and the score.
 
     Args:
         folder: of the run.
@@ -159,7 +159,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         UserError: there is none, or a damaged one.
     """
     if not (folder / "result.json").exists():
-        raise UserError(f"{folder}: holds no result.json; give the folder of a finished train, compare or replay run")
+        raise UserError(f"{folder}: holds no result.json; give the folder of a finished train, compare or distil run")
     return read_json(inside(folder, "result.json"), "a run's result")
 
 
@@ -233,7 +233,7 @@ def _replayed(result: Mapping[str, Any]) -> dict[str, Any]:
     methods = result.get("methods")
     figures = methods.get("policy") if isinstance(methods, Mapping) else None
     if not isinstance(figures, dict):
-        raise UserError("result.json: not a replay's result, or a damaged one (methods.policy is missing)")
+        raise UserError("result.json: not the result of a distil run, or a damaged one (methods.policy is missing)")
     return figures
 
 
