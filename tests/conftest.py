@@ -105,6 +105,16 @@ def tiny(profile_file: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `rlkd train`; a test that changes it copies it first."""
+    from rlkd.cli.main import main
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", *tiny, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_scenario(profile_file: Path) -> list[str]:
     """Options of the scenario of `tiny`, for `rlkd compare`."""
     return [

@@ -112,6 +112,7 @@ def test_a_real_student_is_verified_from_its_folder(
     ]
 
 
+@pytest.mark.slow
 def test_shipped_and_trained_answers_are_compared_in_every_run(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_shipped_and_trained_answers_are_compared_in_every_run(
     assert (tmp_path / "b" / "result.json").exists()  # and nothing is lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FNetForSequenceClassification", "RobertaForSequenceClassification"])
 def test_texts_are_made_for_verify_as_they_were_for_the_training(
     name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -146,6 +148,7 @@ def test_texts_are_made_for_verify_as_they_were_for_the_training(
     assert card["inputs"] == {"max_length": 5 if changes else 11, "fixed_length": not changes}
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--seed", "5"]
     assert distil(place, tmp_path / "a", *options) == 0

@@ -30,7 +30,15 @@ def shell(command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("verb", ["list", "--help", "--version", "calibrate --student.widths [8] --student.exits []"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "list",
+        "--help",
+        "--version",
+        pytest.param("calibrate --student.widths [8] --student.exits []", marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_device_names_standard_output(verb: str, tmp_path: Path) -> None:
     done = shell(f"$RLKD {verb} > /dev/full", tmp_path)
     assert done.stderr == (
@@ -40,6 +48,7 @@ def test_a_full_device_names_standard_output(verb: str, tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
+@pytest.mark.slow
 def test_closed_streams_end_in_one_line_or_in_silence(tmp_path: Path) -> None:
     done = shell("$RLKD list >&-", tmp_path)
     assert (done.returncode, done.stderr) == (
@@ -60,6 +69,7 @@ def test_characters_that_a_terminal_cannot_show_are_escaped(tmp_path: Path) -> N
     assert done.stderr == "rlkd: l\\xe4uft: no such run folder\n"
 
 
+@pytest.mark.slow
 def test_warnings_of_libraries_are_shown_only_on_request(tmp_path: Path) -> None:
     noisy = (
         "import sys, warnings; from rlkd.cli import listing, main; run = listing.run\n"

@@ -64,6 +64,7 @@ def assert_same(cut: Path, whole: Path, *exact: str) -> None:
     assert without_clocks(cut / "result.json") == without_clocks(whole / "result.json")
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_sigterm_lose_nothing_and_say_how_to_go_on(
     here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -135,6 +136,7 @@ def test_only_a_run_can_be_resumed(here: Path, capsys: Capture) -> None:
 REPLAY = ("--num_windows", "4", "--train.steps_per_window", "3", "--student.widths", "[12, 8]")
 
 
+@pytest.mark.slow
 def test_a_student_goes_on_window_by_window(here: Path, monkeypatch: pytest.MonkeyPatch, profile_file: Path) -> None:
     options = [*REPLAY, "--policy", "whole/policy", "--cost.profile", str(profile_file), "--seed", "2"]
     assert main(["distil", *options, "--out", "replayed"]) == 0

@@ -45,6 +45,7 @@ def test_make_vec_env_of_sb3_makes_steps_and_warns_of_nothing(scenario: Scenario
     assert infos[0]["episode"]["l"] == scenario.config.num_windows  # Monitor's own record
 
 
+@pytest.mark.slow
 def test_ppo_by_the_id_alone_learns_and_is_evaluated() -> None:
     agent = PPO("MlpPolicy", FLAT_ENV_ID, n_steps=4, batch_size=4, n_epochs=1, seed=0, device="cpu")
     agent.learn(4)

@@ -109,7 +109,7 @@ def limited(scenario: Scenario, limit: float) -> Scenario:
     return dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, task=task))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(units, st.floats(0.0, 1.3))
 def test_what_acts_never_costs_more_than_a_limit_that_can_be_met(
     scenario: Scenario, values: list[float], limit: float

@@ -172,6 +172,7 @@ for line in sys.stdin:  # the number of the next entry, so that both begin it at
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["empty", "broken"])
 def test_two_processes_that_want_the_same_arrays_never_see_a_torn_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool

@@ -288,6 +288,7 @@ for _ in range(60):
 """
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_never_tear_a_file(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     write_whole(path, b"a" * 300_000)

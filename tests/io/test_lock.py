@@ -47,6 +47,7 @@ def go(process: "subprocess.Popen[str]") -> None:
     process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_of_several_runs_at_once_exactly_one_gets_the_folder(tmp_path: Path) -> None:
     runs = [holder(tmp_path) for _ in range(4)]
     for run in runs:
@@ -84,6 +85,7 @@ def test_a_lock_that_a_killed_run_left_is_recognised(tmp_path: Path) -> None:
     assert (tmp_path / LOCK).exists()  # nobody's work is cleared away unasked
 
 
+@pytest.mark.slow
 def test_of_several_that_resume_a_killed_run_exactly_one_takes_its_lock_over(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 0")
     (tmp_path / LOCK).write_text(json.dumps({"pid": 2**31 - 1, "host": platform.node(), "since": "", "ticks": None}))

@@ -17,10 +17,10 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: list[str], tiny_scenario: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(trained: Path, tiny_scenario: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run of every kind."""
     folder = tmp_path_factory.mktemp("runs")
-    assert main(["train", *tiny, "--out", str(folder / "train")]) == 0
+    shutil.copytree(trained, folder / "train")
     policy = ["--policy", str(folder / "train" / "policy")]
     goal = ["--goal.keep", "0.9", "--goal.reference", "dense"]
     options = [*_distilled(tiny_scenario), *goal, "--seed", "4", "--out", str(folder / "distil")]

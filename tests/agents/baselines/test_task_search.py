@@ -97,6 +97,7 @@ def test_the_best_is_taken_of_the_budget_and_ties_go_to_the_earlier(quick: Scena
     assert [chosen(b) for b in (1, 2, 3, 4)] == [[0, 4], [1, 4], [1, 4], [3, 4]]
 
 
+@pytest.mark.slow
 def test_the_model_finds_better_settings_than_chance(quick: Scenario) -> None:
     seeds = tuple(2**60 + i for i in range(4))
     random, model = (searched(quick, sampler, "constant", 22, seeds) for sampler in ("random", "tpe"))

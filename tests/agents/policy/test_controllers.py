@@ -102,12 +102,13 @@ def test_an_exit_tuned_afterwards_is_the_best_of_the_grid_on_validation(scenario
     def never_exits(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
         return with_exit_kind(episodes.start, "never")
 
+    episodes = Episodes(scenario, 4)  # the same training
+    observation = episodes.reset(seeds)
+    for window in range(scenario.config.num_windows):
+        observation = episodes.step(never_exits(observation, episodes, window)).observation
+
     def scores(candidate: float) -> NDArray[np.float64]:
-        """On validation when the exit is moved to `candidate` after the same training."""
-        episodes = Episodes(scenario, 4)
-        observation = episodes.reset(seeds)
-        for window in range(scenario.config.num_windows):
-            observation = episodes.step(never_exits(observation, episodes, window)).observation
+        """On validation when the exit is moved to `candidate` after the training."""
         episodes.set_exit(torch.full((4,), candidate))
         return episodes.evaluate("validation")[2].double().numpy()
 
