@@ -28,7 +28,7 @@ LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is add
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one window brought. Fields [N] unless said otherwise."""
+    """Result of one window. Fields are [N] unless stated otherwise."""
 
     observation: Tensor  # [N, O]
     reward: Tensor
@@ -108,7 +108,7 @@ class Episodes:
         self.u[where] = within_limits(self.start, self.limits, self.scenario)[where]
         metrics, cost, now = self._settle()
         self._score = self._score.clone()
-        self._score[where] = now[where]  # the others keep theirs: their next reward begins where their last one ended
+        self._score[where] = now[where]  # scores of the others stay: their next reward begins there
         return self._observe(metrics, cost, torch.zeros(self.num_students), None)
 
     @property
@@ -213,12 +213,12 @@ class Episodes:
         return draw_task(seed, self._distribution, self.scenario.data, num_teachers, goal_seed=goal_seed)
 
     def copy_rows(self, sources: Tensor) -> None:
-        """Student i goes on from where student `sources[i]` ([N] int64) is, on its own task and batches.
+        """Continue student i from the state of student `sources[i]` ([N] int64), on its own task and batches.
 
         For population-based training; the copies must be of students whose tasks are alike.
 
         Raises:
-            ValueError: there is one student, which has nobody to copy.
+            ValueError: there is one student, so that there is nothing to copy.
         """
         if not isinstance(self.students, Population):
             raise ValueError("copy_rows: got one student; allowed: a population of at least two")
@@ -275,7 +275,7 @@ class Episodes:
         self._threshold = torch.where(rows, state["threshold"], self._threshold)
 
     def observe_now(self) -> Tensor:
-        """[N, O], what is observed of the students as they are, as if the last window had changed nothing."""
+        """[N, O], the present observation, as if the last window had changed nothing."""
         metrics, cost, _ = self.evaluate("validation")
         return self._observe(metrics, cost, torch.zeros(self.num_students), None)
 
@@ -285,13 +285,13 @@ class Episodes:
         self.students.set_exit(threshold)
 
     def evaluate(self, split: Split) -> tuple[Metrics, Cost, Tensor]:
-        """Metrics, cost and score [N] of the students as they are."""
+        """Return metrics, cost and score [N] of the students as they are."""
         metrics = self.students.evaluate(split)
         cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
         return metrics, cost, self._scored(metrics.accuracy, cost, 1 if split == "test" else 0)
 
     def _probes(self, metrics: Metrics) -> dict[str, Tensor]:
-        """Accuracy that each student would lose now, by the names of PROBES; [N] each."""
+        """Return the accuracy that each student would lose now, by the names of PROBES; [N] each."""
         controls = self._controls()
 
         def accuracy(inputs: float, units: float) -> Tensor:

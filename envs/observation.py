@@ -95,7 +95,7 @@ def observation_space() -> spaces.Box:
 
 @dataclass(frozen=True)
 class TaskFeatures:
-    """What stays the same during an episode. Each [N] unless said otherwise."""
+    """Values that stay the same during an episode. Each is [N] unless stated otherwise."""
 
     teacher_accuracy: Tensor
     teacher_label_agreement: Tensor
@@ -108,7 +108,7 @@ class TaskFeatures:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is observed of N students after a window. Each [N] unless said otherwise."""
+    """Values of N students after a window that observations are computed from. Each is [N] unless stated otherwise."""
 
     windows_done: Tensor
     num_windows: int
@@ -190,7 +190,7 @@ def _goal_and_cost(
 
 
 def _training(now: Snapshot, chance: float) -> dict[str, Tensor]:
-    """Losses are ratios to `chance`, the loss of a uniform answer; before the first window they read as that."""
+    """Return losses as ratios to `chance`, the loss of a uniform answer; before the first window they are 1."""
     validation = now.metrics.exit_loss[:, -1] / chance
     if now.telemetry is None:
         label_loss, cosine = torch.ones_like(validation), torch.zeros_like(validation)

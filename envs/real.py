@@ -332,8 +332,8 @@ def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
     """Raise UserError where the default cut leaves the whole teacher."""
     if config.student or config.cut.is_given or config.cut.width < 1.0:
         return
-    own, theirs = (count_work(side.model, _typical(side.data), side.plan).dense_macs for side in (student, teacher))
-    if own >= theirs:
+    macs, teacher_macs = (count_work(s.model, _typical(s.data), s.plan).dense_macs for s in (student, teacher))
+    if macs >= teacher_macs:
         raise UserError(
             f"cut: the student of {config.teacher} would be as large as the teacher; give --cut.width below 1, or the "
             "student's config with --student"

@@ -26,7 +26,7 @@ class References:
     parameters: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of the warm start
 
     def missing(self, tasks: Sequence[Task], warm: bool) -> list[Task]:
-        """Tasks, each once, whose reference or warm start is not known yet."""
+        """Return the tasks, each once, whose reference or warm start is missing."""
         known = self.parameters if warm else self.accuracy
         return list({task.seed: task for task in tasks if task.seed not in known}.values())
 
@@ -45,7 +45,7 @@ def train_references(
     num_windows: int,
     warm_windows: int,
 ) -> None:
-    """Train the dense student of every task in `tasks` and keep what it reached.
+    """Train the dense student of every task in `tasks` and keep its accuracies.
 
     Args:
         references: filled here.

@@ -40,7 +40,7 @@ def check_sections(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """All that defines the environment."""
+    """The whole configuration of the environment."""
 
     num_windows: int = 12
     """Decisions of one episode; each trains the student for train.steps_per_window steps."""
@@ -173,8 +173,8 @@ class Scenario:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a training learns from: data and teachers' signals."""
-        told = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
-        return {"inputs": self.data.inputs, "labels": self.data.labels, **told, **self.signals.more}
+        signals = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
+        return {"inputs": self.data.inputs, "labels": self.data.labels, **signals, **self.signals.more}
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """As `EpisodeScenario.cost`."""
@@ -209,7 +209,7 @@ class Scenario:
         return self.known.of(tasks)
 
     def prepare(self, seeds: Sequence[int]) -> None:
-        """Train the references and warm starts of the tasks of `seeds` that are not known yet, in this order.
+        """Train missing references and warm starts of the tasks of `seeds`, in this order.
 
         What a task reaches can depend on its place among the others by float rounding, so a training that must repeat
         to the bit trains them all before it begins.

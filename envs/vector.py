@@ -126,7 +126,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
                 final[i] = observation[i].copy()
             last = {name: np.where(ended, info[name], 0) for name in figures(outcome)}
             masks = {f"_{name}": ended.copy() for name in last}
-            for name in last:  # the figures of those that go on stay; those that ended have theirs in final_info
+            for name in last:  # metrics of students that go on stay; final_info has those of students that ended
                 info[f"_{name}"] = ~ended
             info |= {"final_obs": final, "_final_obs": ended.copy(), "_final_info": ended.copy()}
             info["final_info"] = {**last, **masks}

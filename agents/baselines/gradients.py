@@ -1,6 +1,6 @@
 """Gradient-based baselines: controllers that follow the gradient of a loss instead of a learned policy.
 
-Both look inside the student (`rlkd.students.sensitivity`) before every window, which a policy never does.
+Both compute gradients of the student (`rlkd.students.sensitivity`) before every window; a policy only observes.
 """
 
 import math
@@ -69,7 +69,7 @@ def hypergradient(base: Controller, seed: int) -> Controller:
 
 
 def look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
-    """How the losses answer to the controls now, on samples that `generator` draws."""
+    """Return how the losses change with the controls now, on samples that `generator` draws."""
     scenario = _chain_scenario(episodes)
     controls = decode(episodes.u, scenario.config.controls, scenario.data.num_classes)
     structure = scenario.new_structure()

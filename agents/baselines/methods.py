@@ -1,4 +1,4 @@
-"""The controllers that `rlkd compare --methods` knows: one table, from which lists, checks and budgets are made.
+"""The controllers of `rlkd compare --methods`: one table, from which lists, checks and budgets are made.
 
 A new baseline is one entry of METHODS. Each is built for one goal.
 """
@@ -54,7 +54,7 @@ class Request:
     blind: Policy | None = None  # learned without what training shows
     guard: GuardConfig | None = field(default_factory=GuardConfig)  # of every training
     journal: Journal | None = None
-    budgets: Mapping[tuple[Sampler, str], int] = field(default_factory=dict)  # of per-task searches, the largest asked
+    budgets: Mapping[tuple[Sampler, str], int] = field(default_factory=dict)  # of per-task searches, the largest one
     found: dict[str, object] = field(default_factory=dict, compare=False)  # what methods share, under this goal
 
     @property
@@ -67,7 +67,7 @@ class Request:
         return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(purpose.encode()))
 
     def once(self, key: str, find: Callable[[], Found]) -> Found:
-        """Return the answer of `find`, computed the first time that `key` is asked for."""
+        """Return the result of `find`; only the first call with `key` computes it."""
         if key not in self.found:
             self.found[key] = find()
         return self.found[key]  # type: ignore[return-value]
@@ -110,7 +110,7 @@ class Baseline:
     """Searches over training tasks that come first, as keys of `_cost_of_finding`."""
     needs: tuple[Needs, ...] = ()
     trainings_per_task: int = 1
-    """Full student trainings that it spends on every single task it is asked to solve."""
+    """Full student trainings that it spends on each compared task."""
     search: tuple[Sampler, str] | None = None
     """Sampler and recipe of a per-task search."""
     start: Callable[[Request], Tensor] | None = None
@@ -257,7 +257,7 @@ def check_needs(names: Iterable[str], *, has_policy: bool, has_blind: bool, has_
 
 
 def total_trainings(names: Iterable[str], num_tasks: int, search: SearchConfig) -> int:
-    """Student trainings of a comparison under one goal: what methods are found with, and their runs on the tasks."""
+    """Count the student trainings of a comparison under one goal: searches for methods, and runs on the tasks."""
     names = list(names)
     found = {key for name in names for key in METHODS[name].finds}
     searches: dict[tuple[Sampler, str], int] = {}
@@ -270,7 +270,7 @@ def total_trainings(names: Iterable[str], num_tasks: int, search: SearchConfig) 
 
 
 def _cost_of_finding(key: str, search: SearchConfig) -> int:
-    """Student trainings on training tasks."""
+    """Return the number of student trainings of a search over training tasks."""
     others = {
         "pbt": PBTConfig().num_trainings,
         "mtkd_rl": TeacherWeightsConfig().num_trainings,
@@ -303,7 +303,7 @@ def build_methods(names: Iterable[str], request: Request) -> dict[str, Controlle
 
 
 def _searched(request: Request, sampler: Sampler, recipe: str) -> Trials:
-    """One search for all budgets of a sampler and recipe, as long as the largest that is asked for."""
+    """Return the search with a sampler and recipe that is as long as the largest requested budget."""
     return request.once(
         f"{sampler} search of {recipe}",
         lambda: search_tasks(

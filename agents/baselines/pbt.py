@@ -1,9 +1,9 @@
 """Population-based training over the lock-step population (Jaderberg et al. 2017), and the schedule it finds.
 
 Members of a group train the same task side by side; before every window the worse ones copy the weights of the
-better ones and change their settings a little. What is replayed on new tasks is, as in the paper's replay, the
-line of settings that led to the winner. Unlike the paper one schedule must serve a distribution of tasks, so the
-winners of several groups are tried on further tasks and the best on average is taken.
+better ones and change their settings a little. As in the paper, new tasks get the settings that led to the winner,
+window by window. Unlike in the paper, one schedule must serve a distribution of tasks, so the winners of several groups
+are tried on further tasks, and the one with the best mean is taken.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 Each sets what its source prescribes. What it does not prescribe (how much is pruned, exits, the learning rate)
 comes from a base controller, the best constant setting for the goal, so that no recipe loses for lack of
-compression; `annealed` alone is a whole recipe of its own.
+compression. `annealed` alone sets all controls.
 """
 
 import math
@@ -22,7 +22,7 @@ Values = dict[str, float | Tensor]
 
 
 class Moment(NamedTuple):
-    """When a schedule is asked."""
+    """One window of the students that a schedule sets controls for."""
 
     episodes: Episodes
     window: int
@@ -60,12 +60,12 @@ def upon(base: Controller, values_at: Callable[[Moment], Values]) -> Controller:
 
 
 def alpha_weighted(moment: Moment) -> Values:
-    """Labels and softened answers half and half at T = 5 (Hinton, Vinyals & Dean 2015; alpha = 0.5)."""
+    """Weight labels and softened answers equally at T = 5 (Hinton, Vinyals & Dean 2015; alpha = 0.5)."""
     return {**_weights(0.5, 0.5, 0.0, 0.0), "temperature": 5.0}
 
 
 def temperature_decay(moment: Moment) -> Values:
-    """T = 5 * 0.99^epoch, not below 1; an epoch is one pass over the student's own samples."""
+    """Lower T to 5 * 0.99^epoch, not below 1; an epoch is one pass over the student's own samples."""
     train = moment.episodes.scenario.config.train
     seen = moment.window * train.steps_per_window * train.batch_size
     epochs = torch.tensor([seen / len(task.samples) for task in moment.episodes.tasks])  # [N]
@@ -73,7 +73,7 @@ def temperature_decay(moment: Moment) -> Values:
 
 
 def temperature_stages(moment: Moment) -> Values:
-    """T = 4, 3, 2, 1 in four equal stages."""
+    """Lower T over 4, 3, 2, 1 in four equal stages."""
     return {"temperature": 4.0 - min(3, math.floor(4 * moment.done))}
 
 
@@ -83,13 +83,13 @@ def fewer_features(moment: Moment) -> Values:
 
 
 def alpha_by_confidence(moment: Moment) -> Values:
-    """Weight of the labels 0.2 where the teacher's mean confidence is above 0.9, 0.8 below 0.5, else 0.5.
+    """Set the weight of the labels to 0.2 where the teacher's mean confidence is above 0.9, to 0.8 below 0.5, else 0.5.
 
     Confidence is the teacher's largest probability at T = 1, averaged over the student's samples.
     """
     signals = moment.episodes.scenario.signals
-    told = [signals.mean_logits(task.teachers, task.samples) for task in moment.episodes.tasks]
-    means = [logits.softmax(-1).amax(-1).mean() for logits in told]
+    logits = [signals.mean_logits(task.teachers, task.samples) for task in moment.episodes.tasks]
+    means = [answers.softmax(-1).amax(-1).mean() for answers in logits]
     confidence = torch.stack(means)  # [N]
     alpha = torch.where(confidence > 0.9, 0.2, torch.where(confidence < 0.5, 0.8, 0.5))
     return _weights(alpha, 1.0 - alpha, 0.0, 0.0)
@@ -121,8 +121,8 @@ def _curriculum(moment: Moment) -> Values:
     """
     stage = _stage(moment)
     whole: Values = {"feature_keep": 1.0, "unit_keep": 1.0}
-    held = {0: (1.0, 0.0, 0.0, 0.0), 1: (0.2, 0.8, 0.0, 0.0), 3: tuple(PUBLISHED.values())}
-    weights: tuple[float | Tensor, ...] = reward_weights(moment) if stage == 2 else held[stage]
+    shares = {0: (1.0, 0.0, 0.0, 0.0), 1: (0.2, 0.8, 0.0, 0.0), 3: tuple(PUBLISHED.values())}
+    weights: tuple[float | Tensor, ...] = reward_weights(moment) if stage == 2 else shares[stage]
     return {**_weights(*weights), "temperature": 4.0, **(whole if stage < 3 else {})}
 
 

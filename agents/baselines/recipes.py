@@ -42,17 +42,17 @@ class Recipe:
 
 
 def for_all(point: Tensor) -> Points:
-    """One `point` [A] for every student."""
+    """Give every student the same `point` [A]."""
     return lambda episodes: point.expand(episodes.num_students, -1)
 
 
 def for_rows(points: Tensor) -> Points:
-    """`points` [N, A], one a student."""
+    """Give student i row i of `points` [N, A]."""
     return lambda episodes: points
 
 
 def for_tasks(seeds: Sequence[int], points: Tensor) -> Points:
-    """`points` [M, A] by the seeds of M tasks."""
+    """Give the students of M tasks their rows of `points` [M, A], by the tasks' seeds."""
     row_of = {seed: row for row, seed in enumerate(seeds)}
     return lambda episodes: points[[row_of[task.seed] for task in episodes.tasks]]
 
@@ -75,17 +75,17 @@ def two_phase(points: Points) -> Controller:
 
 
 def linear(points: Points) -> Controller:
-    """Every control from a first to a last value in a line."""
+    """Move every control linearly from a first to a last value."""
     return _between(points, lambda done: done)
 
 
 def cosine(points: Points) -> Controller:
-    """Every control from a first to a last value along half a cosine: slow, fast, slow."""
+    """Move every control from a first to a last value along half a cosine: slow, fast, slow."""
     return _between(points, lambda done: 0.5 * (1.0 - torch.cos(torch.pi * done)))
 
 
 def cubic(points: Points) -> Controller:
-    """Gradual pruning of units and inputs along the cubic schedule of Zhu & Gupta 2017.
+    """Prune units and inputs gradually along the cubic schedule of Zhu & Gupta 2017.
 
     The share kept at time t is s + (1 - s) (1 - t / t_end)^3. The last number of a point places t_end between a
     quarter and the whole of the training; the shares s and all other controls are the point's own.
@@ -101,7 +101,7 @@ def cubic(points: Points) -> Controller:
 
 
 def one_shot(points: Points) -> Controller:
-    """Dense without exits at first, then pruned once to the point's shares and fine-tuned.
+    """Train dense without exits first, then prune once to the point's shares and fine-tune.
 
     The last number of a point places the moment of pruning between a tenth and nine tenths of the training.
     """

@@ -138,13 +138,13 @@ def first_settings(config: ControlConfig) -> Tensor:
 
 
 def new_study(seed: int) -> optuna.Study:
-    """TPE that proposes several points before it hears of the first."""
+    """Return a TPE study that proposes several points before the first result."""
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     return optuna.create_study(direction="maximize", sampler=sampler)
 
 
 def axes(count: int) -> dict[str, BaseDistribution]:
-    """Names and ranges of `count` axes for Optuna."""
+    """Return names and ranges of `count` axes for Optuna."""
     return {f"u{i}": FloatDistribution(0.0, 1.0) for i in range(count)}
 
 

@@ -1,4 +1,4 @@
-"""Search for the best controls of every single task: what an engineer with patience does instead of a policy.
+"""Search for the best controls of every single task, which is the alternative to a policy.
 
 One trial is one full student training, scored on validation. The tasks are searched side by side: each has an
 Optuna study of its own, and trial k of all of them trains in lock-step. The first B trials of a search are the

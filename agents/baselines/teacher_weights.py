@@ -3,9 +3,9 @@
 In the paper an agent weighs each teacher's losses on every sample and learns within the one training that it guides.
 Here a training has a dozen rewards, and learning within it cost more than it brought (docs/decisions.md). So the three
 numbers that decide the weights (`rlkd.students.fusion`) are learned over training tasks, as a policy is, and then
-held: every student of a group trains the same task under weights of its own, drawn around the mean, and the mean moves
-towards those whose gain in J was above the others' (Williams 1992, with the leave-one-out baseline of Kool et al.
-2019). All other controls are a base controller's.
+stay constant. Every student of a group trains the same task under its own weights, drawn around the mean, and the mean
+moves towards those whose gain in J was above that of the others (Williams 1992, with the leave-one-out baseline of Kool
+et al. 2019). A base controller sets all other controls.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Student updates per second, measured in one run: lock-step population, one-student loop, SubprocVecEnv.
 
-All train the same default student through the same environment code under held controls, evaluation after
-every window included. Populations on a GPU train from reset to the end: what they spend on the CPU, where tasks, first
-weights and batches are drawn, is no small part. Rounds are interleaved and medians taken, so that a slow moment of the
-machine touches all alike. Ratios are what to read; absolute figures depend on the machine and its neighbours.
+All train the same default student through the same environment code under constant controls, evaluation after
+every window included. Populations on a GPU train from reset to the end, because the CPU takes much of their time: it
+draws tasks, first weights and batches. Rounds are interleaved and medians taken, so that a slow moment of the machine
+affects all ways alike. Read the ratios; absolute rates depend on the machine and on what else runs there.
 """
 
 import statistics

@@ -27,7 +27,7 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
 
     Args:
         request: with a policy; `tasks` gives the distribution.
-        accuracy_weights: preferences that the policy is asked for.
+        accuracy_weights: preferences that the policy gets.
         num_trials: full trainings that the search spends on each task.
 
     Returns:

@@ -60,7 +60,7 @@ def run_methods(
     Args:
         names: of `METHODS`.
         request: its tasks are replaced by those of each goal in turn.
-        goals: what is asked for.
+        goals: all tasks have each of them in turn.
         tune_exit: tune every student's exit threshold on validation after its training.
     """
     tables: dict[str, dict[str, Results]] = {}

@@ -49,7 +49,7 @@ def record_evaluation(logger: Logger, evaluation: Evaluation, num_steps: int) ->
     for name, value in asdict(evaluation).items():
         if name != "iteration":
             writer.add_scalar(f"eval/{name}", value, num_steps)
-    writer.flush()  # a state of the run that is saved now knows how long the file is
+    writer.flush()  # a state that is saved now records the length of the file
 
 
 def write_config(logger: Logger, config: Any) -> None:

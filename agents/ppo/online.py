@@ -52,7 +52,7 @@ class OnlineAgentConfig:
     hidden: int = 32
     """Units of each of the two layers, of the actor and of the critic."""
     log_std: float = -1.6
-    """Log of the standard deviation of exploration, in units of an action, held."""
+    """Log of the standard deviation of exploration, in units of an action; constant."""
     clip_range: float = 0.2
 
     def check(self, num_windows: int) -> None:

@@ -13,7 +13,7 @@ from rlkd.errors import UserError
 from rlkd.io.files import MAX_DEPTH, read_bytes
 from rlkd.io.numbers import numbers_in
 
-MAX_CONFIG_BYTES = 16 * 2**10  # ours have less than 1 KiB; the parser takes a second for 64
+MAX_CONFIG_BYTES = 16 * 2**10  # those of rlkd have less than 1 KiB; the parser takes a second for 64
 LARGEST = 2**31 - 1
 
 # Scalars without quotes that YAML 1.1 reads as octal or sexagesimal numbers, truth values or dates; 1.2 does not.

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain(f"rlkd: not enough memory ({one_line(str(error)):.100}); ask for less at once")
         return USAGE
-    except OSError as error:  # a folder that cannot be written or a full disk, in a library that knows no UserError
+    except OSError as error:  # a folder that cannot be written or a full disk, in a library that raises no UserError
         if error.errno is None:
             raise
         from rlkd.io.files import write_error  # torch, which takes seconds to load, comes with it

@@ -139,7 +139,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def is_finished(folder: Path, finished: bool) -> bool:
-    """`finished`, said to the user."""
+    """Tell the user of a run that is `finished`, and return `finished`."""
     if finished:
         print(f"rlkd: {folder} had come to its end; figures: {folder / 'result.json'}", file=sys.stderr)
     return finished

@@ -38,7 +38,7 @@ def compare_methods(
         bundle: the policy; its control ranges and start replace the config's.
         folder: an empty run folder.
         seed: of the first set of tasks; the others follow.
-        progress: told of every window.
+        progress: called after every window.
         journal: of a run of the same config and seed that was stopped; this one goes on from what that had finished,
             and ends as if it had not been stopped.
         blind: the policy of method `blind`.

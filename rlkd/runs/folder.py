@@ -104,11 +104,11 @@ def describe_run(
 
     Args:
         folder: of the run.
-        config: with `seed` and `options` (other options of the verb) it tells all that the run needs to be resumed.
+        config: with `seed` and `options` (other options of the verb) it holds all that the run needs to be resumed.
         seed: of the run.
         extra: packages that the run uses besides.
         options: as above.
-        write: else the versions are only told.
+        write: write the files; otherwise only return the versions.
     """
     names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn", *extra)
     versions: dict[str, Any] = {

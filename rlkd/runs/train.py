@@ -124,8 +124,8 @@ def train_experiment(
     student = distil_once(config, shipped, learned.policy, seed=seed, progress=progress)
     scores = {f"{e['name']}: {name}": row for e in entries for name, row in e["paired"].items()}
     digest = save_bundle(learned.policy, folder / "policy", {**run.provenance, "scores": scores})
-    asked = distil_config(config)
-    write_student(folder / "student", student, asked.goal.weights(asked.preference), digest)
+    shipping = distil_config(config)
+    write_student(folder / "student", student, shipping.goal.weights(shipping.preference), digest)
     result |= {"policy_sha256": digest, "student": {**student.figures, "measured": student.measured}}
     write_json(folder / "result.json", result)
 
@@ -140,7 +140,7 @@ def train_experiment(
 
 
 def built(configs: Sequence[EnvConfig], name: str, folder: Path) -> list[Scenario]:
-    """Scenarios with the cost profiles that the run has written, if it has; else theirs are written now."""
+    """Build scenarios with the cost profiles that the run has written; write missing profiles now."""
     scenarios = []
     for index, config in enumerate(configs):
         own = f"{name}{f'_{index}' if index else ''}"

@@ -52,7 +52,7 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     Args:
         folder: of the run.
         config, seed: as its config.yaml has them.
-        progress: told of every window.
+        progress: called after every window.
 
     Raises:
         UserError: there is no result, or the config cannot be used.
@@ -81,7 +81,7 @@ def verify_compare(
     Args:
         folder: of the run.
         config, seed: as its config.yaml has them.
-        progress: told of every window.
+        progress: called after every window.
         policy: where its policy is now; by default where the config says.
 
     Raises:
@@ -164,12 +164,12 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def compare_results(recorded: Mapping[str, Any], computed: Mapping[str, Any]) -> list[Row]:
-    """Every row of two results of the same kind, those of one alone included; without what a clock read."""
-    mine, theirs = (_named_rows(result) for result in (computed, recorded))
+    """Compare two results of the same kind row by row, without measured times; a row may be in one of them only."""
+    now, before = (_named_rows(result) for result in (computed, recorded))
     nothing = object()
     rows = []
-    for name in [*mine, *(name for name in theirs if name not in mine)]:
-        a, b = theirs.get(name, nothing), mine.get(name, nothing)
+    for name in [*now, *(name for name in before if name not in now)]:
+        a, b = before.get(name, nothing), now.get(name, nothing)
         if a is nothing or b is nothing:
             rows.append(Row(name, ("is not in result.json" if a is nothing else "does not come out again",)))
         else:

@@ -1,8 +1,8 @@
 """N students of one architecture trained in lock-step: one `vmap(grad(...))` call is a step for all of them.
 
 Their parameters are stacked along a leading dimension and updated in place by a hand-written Adam (Kingma &
-Ba 2015; `torch.optim` has no learning rate a row). Nothing mixes rows, so a student learns the same whoever
-stands beside it. `SoloStudent` is the plain counterpart, and a test holds the two together.
+Ba 2015; `torch.optim` has no learning rate a row). Nothing mixes rows, so a student learns the same in any
+population. `SoloStudent` is the plain counterpart, and a test compares the two.
 
 All of it lives on one device (`TrainConfig.device`); what comes in and goes out is on the CPU, where all random draws
 are made. On a GPU a window is one recording (`rlkd.students.recorded`).
