@@ -66,7 +66,12 @@ def test_several_scenarios_share_the_tasks(scenario: Scenario) -> None:
 def test_every_recipe_can_be_searched(scenario: Scenario, name: str) -> None:
     stated = dataclasses.replace(scenario.config.task, reference="0.9").with_keep(0.9)
     point = search_recipe(
-        RECIPES[name], [scenario], SearchConfig(2, 2, 1, 2), generator(0), tasks=[stated], guard=GuardConfig()
+        RECIPES[name],
+        [scenario],
+        SearchConfig(2, 2, 1, 2),
+        generator(0),
+        tasks=[stated],
+        options=RunOptions(GuardConfig()),
     )
     assert point.shape == (RECIPES[name].num_axes,)
 
