@@ -151,9 +151,6 @@ class OneStudentConfig:
 
     num_windows: int = 12
     """Decisions; each trains the student for train.steps_per_window steps."""
-    hardware: str = ""
-    """Hardware profile (cpu, gpu, edge, or a YAML file) whose channel_multiple takes the place of
-    student.unit_multiple; by default none."""
     task: TaskDistribution = field(default_factory=_clean_task)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(num_samples=(0,)))
@@ -185,6 +182,9 @@ class OneStudentConfig:
 class DistilConfig(OneStudentConfig):
     """`rlkd distil`: distil one new student under a learned policy. Control ranges come from the policy."""
 
+    hardware: str = ""
+    """Hardware profile (cpu, gpu, edge, or a YAML file) whose channel_multiple takes the place of
+    student.unit_multiple; by default none."""
     goal: Goal = field(default_factory=Goal)
     guard: GuardConfig = field(default_factory=GuardConfig)
     keep_checkpoints: int = 2

@@ -103,7 +103,7 @@ def row_of(folder: Path) -> dict[str, Any]:
         "parity": parity.largest,
         "parity_on_edge": parity.num_on_edge,
         "forms": {form.name: form_row(form, opened) for form in forms},
-        "latency_s": {str(size): latencies(opened, dense, dense_form, forms, size) for size in BATCHES},
+        "latency_s": {str(size): latencies(opened, dense, dense_form, forms=forms, size=size) for size in BATCHES},
         "said": said,
     }
 
@@ -117,7 +117,7 @@ def form_row(form: Form, opened: Any) -> dict[str, Any]:
     }
 
 
-def latencies(opened: Any, dense: Any, dense_form: Form, forms: list[Form], size: int) -> dict[str, float]:
+def latencies(opened: Any, dense: Any, dense_form: Form, *, forms: list[Form], size: int) -> dict[str, float]:
     """Time all forms against each other; seconds of a batch of real samples, medians."""
     test = opened.splits["test"]
     inputs = opened.batch(test[torch.arange(size) % len(test)])
