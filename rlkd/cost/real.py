@@ -23,12 +23,12 @@ SHAPE = ("run_s", "linear_mac_s", "product_mac_s")  # for each shape of block
 
 
 def coefficient_names(work: ModuleWork) -> tuple[str, ...]:
-    """Names of the coefficients of a fit: those of a call, then those of every shape of block."""
+    """Return the names of the coefficients of a fit: those of a call, then those of every shape of block."""
     return (*OUTSIDE, *(f"block_{shape}_{name}" for shape in range(len(set(work.shapes))) for name in SHAPE))
 
 
 def regressors(use: Use, batch_size: int) -> list[float]:
-    """Amounts of what one batch runs, in the order of `coefficient_names`."""
+    """Return the amounts of what one batch runs, in the order of `coefficient_names`."""
     values = [1.0, batch_size * use.outside_macs, batch_size * use.total.activations, use.total.weights]
     values += [use.num_decisions, batch_size * use.decided, use.selects]
     for run, linear, products in zip(use.runs, use.linear_macs, use.products_macs, strict=True):
@@ -64,7 +64,7 @@ class ModuleProfile:
         return Cost(*(torch.tensor([float(value)]) for value in values))
 
     def latency_s(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor, batch_size: int) -> float:
-        """Seconds of a batch of any size; arguments of one student as in `cost`, without the first dimension."""
+        """Return the seconds of a batch of any size; arguments as in `cost`, without the first dimension."""
         use = use_of(self.work, self.plan, kept, exit_rates, exit_threshold, batch_size=batch_size)
         return self._seconds(use, batch_size)
 

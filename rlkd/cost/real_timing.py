@@ -101,7 +101,7 @@ def load_or_measure(
 def _key(
     model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, sizes: Sequence[int], batch_size: int, threads: int
 ) -> str:
-    """Digest of everything that the latencies depend on."""
+    """Return a digest of everything that the latencies depend on."""
     described: Any = model.config
     config = {k: v for k, v in described.to_dict().items() if not k.startswith("_name")}
     shapes = {name: (list(value.shape), str(value.dtype)) for name, value in inputs.items()}

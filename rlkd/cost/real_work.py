@@ -195,7 +195,7 @@ def _sum(parts: Sequence[Work]) -> Work:
 
 @dataclass(frozen=True)
 class Use:
-    """Mean work of one batch under some controls; numbers of samples are expected ones."""
+    """Expected work of one batch under some controls."""
 
     total: Work  # of one sample, but weights are those that the batch reads
     outside_macs: float  # of one sample, ahead of the blocks, behind them and in exits
@@ -208,7 +208,7 @@ class Use:
 
 
 def shares_kept(plan: Plan, kept: Tensor) -> list[float]:
-    """Kept share of every group's units in the shipped student; groups that are not cut keep all, as zeros.
+    """Return the kept share of every group's units in the shipped student; groups that are not cut keep all.
 
     Args:
         plan: of the student.

@@ -59,9 +59,7 @@ class Plan:
     per_token: bool  # a language model: one answer a position, and exits answer through the model's own head
     drops_rows: bool  # a shipped student can take samples that left out of the batch: all that blocks are given follows
     has_features: bool  # the last block gives one row of features a sample
-    cuts: tuple[
-        str, ...
-    ]  # kinds of groups whose masked units are cut out of the shipped model; else they stay as zeros
+    cuts: tuple[str, ...]  # kinds of groups whose masked units the shipped model lacks; those of others stay as zeros
     after: tuple[str, ...]  # modules with weights that run behind the last block alone; an early exit does without them
 
     @property
@@ -160,7 +158,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         and _bears_fewer_rows(model, blocks[-1], inputs, logits),
         has_features=last is not None,
         cuts=_kinds(groups),
-        after=tuple(path for path in after if not per_token or path != _output_path(model)),
+        after=_outermost(after, _output_path(model) if per_token else ""),
     )
 
 
@@ -182,6 +180,12 @@ def keep_zeros(plan: Plan, cuts: tuple[str, ...]) -> Plan:
 
 def _kinds(groups: Sequence[Group]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(group.kind for group in groups))
+
+
+def _outermost(paths: Sequence[str], needed: str) -> tuple[str, ...]:
+    """Return the paths that lie in no other one of them, without those that hold the module at `needed`."""
+    free = [path for path in paths if not f"{needed}.".startswith(f"{path}.")]
+    return tuple(path for path in free if not any(path.startswith(f"{other}.") for other in free))
 
 
 def _output_path(model: nn.Module) -> str:
@@ -218,9 +222,10 @@ def _observe(
             bool(calls) and bool(others) and _follow_rows(calls[0][1], others[0][1], sizes),
         )
         before = hidden
-    last = max((number for number, path in enumerate(order) if path in observed), default=len(order))
+    last = max((number for number, path in enumerate(order) if path is None), default=len(order))
     early = set(order[:last])
-    return logits, observed, list(dict.fromkeys(path for path in order[last + 1 :] if path not in early))
+    after = dict.fromkeys(path for path in order[last:] if path is not None and path not in early)
+    return logits, observed, list(after)
 
 
 Call = tuple[Tensor | None, list[Tensor], Any]  # first argument, the other tensors, output
@@ -247,14 +252,15 @@ def _calls(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, list[C
 
 
 @contextmanager
-def _order(model: nn.Module, blocks: Sequence[str]) -> Iterator[list[str]]:
-    """Paths of the blocks, and of all modules that hold weights of their own, in the order in which they end."""
-    order: list[str] = []
+def _order(model: nn.Module, blocks: Sequence[str]) -> Iterator[list[str | None]]:
+    """Yield a list that passes fill: paths of modules with weights of their own as they begin, None as a block ends."""
+    order: list[str | None] = []
     handles = [
-        module.register_forward_hook(lambda *_, path=path: order.append(path))
+        module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
         for path, module in model.named_modules()
-        if path in blocks or any(True for _ in module.parameters(recurse=False))
+        if any(True for _ in module.parameters(recurse=False))
     ]
+    handles += [model.get_submodule(path).register_forward_hook(lambda *_: order.append(None)) for path in blocks]
     try:
         yield order
     finally:

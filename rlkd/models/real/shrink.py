@@ -26,7 +26,7 @@ class Gone(nn.Module):
 
 
 def kept_units(group: Group, mask: Tensor) -> Tensor:
-    """Positions of the units that a cut leaves, rising: [K] int64.
+    """Return the rising positions of the units that a cut leaves, [K] int64.
 
     A layer cannot lose all of its units, so the first one of a group stays where the mask leaves none. Heads that share
     keys and values stay in equal number for each of those that are still read, because attention repeats each equally
@@ -109,11 +109,11 @@ def take_units(model: nn.Module, group: Group, kept: Tensor) -> None:
     _replace(reader, "weight", torch.as_tensor(reader.weight)[:, channels.to(_device(reader))])
     setattr(reader, SIZES[type(reader)][1], len(channels))
     if group.kind == "heads":
-        _tell_attention(model.get_submodule(group.writers[0].rpartition(".")[0]), group, len(kept), len(left))
+        _set_heads(model.get_submodule(group.writers[0].rpartition(".")[0]), group, len(kept), len(left))
 
 
 def _channels(units: Tensor, width: int) -> Tensor:
-    """Positions [K * width] of the channels of units [K]."""
+    """Return the positions [K * width] of the channels of units [K]."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
@@ -140,12 +140,12 @@ def _device(module: nn.Module) -> torch.device:
     return torch.as_tensor(module.weight).device
 
 
-def _tell_attention(attention: Any, group: Group, num_heads: int, num_shared: int) -> None:
+def _set_heads(attention: Any, group: Group, num_heads: int, num_shared: int) -> None:
     """Set the numbers that an attention module keeps of its heads."""
-    told = dict.fromkeys(NUM_HEADS, (group.size, num_heads))
-    told["all_head_size"] = (group.size * group.width, num_heads * group.width)
-    told["num_key_value_heads"] = (group.size // group.sharing, num_shared)
-    told["num_key_value_groups"] = (group.sharing, num_heads // num_shared)
-    for name, (before, after) in told.items():
+    numbers = dict.fromkeys(NUM_HEADS, (group.size, num_heads))
+    numbers["all_head_size"] = (group.size * group.width, num_heads * group.width)
+    numbers["num_key_value_heads"] = (group.size // group.sharing, num_shared)
+    numbers["num_key_value_groups"] = (group.sharing, num_heads // num_shared)
+    for name, (before, after) in numbers.items():
         if getattr(attention, name, None) == before:
             setattr(attention, name, after)

@@ -39,6 +39,31 @@ def test_a_decoder_s_tokens_stay_because_its_head_reads_the_last() -> None:
     assert plan.group_sizes == (1, *(64, 4) * 3)
 
 
+@pytest.mark.parametrize(
+    ("family", "after"),
+    [
+        ("bert", ("bert.pooler.dense", "classifier")),
+        ("vit", ("vit.layernorm", "classifier")),
+        ("llama", ("model.norm",)),  # an exit answers through the model's output layer
+        ("resnet", ("classifier.1",)),
+    ],
+)
+def test_what_an_early_exit_does_without(family: str, after: tuple[str, ...]) -> None:
+    model, inputs = tiny_models.tiny(family), tiny_models.batch(family)
+    assert make_plan(model, inputs, AttachConfig(), None).after == after
+    whole: nn.Module = next(module for _, module in model.named_children())
+    whole.register_parameter("more", nn.Parameter(torch.zeros(1)))  # it ends behind the last block, and has all of them
+    assert make_plan(model, inputs, AttachConfig(), None).after == after
+
+
+def test_an_output_layer_inside_a_module_of_its_own_stays() -> None:
+    t, inputs = tiny_models.need_transformers(), tiny_models.batch("bert")
+    config = tiny_models.tiny("bert").config
+    config.is_decoder = True
+    plan = make_plan(t.BertLMHeadModel(config).eval(), inputs, AttachConfig(), None)
+    assert plan.after == ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")  # not its decoder
+
+
 def test_what_a_convolution_lacks_is_said() -> None:
     plan = attached("resnet").plan
     assert plan.is_conv
