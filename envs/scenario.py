@@ -245,7 +245,15 @@ class Scenario:
         structure, c = self.new_structure(), self.config
         max_teachers = round(c.task.num_teachers.high)
         if num_students == 1:
-            return SoloStudent(structure, self.data, self.signals, c.train, self.exit_cost, max_teachers, c.loss)
+            return SoloStudent(
+                structure,
+                self.data,
+                self.signals,
+                config=c.train,
+                exit_cost=self.exit_cost,
+                max_teachers=max_teachers,
+                loss=c.loss,
+            )
         return Population(
             structure,
             self.data,

@@ -253,7 +253,7 @@ def main() -> int:
         num_seeds=options.num_seeds,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    result = compare_real(config, find_policy(options.policy), options.out, 0, Printed())
+    result = compare_real(config, find_policy(options.policy), options.out, seed=0, progress=Printed())
     command = shlex.join(["python", *sys.argv])
     text = page(options.study, result, command, config)
     print(text)

@@ -77,11 +77,11 @@ def look(episodes: Episodes, generator: torch.Generator) -> Sensitivity:
         episodes.students,
         structure,
         episodes.tasks,
-        controls,
-        scenario.data,
-        scenario.signals,
-        generator,
-        scenario.config.loss,
+        controls=controls,
+        data=scenario.data,
+        signals=scenario.signals,
+        generator=generator,
+        loss=scenario.config.loss,
     )
 
 

@@ -43,7 +43,7 @@ def _run_one(argv: list[str], name: str | None) -> int:
         journal = Journal(folder, options.resume is not None)
         if is_finished(folder, journal.finished):
             return 0
-        result = compare_methods(config, bundle, folder, options.seed, bar, journal, blind)
+        result = compare_methods(config, bundle, folder, seed=options.seed, progress=bar, journal=journal, blind=blind)
     console = Console(width=None if Console().is_terminal else 190)
     num_tasks = result["num_tasks"] * result["num_seeds"]
     for entry in result["goals"]:

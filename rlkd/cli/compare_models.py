@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         if is_finished(folder, journal.finished):
             return 0
         describe(journal, folder, config, options.seed, PACKAGES, policy_option(options))
-        result = compare_real(config, bundle, folder, options.seed, bar)
+        result = compare_real(config, bundle, folder, seed=options.seed, progress=bar)
         journal.finish()
     console = Console(width=None if Console().is_terminal else 190)
     console.print(_table(result))

@@ -60,7 +60,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
     if "methods" in tree:
         compared, seed = config_of_run(folder, CompareConfig)
         with Bar(compared.train.steps_per_window) as bar:
-            return verify_compare(folder, compared, seed, bar, policy)
+            return verify_compare(folder, compared, seed, progress=bar, policy=policy)
     if "ppo" in tree:
         trained, seed = config_of_run(folder, ExperimentConfig)
         with Bar(trained.steps_per_window) as bar:

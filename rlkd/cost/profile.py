@@ -100,7 +100,7 @@ class CostProfile:
 
     def cost(self, student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """Return the cost of N students of one structure; arguments as in `workload`."""
-        work = workload(student, kept, exit_rates, exit_threshold, self.batch_size)
+        work = workload(student, kept, exit_rates, exit_threshold=exit_threshold, batch_size=self.batch_size)
         dense = dense_workload(student, self.batch_size)
         latency, energy = self.latency_s(work), self.energy_j(work)
         return Cost(

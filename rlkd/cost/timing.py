@@ -137,7 +137,9 @@ def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
     for setting, masks, threshold, rates in _grid(student, inputs):
         networks.append(compact(student, masks, threshold))
         kept = torch.tensor([[mask.sum() for mask in masks]])
-        works.append(workload(student, kept, rates[None], torch.tensor([threshold]), batch_size))
+        works.append(
+            workload(student, kept, rates[None], exit_threshold=torch.tensor([threshold]), batch_size=batch_size)
+        )
         settings.append(setting)
     calls: list[Callable[[], object]] = [lambda n=network: n(inputs) for network in networks]  # type: ignore[misc]
     measured = [(latency.median_s, latency.spread_s) for latency in time_calls(calls)]

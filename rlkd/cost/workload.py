@@ -44,7 +44,7 @@ REGRESSORS = ("call_s", "layer_s", "mac_s", "activation_s", "decision_s", "decid
 
 
 def workload(
-    student: ChainStudent, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor, batch_size: int
+    student: ChainStudent, kept: Tensor, exit_rates: Tensor, *, exit_threshold: Tensor, batch_size: int
 ) -> Workload:
     """Count the work of the compacted student (`rlkd.compression.compact`) with these masks and exits.
 
@@ -106,4 +106,4 @@ def dense_workload(student: ChainStudent, batch_size: int) -> Workload:
     """Count the work of the dense student, the denominator of every ratio. Fields [1]."""
     kept = torch.tensor([student.group_sizes])
     rates = torch.zeros(1, len(student.exits))
-    return workload(student, kept, rates, torch.ones(1), batch_size)
+    return workload(student, kept, rates, exit_threshold=torch.ones(1), batch_size=batch_size)

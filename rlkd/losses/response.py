@@ -82,6 +82,7 @@ def decoupled(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
+    *,
     temperature: Tensor | float,
     alpha: float = 1.0,
     beta: float = 8.0,

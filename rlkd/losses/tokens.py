@@ -53,7 +53,7 @@ def rest_of(logits: Tensor, indices: Tensor) -> Tensor:
 
 
 def token_response_top_k(
-    student_logits: Tensor, teacher: TopK, mask: Tensor, temperature: Tensor | float, reverse: bool = False
+    student_logits: Tensor, teacher: TopK, mask: Tensor, *, temperature: Tensor | float, reverse: bool = False
 ) -> Tensor:
     """Return the KL of next-token distributions at a temperature, times T squared, mean over `mask`, in nats.
 

@@ -11,7 +11,7 @@ Model = Callable[[Tensor], Tensor]  # inputs [B, *any] to logits [B, C]
 Bounds = tuple[float, float] | None
 
 
-def fgsm(model: Model, inputs: Tensor, labels: Tensor, epsilon: float, bounds: Bounds = None) -> Tensor:
+def fgsm(model: Model, inputs: Tensor, labels: Tensor, *, epsilon: float, bounds: Bounds = None) -> Tensor:
     """Return inputs moved by one step that raises the cross entropy (fast gradient sign method).
 
     Formula: clip(x + eps sign(d CE / dx)) (Goodfellow, Shlens & Szegedy 2015, https://arxiv.org/abs/1412.6572).

@@ -87,6 +87,7 @@ class ChainStudent(nn.Module):
         heads: Sequence[nn.Linear],
         exits: Sequence[int],
         input_shape: Sequence[int],
+        *,
         gate: GateConfig | None = None,
         unit_multiple: int = 1,
     ) -> None:
@@ -178,7 +179,9 @@ def build_student(config: StudentConfig, input_shape: Sequence[int], num_classes
         )
         for block in exits
     ]
-    return ChainStudent(layers, heads, exits, shape, config.gate, config.unit_multiple).to_empty(device="cpu")
+    return ChainStudent(
+        layers, heads, exits, input_shape=shape, gate=config.gate, unit_multiple=config.unit_multiple
+    ).to_empty(device="cpu")
 
 
 @torch.no_grad()

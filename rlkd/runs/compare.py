@@ -26,6 +26,7 @@ def compare_methods(
     config: CompareConfig,
     bundle: Bundle | None,
     folder: Path,
+    *,
     seed: int,
     progress: Progress,
     journal: Journal | None = None,

@@ -98,7 +98,7 @@ def _plain(config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | 
 
 
 def _pruned(
-    recipe: str, last: float, config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None
+    recipe: str, last: float, config: RealCompareConfig, *, controls: ControlConfig, bundle: Bundle | None
 ) -> list[Controller]:
     """`recipe` at every share, with the loss weights of `plain`."""
     made = []
@@ -141,7 +141,7 @@ REAL_METHODS: dict[str, RealMethod] = {
 
 
 def compare_real(
-    config: RealCompareConfig, bundle: Bundle, folder: Path, seed: int, progress: Progress
+    config: RealCompareConfig, bundle: Bundle, folder: Path, *, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Train every method on every seed and fill `folder` with rows, students and `result.json`.
 

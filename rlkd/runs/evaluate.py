@@ -128,7 +128,7 @@ def _under_attack(
     scale, bounds = _range(data)
     student, _ = models
     attacks = {
-        "fgsm_accuracy": fgsm(student, inputs, labels, epsilon * scale, bounds),
+        "fgsm_accuracy": fgsm(student, inputs, labels, epsilon=epsilon * scale, bounds=bounds),
         "pgd10_accuracy": pgd(student, inputs, labels, epsilon * scale, bounds=bounds),
     }
     gradients = [loss_gradient(model, inputs, labels) for model in models]

@@ -89,7 +89,7 @@ def _under_attack(student: Answer, teacher: Answer, side: Side, index: Tensor, e
         return student({PIXELS: x})
 
     moved = {
-        "fgsm_accuracy": fgsm(answers, pixels, labels, size),
+        "fgsm_accuracy": fgsm(answers, pixels, labels, epsilon=size),
         "pgd10_accuracy": pgd(answers, pixels, labels, size),
     }
     with torch.no_grad():

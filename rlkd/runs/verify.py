@@ -69,12 +69,14 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     for name in OF_LEARNING:
         computed.pop(name)
     student_scenario = replace(shipped_scenario(config, folder), start=bundle.policy.start)
-    student_rows = _student_rows(folder, student_scenario, seed, recorded.get("student"), bundle.digest)
+    student_rows = _student_rows(
+        folder, student_scenario, seed, recorded=recorded.get("student"), policy_sha256=bundle.digest
+    )
     return [*compare_results(given, computed), *student_rows]
 
 
 def verify_compare(
-    folder: Path, config: CompareConfig, seed: int, progress: Progress, policy: Path | None = None
+    folder: Path, config: CompareConfig, seed: int, *, progress: Progress, policy: Path | None = None
 ) -> list[Row]:
     """Compare a `compare` run and its result.csv, row by row; takes as long as the run did.
 
@@ -93,7 +95,7 @@ def verify_compare(
     blind = load_bundle(Path(config.blind)) if config.blind else None
     config = with_own_profile(config, folder)
     with tempfile.TemporaryDirectory() as again:
-        computed = compare_methods(config, bundle, Path(again), seed, progress, blind=blind)
+        computed = compare_methods(config, bundle, Path(again), seed=seed, progress=progress, blind=blind)
         table = read_csv(Path(again))
     return [*compare_results(recorded, plain(computed)), *_csv_rows(read_csv(folder), table)]
 
@@ -107,7 +109,7 @@ def verify_distil(folder: Path, config: DistilConfig, seed: int) -> list[Row]:
     recorded = _replayed(read_result(folder))
     config = with_own_profile(config, folder)
     scenario = build_scenario(config.env(ControlConfig()))
-    return _student_rows(folder, with_goal(scenario, config.goal, config.preference), seed, recorded)
+    return _student_rows(folder, with_goal(scenario, config.goal, config.preference), seed, recorded=recorded)
 
 
 def verify_real_distil(folder: Path, config: Any) -> list[Row]:
@@ -238,7 +240,7 @@ def _replayed(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _student_rows(
-    folder: Path, scenario: Scenario, seed: int, recorded: Any, policy_sha256: str | None = None
+    folder: Path, scenario: Scenario, seed: int, *, recorded: Any, policy_sha256: str | None = None
 ) -> list[Row]:
     """Compare the shipped student's present answers with the run's record and the student's card."""
     if not isinstance(recorded, dict):

@@ -34,6 +34,7 @@ def sensitivity(
     students: Students,
     structure: ChainStudent,
     tasks: Sequence[Task],
+    *,
     controls: Controls,
     data: DataSet,
     signals: Signals,

@@ -45,6 +45,7 @@ class SoloStudent:
         student: ChainStudent,
         data: DataSet,
         signals: Signals,
+        *,
         config: TrainConfig,
         exit_cost: ExitCost | None = None,
         max_teachers: int = 1,

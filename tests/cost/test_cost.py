@@ -14,7 +14,9 @@ MLP = build_student(StudentConfig(), (8, 8), 10)
 
 
 def macs(kept: list[int], rates: list[float], threshold: float) -> float:
-    work = workload(MLP, torch.tensor([kept]), torch.tensor([rates]), torch.tensor([threshold]), 64)
+    work = workload(
+        MLP, torch.tensor([kept]), torch.tensor([rates]), exit_threshold=torch.tensor([threshold]), batch_size=64
+    )
     return float(work.macs)
 
 
@@ -28,19 +30,25 @@ def test_macs_by_hand() -> None:
 
 def test_macs_of_a_convolution_by_hand() -> None:
     conv = build_student(StudentConfig("conv", (4, 6), (1,)), (8, 8), 10)
-    work = workload(conv, torch.tensor([[1, 3, 5]]), torch.tensor([[0.0, 1.0]]), torch.tensor([1.0]), 64)
+    work = workload(
+        conv, torch.tensor([[1, 3, 5]]), torch.tensor([[0.0, 1.0]]), exit_threshold=torch.tensor([1.0]), batch_size=64
+    )
     assert float(work.macs) == 9 * 1 * 3 * 16 + 9 * 3 * 5 * 4 + 5 * 4 * 10  # 4x4 and 2x2 positions
 
 
 def test_counts_of_layers_decisions_and_weights() -> None:
-    work = workload(MLP, torch.tensor([[32, 24, 12]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0.7]), 2)
+    work = workload(
+        MLP, torch.tensor([[32, 24, 12]]), torch.tensor([[0.5, 0.5]]), exit_threshold=torch.tensor([0.7]), batch_size=2
+    )
     runs = 1 - 0.5**2  # chance that one of two samples goes on
     assert float(work.layers) == 2 + 2 * runs
     assert float(work.decisions) == 1
     assert float(work.gathers) == 1
     assert float(work.inputs) == 32
     assert float(work.weights) == 33 * 24 + 25 * 10 + runs * (25 * 12 + 13 * 10)
-    never = workload(MLP, torch.tensor([[64, 24, 12]]), torch.tensor([[0.0, 1.0]]), torch.tensor([1.0]), 2)
+    never = workload(
+        MLP, torch.tensor([[64, 24, 12]]), torch.tensor([[0.0, 1.0]]), exit_threshold=torch.tensor([1.0]), batch_size=2
+    )
     assert (float(never.layers), float(never.decisions), float(never.gathers)) == (3, 0, 0)
 
 
@@ -51,7 +59,7 @@ def test_macs_equal_the_compacted_shapes() -> None:
     masks = tuple(keep_top(torch.rand(1, s, generator=generator), torch.tensor([0.3]))[0] for s in student.group_sizes)
     small = compact(student, masks, 1.0)
     kept = torch.tensor([[m.sum() for m in masks]])
-    counted = workload(student, kept, torch.tensor([[0.0, 1.0]]), torch.ones(1), 64).macs
+    counted = workload(student, kept, torch.tensor([[0.0, 1.0]]), exit_threshold=torch.ones(1), batch_size=64).macs
     assert float(counted) == sum(m.weight.numel() for m in (*small.layers, *small.heads))
 
 

@@ -72,7 +72,7 @@ def test_counted_macs_are_the_multiplications_made(name: str, exit: str, keep: f
     if exit == "mixed" and student.exits[0] != len(student.layers):
         assert 0 < float(rates[0, 0]) < 1
     kept = torch.tensor([[mask.sum() for mask in masks]])
-    counted = workload(student, kept, rates, torch.tensor([threshold]), len(inputs)).macs
+    counted = workload(student, kept, rates, exit_threshold=torch.tensor([threshold]), batch_size=len(inputs)).macs
     assert len(inputs) * float(counted) == pytest.approx(multiplied(compact(student, masks, threshold), inputs))
 
 

@@ -55,11 +55,13 @@ def test_decoupled_by_hand() -> None:
     teacher, student = torch.tensor([[2.0, 1.0, 1.0]]).log(), torch.tensor([[1.0, 1.0, 2.0]]).log()
     target = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     among = 0.5 * math.log(3 / 2) + 0.5 * math.log(3 / 4)
-    value = decoupled(student, teacher, torch.tensor([0]), 1.0, alpha=1.0, beta=8.0).item()
+    value = decoupled(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=8.0).item()
     assert value == pytest.approx(target + 8 * among, rel=1e-5)
     # KL is the target part plus (1 - p_label) times the other part (equation 5 of the paper)
     whole = response(student, teacher, 1.0).item()
-    assert decoupled(student, teacher, torch.tensor([0]), 1.0, 1.0, 0.5).item() == pytest.approx(whole, rel=1e-5)
+    assert decoupled(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=0.5).item() == pytest.approx(
+        whole, rel=1e-5
+    )
 
 
 def test_dist_ignores_what_correlation_ignores() -> None:

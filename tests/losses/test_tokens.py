@@ -61,14 +61,16 @@ def test_top_two_by_hand() -> None:
     assert shortened.rest[0, 0].item() == pytest.approx(math.log(0.25))
     forward = 0.5 * math.log(2) + 0.0 + 0.25 * math.log(0.5)
     backward = 0.25 * math.log(0.5) + 0.0 + 0.5 * math.log(2)
-    assert token_response_top_k(STUDENT, shortened, ALL, 1.0).item() == pytest.approx(forward, rel=1e-5)
-    assert token_response_top_k(STUDENT, shortened, ALL, 1.0, reverse=True).item() == pytest.approx(backward, rel=1e-5)
+    assert token_response_top_k(STUDENT, shortened, ALL, temperature=1.0).item() == pytest.approx(forward, rel=1e-5)
+    assert token_response_top_k(STUDENT, shortened, ALL, temperature=1.0, reverse=True).item() == pytest.approx(
+        backward, rel=1e-5
+    )
 
 
 def test_dropping_the_tail_would_give_another_number() -> None:
     # renormalised over the two tokens: (2/3, 1/3) against (1/2, 1/2)
     dropped = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
-    value = token_response_top_k(STUDENT, top_k(TEACHER, 2), ALL, 1.0).item()
+    value = token_response_top_k(STUDENT, top_k(TEACHER, 2), ALL, temperature=1.0).item()
     assert abs(value - dropped) > 0.1
 
 
@@ -78,13 +80,15 @@ def test_all_tokens_kept_is_the_full_divergence(reverse: bool, temperature: floa
     student, teacher = random(2, 5, 7), random(2, 5, 7, seed=1)
     mask = next_token_mask(torch.ones(2, 5))
     full = token_response(student, teacher, mask, temperature, reverse)
-    torch.testing.assert_close(token_response_top_k(student, top_k(teacher, 7), mask, temperature, reverse), full)
+    torch.testing.assert_close(
+        token_response_top_k(student, top_k(teacher, 7), mask, temperature=temperature, reverse=reverse), full
+    )
 
 
 def test_fewer_outcomes_never_diverge_more() -> None:
     student, teacher = random(2, 5, 9), random(2, 5, 9, seed=1)
     mask = next_token_mask(torch.ones(2, 5))
-    values = [token_response_top_k(student, top_k(teacher, k), mask, 1.0).item() for k in range(1, 10)]
+    values = [token_response_top_k(student, top_k(teacher, k), mask, temperature=1.0).item() for k in range(1, 10)]
     assert values == sorted(values)
     assert values[-1] == pytest.approx(token_response(student, teacher, mask, 1.0).item(), rel=1e-5)
 
@@ -98,7 +102,7 @@ def test_padding_and_prompt_change_nothing_and_get_no_gradient() -> None:
     losses = [
         token_response(student, teacher, mask, 2.0),
         token_response(student, teacher, mask, 2.0, reverse=True),
-        token_response_top_k(student, top_k(teacher, 2), mask, 2.0),
+        token_response_top_k(student, top_k(teacher, 2), mask, temperature=2.0),
         token_cross_entropy(student, tokens, mask),
     ]
     for loss in losses:
@@ -128,7 +132,7 @@ def test_cross_entropy_by_hand() -> None:
 def test_the_teacher_gets_no_gradient_and_k_is_checked() -> None:
     teacher = random(1, 3, 4).requires_grad_()
     student = random(1, 3, 4, seed=1).requires_grad_()
-    shortened = [token_response_top_k(student, top_k(teacher, k), ALL, 1.0) for k in (2, 4)]
+    shortened = [token_response_top_k(student, top_k(teacher, k), ALL, temperature=1.0) for k in (2, 4)]
     (token_response(student, teacher, ALL, 1.0) + shortened[0] + shortened[1]).backward()
     assert teacher.grad is None
     assert student.grad is not None

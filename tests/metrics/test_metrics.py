@@ -63,9 +63,9 @@ def linear() -> nn.Linear:
 def test_fgsm_step_by_hand() -> None:
     # w1 - w0 = (-2, 0.5): for label 0 the loss rises to the left and up, for label 1 to the right and down
     inputs, labels = torch.tensor([[0.5, 0.5], [0.5, 0.95]]), torch.tensor([0, 1])
-    moved = fgsm(linear(), inputs, labels, 0.1)
+    moved = fgsm(linear(), inputs, labels, epsilon=0.1)
     torch.testing.assert_close(moved, torch.tensor([[0.4, 0.6], [0.6, 0.85]]))
-    bounded = fgsm(linear(), torch.tensor([[0.05, 0.95]]), torch.tensor([0]), 0.1, (0.0, 1.0))
+    bounded = fgsm(linear(), torch.tensor([[0.05, 0.95]]), torch.tensor([0]), epsilon=0.1, bounds=(0.0, 1.0))
     torch.testing.assert_close(bounded, torch.tensor([[0.0, 1.0]]))
 
 
@@ -85,7 +85,9 @@ def test_pgd_finds_what_one_step_misses() -> None:
         return torch.cat([margin, torch.zeros_like(margin)], -1)
 
     inputs, labels = torch.tensor([[0.4, 0.0]]), torch.tensor([0])
-    one, ten = (model(x)[0, 0].item() for x in (fgsm(model, inputs, labels, 0.6), pgd(model, inputs, labels, 0.6)))
+    one, ten = (
+        model(x)[0, 0].item() for x in (fgsm(model, inputs, labels, epsilon=0.6), pgd(model, inputs, labels, 0.6))
+    )
     assert ten < one
 
 

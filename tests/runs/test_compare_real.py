@@ -83,11 +83,11 @@ def test_rows_that_are_there_are_not_trained_again(files: Path, tmp_path: Path) 
         cost=RealCostConfig(batch_size=4),
         goal=Goal(keep=0.5),
     )
-    first = compare_real(config, find_policy(None), tmp_path, 3, Counted())
+    first = compare_real(config, find_policy(None), tmp_path, seed=3, progress=Counted())
     (tmp_path / "rows" / "smaller-3.json").unlink()  # as if the run had been stopped before its last training
     kept = json.loads((tmp_path / "rows" / "plain-3.json").read_text())
     write_json(tmp_path / "rows" / "plain-3.json", {**kept, "teacher_agreement": 0.125})
-    second = compare_real(config, find_policy(None), tmp_path, 3, progress := Counted())
+    second = compare_real(config, find_policy(None), tmp_path, seed=3, progress=(progress := Counted()))
     assert progress.num_windows == 1  # of `smaller` alone
     assert second["seeds"]["plain"][0]["teacher_agreement"] == 0.125
     assert second["seeds"]["smaller"][0]["accuracy"] == first["seeds"]["smaller"][0]["accuracy"]

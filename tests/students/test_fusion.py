@@ -104,7 +104,7 @@ def test_population_and_solo_student_agree_on_several_teachers(double_scenario: 
             build_student(student, scenario.data.input_shape, 10),
             scenario.data,
             scenario.signals,
-            TRAIN,
+            config=TRAIN,
             max_teachers=3,
         )
         alone.reset([task])

@@ -54,7 +54,7 @@ def test_population_and_solo_student_agree_after_sixty_updates(
     metrics = together.evaluate("validation")
     for row in range(3):
         structure = build_student(student, scenario.data.input_shape, scenario.data.num_classes)
-        alone = SoloStudent(structure, scenario.data, scenario.signals, TRAIN, exit_cost)
+        alone = SoloStudent(structure, scenario.data, scenario.signals, config=TRAIN, exit_cost=exit_cost)
         alone.reset([draw_task(row, scenario.config.task, scenario.data, 3)])
         for _ in range(4):
             single = alone.train_window(controls_of([row]))
@@ -168,7 +168,7 @@ def test_the_same_seeds_give_the_same_students_to_the_bit(scenario: Scenario) ->
 
 
 def test_a_student_alone_is_flagged_when_it_diverges(scenario: Scenario) -> None:
-    alone = SoloStudent(build_student(StudentConfig(), (8, 8), 10), scenario.data, scenario.signals, TRAIN)
+    alone = SoloStudent(build_student(StudentConfig(), (8, 8), 10), scenario.data, scenario.signals, config=TRAIN)
     task = draw_task(0, scenario.config.task, scenario.data, 3)
     alone.reset([task])
     good = controls_of([0])
@@ -206,4 +206,4 @@ def test_a_gated_student_must_know_what_leaving_costs(scenario: Scenario) -> Non
     with pytest.raises(ValueError, match="exit_cost: got None"):
         Population(gated, scenario.data, scenario.signals, 2, TRAIN)
     with pytest.raises(ValueError, match="exit_cost: got None"):
-        SoloStudent(gated, scenario.data, scenario.signals, TRAIN)
+        SoloStudent(gated, scenario.data, scenario.signals, config=TRAIN)

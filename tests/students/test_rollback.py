@@ -53,7 +53,7 @@ def population(scenario: Scenario, teachers: list[int], train: TrainConfig = TRA
 
 
 def solo(scenario: Scenario, train: TrainConfig = TRAIN, seed: int = 0) -> SoloStudent:
-    made = SoloStudent(scenario.new_structure(), scenario.data, scenario.signals, train)
+    made = SoloStudent(scenario.new_structure(), scenario.data, scenario.signals, config=train)
     made.reset([dataclasses.replace(draw_task(seed, scenario.config.task, scenario.data, 3), teacher=0)])
     return made
 

@@ -35,11 +35,19 @@ def measured(scenario: Scenario, students: Population | SoloStudent, rows: list[
     for _ in range(2):
         students.train_window(controls_of(rows))
     g = torch.Generator().manual_seed(7)
-    return sensitivity(students, scenario.new_structure(), tasks, controls_of(rows), scenario.data, scenario.signals, g)
+    return sensitivity(
+        students,
+        scenario.new_structure(),
+        tasks,
+        controls=controls_of(rows),
+        data=scenario.data,
+        signals=scenario.signals,
+        generator=g,
+    )
 
 
 def solo(scenario: Scenario) -> SoloStudent:
-    return SoloStudent(scenario.new_structure(), scenario.data, scenario.signals, TRAIN)
+    return SoloStudent(scenario.new_structure(), scenario.data, scenario.signals, config=TRAIN)
 
 
 def by_hand(
@@ -127,6 +135,8 @@ def test_a_convolutional_student_can_be_measured(scenario: Scenario) -> None:
     controls = controls_of([0, 1])
     students.train_window(controls)
     g = torch.Generator().manual_seed(0)
-    found = sensitivity(students, structure, tasks, controls, scenario.data, scenario.signals, g)
+    found = sensitivity(
+        students, structure, tasks, controls=controls, data=scenario.data, signals=scenario.signals, generator=g
+    )
     assert torch.isfinite(found.log_temperature).all()
     assert found.alignment.abs().max() <= 1 + 1e-5

@@ -50,7 +50,7 @@ def test_all_possible_terms_train_alike_in_lock_step_and_alone(double_scenario: 
     telemetry = together.train_window(both)
     for row, task in enumerate(tasks):
         structure = build_student(STUDENT, scenario.data.input_shape, scenario.data.num_classes)
-        alone = SoloStudent(structure, scenario.data, double, TRAIN, loss=loss)
+        alone = SoloStudent(structure, scenario.data, double, config=TRAIN, loss=loss)
         alone.reset([task])
         single = alone.train_window(CONTROLS)
         torch.testing.assert_close(telemetry.losses[row], single.losses[0], atol=1e-7, rtol=1e-6)
@@ -63,17 +63,19 @@ def test_all_possible_terms_train_alike_in_lock_step_and_alone(double_scenario: 
 
 def test_default_terms_have_no_parameters_of_their_own(scenario: Scenario) -> None:
     structure = build_student(STUDENT, scenario.data.input_shape, scenario.data.num_classes)
-    names = SoloStudent(structure, scenario.data, scenario.signals, TRAIN).state_dict()
+    names = SoloStudent(structure, scenario.data, scenario.signals, config=TRAIN).state_dict()
     assert not [name for name in names if name.startswith("terms.")]
 
 
 def test_a_term_whose_signal_was_not_computed_is_refused(scenario: Scenario) -> None:
     structure = build_student(STUDENT, scenario.data.input_shape, scenario.data.num_classes)
     with pytest.raises(UserError, match="jacobian needs teacher_input_gradient"):
-        SoloStudent(structure, scenario.data, scenario.signals, TRAIN, loss=LossConfig(("cross_entropy", "jacobian")))
+        SoloStudent(
+            structure, scenario.data, scenario.signals, config=TRAIN, loss=LossConfig(("cross_entropy", "jacobian"))
+        )
 
 
 def test_a_chain_has_one_hint_and_no_stages(scenario: Scenario) -> None:
     structure = build_student(STUDENT, scenario.data.input_shape, scenario.data.num_classes)
     with pytest.raises(UserError, match=r"loss\.stages: got 2"):
-        SoloStudent(structure, scenario.data, scenario.signals, TRAIN, loss=LossConfig(stages=2))
+        SoloStudent(structure, scenario.data, scenario.signals, config=TRAIN, loss=LossConfig(stages=2))

@@ -30,7 +30,7 @@ def controls_of(n: int, hot: int | None = None) -> Controls:
 def made(scenario: Scenario, n: int) -> Population | SoloStudent:
     structure = build_student(StudentConfig(), scenario.data.input_shape, scenario.data.num_classes)
     if n == 1:
-        return SoloStudent(structure, scenario.data, scenario.signals, TRAIN)
+        return SoloStudent(structure, scenario.data, scenario.signals, config=TRAIN)
     return Population(structure, scenario.data, scenario.signals, n, TRAIN)
 
 

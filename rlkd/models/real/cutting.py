@@ -106,7 +106,7 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
             f"cut: {type(teacher).__name__} has no list of blocks; give the student's config with --student"
         )
     chosen = kept_layers(num_blocks, cut)
-    config = _smaller_config(teacher, kind, cut, chosen, num_blocks)
+    config = _smaller_config(teacher, kind, cut, chosen=chosen, num_blocks=num_blocks)
     with as_user_error(f"cut: no smaller {_type(teacher)} can be built; give the student's config with --student"):
         student = new_model(config, kind, seed=0)
     source = state_of(teacher)
@@ -179,14 +179,14 @@ def _teacher_name(name: str, lists: tuple[Mapping[str, int], Mapping[str, int]],
     return ".".join(other)
 
 
-def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Sequence[int], num_blocks: int) -> Any:
+def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, *, chosen: Sequence[int], num_blocks: int) -> Any:
     """Return the teacher's configuration with fewer blocks and, for width below 1, narrower ones."""
     config: Any = copy.deepcopy(teacher.config)
     config.architectures = [type(teacher).__name__]
     if len(chosen) == num_blocks and cut.is_given:
         smaller = copy.deepcopy(config)
     else:
-        found = _fewer_blocks(teacher, config, kind, chosen, cut)
+        found = _fewer_blocks(teacher, config, kind, chosen=chosen, cut=cut)
         if found is None and cut.width == 1.0:
             raise UserError(
                 f"cut: a model of type {config.model_type} with {num_blocks} blocks cannot be cut into "
@@ -205,7 +205,7 @@ def _smaller_config(teacher: nn.Module, kind: Kind, cut: StudentCut, chosen: Seq
     return smaller
 
 
-def _fewer_blocks(teacher: nn.Module, config: Any, kind: Kind, chosen: Sequence[int], cut: StudentCut) -> Any | None:
+def _fewer_blocks(teacher: nn.Module, config: Any, kind: Kind, *, chosen: Sequence[int], cut: StudentCut) -> Any | None:
     """Return a configuration with the chosen blocks or half of every stage's; None if no name gives their number."""
     blocks = block_paths(teacher)
     pick = _picker(cut, len(blocks), chosen)
@@ -256,7 +256,7 @@ def _candidates(config: Any, num_blocks: int, chosen: Sequence[int]) -> Iterator
             continue
         for name in (name for name, value in values.items() if type(value) is int and value == num_blocks):
             smaller = copy.deepcopy(config)
-            if _set(_part(smaller, path), name, len(chosen), chosen, num_blocks):
+            if _set(_part(smaller, path), name, len(chosen), chosen=chosen, num_blocks=num_blocks):
                 yield _without_stage_names(smaller)
 
 
@@ -276,7 +276,9 @@ def _halved(config: Any, is_shared: bool) -> Iterator[Any]:
                 continue
             fewer = [max(1, int(v * DEFAULT_SHARE)) for v in entries]
             smaller = copy.deepcopy(config)
-            if fewer != entries and _set(_part(smaller, path), name, fewer if is_list else fewer[0], (), -1):
+            if fewer != entries and _set(
+                _part(smaller, path), name, fewer if is_list else fewer[0], chosen=(), num_blocks=-1
+            ):
                 yield _without_stage_names(smaller)
 
 
@@ -288,7 +290,7 @@ def _without_stage_names(config: Any) -> Any:
     return type(config).from_dict(entries)
 
 
-def _set(part: Any, name: str, value: Any, chosen: Sequence[int], num_blocks: int) -> bool:
+def _set(part: Any, name: str, value: Any, *, chosen: Sequence[int], num_blocks: int) -> bool:
     """Set a depth, and let lists with one entry a block follow it; whether the configuration takes it."""
     try:
         for other, entries in part.to_dict().items():

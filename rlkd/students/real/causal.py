@@ -81,6 +81,7 @@ def token_sums(
     logits: tuple[Tensor, ...],
     tokens: Tensor,
     counted: Tensor,
+    *,
     teacher: TopK,
     exit_threshold: Tensor,
     patience: int = 0,
@@ -114,7 +115,7 @@ def token_sums(
         count,
         each[left_at].sum(),
         (left_at & (answers == theirs)).sum(),
-        token_response_top_k(logits[-1], teacher, counted, 1.0) * count,
+        token_response_top_k(logits[-1], teacher, counted, temperature=1.0) * count,
         each.sum(-1),
         left_at.sum(-1),
     )
@@ -179,7 +180,9 @@ class CausalStudent(ModuleStudent):
         teacher = TopK(*(values.to(device) for values in self._teacher.top(samples, length)))
         zero = logits[0].new_zeros(())
         hard = sum((token_cross_entropy(z, tokens, counted) for z in logits), start=zero) / len(logits)
-        soft = (token_response_top_k(z, teacher, counted, temperature, self._reverse) for z in logits)
+        soft = (
+            token_response_top_k(z, teacher, counted, temperature=temperature, reverse=self._reverse) for z in logits
+        )
         ready = {"hard_label": hard, "response": sum(soft, start=zero) / len(logits)}
         return self._objective({"exit_logits": logits, **self._hidden(samples, outputs)}, self.student.terms, ready)
 
@@ -222,9 +225,9 @@ class CausalStudent(ModuleStudent):
                     logits,
                     self._texts.inputs["input_ids"][rows, :length].to(self._device),
                     self._texts.counted_of(rows, length).to(self._device),
-                    TopK(*(values.to(self._device) for values in self._teacher.top(rows, length))),
-                    self._threshold.to(self._device),
-                    self.plan.patience,
+                    teacher=TopK(*(values.to(self._device) for values in self._teacher.top(rows, length))),
+                    exit_threshold=self._threshold.to(self._device),
+                    patience=self.plan.patience,
                 )
                 parts.append([value.double().cpu() for value in sums])
         return TokenSums(*(torch.stack(column).sum(0) for column in zip(*parts, strict=True)))

@@ -40,7 +40,13 @@ def look(episodes: Episodes, seed: int) -> Sensitivity:
     controls = decode(episodes.u, scenario.config.controls, scenario.data.num_classes)
     g = torch.Generator().manual_seed(seed)
     return sensitivity(
-        episodes.students, scenario.template, episodes.tasks, controls, scenario.data, scenario.signals, g
+        episodes.students,
+        scenario.template,
+        episodes.tasks,
+        controls=controls,
+        data=scenario.data,
+        signals=scenario.signals,
+        generator=g,
     )
 
 
