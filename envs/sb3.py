@@ -85,7 +85,7 @@ class SB3VecEnv(VecEnv):
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """One window for all; `infos` carry `episode` and `terminal_observation` where one ended, and its metrics."""
         env = self.envs[self._turn]
-        observation, reward, terminated, truncated, info = env.step_flat(self._actions)
+        observation, reward, terminated, truncated, info = env.conclude(env.episodes.step(env.moved(self._actions)))
         done = terminated | truncated
         self._returns += reward
         self._lengths += 1

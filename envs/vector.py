@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlkd.envs.action import NUM_CONTROLS, action_space, change, flat_action
 from rlkd.envs.checks import check_options, check_parts, check_started, checked_changes, scenario_of
-from rlkd.envs.episodes import Episodes
+from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import observation_space
 from rlkd.envs.scenario import EnvConfig, Scenario
 from rlkd.envs.single import MAX_SEED, Action, figures
@@ -106,10 +106,18 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         self, actions: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """As `step`, with the changes as one array [N, 12] in the order of `CONTROLS`."""
+        return self.conclude(self.episodes.step(self.moved(actions)))
+
+    def moved(self, actions: NDArray[np.float32]) -> Tensor:
+        """Return the unit controls [N, 12] after changes [N, 12]; errors as of `step`."""
         check_started(bool(self.episodes.tasks))
         changes = torch.from_numpy(checked_changes(actions, self.num_envs))
-        e = self.episodes
-        outcome = e.step(change(e.u, changes, e.start, self.scenario.config.controls))
+        return change(self.episodes.u, changes, self.episodes.start, self.scenario.config.controls)
+
+    def conclude(
+        self, outcome: Outcome
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Return what `step` returns for the outcome of a window, and restart the episodes that ended with it."""
         everyone = np.ones(self.num_envs, dtype=bool)
         info: dict[str, Any] = {}
         for name, values in figures(outcome).items():

@@ -13,7 +13,7 @@ from rlkd.cli.main import main
 from rlkd.losses.response import response
 
 ROOT = Path(rlkd.__file__).resolve().parent.parent
-MOST_FRAMES = 18
+MOST_FRAMES = 12
 
 
 class Reached(Exception):

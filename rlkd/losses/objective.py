@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkd.errors import UserError
-from rlkd.losses.registry import FAMILIES, TERMS, Term
+from rlkd.losses.registry import FAMILIES, TERMS
 
 DEFAULT_TERMS = ("cross_entropy", "kl", "fitnets", "attention_transfer")
 
@@ -95,23 +95,21 @@ class Objective:
             ready: losses of families that were computed elsewhere.
         """
         ready = ready or {}
-        zero = given["exit_logits"][0].new_zeros(())
-        losses = [ready[f] if f in ready else self._family(f, given, modules, zero) for f in FAMILIES]
-        return torch.stack(losses)
-
-    def _family(self, family: str, given: Mapping[str, Any], modules: nn.ModuleDict | None, zero: Tensor) -> Tensor:
-        members = self.terms[family]
-        values = [_loss_of(term, given, modules, zero) for term in members]
-        return values[0] if len(values) == 1 else sum(values, start=zero) / max(1, len(values))
-
-
-def _loss_of(term: Term, given: Mapping[str, Any], modules: nn.ModuleDict | None, zero: Tensor) -> Tensor:
-    """Return the scaled loss of one term."""
-    function = modules[term.name] if term.is_module and modules is not None else term.function
-    if "student_logits" in term.needs:
-        others = {name: given[name] for name in term.needs if name != "student_logits"}
         exits = given["exit_logits"]
-        loss = sum((function(student_logits=z, **others) for z in exits), start=zero) / len(exits)
-    else:
-        loss = function(**{name: given[name] for name in term.needs})
-    return loss if term.scale == 1.0 else loss * term.scale
+        zero = exits[0].new_zeros(())
+        losses = []
+        for family, members in self.terms.items():
+            values = [ready[family]] if family in ready else []
+            for term in members if not values else ():
+                function = modules[term.name] if term.is_module and modules is not None else term.function
+                signals = {name: given[name] for name in term.needs if name != "student_logits"}
+                if "student_logits" in term.needs:
+                    loss = zero
+                    for logits in exits:
+                        loss = loss + function(student_logits=logits, **signals)
+                    loss = loss / len(exits)
+                else:
+                    loss = function(**signals)
+                values.append(loss if term.scale == 1.0 else loss * term.scale)
+            losses.append(values[0] if len(values) == 1 else sum(values, start=zero) / max(1, len(values)))
+        return torch.stack(losses)

@@ -306,23 +306,22 @@ class Population:
         outputs: Outputs = functional_call(self._module, parameters, (inputs, masks))[0]
         return outputs
 
-    def _losses(self, parameters: Parameters, inputs: Tensor, *rest: Any) -> tuple[Tensor, Outputs]:
-        """Return the losses [4] and the outputs; `rest` is labels, the teachers' signals, masks and temperature."""
+    def _losses(self, parameters: Parameters, inputs: Tensor, *rest: Any) -> Tensor:
+        """Return the losses [4]; `rest` is labels, the teachers' signals, masks and temperature."""
         *targets, masks, temperature = rest
-        outputs, losses = functional_call(self._module, parameters, (inputs, masks, (*targets, temperature)))
-        return losses, outputs
+        losses: Tensor = functional_call(self._module, parameters, (inputs, masks, (*targets, temperature)))[1]
+        return losses
 
     def _loss(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """Return total and losses; `rest` is that of `_losses`, with the weights before its last, then the stakes."""
-        weights, temperature, stakes = rest[-3:]
-        arguments = (*rest[:-3], temperature)
-        losses, outputs = self._losses(parameters, *arguments)
+        inputs, *targets, masks, weights, temperature, stakes = rest
+        outputs, losses = functional_call(self._module, parameters, (inputs, masks, (*targets, temperature)))
         loss = (losses * weights).sum()
         return (self._gate.loss(loss, outputs, rest[1], Stakes(*stakes)) if self._gate else loss), losses
 
     def _gradients_of_one(self, parameters: Parameters, *rest: Any) -> tuple[Tensor, Tensor]:
         """Norm of each family's gradient on the student's parameters, and the cosine of the first two."""
-        _, pullback = vjp(lambda p: self._losses(p, *rest)[0], parameters)  # type: ignore[misc]
+        _, pullback = vjp(lambda p: self._losses(p, *rest), parameters)  # type: ignore[misc]
         (gradients,) = vmap(pullback)(torch.eye(len(FAMILIES), device=self._device))
         parts = [g.flatten(1) for name, g in gradients.items() if name.startswith("student.")]  # each [4, P_k]
         norms = torch.stack([g.square().sum(1) for g in parts]).sum(0).sqrt()  # [4]
