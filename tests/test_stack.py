@@ -71,7 +71,7 @@ def test_the_way_of_distil_from_the_command_line_to_a_loss_of_a_real_model(tmp_p
     (tmp_path / "texts.csv").write_text("text,label,source\n" + "".join(f"{row}\n" for row in rows))
     argv = ["--teacher", str(tmp_path / "bert"), "--data", str(tmp_path / "texts.csv"), "--cut.layers", "2"]
     argv += ["--policy", str(tmp_path / "policy"), "--out", str(tmp_path / "run"), "--num_windows", "1"]
-    way = way_to(response.__code__, ["distil", *argv], through="train_window")
+    way = way_to(response.__code__, ["distil", *argv], through="run_windows")
     assert way[0] == "rlkd/cli/main.py: main"
     assert "rlkd/students/real/module.py: train_window" in way
     assert len(way) <= MOST_FRAMES, "\n".join(way)
