@@ -4,7 +4,7 @@
     python experiments/publish_goals.py COMPARED
 
 Every number comes from a result.json (schema 2); a bar that is missed says so. Folders SET.more, SET.2, ... hold further
-floors of SET. docs/results/goals/about.md says how the runs were made; it is copied into the page.
+floors of SET. docs/results/goals/about.txt says how the runs were made; it is copied into the page.
 """
 
 import json
@@ -144,7 +144,7 @@ def page(sets: dict[str, dict[str, Any]]) -> str:
         "",
         "![Leads and goals met](goals/leads.png)",
         "",
-        (DOCS / "goals" / "about.md").read_text(),
+        (DOCS / "goals" / "about.txt").read_text(),
     ]
     named = dict.fromkeys(m for result in sets.values() for e in floors(result) for m in e["methods"])
     parts += [f"- `{name}`: {METHODS[name].meaning}" for name in named if name in METHODS]

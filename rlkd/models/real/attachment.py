@@ -22,7 +22,7 @@ class AttachConfig:
     blocks: str | None = None
     """Pattern of the module paths of its blocks; by default the children of its largest nn.ModuleList."""
     exits: tuple[int, ...] | None = None
-    """After which blocks (from 1) an early exit stands; by default one, after half of the blocks."""
+    """After which blocks (from 1) an early exit stands; by default one, after half of the blocks, rounded up."""
     patience: int = 0
     """A sample also leaves where this many exits in a row have agreed (PABEE, Zhou et al. 2020); 0: confidence alone.
     Counts only where the exit control is at neither of its ends."""
@@ -365,7 +365,7 @@ def _exits(config: AttachConfig, num_blocks: int, why_not: str) -> tuple[int, ..
     if why_not and config.exits:
         raise UserError(f"attach.exits: got {list(config.exits)}; allowed: [], for {why_not}")
     if config.exits is None:
-        return (num_blocks // 2,) if num_blocks > 1 else ()
+        return ((num_blocks + 1) // 2,) if num_blocks > 1 else ()
     if sorted(set(config.exits)) != list(config.exits) or not set(config.exits) <= set(range(1, num_blocks)):
         raise UserError(
             f"attach.exits: got {list(config.exits)}; allowed: rising block numbers from 1 to {num_blocks - 1} "

@@ -27,7 +27,7 @@ def full(plan: Plan) -> tuple[Tensor, ...]:
 def test_an_encoder_has_all_controls(family: str) -> None:
     plan = attached(family).plan
     assert plan.select_after == 1
-    assert plan.exits == (1,)
+    assert plan.exits == (2,)
     assert plan.num_positions == (17 if family == "vit" else 7)
     assert plan.group_sizes[1:] == (64, 4) * 3
     assert "not available" not in control_table(plan)
