@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 EXTRAS ?= dev,hf
 
-.PHONY: train test test-slow check lint types format clean
+.PHONY: train test test-slow check lint types format docs notebooks clean
 
 # The main job: learn a small policy and compare it on held-out tasks, in about ten minutes on two cores.
 train: $(READY)
@@ -27,6 +27,16 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# The site, in site/; a broken link is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# The tutorials, executed anew from the Python files beside them.
+notebooks: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/tutorials/build.py
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -38,4 +48,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

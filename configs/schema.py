@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from rlkd.agents.algorithms import AgentConfig
 from rlkd.agents.baselines.methods import METHODS, check_needs
 from rlkd.agents.baselines.search import SearchConfig
 from rlkd.agents.ppo.online import OnlineAgentConfig
@@ -86,6 +87,7 @@ class ExperimentConfig:
     controls: ControlConfig = field(default_factory=ControlConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     keep_checkpoints: int = 2
     """States of PPO that stay on the disk; with --resume it goes on from the last one that is whole."""
@@ -104,6 +106,7 @@ class ExperimentConfig:
             env.check()
         self.search.check()
         self.ppo.check()
+        self.agent.check()
         self.comparison.check()
         for scenario in self.validation:
             if scenario in self.scenarios:

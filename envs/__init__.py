@@ -13,16 +13,19 @@ import gymnasium
 from rlkd.envs.action import CONTROLS, ControlConfig, FlattenAction
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.page import page
 from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
 from rlkd.envs.single import DistillationEnv, FlatDistillationEnv
 from rlkd.envs.vector import DistillationVectorEnv, FlatDistillationVectorEnv
+
+DistillationEnv.__doc__ = f"{(DistillationEnv.__doc__ or '').strip()}\n\n{page()}"
 
 ENV_ID = "rlkd/Distillation-v0"
 FLAT_ENV_ID = "rlkd/DistillationFlat-v0"
 
 for _id, _entry, _vector_entry in (
-    (ENV_ID, "rlkd.envs.single:make_env", "rlkd.envs.vector:DistillationVectorEnv"),
-    (FLAT_ENV_ID, "rlkd.envs.single:make_flat_env", "rlkd.envs.vector:FlatDistillationVectorEnv"),
+    (ENV_ID, "rlkd.envs.single:make_env", "rlkd.envs.vector:make_vector_env"),
+    (FLAT_ENV_ID, "rlkd.envs.single:make_flat_env", "rlkd.envs.vector:make_flat_vector_env"),
 ):
     if _id not in gymnasium.registry:
         gymnasium.register(_id, entry_point=_entry, vector_entry_point=_vector_entry)

@@ -117,6 +117,11 @@ class Episodes:
         return self.scenario.start.expand(self.num_students, -1)
 
     @property
+    def score(self) -> Tensor:
+        """[N], J on validation after the last window; after `reset` before the first."""
+        return self._score
+
+    @property
     def window(self) -> Tensor:
         """[N], windows done."""
         return self._window

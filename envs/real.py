@@ -18,6 +18,7 @@ from rlkd.cost.real_timing import BATCHES, load_or_measure
 from rlkd.cost.real_work import count_work
 from rlkd.data import Goal, Preference, Range, Split, Task, TaskDistribution
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
+from rlkd.data.layout import split_named
 from rlkd.data.rows import ColumnConfig
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.guard import GuardConfig
@@ -47,6 +48,10 @@ from rlkd.teachers.real.token_signals import TokenSignals, token_signals
 
 logger = logging.getLogger(__name__)
 
+MAY_BE_SEEN = (
+    "WARNING: rlkd cut the test split itself: if the teacher was trained on these data, its accuracy and the floor are "
+    "too high; name the splits to be sure"
+)
 NUM_LINES = 20  # of the report on the data that are printed
 
 
@@ -161,6 +166,7 @@ class RealScenario:
     teacher: nn.Module | None = None  # to be timed beside the student; None where it is spread over devices
     teacher_data: Examples | None = None  # the samples with the teacher's own inputs
     known: References = field(default_factory=References)
+    has_given_splits: bool = True  # else rlkd cut them, and the teacher may have learned from test samples
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -180,8 +186,8 @@ class RealScenario:
     @property
     def class_names(self) -> list[str]:
         """The classes as the student's configuration calls them, in their order."""
-        names: Any = self.student.model.config.id2label  # type: ignore[union-attr]
-        return [str(names[i]) for i in range(self.data.num_classes)]
+        names: Any = getattr(getattr(self.student.model, "config", None), "id2label", None)
+        return [str(names[i] if names else i) for i in range(self.data.num_classes)]
 
     @property
     def capacity(self) -> float:
@@ -276,6 +282,36 @@ def build_real_scenario(
     logger.info(_beginning(teacher.data.report))
     student, teacher = load_student(sources, kind, teacher, seed)
     _check_smaller(config, student, teacher)
+    return scenario_of_sides(config, kind, student, teacher, controls=controls, start=start, seed=seed)
+
+
+def scenario_of_sides(
+    config: RealConfig,
+    kind: Kind,
+    student: Side,
+    teacher: Side,
+    *,
+    controls: ControlConfig,
+    start: Tensor | None = None,
+    seed: int = 0,
+) -> RealScenario:
+    """Attach what the student takes, get the teacher's signals, count and time.
+
+    Args:
+        config: names of models and data are for messages alone.
+        kind: what the models are for.
+        student: its model is trained, so it must not be the user's.
+        teacher: its model is in evaluation mode afterwards.
+        controls: ranges of the controls.
+        start: [12], the setting that actions change; by default the published one.
+        seed: of the range test for the step size.
+
+    Raises:
+        UserError: models that cannot be used together.
+    """
+    has_given_splits = any(split_named(name) == "test" for name in set(teacher.table.splits or ()))
+    if not has_given_splits:
+        logger.warning(MAY_BE_SEEN)
     device = config.train.torch_device()
     blocks = student.plan.blocks if config.attach.hints == "all" else student.plan.blocks[-1:]
     few = student.data.few()
@@ -324,6 +360,7 @@ def build_real_scenario(
         config.tokens.divergence == "reverse",
         teacher.model if is_whole else None,
         teacher.data if is_whole else None,
+        has_given_splits=has_given_splits,
     )
     return with_learning_rate(scenario, seed)
 

@@ -1,7 +1,7 @@
 """Presents the lock-step vector environment to stable-baselines3, with observations standardised by fixed figures."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from rlkd.envs.action import NUM_CONTROLS
+from rlkd.envs.action import NUM_CONTROLS, change
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.envs.single import changed_config
 from rlkd.envs.vector import DistillationVectorEnv
 
 CLIP = 5.0
+OBSERVED = 16  # students whose observations tell what to standardise by
 
 
 def standardise(
@@ -52,7 +56,7 @@ class SB3VecEnv(VecEnv):
         num_students = envs[0].num_envs
         # asks for the render mode of the population that trains
         super().__init__(num_students, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32))
-        self._mean, self._deviation, self._first_seed = mean, deviation, seed
+        self.mean, self.deviation, self._first_seed = mean, deviation, seed
         self._waiting: list[NDArray[np.float32]] = []  # first observation of every population's next episode
         self._actions = np.zeros((num_students, NUM_CONTROLS), dtype=np.float32)
         self._returns = np.zeros(num_students)
@@ -76,7 +80,7 @@ class SB3VecEnv(VecEnv):
         self._waiting = [env.reset(seed=self._first_seed + k * n)[0] for k, env in enumerate(self.envs)]
         self._turn, self._window = 0, 0
         self._returns[:], self._lengths[:] = 0.0, 0
-        return standardise(self._waiting[0], self._mean, self._deviation)
+        return standardise(self._waiting[0], self.mean, self.deviation)
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
         """Keep the actions for `step_wait`."""
@@ -92,7 +96,7 @@ class SB3VecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(done):
             last = info["final_info"]
-            terminal = standardise(info["final_obs"][i][None], self._mean, self._deviation)[0]
+            terminal = standardise(info["final_obs"][i][None], self.mean, self.deviation)[0]
             metrics = {name: float(values[i]) for name, values in last.items() if not name.startswith("_")}
             episode = {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": time.time() - self._began}
             infos[i] = {
@@ -107,7 +111,7 @@ class SB3VecEnv(VecEnv):
         self._window += 1
         if self._window == env.scenario.config.num_windows:
             self._turn, self._window = (self._turn + 1) % len(self.envs), 0
-        scaled = standardise(self._waiting[self._turn], self._mean, self._deviation)
+        scaled = standardise(self._waiting[self._turn], self.mean, self.deviation)
         return scaled, reward.astype(np.float32), done, infos
 
     def training_state(self) -> dict[str, Tensor]:
@@ -148,3 +152,63 @@ class SB3VecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None) -> list[bool]:
         """No wrapper stands around a student."""
         return [False] * len(list(self._get_indices(indices)))
+
+
+def make_sb3_env(
+    *configs: EnvConfig,
+    num_students: int = 64,
+    seed: int = 0,
+    scale: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    **settings: Any,
+) -> SB3VecEnv:
+    """Make the lock-step population as a `VecEnv` for an agent of your own from stable-baselines3.
+
+    Args:
+        configs: scenarios that train in turns, by default one; they share the ranges of the controls.
+        num_students: side by side in every scenario.
+        seed: of the tasks.
+        scale: mean and deviation [O] that observations are standardised by; by default those of one episode of random
+            actions of 16 students a scenario.
+        settings: fields of `EnvConfig` that differ from every config, as of `make_env`.
+
+    Example:
+        >>> env = make_sb3_env(num_students=4, num_windows=2, train={"steps_per_window": 2})  # doctest: +SKIP
+        >>> PPO("MlpPolicy", env, n_steps=env.num_steps, batch_size=8).learn(8)  # doctest: +SKIP
+    """
+    changed = [changed_config(config, None, settings) or EnvConfig() for config in configs or (EnvConfig(),)]
+    scenarios = [build_scenario(config) for config in changed]
+    mean, deviation = scale or observation_scale(scenarios, OBSERVED, seed)
+    envs = [DistillationVectorEnv(num_students, scenario=s, restart_together=True) for s in scenarios]
+    return SB3VecEnv(envs, mean, deviation, seed)
+
+
+def observation_scale(
+    scenarios: Sequence[Scenario],
+    count: int,
+    seed: int,
+    *,
+    on_window: Callable[[int], object] | None = None,
+    seeds_of: Callable[[int], Sequence[int]] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation [O] of what `count` students of every scenario see in one episode of random changes.
+
+    Args:
+        scenarios: at least one.
+        count: of students.
+        seed: of the changes.
+        on_window: called with `count` after every window.
+        seeds_of: gives the tasks of the scenario at an index; by default `seed`, `seed` + 1, ...
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for index, scenario in enumerate(scenarios):
+        episodes = Episodes(scenario, count)
+        seen.append(episodes.reset(list(seeds_of(index) if seeds_of else range(seed, seed + count))))
+        for _ in range(scenario.config.num_windows):
+            action = 0.5 * torch.randn(episodes.u.shape, generator=generator)
+            u = change(episodes.u, action, episodes.start, scenario.config.controls)
+            seen.append(episodes.step(u).observation)
+            if on_window:
+                on_window(count)
+    stacked = torch.cat(seen)
+    return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()

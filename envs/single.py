@@ -1,5 +1,6 @@
 """One student's distillation as a Gymnasium environment: `rlkd/Distillation-v0`, and with flat actions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -13,6 +14,8 @@ from rlkd.envs.checks import check_options, check_parts, check_started, checked_
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import observation_space
 from rlkd.envs.scenario import EnvConfig, Scenario
+from rlkd.errors import UserError
+from rlkd.io.settings import with_settings
 
 Action = dict[str, NDArray[np.float32]]
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
@@ -22,27 +25,13 @@ MAX_SEED = 2**60
 class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
     """One student learns from its teacher; every step is a window of training under the controls just set.
 
-    Action space:
-        A Dict of boxes in [-1, 1]: `loss_weights` (4: hard label, response, feature, attention, as logits),
-        `temperature`, `feature_keep`, `unit_keep`, `exit_threshold`, `learning_rate` (1 each), `exit_kind` (3: never,
-        first, threshold; the largest decides). An action is a change of the controls
-        as they are; zero leaves them there.
-
-    Observation space:
-        A Box of named figures, see `rlkd.envs.OBSERVATIONS`: the student's progress, losses, accuracy, cost and
-        gradients, its teacher, the preference, the controls. Nothing in it depends on the architecture.
-
-    Reward:
-        The change of J (`rlkd.envs.reward`) on validation data over the window, so that an episode's return is its
-        final J less its first. Never training loss, never test data.
-
-    Episode end:
-        Terminated after `num_windows` steps (the observation tells the progress, so nothing is cut off) and when
-        the student diverges (a parameter or loss is not finite), with the worst J, -min(2, 10 floor). Never truncated.
+    The tables of actions and observations, reward, episode end, example and version history follow below; they are
+    made by `rlkd.envs.page` from the tables that the code reads.
 
     Args:
         config: the environment's parts; `scenario`, if given, takes its place.
         scenario: data, teachers and cost profile, shared between environments.
+        render_mode: None.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own form
@@ -55,6 +44,11 @@ class DistillationEnv(gymnasium.Env[NDArray[np.float32], Action]):
         self._is_running = False
         self.action_space = action_space()  # type: ignore[assignment]
         self.observation_space = observation_space()  # type: ignore[assignment]
+
+    @property
+    def scenario(self) -> Scenario:
+        """What all episodes share."""
+        return self._scenario
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -107,17 +101,46 @@ class FlatDistillationEnv(DistillationEnv):
         return self.step_flat(action)
 
 
-def make_env(**arguments: Any) -> DistillationEnv:
-    """Make `rlkd/Distillation-v0`.
+def make_env(
+    config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None, **settings: Any
+) -> DistillationEnv:
+    """Make `rlkd/Distillation-v0`; `gymnasium.make` calls this, too.
 
     A function has no metadata, so Gymnasium does not warn where stable-baselines3 asks for a render mode at first.
+
+    Args:
+        config: the environment's parts.
+        scenario: takes the place of `config`.
+        render_mode: None.
+        settings: fields of `EnvConfig` that differ from `config`: `num_windows=4`, `task={"dataset": "wine"}`.
+
+    Raises:
+        UserError: an unknown field, or an impossible value.
     """
-    return DistillationEnv(**arguments)
+    return DistillationEnv(changed_config(config, scenario, settings), scenario, render_mode)
 
 
-def make_flat_env(**arguments: Any) -> FlatDistillationEnv:
-    """Make `rlkd/DistillationFlat-v0`, as `make_env` does."""
-    return FlatDistillationEnv(**arguments)
+def make_flat_env(
+    config: EnvConfig | None = None, scenario: Scenario | None = None, render_mode: str | None = None, **settings: Any
+) -> FlatDistillationEnv:
+    """Make `rlkd/DistillationFlat-v0`; arguments and errors as of `make_env`."""
+    return FlatDistillationEnv(changed_config(config, scenario, settings), scenario, render_mode)
+
+
+def changed_config(
+    config: EnvConfig | None, scenario: Scenario | None, settings: Mapping[str, Any]
+) -> EnvConfig | None:
+    """Return the config with `settings`.
+
+    Raises:
+        UserError: `settings` beside a scenario, an unknown field, or a value of another type.
+    """
+    if not settings:
+        return config
+    if scenario is not None:
+        raise UserError(f"make: got {', '.join(settings)} with a scenario, which has them already; give one of the two")
+    changed: EnvConfig = with_settings(config or EnvConfig(), settings, "make")
+    return changed
 
 
 def figures(outcome: Outcome) -> dict[str, NDArray[Any]]:

@@ -1,5 +1,6 @@
 """The lock-step population behind Gymnasium's vector interface, and behind stable-baselines3's."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlkd.envs.checks import check_options, check_parts, check_started, checked_
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import observation_space
 from rlkd.envs.scenario import EnvConfig, Scenario
-from rlkd.envs.single import MAX_SEED, Action, figures
+from rlkd.envs.single import MAX_SEED, Action, changed_config, figures
 
 
 class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]):
@@ -189,6 +190,24 @@ class FlatDistillationVectorEnv(DistillationVectorEnv):
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """As of the parent, with actions [N, 12]."""
         return self.step_flat(actions)
+
+
+def make_vector_env(num_envs: int = 128, **arguments: Any) -> DistillationVectorEnv:
+    """Make the population of `rlkd/Distillation-v0`; fields of `EnvConfig` are arguments, too, as of `make_env`."""
+    return DistillationVectorEnv(num_envs, **_taken(arguments))
+
+
+def make_flat_vector_env(num_envs: int = 128, **arguments: Any) -> FlatDistillationVectorEnv:
+    """Make the population of `rlkd/DistillationFlat-v0`, as `make_vector_env` does."""
+    return FlatDistillationVectorEnv(num_envs, **_taken(arguments))
+
+
+def _taken(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments, with fields of `EnvConfig` put into `config`."""
+    fields = {f.name for f in dataclasses.fields(EnvConfig)}
+    own = {name: value for name, value in arguments.items() if name not in fields}
+    settings = {name: value for name, value in arguments.items() if name in fields}
+    return {**own, "config": changed_config(own.get("config"), own.get("scenario"), settings)}
 
 
 def _stream_state(generator: np.random.Generator) -> NDArray[np.int64]:

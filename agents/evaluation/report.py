@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlkd.agents.evaluation.events import Scalars, read_scalars
+from rlkd.agents.evaluation.verdict import (
+    asked_and_reached,
+    classes_of,
+    student_of,
+    timed,
+    verdict,
+    weak_spots,
+    what_the_policy_did,
+)
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
-from rlkd.io.files import MAX_JSON_BYTES, inside, number, read_bytes, read_json, reason, write_whole
+from rlkd.io.files import MAX_JSON_BYTES, inside, number, parse_json, read_bytes, read_json, reason, write_whole
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_EVENT_FILES = 64
+MAX_CLASSES = 40  # rows of the table of classes
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Run:
     result: dict[str, Any] | None  # result.json; None if the run did not get to its end
     texts: dict[str, str]  # command.txt, versions.json, config.yaml, as far as they exist
     notes: tuple[str, ...] = ()  # what could not be read of the event files
+    windows: tuple[dict[str, Any], ...] = ()  # controls and validation metrics of the one student, a row a window
+    date: str = ""  # of the last event file
 
     @property
     def name(self) -> str:
@@ -73,9 +86,10 @@ def read_run(folder: Path | str) -> Run:
         for name in names
         if (folder / name).exists()
     }
-    run = Run(folder, scalars, result, texts, tuple(notes))
+    date = time.strftime("%Y-%m-%d", time.localtime(max(file.stat().st_mtime for file in files)))
+    run = Run(folder, scalars, result, texts, tuple(notes), _read_windows(folder), date)
     try:
-        _section(run), _points(run)  # whatever the report takes from the result is there and of its kind
+        _section(run), _points(run), controls_over_windows([run])  # all that the report takes is there, of its kind
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{folder / 'result.json'}: not a run's result, or a damaged one ({reason(error):.100})"
@@ -83,15 +97,32 @@ def read_run(folder: Path | str) -> Run:
     return run
 
 
+def _read_windows(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return the rows of the windows of a run's one student; empty where there are none."""
+    for name in ("windows.jsonl", "metrics.jsonl"):
+        if (folder / name).exists():
+            text = read_bytes(inside(folder, name), MAX_JSON_BYTES).decode(errors="replace")
+            lines = [line for line in text.splitlines() if line.strip()]
+            rows = [parse_json(line.encode(), f"{folder / name}: line {i}") for i, line in enumerate(lines[:-1], 1)]
+            if lines and text.endswith("\n"):  # the last line of a run that was killed may be torn
+                rows.append(parse_json(lines[-1].encode(), f"{folder / name}: line {len(lines)}"))
+            if all("window" in row and "temperature" in row for row in rows):
+                return tuple(rows)
+    return ()
+
+
 def write_report(runs: list[Run], out: Path) -> list[Path]:
-    """Write `reward_curves.png`, `controls.png`, `accuracy_cost.png` and `report.html`; returns their paths."""
+    """Write the figures that the runs have data for, and `report.html`; returns their paths."""
     figures = {
         "reward_curves": reward_curves(runs),
         "controls": controls(runs),
+        "controls_over_windows": controls_over_windows(runs),
         "accuracy_cost": accuracy_cost(runs),
     }
     images = {}
     for name, figure in figures.items():
+        if not any(axis.has_data() for axis in figure.axes):
+            continue
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a run's name may be in any script
@@ -99,7 +130,7 @@ def write_report(runs: list[Run], out: Path) -> list[Path]:
         images[name] = buffer.getvalue()
         write_whole(out / f"{name}.png", images[name])
     write_whole(out / "report.html", page(runs, images))
-    return [*(out / f"{name}.png" for name in figures), out / "report.html"]
+    return [*(out / f"{name}.png" for name in images), out / "report.html"]
 
 
 def _against(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -142,8 +173,9 @@ def reward_curves(runs: list[Run]) -> Figure:
         ("student/goal_met", "goals met while learning", "share of students with a floor"),
         ("student/margin", "margin: accuracy less the floor (validation)", "share of samples"),
     ]
-    always = ("reward/return", "student/score", "student/accuracy")
-    panels = [panel for panel in panels if panel[0] in always or any(panel[0] in run.scalars for run in runs)]
+    panels = [panel for panel in panels if any(panel[0] in run.scalars for run in runs)]
+    if not panels:
+        return Figure()
     num_columns = min(4, len(panels))
     num_rows = math.ceil(len(panels) / num_columns)
     figure = Figure(figsize=(3.7 * num_columns, 3.4 * num_rows), layout="constrained")
@@ -157,15 +189,56 @@ def reward_curves(runs: list[Run]) -> Figure:
             if len(x):
                 axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=run.label, linewidth=1.5)
         _grid(axis, title, _progress_name(runs), unit)
-        if not axis.lines:
-            axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
-    if axes[-2].lines:
-        axes[-2].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def controls_over_windows(runs: list[Run]) -> Figure:
+    """Draw the controls of one student over the windows of its training in their own units, a line a run."""
+    drawn = [run for run in runs if run.windows]
+    if not drawn:
+        return Figure()
+    panels = [
+        ("weight_hard_label", "weight on the labels", "share of all loss weights", False),
+        ("weight_response", "weight on the teacher's answers", "share of all loss weights", False),
+        ("weight_feature", "weight on the teacher's features", "share of all loss weights", False),
+        ("weight_attention", "weight on the teacher's attention maps", "share of all loss weights", False),
+        ("temperature", "temperature", "1", True),
+        ("learning_rate", "learning rate", "step size", True),
+        ("feature_keep", "inputs kept", "share of the inputs", False),
+        ("unit_keep", "units kept", "share of the units", False),
+        ("first_exit_rate", "samples that leave at the first exit", "share of validation samples", False),
+        ("accuracy", "accuracy, and the floor (dashed)", "share of validation samples", False),
+        ("latency_ratio", "latency by the cost profile", "ratio to the dense student", False),
+        ("macs_ratio", "MACs", "ratio to the dense student", False),
+    ]
+    panels = [panel for panel in panels if any(panel[0] in run.windows[0] for run in drawn)]
+    figure = Figure(figsize=(14, 2.9 * math.ceil(len(panels) / 4)), layout="constrained")
+    axes = list(figure.subplots(math.ceil(len(panels) / 4), 4, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (name, title, unit, is_log) in zip(axes, panels, strict=False):
+        for i, run in enumerate(drawn):
+            rows = [row for row in run.windows if name in row]
+            x, y = [float(row["window"]) for row in rows], [float(row[name]) for row in rows]
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(x, y, color=colour, label=run.label, linewidth=1.5, marker=".", markersize=4)
+            if name == "accuracy" and any(row.get("floor") for row in rows):
+                axis.plot(x, [float(row.get("floor", 0)) for row in rows], color=colour, linestyle="--", linewidth=1)
+        _grid(axis, title, "window", unit)
+        if is_log:
+            axis.set_yscale("log")
+        elif name not in ("accuracy", "latency_ratio"):
+            axis.set_ylim(-0.03, 1.03)
+    axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
 def controls(runs: list[Run]) -> Figure:
     """Mean unit control over the run, a panel a control and a line a run."""
+    runs = [run for run in runs if not run.windows and any(f"action/{name}" in run.scalars for name in CONTROLS)]
+    if not runs:
+        return Figure()
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, name in zip(figure.subplots(3, 4, sharey=True).flat, CONTROLS, strict=True):
         for i, run in enumerate(runs):
@@ -184,6 +257,8 @@ def accuracy_cost(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     points = [point for run in runs for point in _points(run)]
+    if not points:
+        return Figure()
     methods = list(dict.fromkeys(label for label, _, _ in points))
     for axis, cost, title in zip(
         axes, ("macs_ratio", "latency_ratio"), ("MACs", "latency (cost profile)"), strict=True
@@ -224,7 +299,28 @@ def _points(run: Run) -> list[tuple[str, str, dict[str, float]]]:
             for table in run.result["goals"]
             for method, entry in table["methods"].items()
         ]
-    return [(f"{run.label}: {m}", "", {n: drawn(e[n], n) for n in names}) for m, e in run.result["methods"].items()]
+    points = [
+        (f"{run.label}: {method}", "", {name: drawn(entry[name], name) for name in names})
+        for method, entry in run.result["methods"].items()
+        if all(name in entry for name in names)
+    ]
+    return [*points, *_teacher_point(run)]
+
+
+def _teacher_point(run: Run) -> list[tuple[str, str, dict[str, float]]]:
+    """Return the teacher's accuracy and cost beside the dense student's; nothing where a run does not tell."""
+    student = student_of(run.result or {"methods": {}})
+    if not {"macs_of_teacher", "macs_of_dense_student", "teacher_accuracy"} <= set(student):
+        return []
+    row = timed(student)
+    if "teacher_latency_s" not in row:
+        return []
+    values = {
+        "accuracy": student["teacher_accuracy"],
+        "macs_ratio": student["macs_of_teacher"] / student["macs_of_dense_student"],
+        "latency_ratio": row["teacher_latency_s"] / row["dense_latency_s"],
+    }
+    return [(f"{run.label}: teacher", "", {n: number(v, n, -1e9, 1e9) for n, v in values.items()})]
 
 
 _STYLE = """
@@ -235,38 +331,75 @@ figure{margin:1rem 0;overflow-x:auto}img{max-width:100%;background:#fff;border-r
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6rem 0}
 th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}pre{overflow-x:auto;background:var(--soft);padding:.7rem}
+h3{font-size:1rem;margin:1.2rem 0 .2rem}.date{color:#888;margin:-.6rem 0 1rem}
+.verdict{font-size:1.05rem;border-left:4px solid #0072B2;padding:.2rem .8rem;background:var(--soft)}
 caption{text-align:left;font-weight:600;padding:.3rem 0}
 """
 
 
+TITLES = {
+    "reward_curves": "Reward curves, read from the event files. Evaluations are on scenarios that the policy is not "
+    "trained on.",
+    "controls": "Mean controls over the student trainings, 0 to 1 through their ranges.",
+    "controls_over_windows": "What the policy did: controls over the windows of the student's training, in their own "
+    "units.",
+    "accuracy_cost": "Test accuracy against cost; left is cheaper, up is better.",
+}
+
+
 def page(runs: list[Run], images: dict[str, bytes]) -> str:
-    """One self-contained HTML page; every text from a run is escaped."""
-    titles = {
-        "reward_curves": "Reward curves, read from the event files.",
-        "controls": "Controls over the run.",
-        "accuracy_cost": "Test accuracy against cost; left is cheaper, up is better.",
-    }
-    parts = [
-        f'<figure><img alt="{titles[name]}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-        f"<figcaption>{titles[name]}</figcaption></figure>"
+    """Return one self-contained HTML page; every text from a run is escaped."""
+    figures = [
+        f'<figure><img alt="{TITLES[name]}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f"<figcaption>{TITLES[name]}</figcaption></figure>"
         for name, image in images.items()
     ]
-    parts += [_section(run) for run in runs]
     names = html.escape(", ".join(run.name for run in runs))
+    dates = html.escape(", ".join(dict.fromkeys(run.date for run in runs if run.date)))
+    heads = "".join(_head(run, has_name=len(runs) > 1) for run in runs)
+    sections = "".join(_section(run) for run in runs)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>rlkd: {names}</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{names}</h1>{''.join(parts)}</body></html>\n"
+        f'<body><h1>{names}</h1><p class="date">{dates}</p>{heads}{"".join(figures)}{sections}</body></html>\n'
     )
 
 
+def _head(run: Run, *, has_name: bool) -> str:
+    """Return the verdict of a run, what was asked and reached, what the policy did, and where the student is weak."""
+    parts = [f"<h2>{html.escape(run.name)}</h2>"] if has_name else []
+    if run.result is None:
+        return "".join(parts)
+    text = verdict(run.result)
+    parts.append(f'<p class="verdict">{html.escape(text)}</p>' if text else "")
+    rows = asked_and_reached(run.result)
+    if rows:
+        header = ["on test data", "asked", "student", "dense student", "teacher"]
+        parts.append(_rows("What was asked, what was reached", header, rows))
+    parts += [_list("What the policy did", what_the_policy_did(run.windows))]
+    classes = classes_of(student_of(run.result))
+    if classes:
+        cells = [[name, str(count), f"{accuracy:.4f}"] for name, count, accuracy in classes[:MAX_CLASSES]]
+        more = f", the worst {MAX_CLASSES} of {len(classes)}" if len(classes) > MAX_CLASSES else ""
+        parts.append(_rows(f"Classes, the worst first{more}", ["class", "test samples", "accuracy"], cells))
+    parts.append(_list("Where it is weak", weak_spots(run.result)))
+    return "".join(parts)
+
+
+def _list(title: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    return f"<h3>{title}</h3><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+
+
 def _section(run: Run) -> str:
-    parts = [f"<h2>{html.escape(run.name)}</h2>"]
+    parts = [f"<h2>{html.escape(run.name)}: all figures</h2>"]
     parts += [f"<p>Note: {html.escape(note)}.</p>" for note in run.notes]
     if run.result is None:
         parts.append("<p>This run has no result: it was stopped before its end, or is still running.</p>")
     else:
+        _head(run, has_name=False)
         tables = run.result.get("goals")
         if tables:
             parts += [_table(str(table["name"]), table) for table in tables]

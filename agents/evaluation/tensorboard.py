@@ -12,13 +12,14 @@ from matplotlib.figure import Figure as Canvas
 from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat, configure
 from torch import Tensor
 
+from rlkd.agents.evaluation import trackers
 from rlkd.agents.policy.controllers import Controller, run
 from rlkd.agents.ppo.evaluation import Evaluation
 from rlkd.agents.ppo.train import Rollout
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import Scenario
-from rlkd.io.records import plain
+from rlkd.io.records import flatten, plain
 
 _STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged", "num_rollbacks")
 _GOAL = ("goal_met", "shortfall", "margin")
@@ -27,7 +28,9 @@ _ALONE = (*_STUDENT, "margin", "floor", "size_ratio", "first_exit_rate", "num_un
 
 def new_logger(folder: Path) -> Logger:
     """Return a stable-baselines3 logger that writes event files only."""
-    return configure(str(folder), ["tensorboard"])
+    made = configure(str(folder), ["tensorboard"])
+    made.output_formats += trackers.outputs()
+    return made
 
 
 def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> None:
@@ -46,10 +49,13 @@ def record_rollout(logger: Logger, rollout: Rollout, updates_per_s: float) -> No
 def record_evaluation(logger: Logger, evaluation: Evaluation, num_steps: int) -> None:
     """Write an evaluation under `eval/`, at as many environment steps as PPO had taken."""
     writer = _writer(logger)
-    for name, value in asdict(evaluation).items():
-        if name != "iteration":
-            writer.add_scalar(f"eval/{name}", value, num_steps)
-    writer.flush()  # a state that is saved now records the length of the file
+    values = {f"eval/{name}": value for name, value in asdict(evaluation).items() if name != "iteration"}
+    for name, value in values.items():
+        writer.add_scalar(name, value, num_steps)
+    for output in logger.output_formats:
+        if isinstance(output, trackers.TrackerOutput):
+            output.write(values, {}, num_steps)
+    writer.flush()  # a state of the run that is saved now knows how long the file is
 
 
 def write_config(logger: Logger, config: Any) -> None:
@@ -113,20 +119,13 @@ def write_outcome(logger: Logger, config: Any, seed: int, result: dict[str, Any]
 
 def write_hparams(logger: Logger, config: Any, seed: int, *, metrics: Mapping[str, float], step: int) -> None:
     """Write hyperparameters with metrics for TensorBoard's HPARAMS tab, which reads the metrics as scalars."""
-    flat = {"seed": seed, **_flatten(plain(config))}
+    flat = {"seed": seed, **flatten(plain(config))}
     hparams = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}
     named = {f"hparam/{name}": value for name, value in metrics.items()}
     logger.record("hparams", HParam(hparams, named), exclude=("stdout", "log", "json", "csv"))
     for name, value in named.items():
         logger.record(name, value)
     logger.dump(step)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _writer(logger: Logger) -> Any:

@@ -45,7 +45,7 @@ class Bundle:
     digest: str  # sha256 of the tensors
 
 
-def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str:
+def save_bundle(policy: Policy, folder: Path | str, provenance: dict[str, Any]) -> str:
     """Write `policy.safetensors`, `bundle.json` and a card; returns the tensors' sha256.
 
     Args:
@@ -53,6 +53,7 @@ def save_bundle(policy: Policy, folder: Path, provenance: dict[str, Any]) -> str
         folder: made if missing; existing files are replaced one by one, each whole.
         provenance: JSON-able; says from what, when and how well the policy was learned.
     """
+    folder = Path(folder)
     extra = dict(zip(_EXTRA, (policy.mean, policy.deviation, policy.start), strict=True))
     blob = save({name: tensor.float().contiguous() for name, tensor in {**policy.weights, **extra}.items()})
     digest = hashlib.sha256(blob).hexdigest()

@@ -6,14 +6,16 @@ the same tasks, and the policy's mean action sets the controls.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import RunOptions, ignore, run
+from rlkd.agents.policy.controllers import Controller, RunOptions, ignore, run
 from rlkd.agents.policy.policy import Policy
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import Scenario
 
 FIRST_SEED = 2**58  # of the tasks; scenario k has those from k * 2**20 on
@@ -31,10 +33,18 @@ class Evaluation:
     goal_met: float  # share of the students with a floor that reach it; 1 where no student has one
     shortfall: float  # mean accuracy that is missing to the floor, over the students with a floor
     latency_saving: float  # mean of 1 - latency ratio to the dense student
+    mean_reward: float  # mean return of an episode: the final score less the first
+
+
+class Acting(Protocol):
+    """What can be evaluated: `Policy`, or the agent of another algorithm."""
+
+    def controller(self) -> Controller:
+        """Return what sets the controls of an episode's students."""
 
 
 def evaluate(
-    policy: Policy,
+    policy: Acting,
     scenarios: Sequence[Scenario],
     *,
     num_tasks: int,
@@ -59,16 +69,26 @@ def evaluate(
 
 
 def _reached(
-    policy: Policy, scenario: Scenario, seeds: Sequence[int], on_window: Callable[[int], object]
-) -> tuple[float, float, float, float]:
-    """Means of one scenario, in the order of `Evaluation`."""
+    policy: Acting, scenario: Scenario, seeds: Sequence[int], on_window: Callable[[int], object]
+) -> tuple[float, float, float, float, float]:
+    """Return the means of one scenario, in the order of `Evaluation`."""
     tasks = scenario.config.task
+    firsts: list[Tensor] = []
+    acts = policy.controller()
+
+    def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+        if window == 0:
+            firsts.append(episodes.score.clone())
+        return acts(observation, episodes, window)
+
     options = RunOptions(on_window=on_window)
-    results = run(scenario, policy.controller(), seeds, tasks, final_split="validation", options=options)
+    results = run(scenario, controller, seeds, tasks, final_split="validation", options=options)
     has_floor = results.floor > 0
     met = results.goal_met[has_floor].mean() if has_floor.any() else 1.0
     shortfall = results.shortfall[has_floor].mean() if has_floor.any() else 0.0
-    return float(results.score.mean()), float(met), float(shortfall), float((1 - results.latency_ratio).mean())
+    reward = results.score - torch.cat(firsts).double().numpy()
+    saving = (1 - results.latency_ratio).mean()
+    return float(results.score.mean()), float(met), float(shortfall), float(saving), float(reward.mean())
 
 
 class Choice:
@@ -81,6 +101,7 @@ class Choice:
         weights: of the policy at the beginning; they tell names and shapes.
         on_evaluation: called after each.
         on_window: as of `evaluate`.
+        on_best: called with the policy before `on_evaluation` where it does better than all before.
     """
 
     def __init__(
@@ -92,10 +113,11 @@ class Choice:
         *,
         on_evaluation: Callable[[Evaluation], object],
         on_window: Callable[[int], object],
+        on_best: Callable[[Policy], object] = lambda policy: None,
     ) -> None:
         self._scenarios, self._num_tasks = tuple(scenarios), num_tasks
         self.iterations = tuple(iterations) if scenarios else ()
-        self._on_evaluation, self._on_window = on_evaluation, on_window
+        self._on_evaluation, self._on_window, self._on_best = on_evaluation, on_window, on_best
         self.evaluations: list[Evaluation] = []
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
@@ -110,11 +132,12 @@ class Choice:
         )
         if all(now.score > before.score for before in self.evaluations):
             self.weights = {name: tensor.clone() for name, tensor in policy.weights.items()}
+            self._on_best(policy)
         self.evaluations.append(now)
         self._on_evaluation(now)
 
     def table(self) -> NDArray[np.float64]:
-        """[len(iterations), 5], the evaluations by the fields of `Evaluation`; 0 in those to come."""
+        """[len(iterations), 6], the evaluations by the fields of `Evaluation`; 0 in those to come."""
         table = np.zeros((len(self.iterations), len(fields(Evaluation))))
         for row, evaluation in zip(table, self.evaluations, strict=False):
             row[:] = astuple(evaluation)

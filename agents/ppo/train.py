@@ -21,10 +21,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from rlkd.agents.policy.policy import HIDDEN, Policy, actor_shapes, policy_from_sb3
 from rlkd.agents.ppo.evaluation import Choice, Evaluation, from_table
 from rlkd.agents.ppo.state import capture, restore
-from rlkd.envs.action import CONTROLS, change
-from rlkd.envs.episodes import Episodes
+from rlkd.envs.action import CONTROLS
 from rlkd.envs.observation import OBSERVATIONS, TABLE
-from rlkd.envs.sb3 import SB3VecEnv
+from rlkd.envs.sb3 import SB3VecEnv, observation_scale
 from rlkd.envs.scenario import Scenario
 from rlkd.envs.vector import DistillationVectorEnv
 from rlkd.errors import UserError
@@ -120,21 +119,10 @@ class Learned:
 def observation_figures(
     scenarios: Sequence[Scenario], count: int, seed: int, on_window: Callable[[int], object] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation [O] of what `count` students of every scenario see in one episode of random changes."""
-    generator = torch.Generator().manual_seed(seed)
-    seen = []
-    for index, scenario in enumerate(scenarios):
-        seeds = task_pool(seed, index, count)
-        episodes = Episodes(scenario, count)
-        seen.append(episodes.reset(seeds))
-        for _ in range(scenario.config.num_windows):
-            action = 0.5 * torch.randn(episodes.u.shape, generator=generator)
-            u = change(episodes.u, action, episodes.start, scenario.config.controls)
-            seen.append(episodes.step(u).observation)
-            if on_window:
-                on_window(count)
-    stacked = torch.cat(seen)
-    return stacked.mean(0).numpy(), stacked.std(0).clamp_min(0.02).numpy()
+    """`observation_scale` on tasks that training draws from."""
+    return observation_scale(
+        scenarios, count, seed, on_window=on_window, seeds_of=lambda index: task_pool(seed, index, count)
+    )
 
 
 def hide(deviation: NDArray[np.float32], groups: Sequence[str]) -> NDArray[np.float32]:
@@ -179,7 +167,7 @@ def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) ->
         warnings.filterwarnings("ignore", "You have specified a mini-batch size")
         agent = _ResumablePPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
     begin_unchanged(agent)
-    agent.policy.log_std.requires_grad_(False)  # `_Watch` sets it
+    agent.policy.log_std.requires_grad_(False)  # `RolloutLog` sets it
     return agent
 
 
@@ -194,7 +182,7 @@ class _ResumablePPO(PPO):
         self.after_update()
 
 
-class _Watch(BaseCallback):
+class RolloutLog(BaseCallback):
     """Set the exploration, collect what rollouts report, and call the listeners."""
 
     def __init__(self, config: PPOConfig, listeners: "Listeners") -> None:
@@ -250,6 +238,8 @@ class Listeners:
     """Given each evaluation on validation scenarios."""
     on_agent: Callable[[Callable[[], Policy]], object] = lambda policy_now: None
     """Given a function that returns the present policy, so that an interrupted run can be saved."""
+    on_best: Callable[[Policy], object] = lambda policy: None
+    """Given the policy of an evaluation that is better than all before."""
 
 
 def train(
@@ -310,7 +300,7 @@ def train(
 
         listeners.on_agent(now)
         choice = _choice(validation, config, now().weights, listeners)
-        watch = _Watch(config, listeners)
+        watch = RolloutLog(config, listeners)
         is_resumed = _prepare(agent, env, watch, choice=choice, now=now, journal=journal)
         total = config.num_iterations * config.num_students * env.num_steps
         if agent.num_timesteps < total:
@@ -365,13 +355,14 @@ def _choice(
         weights,
         on_evaluation=listeners.on_evaluation,
         on_window=listeners.on_window,
+        on_best=listeners.on_best,
     )
 
 
 def _prepare(
     agent: "_ResumablePPO",
     env: SB3VecEnv,
-    watch: "_Watch",
+    watch: RolloutLog,
     *,
     choice: Choice,
     now: Callable[[], Policy],

@@ -18,7 +18,7 @@ CONFIG_FOLDER = Path(rlkd.configs.__file__).parent
 
 def closest(given: str, allowed: Iterable[str]) -> str:
     """ "; did you mean ...?" or nothing."""
-    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.7)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -151,6 +151,8 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     text = "folder of a run that was stopped or killed: go on with it, by its own config"
     parser.add_argument("--resume", type=Path | None, default=None, help=text)
+    text = "trackers that get what TensorBoard gets: wandb, mlflow, trackio, or several with commas (extras)"
+    parser.add_argument("--track", type=str | None, default=None, help=text)
 
 
 def check_seed(seed: int) -> None:

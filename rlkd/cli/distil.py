@@ -4,22 +4,18 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.arguments import add_run_options, new_parser
-from rlkd.cli.outcome import Watch, finish, show_goal
+from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder
 from rlkd.configs import DistilConfig
-from rlkd.cost import save_profile
-from rlkd.envs.scenario import build_scenario
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
-from rlkd.io.records import plain
-from rlkd.runs.distil import check_shipped, distil, write_student
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.goals import with_goal
-from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.runs.single import distil_chain
 
 POLICY_HELP = "a run folder of rlkd train, or a folder of a policy; by default the policy that comes with rlkd"
 
@@ -71,26 +67,15 @@ def _distil(config: DistilConfig, bundle: Bundle, options: Namespace, folder: Pa
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
-        describe(journal, folder, config, options.seed, options=policy_option(options))
-        env = with_own_profile(config.env(bundle.policy.controls), folder)
-        scenario = build_scenario(env, bundle.policy.start)
-        scenario = with_goal(scenario, config.goal, config.preference)
-        save_profile(scenario.profile, folder / f"{PROFILE}.json")
-        remember(journal, "distil", scenario.tensors(), costs=plain(scenario.profile), policy=bundle.digest)
-        dense = show_goal(scenario, config.goal, options.seed, journal)
-        bar.phase("distilling", 1, config.num_windows)
-        watch = Watch(folder, bundle, bar, journal)
-        done = distil(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)
-        watch.close(config, options.seed, done.figures)
-    weights = config.goal.weights(config.preference)
-    write_student(folder / "student", done, weights, bundle.digest)
-    return finish(
-        folder,
-        config,
-        plain(config.task),
-        watch,
-        done,
-        weights=weights,
-        dense=dense,
-        broken=check_shipped(done.figures),
-    )
+        with tracking(parse_names(options.track), folder, config):
+            outcome = distil_chain(
+                config,
+                bundle,
+                folder,
+                options.seed,
+                progress=bar,
+                journal=journal,
+                show=show_goal,
+                options=policy_option(options),
+            )
+    return print_outcome(outcome)

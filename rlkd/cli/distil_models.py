@@ -9,23 +9,19 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.distil import POLICY_HELP, policy_option
-from rlkd.cli.outcome import Watch, finish, show_goal
+from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
-from rlkd.compression.real.cut import save_module_student
-from rlkd.envs.real import RealConfig, build_real_scenario
+from rlkd.envs.real import RealConfig
 from rlkd.errors import UserError
-from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal
-from rlkd.runs.distil import student_card
-from rlkd.runs.distil_real import check_shipped_module, distil_module
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.goals import with_goal
-from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.runs.single import distil_pretrained
 from rlkd.students.real import processes
 
 logger = logging.getLogger(__name__)
@@ -77,26 +73,15 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
-        packages = ("transformers", "tokenizers", "pyarrow")
-        describe(journal, folder, config, options.seed, packages, policy_option(options))
-        controls, start = bundle.policy.controls, bundle.policy.start
-        scenario = build_real_scenario(with_own_profile(config, folder), controls, start, options.seed)
-        scenario = with_goal(scenario, config.goal, config.preference)
-        write_whole(folder / "mapping.txt", f"{scenario.tables}\n{scenario.report}")
-        logger.info(scenario.tables)
-        if not (folder / f"{PROFILE}.json").exists():
-            scenario.profile.save(folder / f"{PROFILE}.json")
-        remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)
-        dense = show_goal(scenario, config.goal, options.seed, journal)
-        bar.phase("distilling", 1, config.num_windows)
-        watch = Watch(folder, bundle, bar, journal)
-        done = distil_module(scenario, bundle.policy.controller(), options.seed, watch.window, journal, config.guard)
-        watch.close(config, options.seed, done.figures)
-    weights = config.goal.weights(config.preference)
-    prepared = "arrays as they are given" if scenario.processor is None else "as the processor in model/ prepares them"
-    card = {**student_card(done.figures, weights, bundle.digest), "input_scale": prepared}
-    card["inputs"] = scenario.data.shape_of_texts()
-    save_module_student(done.student, folder / "student", scenario.processor, card)
-    task = {"data": config.data, "teacher": config.teacher, "student": config.student, "kind": scenario.kind}
-    broken = check_shipped_module(done.figures, scenario)
-    return finish(folder, config, task, watch, done, weights=weights, dense=dense, broken=broken)
+        with tracking(parse_names(options.track), folder, config):
+            outcome = distil_pretrained(
+                config,
+                bundle,
+                folder,
+                options.seed,
+                progress=bar,
+                journal=journal,
+                show=show_goal,
+                options=policy_option(options),
+            )
+    return print_outcome(outcome)

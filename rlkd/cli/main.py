@@ -13,6 +13,7 @@ from rlkd.errors import UserError
 
 VERBS = {
     "train": "learn a policy with PPO over a population of students, and compare it on held-out tasks",
+    "tune": "search PPO's hyperparameters on the validation scenarios of an experiment",
     "distil": "distil a new student to a goal under a learned policy, in one training run",
     "search": "choose a student's depth, width and exits under cost limits, by short trainings",
     "policies": "the policies that come with rlkd, with their cards",
@@ -25,6 +26,8 @@ VERBS = {
     "analyze": "figures and one HTML page from the event files of runs",
     "calibrate": "time compacted students on this machine and write a cost profile",
     "bench": "student updates per second: lock-step population against its baselines",
+    "push": "upload a policy or a student to the Hugging Face hub",
+    "pull": "download a policy or a student from the Hugging Face hub, and check it",
     "list": "tasks, models, terms, controllers, configs",
 }
 MODULES = {"list": "listing", "inspect-teacher": "inspect_teacher"}  # where a verb's name is no name of a module

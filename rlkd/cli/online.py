@@ -11,7 +11,7 @@ from rlkd.agents.policy.bundled import find_policy
 from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.ppo.online import OneRun, learn_online
 from rlkd.cli.arguments import check_seed, new_parser, parse
-from rlkd.cli.outcome import Watch, finish
+from rlkd.cli.outcome import print_outcome
 from rlkd.cli.progress import Bar
 from rlkd.compression import save_student
 from rlkd.configs import OnlineConfig
@@ -23,6 +23,7 @@ from rlkd.io.journal import Journal
 from rlkd.io.records import plain
 from rlkd.runs.distil import Trained, check_shipped, compact_now, ship, write_student
 from rlkd.runs.folder import describe_run, run_folder, use_one_thread
+from rlkd.runs.outcome import Watch, write_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -80,4 +81,5 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
     if one.diverged:
         logger.warning(f"the student diverged in window {len(watch.u)}; the one of window {one.best_window} is kept")
     weights, broken = config.preference.weights(), check_shipped(done.figures)
-    return finish(folder, config, plain(config.task), watch, done, weights=weights, broken=broken)
+    task = plain(config.task)
+    return print_outcome(write_outcome(folder, config, task, watch, done, weights=weights, broken=broken))

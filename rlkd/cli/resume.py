@@ -20,7 +20,7 @@ from rlkd.io.records import plain
 from rlkd.runs.folder import run_folder
 
 Config = TypeVar("Config")
-ELSEWHERE = ("policy", "config", "resume", "out")  # options that say where something is, not what the run does
+ELSEWHERE = ("policy", "config", "resume", "out", "track")  # options that say where something is, not what the run does
 
 
 class Terminated(KeyboardInterrupt):

@@ -1,16 +1,23 @@
 """`rlkd train`."""
 
-from jsonargparse import ArgumentParser
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.cli.arguments import add_run_options, closest, new_parser
-from rlkd.cli.progress import Bar, print_comparison
+from rlkd.cli.progress import Bar, print_comparison, print_rows
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
-from rlkd.runs.folder import use_one_thread
+from rlkd.runs.folder import new_folder, run_folder, use_one_thread
+from rlkd.runs.seeds import COUNTED, parse_seeds, summarise
 from rlkd.runs.train import train_experiment
+from rlkd.runs.train_other import train_other_experiment
 
 MODES = ("across", "online")  # over many students, or within the run of one
 
@@ -25,24 +32,82 @@ def run(argv: list[str]) -> int:
     config, options = parse_run(_parser, argv, ExperimentConfig)
     config.check()
     use_one_thread()
-    with resumable_folder(options, "train", options.out) as folder, Bar(config.steps_per_window) as bar:
+    if options.seeds is not None:
+        return _several(config, options)
+    if config.agent.algorithm != "ppo":
+        return _other(config, options)
+    with ExitStack() as stack:
+        folder = stack.enter_context(resumable_folder(options, "train", options.out))
+        bar = stack.enter_context(Bar(config.steps_per_window))
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
+        stack.enter_context(tracking(parse_names(options.track), folder, config))
         result = train_experiment(config, folder, options.seed, bar, journal)
+    return _print_result(result, folder)
+
+
+def _other(config: ExperimentConfig, options: Namespace) -> int:
+    """Train with another algorithm than PPO."""
+    if options.resume is not None:
+        raise UserError(f"--resume: got a run of {config.agent.algorithm}; allowed: one of ppo; start it anew")
+    names = parse_names(options.track)
+    with (
+        run_folder(options.out, "train") as folder,
+        Bar(config.steps_per_window) as bar,
+        tracking(names, folder, config),
+    ):
+        result = train_other_experiment(config, folder, options.seed, bar)
+    return _print_result(result, folder)
+
+
+def _several(config: ExperimentConfig, options: Namespace) -> int:
+    """Train once a seed, each into a folder of its own, and print means and intervals over the seeds."""
+    if options.resume is not None or config.agent.algorithm != "ppo":
+        raise UserError("--seeds: got --resume or another algorithm than ppo, too; give the runs one by one")
+    seeds, folder = parse_seeds(options.seeds), options.out or new_folder("train")
+    results = {}
+    for seed in seeds:
+        names = parse_names(options.track)
+        with (
+            run_folder(folder / f"seed-{seed}", "train") as own,
+            Bar(config.steps_per_window) as bar,
+            tracking(names, own, config),
+        ):
+            results[seed] = train_experiment(config, own, seed, bar)
+    summary = summarise(results, folder)
+    console = Console(width=None if Console().is_terminal else 190)
+    for goal, methods in summary["goals"].items():
+        rows = [
+            {"method": name, **{key: _with_interval(row[key]) if key in row else "" for key in COUNTED}}
+            for name, row in methods.items()
+        ]
+        print_rows(console, f"{goal}: mean [95 %] over seeds {', '.join(map(str, seeds))}", rows)
+    console.print(f"runs: {folder}/seed-*   summary: {folder / 'summary.json'}", highlight=False)
+    return 0
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{row['mean']:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _print_result(result: dict[str, Any], folder: Path) -> int:
+    """Print the tables of one run and where its files are."""
     console = Console(width=None if Console().is_terminal else 190)
     for entry in result["goals"]:
         title = f"{entry['name']}: {result['num_tasks']} held-out tasks ({entry['num_feasible']} feasible), test"
         print_comparison(console, title, entry)
-    student = result["student"]
-    dense = student["measured"]["batch_64"]
-    console.print(
-        f"one clean student: accuracy {student['accuracy']:.4f} on test data, {student['validation_accuracy']:.4f} on "
-        f"validation data, by which to choose (teacher {student['teacher_accuracy']:.4f}), with "
-        f"{student['macs_ratio']:.3f} of the dense MACs; measured at batch 64: {dense['latency_s'] * 1e6:.1f} us, "
-        f"dense {dense['dense_latency_s'] * 1e6:.1f} us (speed-up {dense['speedup']:.2f})",
-        highlight=False,
-    )
+    if "student" in result:
+        student = result["student"]
+        dense = student["measured"]["batch_64"]
+        console.print(
+            f"one clean student: accuracy {student['accuracy']:.4f} on test data, {student['validation_accuracy']:.4f} "
+            f"on validation data, by which to choose (teacher {student['teacher_accuracy']:.4f}), with "
+            f"{student['macs_ratio']:.3f} of the dense MACs; measured at batch 64: {dense['latency_s'] * 1e6:.1f} us, "
+            f"dense {dense['dense_latency_s'] * 1e6:.1f} us (speed-up {dense['speedup']:.2f})",
+            highlight=False,
+        )
     cost = result["cost"]
     console.print(
         f"{cost['agent_trainings']} trainings for the agent, {cost['search_trainings']} for its start and "
@@ -50,7 +115,9 @@ def run(argv: list[str]) -> int:
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}   curves: tensorboard --logdir {folder}", highlight=False)
-    console.print(f"policy: {folder / 'policy'}   next: rlkd distil --policy {folder / 'policy'}", highlight=False)
+    if "policy_sha256" in result:
+        policy = folder / "policy"
+        console.print(f"policy: {policy}   next: rlkd distil --policy {policy}", highlight=False)
     return 0
 
 
@@ -64,10 +131,14 @@ def _parser() -> ArgumentParser:
             "--config smoke",
             "--mode online --preference.accuracy 0.9",
             "--ppo.num_iterations 40 --task.label_noise.high 0.5 --seed 1",
+            "--config default --seeds 0,1,2 --out runs/three",
+            "--config smoke --agent.algorithm sac",
             "--resume runs/first",
         ],
     )
     add_run_options(parser)
+    text = "several seeds, such as 0,1,2: one run each in OUT/seed-N, and mean and interval of what they reach"
+    parser.add_argument("--seeds", type=str | None, default=None, help=text)
     return parser
 
 

@@ -34,6 +34,7 @@ from rlkd.models.real.hooks import capture, forward
 from rlkd.models.real.instrumented import exit_answer, new_head
 from rlkd.models.real.pretrained import Kind, transformers
 from rlkd.models.real.shrink import kept_units, take_out, take_units
+from rlkd.models.real.traced import is_own_module
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,11 @@ def _key(
     model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, sizes: Sequence[int], batch_size: int, threads: int
 ) -> str:
     """Return a digest of everything that the latencies depend on."""
-    described: Any = model.config
-    config = {k: v for k, v in described.to_dict().items() if not k.startswith("_name")}
+    described: Any = getattr(model, "config", None)
+    is_own = is_own_module(model)
+    config = repr(model) if is_own else {k: v for k, v in described.to_dict().items() if not k.startswith("_name")}
     shapes = {name: (list(value.shape), str(value.dtype)) for name, value in inputs.items()}
-    package = transformers().__version__
+    package = torch.__version__ if is_own else transformers().__version__
     parts = [machine(threads), package, type(model).__name__, config, repr(plan), shapes, list(sizes), batch_size]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -178,10 +178,12 @@ def _block_work(model: nn.Module, plan: Plan, number: int, leaves: Mapping[str, 
     inside = {name: work for name, work in leaves.items() if name == path or name.startswith(f"{path}.")}
     total, products = _sum(list(inside.values())), max(0.0, total_macs - sum(work.macs for work in inside.values()))
     groups = []
+    writers = {name for group in plan.groups for name in group.writers}
     for group in (group for group in plan.groups if group.block == number):
-        reader = inside.get(group.reader, Work(0, 0, 0))
         parts = [inside[name] for name in group.writers if name in inside]
-        parts += [Work(reader.macs, 0, torch.as_tensor(model.get_submodule(group.reader).weight).numel())]
+        if group.reader in inside and group.reader not in writers:  # a layer of two groups counts once, as a writer
+            weight = torch.as_tensor(model.get_submodule(group.reader).weight)
+            parts += [Work(inside[group.reader].macs, 0, weight.numel())]
         groups.append(_sum(parts))
     fixed = Work(*(whole - sum(g[i] for g in groups) for i, whole in enumerate(total)))
     norms = [_num_parameters(*map(model.get_submodule, g.norms)) for g in plan.groups if g.block == number]

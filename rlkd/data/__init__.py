@@ -1,6 +1,6 @@
 """Tasks: a data set with its splits and corruptions, a teacher, a preference, and how to draw them."""
 
-from rlkd.data.datasets import DATASETS, check_dataset, load_dataset
+from rlkd.data.datasets import DATASETS, check_dataset, load_dataset, register_dataset
 from rlkd.data.distribution import (
     Preference,
     Range,
@@ -25,5 +25,6 @@ __all__ = [
     "check_dataset",
     "draw_task",
     "load_dataset",
+    "register_dataset",
     "task_generator",
 ]

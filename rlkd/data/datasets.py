@@ -4,7 +4,9 @@ The split depends on the data set alone, never on a run's seed, so test samples 
 """
 
 import difflib
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +110,57 @@ DATASETS: dict[str, Callable[[], DataSet]] = {
     "satellite": _satellite,
     "generated": _generated,
 }
+_REGISTERED: set[str] = set()  # names that `register_dataset` added
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a name is that of a data set."""
+    return name in DATASETS or name.startswith(generated.PREFIX)
+
+
+def register_dataset(name: str, source: Callable[[], DataSet] | Path | str | Any) -> None:
+    """Give a data set a name under which every command and config of this process knows it.
+
+    Args:
+        name: letters, digits, `_` and `-`; not one that comes with rlkd.
+        source: a function that returns a `DataSet` (called at each use); an .npz file with `inputs` and `labels` (and
+            `split`); or arrays: `(inputs, labels)`, or a mapping from train, validation and test to such pairs. Arrays
+            are used as they are, so scale them; splits that are missing are cut 70 : 15 : 15 by content.
+
+    Raises:
+        UserError: the name is taken or impossible, or the arrays cannot be used.
+
+    Example:
+        >>> import numpy as np
+        >>> generator = np.random.default_rng(0)
+        >>> inputs = generator.normal(size=(300, 6)).astype("float32")
+        >>> register_dataset("halves", (inputs, (inputs[:, 0] > 0).astype(int)))
+        >>> load_dataset("halves").num_classes
+        2
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"register_dataset: got the name {name!r:.60}; allowed: letters, digits, _ and -")
+    if name in DATASETS and name not in _REGISTERED:
+        raise UserError(f"register_dataset: {name!r} comes with rlkd; allowed: another name")
+    made = source if callable(source) else _of_arrays(name, source)
+    DATASETS[name] = made
+    _REGISTERED.add(name)
+
+
+def _of_arrays(name: str, source: Any) -> Callable[[], DataSet]:
+    """Return a function that gives the data set of an .npz file or of arrays."""
+    from rlkd.data.arrays import read_arrays
+    from rlkd.data.memory import data_set_of, read_parts  # here, because a student is loaded without readers of files
+
+    if isinstance(source, str | Path):
+        arrays = read_arrays(Path(source))
+        if arrays.splits is None:
+            source = (arrays.inputs, arrays.labels)
+        else:
+            rows = {s: [i for i, own in enumerate(arrays.splits) if own == s] for s in dict.fromkeys(arrays.splits)}
+            source = {s: (arrays.inputs[i], [arrays.labels[k] for k in i]) for s, i in rows.items()}
+    data = data_set_of(name, read_parts(source))
+    return lambda: data
 
 
 def check_dataset(name: str) -> None:
@@ -130,4 +183,7 @@ def load_dataset(name: str) -> DataSet:
     check_dataset(name)
     if name.startswith(f"{generated.PREFIX}:"):
         return generated.generate(generated.parse_name(name))
-    return DATASETS[name]()
+    data = DATASETS[name]()
+    if not isinstance(data, DataSet):
+        raise UserError(f"data set {name}: its function returned {type(data).__name__}; allowed: rlkd.DataSet")
+    return data

@@ -176,6 +176,9 @@ def ship(scenario: Scenario, trained: Trained) -> Distilled:
         "compacted_accuracy": float((answers == scenario.data.labels[test]).float().mean()),
         "teacher_accuracy": float((teacher_answers == scenario.data.labels[test]).float().mean()),
         "energy_kind": scenario.profile.energy["kind"],
+        "macs_of_dense_student": float(cost.macs[0]) / max(float(cost.macs_ratio[0]), 1e-12),
+        "macs_of_teacher": scenario.teacher_macs,
+        "by_class": accuracy_by_class(answers, scenario.data.labels[test], scenario.data.num_classes),
     }
     teacher = load_teachers(scenario.config.teacher, scenario.data)[task.teacher]
     networks = (small, dense, compact(teacher, teacher.full_masks(), 1.0))
@@ -184,6 +187,14 @@ def ship(scenario: Scenario, trained: Trained) -> Distilled:
     measured["profile_batch"] = scenario.profile.batch_size
     measured["profile_latency_s"] = float(cost.latency_s[0])
     return Distilled(small, figures, measured, diverged, scenario.data.scale)
+
+
+def accuracy_by_class(answers: Tensor, labels: Tensor, num_classes: int) -> dict[str, dict[str, float]]:
+    """Return number of samples and accuracy of every class that answers [B] and labels [B] hold."""
+    counts = labels.bincount(minlength=num_classes)  # [C]
+    right = labels[answers == labels].bincount(minlength=num_classes)  # [C]
+    pairs = zip(counts.tolist(), right.tolist(), strict=True)
+    return {str(i): {"num_samples": n, "accuracy": hits / n} for i, (n, hits) in enumerate(pairs) if n}
 
 
 def is_lost(trained: Trained) -> bool:
@@ -208,6 +219,7 @@ def shared_figures(trained: Trained) -> tuple[dict[str, Any], Metrics, Cost]:
         **goal_figures(episodes, accuracy, cost, lost),
         "best_window": trained.best_window,
         "teacher_agreement": float(metrics.agreement[0]),
+        "num_test_samples": len(episodes.scenario.data.splits["test"]),
         "exit_rates": [float(r) for r in metrics.exit_rates[0]],
         "macs": float(cost.macs[0]),
         "parameters": float(cost.parameters[0]),

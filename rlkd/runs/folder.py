@@ -99,6 +99,7 @@ def describe_run(
     extra: tuple[str, ...] = (),
     options: Mapping[str, Any] | None = None,
     write: bool = True,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Write `config.yaml`, `command.txt` and `versions.json`, with those of `extra` packages; returns the versions.
 
@@ -109,6 +110,7 @@ def describe_run(
         extra: packages that the run uses besides.
         options: as above.
         write: write the files; otherwise only return the versions.
+        command: content of `command.txt`; by default the command line.
     """
     names = ("torch", "numpy", "gymnasium", "stable_baselines3", "safetensors", "scikit-learn", *extra)
     versions: dict[str, Any] = {
@@ -119,7 +121,7 @@ def describe_run(
     versions |= git_state(Path(rlkd.__file__).resolve().parent.parent)
     if write:
         resolved = {"seed": seed, **(options or {}), **plain(config)}
-        write_whole(folder / "command.txt", shlex.join(["rlkd", *sys.argv[1:]]) + "\n")
+        write_whole(folder / "command.txt", (command or shlex.join(["rlkd", *sys.argv[1:]])) + "\n")
         write_whole(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
         write_json(folder / "versions.json", versions)
     return versions

@@ -25,11 +25,12 @@ def describe(
     seed: int,
     extra: tuple[str, ...] = (),
     options: Mapping[str, Any] | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Describe a new run; for a resumed one, return the recorded versions and warn if they have changed."""
     path = folder / "versions.json"
     if not (journal.resumes and path.exists()):
-        return describe_run(folder, config, seed, extra, options)
+        return describe_run(folder, config, seed, extra, options, command=command)
     began = read_json(inside(folder, path.name), "a run's versions")
     now = describe_run(folder, config, seed, extra, options, write=False)
     changed = [f"{name} {began.get(name)!s:.40} -> {now[name]!s:.40}" for name in now if began.get(name) != now[name]]

@@ -1,6 +1,8 @@
 """`rlkd train` from one end to the other: find a start, learn a policy, compare it, write the run folder."""
 
 import dataclasses
+import io
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
 
@@ -34,6 +37,7 @@ from rlkd.configs.schema import DistilConfig, ExperimentConfig
 from rlkd.cost import save_profile
 from rlkd.data import Goal, Preference
 from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal
 from rlkd.io.records import JsonLines, plain, write_json
 from rlkd.runs.distil import Distilled, distil, write_student
@@ -103,7 +107,7 @@ def train_experiment(
     start = find_start(run, scenarios)
     scenarios, validation = ([dataclasses.replace(s, start=start) for s in group] for group in (scenarios, validation))
     policies: list[Callable[[], Policy]] = []  # gives the policy as it is, once there is an agent
-    progress.phase("PPO", agent_trainings(config), _mean_windows(config))
+    progress.phase("PPO", agent_trainings(config), mean_windows(config))
     with saved_at_interrupt(run, policies):
         learned = train(
             scenarios,
@@ -115,13 +119,15 @@ def train_experiment(
             journal=journal,
         )
     save_bundle(learned.policy, folder / "policy", run.provenance)
+    if learned.evaluations:
+        write_evaluations(learned.evaluations, config, folder / "evaluations.npz")
     entries = compare_on_held_out_tasks(scenarios[0], learned.policy, config, seed, progress, journal)
     wall_s = journal.elapsed_s()
     result = result_of(config, entries, learned.evaluations, wall_s)
     write_json(folder / "result.json", result)  # stays, should the last phase fail
 
     progress.phase("one clean student under the policy", 1, config.scenarios[0].num_windows)
-    student = distil_once(config, shipped, learned.policy, seed=seed, progress=progress)
+    student = distil_once(config, shipped, learned.policy, seed=seed, progress=progress, folder=folder)
     scores = {f"{e['name']}: {name}": row for e in entries for name, row in e["paired"].items()}
     digest = save_bundle(learned.policy, folder / "policy", {**run.provenance, "scores": scores})
     shipping = distil_config(config)
@@ -153,7 +159,7 @@ def built(configs: Sequence[EnvConfig], name: str, folder: Path) -> list[Scenari
 def find_start(run: Run, scenarios: Sequence[Scenario]) -> torch.Tensor:
     """[12], the best constant setting over the tasks that the policy will be trained on."""
     search = run.config.search
-    run.progress.phase("best constant setting", search.num_trainings, _mean_windows(run.config))
+    run.progress.phase("best constant setting", search.num_trainings, mean_windows(run.config))
     options = RunOptions(on_window=run.progress.advance, journal=run.journal)
     start = search_setting(scenarios, search, run.generator(SEARCH_STREAM), options=options)
     run.timing.write({"part": "search", "wall_s": run.journal.elapsed_s()})
@@ -185,7 +191,21 @@ def listeners_of(run: Run, policies: list[Callable[[], Policy]]) -> Listeners:
         evaluations.write(asdict(evaluation))
         tb.record_evaluation(run.logger, evaluation, evaluation.iteration * num_steps)
 
-    return Listeners(progress.advance, on_rollout, on_evaluation, policies.append)
+    def on_best(policy: Policy) -> None:
+        save_bundle(policy, run.folder / "best_model", run.provenance)
+
+    return Listeners(progress.advance, on_rollout, on_evaluation, policies.append, on_best)
+
+
+def write_evaluations(evaluations: Sequence[Evaluation], config: ExperimentConfig, path: Path) -> None:
+    """Write `evaluations.npz` with the arrays of stable-baselines3's `EvalCallback`; `results` are mean returns."""
+    num_windows = sum(s.num_windows for s in config.scenarios)
+    timesteps = np.array([e.iteration * num_windows * config.ppo.num_students for e in evaluations], dtype=np.int64)
+    returns = np.array([[e.mean_reward] for e in evaluations])  # [evaluations, 1]
+    lengths = np.full(returns.shape, round(np.mean([s.num_windows for s in config.validation])), dtype=np.int64)
+    content = io.BytesIO()
+    np.savez(content, timesteps=timesteps, results=returns, ep_lengths=lengths)
+    write_whole(path, content.getvalue())
 
 
 @contextmanager
@@ -267,7 +287,7 @@ def agent_trainings(config: ExperimentConfig) -> int:
     return ppo.num_observed * num_scenarios + rollouts + evaluations
 
 
-def _mean_windows(config: ExperimentConfig) -> int:
+def mean_windows(config: ExperimentConfig) -> int:
     """Windows of an episode, in the mean over the scenarios of training."""
     return round(sum(scenario.num_windows for scenario in config.scenarios) / len(config.scenarios))
 
@@ -302,8 +322,23 @@ def shipped_scenario(config: ExperimentConfig, folder: Path) -> Scenario:
 
 
 def distil_once(
-    config: ExperimentConfig, scenario: Scenario, policy: Policy, seed: int, progress: Progress
+    config: ExperimentConfig,
+    scenario: Scenario,
+    policy: Policy,
+    *,
+    seed: int,
+    progress: Progress,
+    folder: Path | None = None,
 ) -> Distilled:
-    """Do what `rlkd distil` does."""
+    """Do what `rlkd distil` does; with a run's `folder`, write the windows to its `windows.jsonl`."""
     scenario, guard = dataclasses.replace(scenario, start=policy.start), distil_config(config).guard
-    return distil(scenario, policy.controller(), seed, lambda row, observation: progress.advance(1), guard=guard)
+    rows: list[dict[str, float]] = []
+
+    def on_window(row: dict[str, float], observation: torch.Tensor) -> None:
+        rows.append(row)
+        progress.advance(1)
+
+    done = distil(scenario, policy.controller(), seed, on_window, guard=guard)
+    if folder is not None:
+        write_whole(folder / "windows.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return done

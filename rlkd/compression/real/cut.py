@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from rlkd.compression.real.own import load_own_module, own_weights
 from rlkd.compression.real.shipped import Shipment, ShippedStudent, shipped_student
 from rlkd.compression.selection import exit_ends
 from rlkd.errors import UserError
@@ -160,10 +161,21 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
     """
     plan = student.plan
     shipment = shipment_of(plan, kind, keep, threshold)
-    model = cut_model(student.model, kind, plan.groups, unit_masks, plan.cuts)
+    if kind == "module":
+        model = _cut_own(student, unit_masks)
+    else:
+        model = cut_model(student.model, kind, plan.groups, unit_masks, plan.cuts)
     take_out(model, shipment.gone)
     heads = copy.deepcopy(student.heads[: len(shipment.exits)]).cpu()
     return shipped_student(model, heads, shipment)
+
+
+def _cut_own(student: Instrumented, unit_masks: Masks) -> nn.Module:
+    """Return a copy of a user's own module without the units that the masks leave out."""
+    model, plan = student.clean_copy().cpu().requires_grad_(False), student.plan
+    for group, mask in zip(plan.groups, unit_masks, strict=True):
+        (cut_group if group.kind in plan.cuts else zero_group)(model, group, mask.cpu())
+    return model
 
 
 def save_module_student(student: ShippedStudent, folder: Path, processor: Any, card: dict[str, Any]) -> None:
@@ -176,8 +188,24 @@ def save_module_student(student: ShippedStudent, folder: Path, processor: Any, c
     except OSError as error:
         raise write_error(folder, error) from error
     model: Any = student.model
+    if student.shipment.kind == "module":
+        card = {**card, "class": type(model).__qualname__, "loads_with": "rlkd, into a module of the class"}
+        weights = PLAIN
+        write_whole(folder / PLAIN, own_weights(model))
+    else:
+        weights, loads_with = _save_pretrained(student, processor, folder)
+        card = {**card, "loads_with": loads_with}
+    tensors = {name: value.contiguous() for name, value in student.heads.state_dict().items()}
+    write_whole(folder / EXITS, save(tensors))
+    sums = {name: _sha256(folder, name) for name in (EXITS, weights)}
+    content = {"format": FORMAT, "sha256": sums, "shipment": asdict(student.shipment), **card}
+    write_whole(folder / "student.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _save_pretrained(student: ShippedStudent, processor: Any, folder: Path) -> tuple[str, str]:
+    """Write `model/` of a transformers model; returns the file of its weights, and which packages read it."""
+    model: Any = student.model
     is_plain = not student.shipment.gone and _fits(model.config, student.shipment.kind, model)
-    weights = PLAIN if is_plain else CUT
     with quiet():
         if is_plain:
             model.save_pretrained(folder / "model")
@@ -188,19 +216,18 @@ def save_module_student(student: ShippedStudent, folder: Path, processor: Any, c
             write_whole(folder / CUT, save({k: v.contiguous() for k, v in _own_state(model).items()}))
         if processor is not None:
             processor.save_pretrained(folder / "model")
-    tensors = {name: value.contiguous() for name, value in student.heads.state_dict().items()}
-    write_whole(folder / EXITS, save(tensors))
-    sums = {name: _sha256(folder, name) for name in (EXITS, weights)}
-    content = {"format": FORMAT, "sha256": sums, "shipment": asdict(student.shipment), **card}
-    content["loads_with"] = "transformers (without exits and tokens), rlkd" if is_plain else "rlkd"
-    write_whole(folder / "student.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return (PLAIN, "transformers (without exits and tokens), rlkd") if is_plain else (CUT, "rlkd")
 
 
-def load_module_student(folder: Path | str) -> ShippedStudent:
+def load_module_student(folder: Path | str, own: nn.Module | None = None) -> ShippedStudent:
     """Read a folder of `save_module_student`; runs no code from it.
 
+    Args:
+        folder: of the student.
+        own: a module of the class that the student was made of, where that is a user's own; it is not changed.
+
     Raises:
-        UserError: a file is missing, damaged or altered.
+        UserError: a file is missing, damaged or altered, or `own` is missing or of another structure.
     """
     folder = Path(folder)
     try:
@@ -215,16 +242,33 @@ def load_module_student(folder: Path | str) -> ShippedStudent:
                 raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
         older: dict[str, Any] = {"gone": []} if card["format"] == 2 else {}
         shipment = _shipment({**older, **card["shipment"]})
-        _check_model_folder(folder)
-        _check_depth(folder, weights, len(shipment.blocks))
+        if shipment.kind != "module":
+            _check_model_folder(folder)
+            _check_depth(folder, weights, len(shipment.blocks))
         heads = _load_heads(folder, shipment)
-        model = load_model(str(folder / "model"), shipment.kind) if weights == PLAIN else _load_cut(folder, shipment)
+        if shipment.kind == "module":
+            model = _load_own(folder, card, shipment, own)
+        else:
+            model = (
+                load_model(str(folder / "model"), shipment.kind) if weights == PLAIN else _load_cut(folder, shipment)
+            )
+            _check_outputs(model, heads, shipment)
         resolve(model, [*shipment.blocks, *shipment.attention])
-        _check_outputs(model, heads, shipment)
         student = shipped_student(model, heads, shipment)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder}: not a student of a real model, or a damaged one ({reason(error):.120})") from error
     return student
+
+
+def _load_own(folder: Path, card: Mapping[str, Any], shipment: Shipment, own: nn.Module | None) -> nn.Module:
+    """Return a copy of `own` with the sizes and weights of the folder."""
+    if own is None:
+        raise UserError(
+            f"{folder}: holds the weights of your own class {str(card['class'])[:80]}; give a module of it: "
+            "rlkd.load_student(FOLDER, model=...)"
+        )
+    path = inside(folder / "model", "model.safetensors")
+    return load_own_module(own, read_bytes(path, MAX_TENSOR_BYTES), str(path), shipment.gone)
 
 
 def _shipment(given: Any) -> Shipment:
@@ -232,8 +276,9 @@ def _shipment(given: Any) -> Shipment:
     values = dict(given)
     if set(values) != {f.name for f in fields(Shipment)}:
         raise ValueError(f"shipment has {sorted(values)!s:.60}; allowed: {[f.name for f in fields(Shipment)]!s:.200}")
-    if values["kind"] not in AUTO_CLASSES:
-        raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(AUTO_CLASSES)}")
+    kinds = (*AUTO_CLASSES, "module")
+    if values["kind"] not in kinds:
+        raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(kinds)}")
     for name in ("blocks", "attention", "exits", "gone"):
         entries, wanted = values[name], int if name == "exits" else str
         if not isinstance(entries, list) or len(entries) > MAX_BLOCKS or any(type(e) is not wanted for e in entries):

@@ -222,7 +222,8 @@ def _check(
             if export:
                 with tempfile.TemporaryDirectory() as folder:
                     save_module_student(shipped, Path(folder) / "student", processor, {})
-                    shipped = load_module_student(Path(folder) / "student")
+                    own = student.clean_copy() if kind == "module" else None
+                    shipped = load_module_student(Path(folder) / "student", own)
             for inputs in batches:
                 gap = largest_difference(student, shipped, inputs, masks, keep=keep, threshold=threshold)
                 if gap > TOLERANCE:

@@ -13,6 +13,7 @@ from rlkd.data.examples import PADDING_MASK
 from rlkd.errors import UserError
 from rlkd.models.real.blocks import Group, Layout, block_paths, find_groups, layout_of
 from rlkd.models.real.hooks import capture, forward, resolve, tensor_at, width_of
+from rlkd.models.real.traced import free_exits, is_own_module, traced_groups
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         UserError: no blocks, or an exit that stands nowhere.
     """
     config.check()
+    is_own = is_own_module(model)
     blocks = resolve(model, [config.blocks]) if config.blocks else block_paths(model)
+    if not blocks and is_own:
+        blocks = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     if not blocks:
         raise UserError("student: no nn.ModuleList of blocks was found; name them with --attach.blocks PATTERN")
     layout = layout_of(model, blocks)
@@ -118,11 +122,13 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
     last = seen[-1].hidden
     widths = tuple(0 if block.hidden is None else width_of(block.hidden) for block in seen)
     why_no_exits = _why_no_exits(model, seen, widths, per_token)
+    groups = tuple(find_groups(model, blocks, layout) or (traced_groups(model, blocks) if is_own else ()))
     exits = () if why_no_exits and config.exits is None else _exits(config, len(blocks), why_no_exits)
+    if is_own and exits:
+        exits, groups = _apart(config, exits, groups, blocks)
     if not all(seen[block - 1].hidden is not None for block in exits):
         exits, why_no_exits = (), "a block gives no features of the batch"
     why_not = _why_no_selection(logits, seen, attention, config.select_after)
-    groups = tuple(find_groups(model, blocks, layout))
     is_conv = last is not None and last.ndim == 4
     length = (num_positions or last.shape[1]) if last is not None and last.ndim == 3 else 1
     controls = {
@@ -321,6 +327,19 @@ def _follow_rows(tensors: Sequence[Tensor], others: Sequence[Tensor], sizes: tup
         return False
     pairs = zip(tensors, others, strict=True)
     return all(a.ndim > 0 and (a.shape[0], b.shape[0]) in (sizes, (1, 1)) for a, b in pairs)
+
+
+def _apart(
+    config: AttachConfig, exits: tuple[int, ...], groups: tuple[Group, ...], blocks: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[Group, ...]]:
+    """Separate exits and groups of a user's own module: an exit must not read units that are cut.
+
+    Exits that were asked for stay and the groups give way; the default exit moves to the nearest place between groups.
+    """
+    if config.exits is None:
+        free = free_exits(groups, blocks)
+        return ((min(free, key=lambda block: abs(block - exits[0])),) if free else ()), groups
+    return exits, tuple(group for group in groups if set(exits) <= set(free_exits([group], blocks)))
 
 
 def _units_in_words(groups: tuple[Group, ...], cuts: tuple[str, ...]) -> str:

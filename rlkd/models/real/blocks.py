@@ -89,7 +89,7 @@ class Group:
     reader: str  # path of the layer that reads them
     writers: tuple[str, ...]  # paths of the layers whose rows are cut with them
     size: int
-    width: int  # channels a unit: 1, or a head's dimension
+    width: int  # channels a unit: 1, a head's dimension, or the positions of a channel that a linear layer reads
     norms: tuple[str, ...] = ()  # paths of normalisations that keep channels apart and are cut with them
     shared: tuple[str, ...] = ()  # paths of layers that write keys and values which several heads share
     sharing: int = 1  # heads that share one of those keys and values
@@ -111,7 +111,7 @@ def block_paths(model: nn.Module) -> list[str]:
     for kind in (nn.ModuleList, nn.Sequential):
         lists: dict[str, int] = {}
         for name, module in model.named_modules():
-            is_inside = any(name.startswith(f"{outer}.") for outer in lists)
+            is_inside = any(not outer or name.startswith(f"{outer}.") for outer in lists)
             if isinstance(module, kind) and len(module) and not is_inside:
                 lists[name] = sum(p.numel() for p in module.parameters())
         if lists:
@@ -124,7 +124,7 @@ def _flat(model: nn.Module, path: str) -> list[str]:
     """Paths of a list's children, those of lists inside it in their place."""
     paths = []
     for name, child in model.get_submodule(path).named_children():
-        inner = f"{path}.{name}"
+        inner = f"{path}.{name}" if path else name
         paths += _flat(model, inner) if isinstance(child, nn.ModuleList) else [inner]
     return paths
 
@@ -215,6 +215,10 @@ def group_importance(model: nn.Module, groups: Sequence[Group]) -> Masks:
     for group in groups:
         written = [_magnitude(model, path).mean(1) for path in group.writers]  # each [size * width]
         read = _magnitude(model, group.reader).mean(0)  # [size * width]
+        if len(written[0]) != len(read):  # a channel that is read at several positions
+            read = read.reshape(group.size, group.width).mean(1)
+            scores.append((torch.stack(written).mean(0) + read).float().cpu())
+            continue
         total = torch.stack(written).mean(0) + read
         scores.append(total.reshape(group.size, group.width).mean(1).float().cpu())
     return tuple(scores)
@@ -245,10 +249,10 @@ def mask_groups(
             args: tuple[Any, ...],
             index: int = index,
             width: int = group.width,
-            is_conv: bool = isinstance(reader, nn.Conv2d),
+            num_axes: int = 2 if isinstance(reader, nn.Conv2d) else 1 if isinstance(reader, nn.Conv1d) else 0,
         ) -> tuple[Any, ...]:
             mask = masks()[index].repeat_interleave(width).to(args[0])  # [size * width]
-            return (args[0] * (mask[:, None, None] if is_conv else mask), *args[1:])
+            return (args[0] * mask.reshape(-1, *[1] * num_axes), *args[1:])
 
         handles.append(reader.register_forward_pre_hook(hook))
     return handles

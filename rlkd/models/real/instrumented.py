@@ -6,6 +6,7 @@ early block, by how much attention they received there (cf. PoWER-BERT, Goyal et
 later blocks compute fewer positions, in training as at inference. The first token stays, for the model's head reads it.
 """
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,6 +92,17 @@ class Instrumented(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def clean_copy(self) -> nn.Module:
+        """Copy the model without the hooks of this object."""
+        copied = copy.deepcopy(self.model)
+        ids = {handle.id for handle in self._handles}
+        for module in copied.modules():
+            kinds = ("", "_with_kwargs", "_always_called")
+            for hooks in (vars(module).get(f"_forward{pre}hooks{kind}") for pre in ("_", "_pre_") for kind in kinds):
+                for number in ids & set(hooks or ()):
+                    del hooks[number]  # type: ignore[union-attr]
+        return copied
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,7 @@ from rlkd.io.files import read_json
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sequence_classification", "image_classification", "causal_lm"]
+Kind = Literal["sequence_classification", "image_classification", "causal_lm", "module"]  # module: a user's own class
 AUTO_CLASSES: dict[Kind, str] = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "image_classification": "AutoModelForImageClassification",

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from rlkd.models.real.blocks import Group
 
 NUM_HEADS = ("num_attention_heads", "num_heads", "n_heads")  # what attention modules call their number of heads
-SIZES = {nn.Linear: ("out_features", "in_features"), nn.Conv2d: ("out_channels", "in_channels")}
+SIZES = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Conv1d: ("out_channels", "in_channels"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+}
 
 
 class Gone(nn.Module):
@@ -60,7 +64,7 @@ def zero_group(model: nn.Module, group: Group, mask: Tensor) -> None:
     """Put zeros where the reader of a group reads units that `mask` [size] leaves out."""
     weight = torch.as_tensor(model.get_submodule(group.reader).weight)  # [out, size * width] or [out, size, H, W]
     wide = mask.repeat_interleave(group.width).to(weight)
-    weight.mul_(wide[:, None, None] if weight.ndim == 4 else wide)
+    weight.mul_(wide.reshape(-1, *[1] * (weight.ndim - 2)))
 
 
 def cut_to_shapes(model: nn.Module, groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -101,7 +105,9 @@ def take_units(model: nn.Module, group: Group, kept: Tensor) -> None:
         return
     channels = _channels(kept, group.width)
     for path in (*group.writers, *group.norms):
-        _take_rows(model.get_submodule(path), channels)
+        module = model.get_submodule(path)
+        # a channel that a linear layer reads at several positions has one row
+        _take_rows(module, kept if _num_rows(module) == group.size else channels)
     left = torch.unique(kept // group.sharing)  # shared keys and values that are still read
     for path in group.shared:
         _take_rows(model.get_submodule(path), _channels(left, group.width))
@@ -110,6 +116,11 @@ def take_units(model: nn.Module, group: Group, kept: Tensor) -> None:
     setattr(reader, SIZES[type(reader)][1], len(channels))
     if group.kind == "heads":
         _set_heads(model.get_submodule(group.writers[0].rpartition(".")[0]), group, len(kept), len(left))
+
+
+def _num_rows(module: nn.Module) -> int:
+    """Return the outputs of a layer, or the channels of a batch norm."""
+    return next(len(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if t.ndim)
 
 
 def _channels(units: Tensor, width: int) -> Tensor:
@@ -122,7 +133,7 @@ def _take_rows(module: nn.Module, index: Tensor) -> None:
     for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if value.ndim:
             _replace(module, name, value[index.to(value.device)])
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = len(index)
     else:
         setattr(module, SIZES[type(module)][0], len(index))

@@ -20,6 +20,7 @@ from rlkd.models.real.attachment import Plan, logits_of
 from rlkd.models.real.hooks import capture, forward, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
 from rlkd.models.real.pretrained import device_of, state_of, transformers
+from rlkd.models.real.traced import is_own_module
 from rlkd.teachers.signals import Signals
 
 logger = logging.getLogger(__name__)
@@ -89,17 +90,31 @@ def describe_quality(signals: Signals, data: Examples) -> str:
 
 
 def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
-    """Return what signals depend on: weights, configuration, data with their preprocessing, and versions."""
+    """Say what signals depend on: weights, code, data with their preprocessing, and versions."""
     splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
-    config: Any = teacher.config
     return {
         "teacher": digest_tensors(state_of(teacher).items()),
-        "config": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
-        "transformers": transformers().__version__,
+        **_code_key(teacher, data),
         "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
         "fixed_length": str(data.fixed_length),
         "torch": torch.__version__,
     }
+
+
+@torch.no_grad()
+def _code_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
+    """Identify the code of a model: a version of transformers, or the answers of a user's module to a few samples."""
+    config: Any = getattr(teacher, "config", None)
+    if not is_own_module(teacher):
+        text = config.to_json_string(use_diff=False)
+        return {"config": hashlib.sha256(text.encode()).hexdigest(), "transformers": transformers().__version__}
+    was_training = teacher.training
+    inputs = to_device(data.batch(data.few()), device_of(teacher))
+    try:
+        answers = logits_of(forward(teacher.eval(), inputs)).float().cpu()
+    finally:
+        teacher.train(was_training)
+    return {"module": repr(teacher), "answers": digest_tensors([("answers", answers)])}
 
 
 @torch.no_grad()

@@ -44,12 +44,16 @@ def test_what_was_written_is_read_back(folder: Path) -> None:
 
 def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
     paths = write_report([read_run(folder)], tmp_path / "out")
-    assert [p.name for p in paths] == ["reward_curves.png", "controls.png", "accuracy_cost.png", "report.html"]
-    for path in paths[:3]:
+    assert [p.name for p in paths] == [
+        "reward_curves.png",
+        "accuracy_cost.png",
+        "report.html",
+    ]  # no control is recorded
+    for path in paths[:2]:
         image = imread(path)
         assert image.shape[0] > 300
         assert image.std() > 0.01  # not blank
-    text = paths[3].read_text()
+    text = paths[2].read_text()
     assert "<script>" not in text
     assert "run &amp; &lt;b&gt;" in text
     assert "+0.0421" in text
@@ -60,15 +64,15 @@ def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_evaluations_have_panels_over_trainings_from_the_start_on(folder: Path) -> None:
-    assert len(reward_curves([read_run(folder)]).axes) == 3
+    assert len(reward_curves([read_run(folder)]).axes) == 1  # what is not recorded has no panel
     logger = new_logger(folder / "tensorboard")
     for iteration, score in ((0, -0.5), (2, 0.3), (3, 0.7)):
-        record_evaluation(logger, Evaluation(iteration, score, 0.25, 0.01, 0.5), iteration)
+        record_evaluation(logger, Evaluation(iteration, score, 0.25, 0.01, 0.5, 0.1), iteration)
     logger.close()
     run = read_run(folder)
     assert {"eval/score", "eval/goal_met", "eval/shortfall", "eval/latency_saving"} <= set(run.scalars)
     first, second, *rest = reward_curves([run]).axes
-    assert len(rest) == 3
+    assert len(rest) == 1
     (line,) = first.lines
     assert list(line.get_xdata()) == [0, 16, 24]
     assert list(line.get_ydata()) == pytest.approx([-0.5, 0.3, 0.7])
@@ -163,15 +167,15 @@ def test_a_lost_count_of_trainings_does_not_move_the_points(folder: Path) -> Non
     run = read_run(folder)
     steps, values = run.scalars["student/num_trainings"]
     del steps[1], values[1]
-    (line,) = reward_curves([run]).axes[1].lines
+    (line,) = reward_curves([run]).axes[0].lines
     assert list(line.get_xdata()) == [8, 16, 24]
 
 
 @pytest.mark.parametrize("name", ["日本", "a$b", "$x_{", "_hidden"])
 def test_every_name_of_a_run_is_drawn(folder: Path, tmp_path: Path, name: str) -> None:
     run = read_run(folder.rename(folder.parent / name))
-    assert len(write_report([run], tmp_path / "out")) == 4  # warnings are errors here
-    legend = reward_curves([run]).axes[1].get_legend()
+    assert len(write_report([run], tmp_path / "out")) == 3  # warnings are errors here
+    legend = reward_curves([run]).axes[0].get_legend()
     assert legend is not None
     assert len(legend.get_texts()) == 1
 

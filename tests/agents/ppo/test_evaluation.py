@@ -32,6 +32,7 @@ def test_an_evaluation_is_the_mean_over_scenarios_of_the_final_figures(
     for k, scenario in enumerate((goal_scenario, other_scenario)):
         episodes = Episodes(scenario, 5)
         episodes.reset([FIRST_SEED + k * 2**20 + i for i in range(5)])
+        first = episodes.score.clone()
         action = torch.full((5, len(CONTROLS)), -0.3)
         for _ in range(scenario.config.num_windows):
             outcome = episodes.step(change(episodes.u, action, episodes.start, scenario.config.controls))
@@ -43,7 +44,8 @@ def test_an_evaluation_is_the_mean_over_scenarios_of_the_final_figures(
         assert missing
         met = sum(m == 0 for m in missing) / len(missing)
         saved = float((1 - outcome.cost.latency_ratio).mean())
-        rows.append((float(outcome.score.mean()), met, sum(missing) / len(missing), saved))
+        gain = float((outcome.score - first).mean())  # the return: rewards are changes of the score
+        rows.append((float(outcome.score.mean()), met, sum(missing) / len(missing), saved, gain))
     means = [sum(column) / 2 for column in zip(*rows, strict=True)]
     assert found.iteration == 7
     assert dataclasses.astuple(found)[1:] == pytest.approx(means, abs=1e-6)
@@ -118,4 +120,4 @@ def test_without_validation_scenarios_the_last_weights_are_kept(goal_scenario: S
     choice = considered((), {0: 0.0, 1: 0.1, 3: 0.4}, goal_scenario)
     assert chosen(choice) == 0.4
     assert choice.evaluations == []
-    assert choice.table().shape == (0, 5)
+    assert choice.table().shape == (0, 6)

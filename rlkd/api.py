@@ -1,0 +1,258 @@
+"""Distil from Python: models and data in the hand, or folders, under the policy that the command line uses.
+
+`import rlkd` gives everything here (`rlkd.distil`, `rlkd.load_student`, ...); this module is loaded on first use.
+"""
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlkd.agents.policy.bundle import Bundle
+from rlkd.agents.policy.bundled import bundled_policies, find_policy
+from rlkd.compression.loading import load_student
+from rlkd.configs import DistilConfig
+from rlkd.data import Goal
+from rlkd.data.datasets import DATASETS, is_dataset
+from rlkd.envs.real import RealConfig, RealCostConfig, scenario_of_sides
+from rlkd.errors import UserError
+from rlkd.io.journal import Journal
+from rlkd.io.settings import with_settings
+from rlkd.models.real.own import own_sides, unchanged
+from rlkd.models.real.traced import is_own_module
+from rlkd.runs.folder import describe_run, run_folder, use_one_thread
+from rlkd.runs.given import write_data, write_model
+from rlkd.runs.outcome import Outcome
+from rlkd.runs.resume import with_own_profile
+from rlkd.runs.single import distil_chain, distil_pretrained, distil_scenario
+
+logger = logging.getLogger(__name__)
+
+COMMAND = "rlkd.distil(...), from Python"
+OWN_BATCH = (
+    256  # samples that the latency of a user's own module is modelled for: small calls cost the same at any size
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `rlkd.distil` brings."""
+
+    student: nn.Module
+    """The student as it ships, on the CPU: it answers [B, C] logits, called as the model that it was made of."""
+    metrics: dict[str, Any]
+    """Figures on test data: `accuracy`, `floor`, `goal_met`, `macs_ratio`, `size_ratio`, ... and `measured` latency."""
+    history: list[dict[str, float]]
+    """One row a window: the controls and what they led to on validation data."""
+    folder: Path
+    """The run folder, with report, student, metrics and event files; a temporary one is removed with this result."""
+
+    @property
+    def goal_met(self) -> bool | None:
+        """Whether the goal is met on test data; None without a goal."""
+        met: bool | None = self.metrics["goal_met"]
+        return met
+
+    def report(self, file: Path | str | None = None) -> Path:
+        """Return the path of the report, one HTML page; with `file`, copy it there first."""
+        page = self.folder / "report.html"
+        return page if file is None else Path(shutil.copyfile(page, file))
+
+    def save(self, folder: Path | str) -> Path:
+        """Copy the student to `folder`, from where `rlkd.load_student` reads it; returns the path.
+
+        Raises:
+            UserError: the folder exists.
+        """
+        target = Path(folder)
+        if target.exists():
+            raise UserError(f"save: {target} exists; allowed: a new folder")
+        shutil.copytree(self.folder / "student", target)
+        return target
+
+
+class _Quiet:
+    """`rlkd.runs.folder.Progress` that logs each window."""
+
+    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
+        """Log the beginning of a phase."""
+        logger.info("%s: %d windows", name, num_windows)
+
+    def advance(self, num_students: int) -> None:
+        """Nothing to count."""
+
+    def figures(self, **values: float) -> None:
+        """Log figures of a window."""
+        logger.info(" ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+
+def distil(
+    teacher: nn.Module | Path | str | None = None,
+    student: nn.Module | Path | str | None = None,
+    data: Any = "digits",
+    *,
+    goal: Goal | None = None,
+    policy: Path | str = "default",
+    processor: Any = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Result:
+    """Distil a student to a goal under a learned policy, in one training run.
+
+    The models that are given stay as they were: what is trained is a copy, and no hook stays on them.
+
+    Args:
+        teacher: an `nn.Module` of your own that gives logits [B, C]; a transformers classifier or causal language
+            model, or its folder; or None for the teacher of a data set that rlkd knows.
+        student: a smaller model of the same kind, or its folder; by default half of the blocks of a transformers model,
+            or a copy of your own module, which the controls prune.
+        data: for your own module `(inputs, labels)`, a mapping from train, validation and test to such pairs, or
+            map-style datasets; for a transformers model a file or folder (docs/data.md), a `datasets.Dataset` or
+            `DatasetDict`; without a teacher the name of a data set (`rlkd list`).
+        goal: what the student must reach; by default the weights of the policy's preference.
+        policy: a name of `rlkd policies`, a run folder of `rlkd train`, or the folder of a policy.
+        processor: tokenizer or image processor of a transformers model that is given as a module.
+        seed: of every random choice.
+        out: run folder; by default a temporary one that goes with the result.
+        options: further settings by the names of `rlkd distil --help`, such as `{"train.steps_per_window": 50}`.
+
+    Returns:
+        The student with its metrics, history and report.
+
+    Raises:
+        UserError: one line about a model, data or goal that cannot be used.
+
+    Example:
+        >>> import rlkd
+        >>> result = rlkd.distil(data="digits", goal=rlkd.Goal(keep=0.95), options={"num_windows": 2})
+        >>> len(result.history)
+        2
+    """
+    bundle = load_policy(policy)
+    settings = {**({"goal": goal} if goal else {}), **dict(options or {})}
+    threads = torch.get_num_threads()
+    use_one_thread()
+    scratch = None
+    if out is None:
+        scratch = tempfile.mkdtemp(prefix="rlkd-")
+        out = Path(scratch) / "run"
+    try:
+        with run_folder(Path(out), "distil") as folder:
+            outcome = _distil(teacher, student, data, settings, bundle, processor, seed=seed, folder=folder)
+    except BaseException:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    if outcome.broken:
+        logger.warning(outcome.broken)
+    figures = {**outcome.done.figures, "measured": outcome.done.measured}
+    result = Result(outcome.done.student, figures, outcome.history, outcome.folder)
+    if scratch:
+        weakref.finalize(result, shutil.rmtree, scratch, ignore_errors=True)
+    return result
+
+
+def _distil(
+    teacher: Any,
+    student: Any,
+    data: Any,
+    settings: dict[str, Any],
+    bundle: Bundle,
+    processor: Any,
+    *,
+    seed: int,
+    folder: Path,
+) -> Outcome:
+    """Choose the way by what is given."""
+    progress = _Quiet()
+    if teacher is None:
+        if student is not None or not (isinstance(data, str) and is_dataset(data)):
+            raise UserError(
+                f"teacher: got none with data {str(data)[:60]!r}; allowed: a teacher with its data, or a data set of "
+                f"{', '.join(DATASETS)}"
+            )
+        chain = with_settings(DistilConfig(), {"task.dataset": data, **settings})
+        chain.check()
+        return distil_chain(chain, bundle, folder, seed, progress=progress, command=COMMAND)
+    if isinstance(teacher, nn.Module) and is_own_module(teacher):
+        return _distil_own(teacher, student, data, settings, bundle, seed=seed, folder=folder)
+    given = folder / "given"
+    if isinstance(teacher, nn.Module):
+        teacher = write_model(teacher, processor, given / "teacher", "teacher")
+    if isinstance(student, nn.Module):
+        student = write_model(student, None, given / "student", "student")
+    if not isinstance(data, str | Path):
+        data = write_data(data, given / "data")
+    base = RealConfig(teacher=str(teacher), data=str(data), student="" if student is None else str(student))
+    config = with_settings(base, settings)
+    config.check()
+    return distil_pretrained(config, bundle, folder, seed, progress=progress, command=COMMAND)
+
+
+def _distil_own(
+    teacher: nn.Module,
+    student: Any,
+    data: Any,
+    settings: dict[str, Any],
+    bundle: Bundle,
+    *,
+    seed: int,
+    folder: Path,
+) -> Outcome:
+    """Distil modules of the user's own classes."""
+    if student is not None and not (isinstance(student, nn.Module) and is_own_module(student)):
+        raise UserError(
+            f"student: got {type(student).__name__} for a teacher of your own class; allowed: an nn.Module of your own"
+        )
+    base = RealConfig(
+        teacher=type(teacher).__name__,
+        data=type(data).__name__,
+        student="" if student is None else type(student).__name__,
+        cost=RealCostConfig(batch_size=OWN_BATCH),
+    )
+    config = with_settings(base, settings)
+    config.check()
+    with unchanged(teacher):
+        own, other = own_sides(teacher, student, data, config.attach)
+        journal = Journal(folder, False, config.keep_checkpoints)
+        describe_run(folder, config, seed, command=COMMAND)
+        scenario = scenario_of_sides(
+            with_own_profile(config, folder),
+            "module",
+            own,
+            other,
+            controls=bundle.policy.controls,
+            start=bundle.policy.start,
+            seed=seed,
+        )
+        return distil_scenario(scenario, config, bundle, folder, seed, progress=_Quiet(), journal=journal)
+
+
+def load_policy(policy: Path | str = "default") -> Bundle:
+    """Load a policy: by a name of `rlkd policies`, or from a run folder or the folder of a policy; runs no code of it.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    if isinstance(policy, str) and policy in bundled_policies():
+        return find_policy(bundled_policies()[policy])
+    folder = Path(policy)
+    if not folder.exists():
+        raise UserError(
+            f"policy: got {str(policy)!r:.80}; allowed: {', '.join(bundled_policies())}, a run folder, or the folder "
+            "of a policy"
+        )
+    return find_policy(folder)
+
+
+__all__ = ["Result", "distil", "load_policy", "load_student"]

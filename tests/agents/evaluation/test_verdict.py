@@ -1,0 +1,110 @@
+from typing import Any
+
+import pytest
+
+from rlkd.agents.evaluation.verdict import (
+    asked_and_reached,
+    verdict,
+    weak_spots,
+    what_the_policy_did,
+    wilson,
+)
+
+
+def one_student(**changes: Any) -> dict[str, Any]:
+    row = {
+        "batch_size": 64,
+        "latency_s": 2e-4,
+        "dense_latency_s": 5e-4,
+        "teacher_latency_s": 1e-4,
+        "speedup": 2.5,
+        "speedup_over_teacher": 0.5,
+    }
+    figures = {
+        "validation_accuracy": 0.95,
+        "accuracy": 0.9,
+        "teacher_accuracy": 0.97,
+        "floor": 0.92,
+        "goal_met": 0.0,
+        "shortfall": 0.02,
+        "num_test_samples": 100,
+        "macs": 1000.0,
+        "macs_ratio": 0.25,
+        "parameters": 50.0,
+        "size_ratio": 0.5,
+        "energy_j": 2e-6,
+        "energy_ratio": 0.4,
+        "limits": {"macs": 0.5},
+        "by_class": {"0": {"num_samples": 60, "accuracy": 1.0}, "1": {"num_samples": 40, "accuracy": 0.75}},
+        **changes,
+    }
+    return {"methods": {"policy": figures}, "measured": {"batch_64": row, "profile_batch": 64}}
+
+
+def test_wilsons_interval_is_that_of_the_textbook() -> None:
+    low, high = wilson(0.9, 100)
+    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)  # Wilson 1927, 90 of 100
+    assert wilson(1.0, 10)[1] == 1.0
+
+
+def test_the_verdict_says_which_student_came_out() -> None:
+    text = verdict(one_student())
+    assert "misses its goal (accuracy 0.9000 on test data, floor 0.9200), with 25% of the dense student's MACs" in text
+    assert "2.50 times as fast as the dense student and 2.00 times slower than the teacher" in text
+
+
+def test_asked_and_reached_stand_side_by_side() -> None:
+    rows = {row[0]: row[1:] for row in asked_and_reached(one_student())}
+    assert rows["accuracy [95 %]"][0] == "at least 0.9200"
+    assert rows["accuracy [95 %]"][1].startswith("0.9000 [0.82")
+    assert rows["latency of a batch of 64"] == ["", "200.0 us", "500.0 us", "100.0 us"]
+    assert rows["MACs of a sample"][:3] == ["at most 0.5 of dense", "1,000  (25.0% of dense)", "4,000 "]
+    assert rows["parameters"][2] == "100 "
+
+
+def test_weak_classes_slowness_and_misses_are_named() -> None:
+    told = " ".join(weak_spots(one_student()))
+    assert "missed on test data, by 0.0200" in told
+    assert "1 (0.750 of 40)" in told
+    assert "0 (" not in told.split("mean:")[1].split(".")[0]
+    assert "slower than the teacher" in told
+    assert "slower than the dense student" not in told
+    assert "Energy is an estimate" in told
+
+
+def test_what_the_policy_did_is_said_in_words() -> None:
+    weights = {"weight_hard_label": 0.5, "weight_response": 0.25, "weight_feature": 0.15, "weight_attention": 0.1}
+    base = {**weights, "temperature": 4.0, "unit_keep": 1.0, "feature_keep": 1.0, "learning_rate": 0.003}
+    rows = [
+        {**base, "window": 1, "accuracy": 0.5, "floor": 0.9, "first_exit_rate": 0.0},
+        {**base, "window": 2, "accuracy": 0.95, "floor": 0.9, "unit_keep": 0.3, "first_exit_rate": 0.0},
+        {**base, "window": 3, "accuracy": 0.95, "floor": 0.9, "unit_keep": 0.5, "first_exit_rate": 1.0},
+    ]
+    told = what_the_policy_did(rows)
+    assert told[0] == "Weight on what the teacher says: 0.5 throughout (1 - this is the weight on the labels)."
+    assert "Share of the units kept: from 100% to 50%, with 30% on the way." in told
+    assert "Temperature of the teacher's answers: 4 throughout." in told
+    assert "All samples leave at the first exit at the end." in told
+    assert "Validation accuracy was below the floor after 1 of 3 windows, last 1." in told
+    assert what_the_policy_did([]) == []
+
+
+def test_a_lead_is_claimed_only_where_its_interval_says_so() -> None:
+    def result(low: float, high: float) -> dict[str, Any]:
+        row = {"difference": (low + high) / 2, "ci95": [low, high]}
+        entry = {"name": "keep 0.98", "methods": {"policy": {}}, "paired": {"policy-nncf": row}}
+        evaluations = [{"score": -0.5}, {"score": 0.3}]
+        return {
+            "goals": [entry],
+            "evaluations": evaluations,
+            "shipped_iteration": 2,
+            "num_tasks": 64,
+            "cost": {"agent_trainings": 1234},
+            "methods": {},
+        }
+
+    assert "it leads nncf on 64 held-out tasks, by +0.0200 J" in verdict(result(0.01, 0.03))
+    assert "it does not differ for certain from nncf" in verdict(result(-0.01, 0.03))
+    assert "it trails nncf" in verdict(result(-0.03, -0.01))
+    assert "J rose from -0.500 before learning to 0.300; iteration 2 ships" in verdict(result(0.01, 0.03))
+    assert weak_spots(result(-0.03, -0.01)) == ["The policy is worse than nncf under 'keep 0.98' (-0.0200)."]

@@ -1,0 +1,246 @@
+import copy
+import dataclasses
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import need_transformers, save_policy, save_tokenizer, tiny
+from torch import nn
+
+import rlkd
+from rlkd.agents.policy.bundle import load_bundle, save_bundle
+from rlkd.agents.policy.policy import unchanged
+from rlkd.envs.action import CONTROLS
+from rlkd.errors import UserError
+
+SHORT = {"num_windows": 2, "train.steps_per_window": 4}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It changes nothing: half of the units stay from the first window to the last."""
+    folder = tmp_path_factory.mktemp("policy")
+    save_policy(folder)
+    given = load_bundle(folder).policy
+    start = given.start.clone()
+    start[CONTROLS.index("unit_keep")] = 0.75
+    save_bundle(dataclasses.replace(unchanged(given), start=start), folder, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(profile_file: Path, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> rlkd.Result:
+    options = {**SHORT, "cost": {"profile": str(profile_file)}, "teacher.num_steps": 60, "student": {"widths": [12, 8]}}
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    return rlkd.distil(data="digits", goal=rlkd.Goal(keep=0.5), policy=policy, out=out, options=options)
+
+
+def points(count: int = 240) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes that a line separates."""
+    inputs = torch.randn(count, 6, generator=torch.Generator().manual_seed(3))
+    return inputs, (inputs[:, 0] > 0).long()
+
+
+def taught(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    inputs, labels = points()
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(net(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_a_data_set_that_rlkd_knows_gives_student_metrics_history_and_report(chain: rlkd.Result) -> None:
+    assert [row["window"] for row in chain.history] == [1.0, 2.0]
+    assert chain.goal_met is chain.metrics["goal_met"]
+    assert chain.metrics["measured"]["batch_1"]["latency_s"] > 0
+    assert chain.report().read_text().startswith("<!doctype html>")
+    assert (chain.folder / "command.txt").read_text() == "rlkd.distil(...), from Python\n"
+
+
+def test_the_saved_student_answers_as_the_one_in_the_hand(chain: rlkd.Result, tmp_path: Path) -> None:
+    inputs = torch.rand(5, 8, 8, generator=torch.Generator().manual_seed(0))
+    saved = chain.save(tmp_path / "student")
+    assert torch.equal(rlkd.load_student(saved)(inputs), chain.student(inputs))
+    assert torch.equal(rlkd.load_student(chain.folder)(inputs), chain.student(inputs))
+    with pytest.raises(UserError, match="exists; allowed: a new folder"):
+        chain.save(saved)
+    page = chain.report(tmp_path / "page.html")
+    assert page.read_text() == chain.report().read_text()
+
+
+def test_a_run_without_a_folder_leaves_none_behind(profile_file: Path, policy: Path) -> None:
+    options = {**SHORT, "num_windows": 1, "cost.profile": str(profile_file), "teacher.num_steps": 60}
+    result = rlkd.distil(
+        data="wine",
+        policy=policy,
+        options={**options, "teacher.num_samples": [0], "task.num_labels": {"low": 80, "high": 80}},
+    )
+    folder = result.folder
+    assert folder.exists()
+    del result
+    gc.collect()
+    assert not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def own(
+    policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[nn.Module, dict[str, torch.Tensor], rlkd.Result]:
+    teacher = taught().train()
+    before = copy.deepcopy(teacher.state_dict())
+    out = tmp_path_factory.mktemp("runs") / "own"
+    return teacher, before, rlkd.distil(teacher, data=points(), policy=policy, out=out, options=SHORT)
+
+
+def test_a_module_of_ones_own_stays_as_it_was(own: tuple[nn.Module, dict[str, torch.Tensor], rlkd.Result]) -> None:
+    teacher, before, result = own
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert teacher.training
+    assert all(module.training for module in teacher.modules())
+    assert num_hooks(teacher) == 0
+    assert all(parameter.requires_grad and parameter.grad is not None for parameter in teacher.parameters())
+    assert result.student is not teacher
+
+
+def test_units_are_cut_out_of_a_module_of_ones_own(
+    own: tuple[nn.Module, dict[str, torch.Tensor], rlkd.Result],
+) -> None:
+    teacher, _, result = own
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (result.student, teacher)]
+    assert result.history[-1]["unit_keep"] < 1.0
+    assert sizes[0] < sizes[1]
+    assert result.metrics["shipped_difference"] < 1e-4
+    loaded = rlkd.load_student(result.folder, model=taught(seed=5))
+    inputs = points(7)[0]
+    assert torch.equal(loaded(input=inputs), result.student(input=inputs))
+
+
+def test_a_folder_of_ones_own_class_asks_for_a_module(
+    own: tuple[nn.Module, dict[str, torch.Tensor], rlkd.Result],
+) -> None:
+    with pytest.raises(UserError, match="your own class Sequential; give a module of it"):
+        rlkd.load_student(own[2].folder)
+    with pytest.raises(UserError, match="give a module of the class"):
+        rlkd.load_student(own[2].folder, model=nn.Sequential(nn.Linear(6, 2)))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "data", "message"),
+    [
+        (None, "digit", "teacher: got none with data 'digit'"),
+        ("own", (torch.zeros(3, 6), torch.zeros(2, dtype=torch.long)), "got inputs \\[3, 6\\] and labels \\[2\\]"),
+        ("own", (torch.full((3, 6), torch.nan), torch.zeros(3, dtype=torch.long)), "not finite"),
+        ("own", {"trian": points()}, "got the splits \\['trian'\\]; allowed: train, validation, test"),
+        ("own", (torch.zeros(90, 5), torch.zeros(90, dtype=torch.long)), "does not take inputs of shape \\[2, 5\\]"),
+        ("own", (points()[0], points()[1] + 7), "got|no class|allowed"),
+        ("own", 5, "data: got int for data; allowed"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(
+    teacher: str | None, data: object, message: str, policy: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        rlkd.distil(taught() if teacher else None, data=data, policy=policy, out=tmp_path / "run", options=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train.steps": 4}, "TrainConfig has no 'steps'; allowed: steps_per_window"),
+        ({"num_window": 4}, "did you mean num_windows"),
+        ({"num_windows": "4"}, "num_windows: got '4'; allowed: a value like 12"),
+        ({"num_windows": 0}, "num_windows: got 0; allowed: at least 1"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], message: str, policy: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        rlkd.distil(data="digits", policy=policy, options=options)
+
+
+def test_policies_are_found_by_name_and_by_folder(policy: Path, tmp_path: Path) -> None:
+    assert rlkd.load_policy().digest == rlkd.load_policy("default").digest != rlkd.load_policy(policy).digest
+    with pytest.raises(UserError, match="allowed: default"):
+        rlkd.load_policy(tmp_path / "none")
+
+
+def test_a_transformers_model_in_the_hand(policy: Path, tmp_path: Path) -> None:
+    need_transformers()
+    teacher = tiny("bert", layers=4)
+    before = copy.deepcopy(teacher.state_dict())
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    words = ["good film", "bad plot", "great actor", "poor film", "fine plot", "dull actor"]
+    rows = [{"text": f"the {words[i % 6]} was {words[(i // 6) % 6]}", "label": i % 2} for i in range(72)]
+    result = rlkd.distil(
+        teacher,
+        data=rows,
+        processor=tokenizer,
+        policy=policy,
+        out=tmp_path / "run",
+        options={**SHORT, "train.batch_size": 8},
+    )
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert num_hooks(teacher) == 0
+    batch = tokenizer(["the good film"], return_tensors="pt")
+    assert result.student(**batch).shape == (1, 2)
+    assert torch.allclose(rlkd.load_student(tmp_path / "run")(**batch), result.student(**batch), atol=1e-6)
+
+
+def test_a_shipped_student_loads_with_torch_and_safetensors_alone(chain: rlkd.Result) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('gymnasium', 'stable_baselines3', 'sklearn', 'transformers', 'optuna', 'matplotlib', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, rlkd\n"
+        f"print(tuple(rlkd.load_student({str(chain.folder)!r})(torch.zeros(3, 8, 8)).shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "(3, 10)\n"), done.stderr
+
+
+def test_importing_rlkd_loads_no_torch_and_every_public_name_exists() -> None:
+    code = "import sys, rlkd; assert 'torch' not in sys.modules; [getattr(rlkd, name) for name in rlkd.__all__]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rlkd.__all__ == sorted(rlkd.__all__, key=lambda n: (not n[0].isupper(), n))
+    with pytest.raises(AttributeError, match="no attribute 'distill'"):
+        rlkd.distill  # noqa: B018
+
+
+def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path) -> None:
+    inputs, labels = points()
+    rlkd.register_dataset("two_halves", (inputs, labels))
+    data = rlkd.build_scenario  # loaded below through the registry alone
+    from rlkd.data import load_dataset
+
+    assert callable(data)
+    first = load_dataset("two_halves")
+    assert first.num_classes == 2
+    assert sum(len(index) for index in first.splits.values()) == len(labels)
+    np.savez(
+        tmp_path / "own.npz",
+        inputs=inputs.numpy(),
+        labels=labels.numpy(),
+        split=["train"] * 200 + ["validation"] * 20 + ["test"] * 20,
+    )
+    rlkd.register_dataset("from_file", tmp_path / "own.npz")
+    assert [len(index) for index in load_dataset("from_file").splits.values()] == [200, 20, 20]
+    rlkd.register_dataset("made", lambda: first)
+    assert load_dataset("made") is first
+    with pytest.raises(UserError, match="comes with rlkd"):
+        rlkd.register_dataset("digits", (inputs, labels))
+    rlkd.register_dataset("broken", lambda: 3)
+    with pytest.raises(UserError, match=r"returned int; allowed: rlkd\.DataSet"):
+        load_dataset("broken")
