@@ -285,7 +285,7 @@ def num_parameters(work: ModuleWork, plan: Plan, kept: Tensor, threshold: Tensor
     """Count the parameters of the shipped student: without cut units and without what no sample reaches."""
     always, never = (bool(end) for end in exit_ends(threshold, plan.num_classes))
     exits = () if never else plan.exits[:1] if always else plan.exits
-    depth = exits[0] if always and exits else len(work.blocks)
+    depth = exits[0] if always and exits and plan.cuts_depth else len(work.blocks)
     shares = shares_kept(plan, kept)
     gone = sum(block.parameters for block in work.blocks[depth:])
     gone += work.after_parameters if depth < len(work.blocks) else 0.0

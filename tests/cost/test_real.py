@@ -26,7 +26,7 @@ L, D, F, C = 7, 32, 64, 2
 def profile(family: str = "bert", layers: int = 3, **changes: int) -> ModuleProfile:
     model = tiny_models.tiny(family, layers=layers, **changes)
     inputs = {name: values[:1] for name, values in tiny_models.batch(family).items()}
-    plan = make_plan(model, inputs, AttachConfig(), None)
+    plan = make_plan(model, inputs, AttachConfig(exits=(1,)), None)
     work = count_work(model, inputs, plan)
     return ModuleProfile(
         plan, work, 8, tiny_models.even_speed(work, 1e-3 / len(plan.blocks), 1e-9), dict(ENERGY_MODEL), {}
@@ -154,6 +154,17 @@ def test_reported_size_and_macs_are_those_of_the_shipped_student(family: str, wh
             b.fixed.macs + sum(g.macs for g in b.groups) + b.products_macs for b in whole.blocks[depth:]
         )
         assert float(reported.macs) == pytest.approx(whole.dense_macs - behind + work.exits[0].macs)
+
+
+def test_blocks_that_stay_count() -> None:
+    model = tiny_models.tiny("bert", layers=3)
+    one = {name: values[:1] for name, values in tiny_models.batch("bert").items()}
+    plan = dataclasses.replace(make_plan(model, one, AttachConfig(exits=(1,)), None), cuts_depth=False)
+    p = dataclasses.replace(profile(), plan=plan)
+    masks = balanced_masks(plan, 1)
+    shipped = ship(Instrumented(model, plan, []).eval(), "sequence_classification", masks, 1.0, 0.0)
+    now = torch.tensor([[float(plan.num_positions), *(float(mask.sum()) for mask in masks)]])
+    assert float(p.cost(now, 1 - STAY, ALWAYS).parameters) == sum(weight.numel() for weight in shipped.parameters())
 
 
 def test_groups_that_stay_as_zeros_save_nothing() -> None:

@@ -145,7 +145,7 @@ def shipment_of(plan: Plan, kind: Kind, keep: float, threshold: float) -> Shipme
         keep=keep if selects else 1.0,
         num_classes=plan.num_classes,
         drops_rows=plan.drops_rows,
-        gone=() if depth == len(plan.blocks) else (*plan.blocks[depth:], *plan.after),
+        gone=(*plan.blocks[depth:], *plan.after) if plan.cuts_depth and depth < len(plan.blocks) else (),
     )
 
 

@@ -128,7 +128,8 @@ def _variants(plan: Plan, control: str) -> list[Plan]:
         fewer = dict.fromkeys([tuple(kind for kind in plan.cuts if kind != "heads"), ()])
         return [plan, *(keep_zeros(plan, cuts) for cuts in fewer if cuts != plan.cuts)]
     if control == "exit_threshold" and plan.exits:
-        return [plan, *([replace(plan, drops_rows=False)] if plan.drops_rows else [])]
+        rows = [True, False] if plan.drops_rows else [False]
+        return [replace(plan, cuts_depth=depth, drops_rows=drops) for depth in (True, False) for drops in rows]
     return [plan] if control == "feature_keep" and plan.select_after is not None else []
 
 
@@ -138,7 +139,8 @@ def _with(plan: Plan, other: Plan, control: str) -> Plan:
     if control == "unit_keep":
         return replace(plan, groups=other.groups, cuts=other.cuts, controls=controls)
     if control == "exit_threshold":
-        return replace(plan, exits=other.exits, drops_rows=other.drops_rows, controls=controls)
+        drops, depth = other.drops_rows, other.cuts_depth
+        return replace(plan, exits=other.exits, drops_rows=drops, cuts_depth=depth, controls=controls)
     return replace(plan, select_after=other.select_after, num_positions=other.num_positions, controls=controls)
 
 

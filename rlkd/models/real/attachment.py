@@ -61,6 +61,7 @@ class Plan:
     drops_rows: bool  # a shipped student can take samples that left out of the batch: all that blocks are given follows
     has_features: bool  # the last block gives one row of features a sample
     cuts: tuple[str, ...]  # kinds of groups whose masked units the shipped model lacks; those of others stay as zeros
+    cuts_depth: bool  # the shipped model lacks what lies behind an exit that every sample takes
     after: tuple[str, ...]  # modules with weights that run behind the last block alone; an early exit does without them
 
     @property
@@ -164,6 +165,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         and _bears_fewer_rows(model, blocks[-1], inputs, logits),
         has_features=last is not None,
         cuts=_kinds(groups),
+        cuts_depth=True,
         after=_outermost(after, _output_path(model) if per_token else ""),
     )
 

@@ -141,6 +141,14 @@ def test_units_that_cannot_be_cut_stay_as_zeros(name: str, cuts: tuple[str, ...]
     assert (stay in plan.controls["unit_keep"]) is (cuts != ("units", "heads"))
 
 
+def test_blocks_that_are_asked_before_they_run_stay() -> None:
+    _, plan = tried("BigBirdForSequenceClassification")  # it tells every block how long the text is
+    assert plan.exits
+    assert not plan.cuts_depth
+    _, plan = tried("BertForSequenceClassification")
+    assert plan.cuts_depth
+
+
 def test_an_efficientnet_loads_its_own_export(tmp_path: Any) -> None:
     model = architectures.tiny_model("EfficientNetForImageClassification")
     config: Any = model.config
