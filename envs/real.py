@@ -189,11 +189,6 @@ class RealScenario:
         names: Any = getattr(getattr(self.student.model, "config", None), "id2label", None)
         return [str(names[i] if names else i) for i in range(self.data.num_classes)]
 
-    @property
-    def capacity(self) -> float:
-        """The dense student's MACs over the teacher's."""
-        return self.profile.work.dense_macs / self.teacher_macs
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a training learns from: data, teacher's signals, first weights."""
         signals = self.signals

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlkd.cost import Cost, CostConfig, CostProfile, dense_workload, load_or_calibrate
+from rlkd.cost import Cost, CostConfig, CostProfile, load_or_calibrate
 from rlkd.data import DataSet, Labelled, Task, TaskDistribution, draw_task, load_dataset
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
@@ -117,10 +117,6 @@ class EpisodeScenario(Protocol):
     def num_exits(self) -> int:
         """Of the student, its end included."""
 
-    @property
-    def capacity(self) -> float:
-        """The dense student's MACs over the teacher's."""
-
     def students(self, num_students: int) -> Students:
         """Return new students in training."""
 
@@ -143,7 +139,6 @@ class Scenario:
     signals: Signals
     profile: CostProfile
     start: Tensor  # [12], the setting that actions change
-    teacher_macs: float
     template: ChainStudent  # its structure is every student's; its parameters are unused
     known: References = field(default_factory=References)
 
@@ -165,11 +160,6 @@ class Scenario:
     def num_exits(self) -> int:
         """Early exits and the end."""
         return len(self.template.exits)
-
-    @property
-    def capacity(self) -> float:
-        """The dense student's MACs over the teacher's."""
-        return float(dense_workload(self.template, self.profile.batch_size).macs) / self.teacher_macs
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a training learns from: data and teachers' signals."""
@@ -293,13 +283,11 @@ def build_scenario(
     profile = load_or_calibrate(config.cost, student)
     if start is None:
         start = published_setting(config.controls)
-    weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
     return Scenario(
         config=config,
         data=data,
         signals=signals,
         profile=profile,
         start=start,
-        teacher_macs=float(weights),
         template=student,
     )

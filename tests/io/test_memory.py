@@ -40,21 +40,21 @@ def test_other_errors_pass() -> None:
 
 
 def test_a_student_and_its_teacher_say_which_option_helps(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from students.real import test_module
+    import module_students
 
     monkeypatch.setenv("RLKD_CACHE", str(tmp_path))
-    student = test_module.student_of()
+    student = module_students.student_of()
     handle = student.student.model.register_forward_pre_hook(too_much)
     with pytest.raises(UserError, match=r"batches of 12 in 1 parts .*--train\.micro_batches"):
-        student.train_window(test_module.controls())
+        student.train_window(module_students.controls())
     with pytest.raises(UserError, match=r"64 samples at once .*--train\.evaluation_batch_size"):
         student.evaluate("test")
     handle.remove()
-    student.train_window(test_module.controls())  # nothing is left behind
+    student.train_window(module_students.controls())  # nothing is left behind
     monkeypatch.setenv("RLKD_CACHE", str(tmp_path / "another"))
     monkeypatch.setattr("rlkd.teachers.real.module_signals.logits_of", too_much)
     with pytest.raises(UserError, match=r"the teacher's answers .*--teacher_device_map auto"):
-        test_module.student_of()
+        module_students.student_of()
 
 
 def test_a_language_model_and_its_teacher_say_it_too(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

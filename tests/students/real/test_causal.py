@@ -9,20 +9,19 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from module_students import controls, distance, task
 from torch import Tensor
 
 from rlkd.compression.real.cut import load_module_student, save_module_student, ship
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.cost.real import ModuleProfile
 from rlkd.cost.real_work import count_work
-from rlkd.data import Task
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import TokenExamples, next_token_mask
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, control_table, make_plan
 from rlkd.models.real.hooks import link_places
 from rlkd.models.real.instrumented import Instrumented
-from rlkd.students import Controls
 from rlkd.students.real.causal import CausalStudent, TokenConfig
 from rlkd.students.real.module import ModuleTrainConfig
 from rlkd.teachers.real.token_signals import token_signals
@@ -69,27 +68,6 @@ def student_of(
     made = CausalStudent(Instrumented(student, plan, links), data, signals, config, 4, reverse)
     made.reset([task(data)])
     return made
-
-
-def task(data: TokenExamples) -> Task:
-    train = data.splits["train"]
-    return Task(0, 0, 0.0, train, data.labels[train], (0.6, 0.3, 0.1), 0.0)
-
-
-def controls(**changes: float | list[float]) -> Controls:
-    values: dict[str, Any] = {
-        "weights": [0.25] * 4,
-        "temperature": 2.0,
-        "feature_keep": 1.0,
-        "unit_keep": 1.0,
-        "exit_threshold": 1.0,
-        "learning_rate": 3e-3,
-    }
-    return Controls(**{k: torch.tensor([v]) for k, v in (values | changes).items()})
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
 def losses_of(student: CausalStudent, temperature: float = 2.0) -> Tensor:

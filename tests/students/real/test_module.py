@@ -1,100 +1,26 @@
 """A tiny transformer as a student: gradients, accumulation, determinism, and that it learns."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import tiny_models
 import torch
-from torch import Tensor, nn
+from module_students import TRAIN, controls, distance, student_of, task, texts
+from torch import Tensor
 
-from rlkd.data import Task
-from rlkd.data.examples import Examples
 from rlkd.errors import UserError
 from rlkd.losses import LossConfig
-from rlkd.models.real.attachment import AttachConfig, make_plan
-from rlkd.models.real.hooks import link_places
-from rlkd.models.real.instrumented import Instrumented
-from rlkd.students import Controls
-from rlkd.students.optimizers import Lion, schedule
-from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
-from rlkd.teachers.real.module_signals import module_signals
-
-TRAIN = ModuleTrainConfig(steps_per_window=3, batch_size=12, learning_rate=1e-3, warmup=0.0, rate_exponent=1.0)
+from rlkd.models.real.attachment import AttachConfig
+from rlkd.students.real.module import ModuleTrainConfig
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLKD_CACHE", str(tmp_path / "cache"))
-
-
-def texts(size: int = 96, length: int = 9) -> Examples:
-    """The label says whether token 5 stands in the text."""
-    g = torch.Generator().manual_seed(4)
-    ids = torch.randint(6, 40, (size, length), generator=g)
-    ids[:, 0] = 2
-    labels = torch.arange(size) % 2
-    ids[labels == 1, 1 + torch.randint(3, ((size + 1) // 2,), generator=g)[: int(labels.sum())]] = 5
-    mask = (torch.arange(length) < torch.randint(5, length + 1, (size, 1), generator=g)).long()
-    order = torch.arange(size)
-    splits = {"train": order[:64], "validation": order[64:80], "test": order[80:]}
-    return Examples("toy", {"input_ids": ids * mask, "attention_mask": mask}, labels, 2, splits)  # type: ignore[arg-type]
-
-
-def images(size: int = 48) -> Examples:
-    pixels = torch.rand(size, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    order = torch.arange(size)
-    splits = {"train": order[:32], "validation": order[32:40], "test": order[40:]}
-    return Examples("toy", {"pixel_values": pixels}, order % 2, 2, splits)  # type: ignore[arg-type]
-
-
-def student_of(
-    family: str = "bert",
-    config: ModuleTrainConfig = TRAIN,
-    attach: AttachConfig | None = None,
-    teacher_family: str | None = None,
-    loss: LossConfig | None = None,
-    **changes: Any,
-) -> ModuleStudent:
-    data = images() if family in tiny_models.IMAGE_FAMILIES else texts()
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if family in ("bert", "vit") else {}
-    layers = 2 if family in tiny_models.CONV_FAMILIES else 3
-    student = tiny_models.tiny(family, layers=layers, **(dropout | changes))
-    teacher = tiny_models.tiny(teacher_family or family, seed=1, layers=layers)
-    inputs = data.batch(data.splits["train"][:2])
-    attach = attach or AttachConfig()
-    plan, theirs = (make_plan(m, inputs, attach, data.num_positions) for m in (student, teacher))
-    blocks = plan.blocks if attach.hints == "all" else plan.blocks[-1:]
-    links = link_places(student, teacher, blocks, theirs.blocks, inputs, inputs)
-    signals = module_signals(teacher, theirs, [k.teacher for k in links], data)
-    made = ModuleStudent(Instrumented(student, plan, links), data, signals, config, 4, loss)
-    made.reset([task(data)])
-    return made
-
-
-def task(data: Examples, seed: int = 0) -> Task:
-    train = data.splits["train"]
-    return Task(seed, 0, 0.0, train, data.labels[train], (0.6, 0.3, 0.1), 0.0)
-
-
-def controls(**changes: float | list[float]) -> Controls:
-    values: dict[str, Any] = {
-        "weights": [0.25] * 4,
-        "temperature": 2.0,
-        "feature_keep": 1.0,
-        "unit_keep": 1.0,
-        "exit_threshold": 1.0,
-        "learning_rate": 3e-3,
-    }
-    return Controls(**{k: torch.tensor([v]) for k, v in (values | changes).items()})
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "resnet", "convnext", "mobilenet"])
@@ -279,46 +205,6 @@ def test_a_gradient_whose_norm_overflows_counts() -> None:
     assert told.num_rollbacks.tolist() == [1]
 
 
-def test_lion_by_hand() -> None:
-    p = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = Lion([p], lr=0.1, betas=(0.9, 0.5), weight_decay=0.5)
-    p.grad = torch.tensor([3.0, -0.1])
-    optimizer.step()  # momentum 0: u = sign(0.1 g); p (1 - 0.05) - 0.1 u; m = 0.5 g = (1.5, -0.05)
-    torch.testing.assert_close(p.data, torch.tensor([0.85, -1.8]))
-    p.grad = torch.tensor([-10.0, 0.0])
-    optimizer.step()  # 0.9 m + 0.1 g = (0.35, -0.045)
-    torch.testing.assert_close(p.data, torch.tensor([0.85 * 0.95 - 0.1, -1.8 * 0.95 + 0.1]))
-
-
-def test_lion_trains() -> None:
-    student = student_of(config=replace(TRAIN, optimizer="lion", learning_rate=1e-4))
-    before = student.state_dict()
-    assert not bool(student.train_window(controls()).diverged)
-    assert distance(before, student.state_dict()) > 1e-5
-
-
-def test_the_learning_rate_rises_and_falls_within_the_control() -> None:
-    factors = [schedule(step, 10, 0.2, 0.1) for step in range(10)]
-    assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert factors[6] == pytest.approx(0.55)  # half way down
-    assert factors[2:] == sorted(factors[2:], reverse=True)
-    assert all(f >= 0.1 for f in factors)
-    slow, fast = student_of(), student_of()
-    slow.train_window(controls(learning_rate=3e-3))
-    fast.train_window(controls(learning_rate=6e-3))
-    assert fast._optimizer.param_groups[0]["lr"] == pytest.approx(2 * slow._optimizer.param_groups[0]["lr"])
-
-
-def test_the_control_s_hold_on_the_learning_rate_can_be_loosened() -> None:
-    rates = []
-    for exponent in (1.0, 0.5, 0.0):
-        student = student_of(config=replace(TRAIN, rate_exponent=exponent))
-        student.train_window(controls(learning_rate=0.012))  # four times the published one
-        rates.append(student._optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(4 * rates[2])
-    assert rates[1] == pytest.approx(2 * rates[2])
-
-
 WRONG: dict[str, Callable[[], ModuleTrainConfig]] = {
     "micro_batches": lambda: replace(TRAIN, micro_batches=13),
     "learning_rate": lambda: replace(TRAIN, learning_rate=-1.0),
@@ -334,46 +220,6 @@ WRONG: dict[str, Callable[[], ModuleTrainConfig]] = {
 def test_impossible_training(name: str) -> None:
     with pytest.raises(UserError, match=name):
         student_of(config=WRONG[name]())
-
-
-def test_signals_are_the_teacher_s_and_come_from_the_cache_the_second_time(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    data, teacher = texts(), tiny_models.tiny("bert", seed=1)
-    plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(), data.num_positions)
-    first = module_signals(teacher, plan, plan.blocks, data, batch_size=7)
-    again = module_signals(teacher, plan, plan.blocks, data, batch_size=50)
-    assert len(caplog.messages) == 1
-    with torch.no_grad():
-        logits = teacher(**data.inputs).logits
-    torch.testing.assert_close(first.logits[0], logits, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(again.features, first.features)
-    train = data.splits["train"]
-    for k in range(2):
-        part = first.features[0, train, 32 * k : 32 * (k + 1)]
-        assert float(part.square().mean()) == pytest.approx(1.0, rel=1e-4)
-    maps = first.maps[0]
-    torch.testing.assert_close(maps.norm(dim=-1), torch.ones(96))
-    assert bool((maps[data.inputs["attention_mask"] == 0] == 0).all())
-    with torch.no_grad():
-        teacher.classifier.weight.mul_(2.0)
-    module_signals(teacher, plan, plan.blocks, data)
-    assert len(caplog.messages) == 2
-    ids = data.inputs["input_ids"]
-    others = {**data.inputs, "input_ids": torch.where(ids > 5, ids - 1, ids)}  # other words in the same places
-    module_signals(teacher, plan, plan.blocks, dataclasses.replace(data, inputs=others))
-    assert len(caplog.messages) == 3
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_teacher_without_finite_answers_is_refused(value: float) -> None:
-    data, teacher = texts(), tiny_models.tiny("bert", seed=1)
-    plan = make_plan(teacher, data.batch(torch.arange(2)), AttachConfig(), data.num_positions)
-    with torch.no_grad():
-        teacher.classifier.bias[1] = value
-    with pytest.raises(UserError, match="the teacher's answers are not finite") as error:
-        module_signals(teacher, plan, [], data)
-    assert "\n" not in str(error.value)
 
 
 def test_evaluation_gives_every_sample_its_own_label() -> None:

@@ -6,11 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import module_students
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from students.real import test_module
 
 from rlkd.students.real import processes
 from rlkd.students.real.module import ModuleStudent
@@ -20,14 +20,14 @@ import os, sys
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
-from students.real import test_module
+import module_students
 from safetensors.torch import save_file
 from rlkd.students.real import processes
 processes.join("cpu")
 os.environ["RLKD_CACHE"] += f"-{processes.index()}"
-student = test_module.student_of(config=replace(test_module.TRAIN, micro_batches=2))
+student = module_students.student_of(config=replace(module_students.TRAIN, micro_batches=2))
 changes = {"unit_keep": 0.5} if processes.index() == 0 else {"weights": [0.0, 0.0, 1.0, 0.0]}
-told = test_module.controls(**changes)
+told = module_students.controls(**changes)
 losses = [student.train_window(told).losses for _ in range(2)]
 state = {name: value.contiguous() for name, value in student.state_dict().items()}
 state["told losses"] = torch.stack(losses)
@@ -58,8 +58,8 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(first[name], second[name]) for name in first)  # the controls were the first one's
 
     monkeypatch.setenv("RLKD_CACHE", str(tmp_path / "cache"))
-    alone = test_module.student_of(config=replace(test_module.TRAIN, micro_batches=2))
-    losses = [alone.train_window(test_module.controls(unit_keep=0.5)).losses for _ in range(2)]
+    alone = module_students.student_of(config=replace(module_students.TRAIN, micro_batches=2))
+    losses = [alone.train_window(module_students.controls(unit_keep=0.5)).losses for _ in range(2)]
     torch.testing.assert_close(first["told losses"], torch.stack(losses), rtol=1e-4, atol=1e-5)
     before, after = fresh_state(), alone.state_dict()
     assert max(float((after[name] - first[name]).abs().max()) for name in after) < 2e-4
@@ -67,7 +67,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def fresh_state() -> dict[str, torch.Tensor]:
-    student: ModuleStudent = test_module.student_of()
+    student: ModuleStudent = module_students.student_of()
     return student.state_dict()
 
 
@@ -78,5 +78,5 @@ def test_one_process_changes_nothing() -> None:
     gradient = torch.tensor([1.0, 2.0])
     processes.add_up([gradient, None])
     assert gradient.tolist() == [1.0, 2.0]
-    told = test_module.controls()
+    told = module_students.controls()
     assert processes.agree(told, torch.device("cpu")) is told
