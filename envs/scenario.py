@@ -139,6 +139,7 @@ class Scenario:
     signals: Signals
     profile: CostProfile
     start: Tensor  # [12], the setting that actions change
+    teacher_macs: float
     template: ChainStudent  # its structure is every student's; its parameters are unused
     known: References = field(default_factory=References)
 
@@ -283,11 +284,13 @@ def build_scenario(
     profile = load_or_calibrate(config.cost, student)
     if start is None:
         start = published_setting(config.controls)
+    weights = sum(layer.weight.numel() for layer in (*teachers[0].layers, *teachers[0].heads))
     return Scenario(
         config=config,
         data=data,
         signals=signals,
         profile=profile,
         start=start,
+        teacher_macs=float(weights),
         template=student,
     )
