@@ -27,6 +27,7 @@ _PUBLIC = {
     "distil": "rlkd.api",
     "load_policy": "rlkd.api",
     "load_student": "rlkd.compression.loading",
+    "loss_term": "rlkd.losses.registry",
     "make_env": "rlkd.envs.single",
     "make_flat_env": "rlkd.envs.single",
     "make_sb3_env": "rlkd.envs.sb3",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
     from rlkd.envs.single import make_env, make_flat_env
     from rlkd.errors import UserError
+    from rlkd.losses.registry import term as loss_term
     from rlkd.models import StudentConfig
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "distil",
     "load_policy",
     "load_student",
+    "loss_term",
     "make_env",
     "make_flat_env",
     "make_sb3_env",
@@ -77,7 +80,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rlkd' has no attribute {name!r}")
     module = importlib.import_module(_PUBLIC[name])
-    value = getattr(module, {"save_policy": "save_bundle"}.get(name, name))
+    value = getattr(module, {"loss_term": "term", "save_policy": "save_bundle"}.get(name, name))
     globals()[name] = value
     return value
 

@@ -31,7 +31,7 @@ from rlkd.runs.folder import describe_run, run_folder, use_one_thread
 from rlkd.runs.given import write_data, write_model
 from rlkd.runs.outcome import Outcome
 from rlkd.runs.resume import with_own_profile
-from rlkd.runs.single import distil_chain, distil_pretrained, distil_scenario
+from rlkd.runs.single import distil_chain, distil_scenario, pretrained_scenario
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,9 @@ def _distil(
     base = RealConfig(teacher=str(teacher), data=str(data), student="" if student is None else str(student))
     config = with_settings(base, settings)
     config.check()
-    return distil_pretrained(config, bundle, folder, seed, progress=progress, command=COMMAND)
+    journal = Journal(folder, False, config.keep_checkpoints)
+    scenario = pretrained_scenario(config, bundle, folder, seed, journal=journal, command=COMMAND)
+    return distil_scenario(scenario, config, bundle, folder, seed, progress=progress, journal=journal)
 
 
 def _distil_own(

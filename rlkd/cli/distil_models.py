@@ -21,7 +21,7 @@ from rlkd.envs.real import RealConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.single import distil_pretrained
+from rlkd.runs.single import distil_scenario, pretrained_scenario
 from rlkd.students.real import processes
 
 logger = logging.getLogger(__name__)
@@ -73,15 +73,10 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints)
         if is_finished(folder, journal.finished):
             return 0
+        seed, remembered = options.seed, policy_option(options)
+        scenario = pretrained_scenario(config, bundle, folder, seed, journal=journal, options=remembered)
         with tracking(parse_names(options.track), folder, config):
-            outcome = distil_pretrained(
-                config,
-                bundle,
-                folder,
-                options.seed,
-                progress=bar,
-                journal=journal,
-                show=show_goal,
-                options=policy_option(options),
+            outcome = distil_scenario(
+                scenario, config, bundle, folder, seed, progress=bar, journal=journal, show=show_goal
             )
     return print_outcome(outcome)

@@ -14,8 +14,8 @@ from rlkd.envs.scenario import build_scenario
 from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal
 from rlkd.io.records import plain
-from rlkd.runs.distil import check_shipped, distil, student_card, write_student
-from rlkd.runs.distil_real import check_shipped_module, distil_module
+from rlkd.runs.distil import check_shipped, distil, run_windows, student_card, write_student
+from rlkd.runs.distil_real import check_shipped_module, ship_module
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
 from rlkd.runs.outcome import Outcome, Show, Watch, check_goal, write_outcome
@@ -72,24 +72,20 @@ def distil_chain(
     return write_outcome(folder, config, plain(config.task), watch, done, weights=weights, dense=dense, broken=broken)
 
 
-def distil_pretrained(
+def pretrained_scenario(
     config: RealConfig,
     bundle: Bundle,
     folder: Path,
     seed: int,
     *,
-    progress: Progress,
-    journal: Journal | None = None,
-    show: Show = lambda found: None,
+    journal: Journal,
     options: Mapping[str, Any] | None = None,
     command: str | None = None,
-) -> Outcome:
-    """Distil a transformers model of a folder; arguments and errors as of `distil_chain`."""
-    journal = journal or Journal(folder, False, config.keep_checkpoints)
+) -> RealScenario:
+    """Load the models and data of a config for `distil_scenario`; arguments and errors as of `distil_chain`."""
     describe(journal, folder, config, seed, PACKAGES, options, command)
     controls, start = bundle.policy.controls, bundle.policy.start
-    scenario = build_real_scenario(with_own_profile(config, folder), controls, start, seed)
-    return distil_scenario(scenario, config, bundle, folder, seed, progress=progress, journal=journal, show=show)
+    return build_real_scenario(with_own_profile(config, folder), controls, start, seed)
 
 
 def distil_scenario(
@@ -113,7 +109,8 @@ def distil_scenario(
     dense = check_goal(scenario, config.goal, seed, journal, show)
     progress.phase("distilling", 1, config.num_windows)
     watch = Watch(folder, bundle, progress, journal)
-    done = distil_module(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
+    trained = run_windows(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
+    done = ship_module(scenario, trained)
     watch.close(config, seed, done.figures)
     weights = config.goal.weights(config.preference)
     prepared = "arrays as they are given" if scenario.processor is None else "as the processor in model/ prepares them"

@@ -244,3 +244,19 @@ def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path
     rlkd.register_dataset("broken", lambda: 3)
     with pytest.raises(UserError, match=r"returned int; allowed: rlkd\.DataSet"):
         load_dataset("broken")
+
+
+def test_a_loss_term_of_ones_own_trains_a_student(profile_file: Path, policy: Path) -> None:
+    calls = []
+
+    @rlkd.loss_term("own_cosine", "feature", "https://arxiv.org/abs/1910.01108", weight=1.0)
+    def own_cosine(adapted_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
+        """One minus the cosine of the features."""
+        calls.append(adapted_features.shape)
+        return (1 - nn.functional.cosine_similarity(adapted_features, teacher_features, dim=-1)).mean()
+
+    options = {**SHORT, "cost.profile": str(profile_file), "teacher.num_steps": 60}
+    options |= {"loss.terms": ["cross_entropy", "kl", "own_cosine"]}
+    result = rlkd.distil(data="digits", policy=policy, options=options)
+    assert calls
+    assert len(result.history) == 2
