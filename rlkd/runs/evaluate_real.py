@@ -11,14 +11,16 @@ from rlkd.compression.real.cut import load_module_student
 from rlkd.configs.knowledge import RealEvaluateConfig
 from rlkd.data.examples import Examples
 from rlkd.errors import UserError
+from rlkd.io.files import read_json
 from rlkd.losses import gradient_cosine
 from rlkd.metrics import fgsm, pgd
 from rlkd.metrics.transfer import flops_per_sample
 from rlkd.models.real.attachment import AttachConfig, logits_of
 from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.hooks import forward
-from rlkd.models.real.sides import Side, Sources, load_teacher
+from rlkd.models.real.sides import Sources, load_teacher
 from rlkd.runs.evaluate import MAX_ATTACKED, accuracy, answer_metrics, loss_gradient
+from rlkd.runs.shipped import examples_of
 
 PIXELS = "pixel_values"
 Answer = Callable[[dict[str, Tensor]], Tensor]  # inputs by name to logits [B, C]
@@ -39,17 +41,17 @@ def evaluate_real(folder: Path, config: RealEvaluateConfig) -> dict[str, Any]:
     kind = student.shipment.kind
     if kind == "causal_lm":
         raise UserError(f"{folder}: a language model; allowed: classifiers (rlkd distil reports its perplexity)")
-    own, other = (
-        load_teacher(Sources(name, "", config.data, config.columns, StudentCut(), AttachConfig(), None, False), kind)
-        for name in (str(folder / "model"), config.teacher)
-    )
-    if own.data.num_classes != other.data.num_classes or not torch.equal(own.data.labels, other.data.labels):
+    card = read_json(folder / "student.json", "a real student's card")
+    data = examples_of(student, folder / "model", config.columns, Path(config.data), card)
+    sources = Sources(config.teacher, "", config.data, config.columns, StudentCut(), AttachConfig(), None, False)
+    other = load_teacher(sources, kind)
+    if data.num_classes != other.data.num_classes or not torch.equal(data.labels, other.data.labels):
         raise UserError(
             f"teacher: {config.teacher} has {other.data.num_classes} classes, in its order; the student has "
-            f"{own.data.num_classes} of its own; give the teacher that it was distilled from"
+            f"{data.num_classes} of its own; give the teacher that it was distilled from"
         )
-    index = own.data.splits["test"]
-    labels = own.data.labels[index]
+    index = data.splits["test"]
+    labels = data.labels[index]
 
     def student_answers(inputs: dict[str, Tensor]) -> Tensor:
         answers: Tensor = student(**inputs)
@@ -59,18 +61,18 @@ def evaluate_real(folder: Path, config: RealEvaluateConfig) -> dict[str, Any]:
         return logits_of(forward(other.model, inputs)).float()
 
     other.model.eval()
-    logits = _answers(student_answers, own.data, index, config.batch_size)
+    logits = _answers(student_answers, data, index, config.batch_size)
     taught = _answers(teacher_answers, other.data, index, config.batch_size)
     metrics: dict[str, Any] = {
-        "data": own.data.name,
+        "data": data.name,
         "num_samples": len(index),
-        **answer_metrics(logits, taught, labels, own.data.labels[own.data.splits["train"]]),
+        **answer_metrics(logits, taught, labels, data.labels[data.splits["train"]]),
     }
-    few = own.data.batch(index[: config.batch_size])
+    few = data.batch(index[: config.batch_size])
     metrics["flops_per_sample"] = flops_per_sample(lambda _: student_answers(few), labels[: config.batch_size])
     metrics["flops_per_accuracy"] = metrics["flops_per_sample"] / max(metrics["accuracy"], 1e-9)
-    if PIXELS in own.data.inputs:
-        metrics |= _under_attack(student_answers, teacher_answers, own, index[:MAX_ATTACKED], config.epsilon)
+    if PIXELS in data.inputs:
+        metrics |= _under_attack(student_answers, teacher_answers, data, index[:MAX_ATTACKED], config.epsilon)
     return metrics
 
 
@@ -80,10 +82,10 @@ def _answers(model: Answer, data: Examples, index: Tensor, batch_size: int) -> T
     return torch.cat([model(data.batch(rows)) for rows in torch.split(index, batch_size)])
 
 
-def _under_attack(student: Answer, teacher: Answer, side: Side, index: Tensor, epsilon: float) -> dict[str, float]:
+def _under_attack(student: Answer, teacher: Answer, data: Examples, index: Tensor, epsilon: float) -> dict[str, float]:
     """Return accuracies under FGSM and PGD-10, and the cosine of the input gradients, for images of one size."""
-    pixels, labels = side.data.inputs[PIXELS][index], side.data.labels[index]
-    size = epsilon * float(side.data.inputs[PIXELS][side.data.splits["train"]].std())
+    pixels, labels = data.inputs[PIXELS][index], data.labels[index]
+    size = epsilon * float(data.inputs[PIXELS][data.splits["train"]].std())
 
     def answers(x: Tensor) -> Tensor:
         return student({PIXELS: x})

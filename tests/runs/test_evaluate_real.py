@@ -64,3 +64,17 @@ def test_a_teacher_of_other_classes_is_refused(reviews: Path, tmp_path: Path) ->
     tiny_models.save_tokenizer(tmp_path / "other")
     with pytest.raises(UserError, match="the teacher that it was distilled from"):
         evaluate_real(reviews / "student", RealEvaluateConfig(str(reviews / "reviews.csv"), str(tmp_path / "other")))
+
+
+def test_a_student_that_rlkd_alone_loads_is_evaluated(reviews: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_models.save_tokenizer(tmp_path / "tokenizer")
+    model = tiny_models.tiny("bert")
+    model.config.id2label, model.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    plan = make_plan(model, tiny_models.batch("bert", size=4), AttachConfig(exits=()), None)
+    masks = tuple((torch.arange(group.size) % 2).float() for group in plan.groups)
+    with Instrumented(model, plan, []) as student:
+        shipped = ship(student, "sequence_classification", masks, 1.0, 1.0)
+    save_module_student(shipped, tmp_path / "student", tokenizer, {})
+    assert not (tmp_path / "student" / "model" / "model.safetensors").exists()  # no configuration says its heads
+    config = RealEvaluateConfig(data=str(reviews / "reviews.csv"), teacher=str(reviews / "bert"))
+    assert evaluate_real(tmp_path / "student", config)["num_samples"] > 0
