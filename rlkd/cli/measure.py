@@ -18,6 +18,7 @@ from rlkd.runs.shipped import Opened, open_shipped
 
 MAX_BATCH = 65_536
 TABLE_WIDTH = 150
+SEEN_BYTES = 1e5  # of peak memory; what is below may come from pages that the process already has
 AGAINST = "against"  # beginning of the names of the other student's forms
 
 
@@ -85,17 +86,20 @@ def tables(result: dict[str, Any]) -> list[Table]:
         forms.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
     others = [row for row in result["forms"] if row["form"].startswith(AGAINST)]
     reference = (others or result["forms"])[0]  # of the speed-ups
+    kinds = {at["energy_kind"] for row in result["forms"] for at in row["batches"].values()}
     calls = Table(
-        title=f"calls on {result['threads']} thread(s), timed in turns (median, interquartile range, 95th percentile); "
-        f"speed-up over: {reference['form']}",
+        title=f"calls on {result['threads']} thread(s), timed in turns (median, interquartile range, 95th percentile)\n"
+        f"speed-up over: {reference['form']}; energy: {', '.join(sorted(kinds))}",
         title_justify="left",
     )
-    names = ("form", "batch", "median", "IQR", "p95", "samples/s", "speed-up", "J/sample", "accuracy/J", "energy")
+    names = ("form", "batch", "median", "IQR", "p95", "samples/s", "speed-up", "J/sample", "accuracy/J")
     for column in names:
-        calls.add_column(column, justify="left" if column in ("form", "energy") else "right", no_wrap=True)
+        calls.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
     for row in result["forms"]:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        sizes = [shown(row["file_bytes"], "B"), shown(row["peak_memory_bytes"], "B")]
+        peak = row["peak_memory_bytes"]
+        memory = f"below {shown(SEEN_BYTES, 'B')}" if peak is not None and peak < SEEN_BYTES else shown(peak, "B")
+        sizes = [shown(row["file_bytes"], "B"), memory]
         forms.add_row(row["form"], shown(row["parameters"]), shown(row["macs"]), *sizes, accuracy)
         for size, at in row["batches"].items():
             calls.add_row(
@@ -106,7 +110,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 f"{reference['batches'][size]['latency_s'] / at['latency_s']:.2f}",
                 shown(at["energy_j"], "J"),
                 shown(at["accuracy_per_joule"]),
-                at["energy_kind"],
             )
     return [forms, calls]
 

@@ -26,7 +26,7 @@ class Measured:
 
     name: str
     load: Callable[[], Callable[[Inputs], object]]  # makes it anew, to see what memory it takes
-    file_bytes: int
+    file_bytes: int | None  # None: it has no file of its own
     parameters: int
     macs: float  # of a sample, in the mean
     precision: str  # "float32" or "int8"

@@ -74,7 +74,7 @@ def forms_of(opened: Opened, label: str, threads: int, reload: Callable[[], Open
         Measured(
             f"{label}, torch",
             lambda: torch_runner(reload().student),
-            torch_bytes,
+            torch_bytes or None,
             number,
             macs,
             "float32",
