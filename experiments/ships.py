@@ -209,7 +209,7 @@ def paired_lines(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def page(rows: dict[str, list[dict[str, Any]]], command: str) -> str:
+def page(rows: dict[str, list[dict[str, Any]]], command: str, policy: str) -> str:
     """Write the page."""
     largest = max(r["parity"] for seeds in rows.values() for r in seeds)
     same = all(
@@ -223,6 +223,7 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str) -> str:
             f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}; {num_seeds} seeds a data",
             f"set, means with 95 % t-intervals over seeds. All forms of a seed are timed in turns ({NUM_ROUNDS} rounds, medians); the machine",
             "had other work, so only ratios count. Accuracies are on test data.",
+            f"Students: `rlkd distil --goal.keep 0.98 --goal.reference dense`, policy {policy[:12]}.",
             "",
             "## Dense student against the shipped float student",
             "",
@@ -253,17 +254,23 @@ def run_study(out: Path, num_seeds: int, docs: Path) -> None:
     """Do what is missing, and write the results."""
     use_one_thread()
     rows: dict[str, list[dict[str, Any]]] = {}
+    folders = []
     for seed in range(num_seeds):
         for key, (name, options) in DATA.items():
             folder = out / f"{key}-{seed}"
             distilled(folder, options, seed)
+            folders.append(folder)
             if not (folder / "ships.json").exists():
                 write_json(folder / "ships.json", row_of(folder))
             rows.setdefault(name, []).append(json.loads((folder / "ships.json").read_text()))
             print(f"{name}, seed {seed}: done", file=sys.stderr)
-    command = f"python experiments/ships.py --seeds {num_seeds}"
-    write_json(docs / "ships.json", {"command": command, "date": time.strftime("%Y-%m-%d"), "rows": rows})
-    (docs / "ships.md").write_text(page(rows, command))
+    command = f"python experiments/ships.py --out runs/ships --seeds {num_seeds}"
+    (policy,) = {json.loads((path / "student" / "student.json").read_text())["policy_sha256"] for path in folders}
+    write_json(
+        docs / "ships.json",
+        {"command": command, "policy_sha256": policy, "date": time.strftime("%Y-%m-%d"), "rows": rows},
+    )
+    (docs / "ships.md").write_text(page(rows, command, policy))
 
 
 if __name__ == "__main__":

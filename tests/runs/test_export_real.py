@@ -1,0 +1,77 @@
+"""`rlkd export` and `rlkd measure` on the run folder of a real student."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
+pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
+import onnxruntime
+
+from rlkd.cli.main import main
+
+pytestmark = pytest.mark.slow
+QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on texts."""
+    place = tmp_path_factory.mktemp("place")
+    tiny_models.save_policy(place / "policy")
+    teacher = tiny_models.tiny("bert", layers=3)
+    teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    teacher.save_pretrained(place / "bert")
+    tiny_models.save_tokenizer(place / "bert")
+    draw = random.Random(0)
+    with (place / "reviews.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label", "source"])
+        for i in range(120):
+            words = [draw.choice(tiny_models.WORDS[i % 2 :: 2]), *draw.choices(("the", "film", "was"), k=2 + i % 4)]
+            rows.writerow([" ".join(words), "pos" if i % 2 else "neg", f"review {i // 3}"])
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "2"]
+    out = place / "run"
+    assert main(["distil", "--policy", str(place / "policy"), "--out", str(out), *QUICK, *options]) == 0
+    return out
+
+
+def test_to_onnx_with_integers(run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), "--out", str(tmp_path), "--int8", "--most_lost", "100"]) == 0
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert report["parity"]["largest"] < 1e-4
+    forms = {row["form"]: row for row in report["int8"]["forms"]}
+    assert set(forms) == {"float32", "int8 dynamic", "int8 static"}
+    result = json.loads((run / "result.json").read_text())
+    assert forms["float32"]["test_accuracy"] == pytest.approx(result["methods"]["policy"]["accuracy"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "model_int8.onnx"), providers=["CPUExecutionProvider"])
+    ids = torch.randint(5, 15, (3, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    given = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
+    assert session.run(None, given)[0].shape == (3, 2)
+    assert "input `input_ids`: int64 [batch, length]" in (tmp_path / "README.md").read_text()
+
+
+def test_to_a_folder_of_transformers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path)]) == 0
+    t = tiny_models.need_transformers()
+    model = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    assert t.AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()["good"] == 5
+    assert (tmp_path / "README.md").read_text().count("AutoModelForSequenceClassification") == 2
+
+
+def test_measured_beside_its_teacher(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "measured.json"
+    assert main(["measure", str(run), "--against", "teacher", "--batch_sizes", "[2]", "--out", str(out)]) == 0
+    rows = {row["form"]: row for row in json.loads(out.read_text())["forms"]}
+    assert set(rows) == {"student, torch", "student, onnxruntime", "against, torch", "against, onnxruntime"}
+    assert rows["student, torch"]["macs"] < rows["against, torch"]["macs"]
+    assert rows["student, torch"]["accuracy"] == rows["student, onnxruntime"]["accuracy"]
+    assert rows["against, torch"]["accuracy"] == rows["against, onnxruntime"]["accuracy"]
+    assert rows["against, torch"]["file_bytes"] is None
