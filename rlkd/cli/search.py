@@ -75,7 +75,7 @@ def _possible(space: Space, fitting: Sequence[Candidate]) -> Table:
     limits = ", ".join(f"{n} <= {v:.3g}" for n, v in zip(COSTS, space.limits, strict=True) if v != float("inf"))
     title = f"what is possible within {limits} of the reference {list(space.config.reference.widths)}"
     table = Table(title=title, title_justify="left")
-    for column in ("widths", "latency", *COSTS):
+    for column in ("widths", "a batch takes", *COSTS):
         table.add_column(column, justify="left" if column == "widths" else "right", no_wrap=True)
     step = max(1, -(-len(fitting) // NUM_SHOWN))
     for candidate in fitting[::step]:
@@ -86,7 +86,7 @@ def _possible(space: Space, fitting: Sequence[Candidate]) -> Table:
 
 def _front(front: Sequence[Candidate]) -> Table:
     table = Table(title="the front: no candidate is both more accurate and faster", title_justify="left")
-    for column in ("widths", "exits", "accuracy", "expected latency", *COSTS):
+    for column in ("widths", "exits", "accuracy", "a batch takes", *COSTS):
         table.add_column(column, justify="left" if column in ("widths", "exits") else "right", no_wrap=True)
     for c in front:
         ratios = (f"{ratio:.3f}" for ratio in c.ratios)
