@@ -87,7 +87,7 @@ def row_of(folder: Path) -> dict[str, Any]:
     num_early = num_early_exits(opened.student)
     said: list[str] = []
     forms = int8_forms(opened, flat, num_early, MOST_LOST, said.append)
-    forms += aware_forms(opened, flat, num_early, most_lost=MOST_LOST, num_steps=AWARE_STEPS, say=said.append)
+    forms += aware_forms(opened, flat, num_early, most_lost=MOST_LOST, num_steps=AWARE_STEPS, log=said.append)
     test = opened.splits["test"]
     parity = compare(runner_of(session_of(forms[0].graph)), [opened.student], opened.batch, test)
     counted = [opened.batch(row[None]) for row in test[:64]]

@@ -14,7 +14,7 @@ def run(argv: list[str]) -> int:
     """Export one student and print what was checked."""
     need_onnx()
     from rlkd.export.onnx_file import TOLERANCE
-    from rlkd.runs.export import EXITS, TARGETS, Wish, export_student
+    from rlkd.runs.export import EXITS, TARGETS, ExportOptions, export_student
 
     parser = new_parser(
         "export",
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     text = "data set or path of data to check with; by default that of the run"
     parser.add_argument("--data", type=str | None, default=None, help=text)
     _, options = parse(parser, argv)
-    wish = Wish(
+    wanted = ExportOptions(
         to=options.to,
         hardware=load_hardware(options.hardware),
         exits=options.exits,
@@ -62,10 +62,10 @@ def run(argv: list[str]) -> int:
         most_lost=options.most_lost,
         aware_steps=options.qat,
     )
-    wish.check()
+    wanted.check()
     use_one_thread()
     opened = open_shipped(Path(options.student), config_of_run, options.data)
     out = options.out or opened.folder.parent / "export" / options.to
-    export_student(opened, wish, out, print)
+    export_student(opened, wanted, out, print)
     print(f"exported: {out}")
     return 0

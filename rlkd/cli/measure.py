@@ -14,7 +14,7 @@ from rlkd.export import need_onnx
 from rlkd.hardware import hardware_names, load_hardware
 from rlkd.io.records import write_json
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.shipped import Opened, open_shipped
+from rlkd.runs.shipped import ShippedData, open_shipped
 
 MAX_BATCH = 65_536
 TABLE_WIDTH = 150
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--hardware: got {hardware.name}, a {hardware.device}; allowed: a cpu, which is measured here")
     use_one_thread()
 
-    def reload() -> Opened:
+    def reload() -> ShippedData:
         return open_shipped(Path(options.student), config_of_run, options.data)
 
     opened, against = reload(), None

@@ -108,7 +108,7 @@ class FakeChain(nn.Module):
 
 
 @dataclass(frozen=True)
-class Aware:
+class TrainedChain:
     """A trained student on its grid."""
 
     chain: FakeChain
@@ -164,7 +164,7 @@ def train_aware(
     config: AwareConfig,
     seed: int,
     bits: Mapping[str, int] | None = None,
-) -> Aware:
+) -> TrainedChain:
     """Train the student on its grid under the teacher; the state that is best on validation ships.
 
     Args:
@@ -197,7 +197,7 @@ def train_aware(
             if now > best:
                 best, best_state = now, copy.deepcopy(chain.state_dict())
     chain.load_state_dict(best_state)
-    return Aware(chain.eval().requires_grad_(False), best, dict(bits or {}))
+    return TrainedChain(chain.eval().requires_grad_(False), best, dict(bits or {}))
 
 
 def _loss(logits: Sequence[Tensor], labels: Tensor, teacher: Tensor, config: AwareConfig) -> Tensor:

@@ -18,7 +18,7 @@ MIDDLE = 0.75  # any threshold at neither end, to have every exit answer
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibratedExit:
     """An exit threshold and what it brings on the samples that it was chosen on."""
 
     threshold: float
@@ -53,7 +53,7 @@ def calibrate(
     index: Tensor,
     labels: Tensor,
     asked: float,
-) -> Calibrated:
+) -> CalibratedExit:
     """Return the lowest threshold at which the student is at least as accurate as asked.
 
     Args:
@@ -77,14 +77,14 @@ def calibrate(
     confidence, answer = logits.softmax(-1).max(-1)  # [E, B]
     right = answer == labels[index]
     patience = 0 if isinstance(student, CompactStudent) else student.shipment.patience
-    best: Calibrated | None = None
+    best: CalibratedExit | None = None
     for threshold in _candidates(confidence[:-1]):
         taken = exits_taken(confidence[None], answer[None], torch.tensor([threshold]), logits.shape[-1], patience)[
             0
         ]  # [E, B]
         accuracy = float((taken & right).any(0).double().mean())
         if accuracy >= asked:
-            best = Calibrated(threshold, accuracy, tuple(taken.double().mean(1).tolist()))
+            best = CalibratedExit(threshold, accuracy, tuple(taken.double().mean(1).tolist()))
             break
     if best is None:
         last = float(right[-1].double().mean())

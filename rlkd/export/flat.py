@@ -1,4 +1,4 @@
-"""A shipped student as one straight graph: every block runs, every exit answers, and masks say who has left.
+"""A shipped student as one straight graph: every block runs, every exit answers, and masks mark who has left.
 
 `torch.export` cannot follow a student that drops samples on the way. It can follow this form, which gives the same
 answers; `rlkd.export.surgery` then puts the early stops back into the exported graph.

@@ -25,7 +25,7 @@ MAX_TRIED = 32  # layers whose sensitivity is measured, one at a time
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantisedGraph:
     """A graph of which some layers compute in int8."""
 
     graph: Any
@@ -43,7 +43,7 @@ def layers_of(graph: Any, method: Method) -> list[str]:
     ]
 
 
-def quantise(graph: Any, method: Method, batches: Sequence[Inputs], kept_float: Sequence[str] = ()) -> Quantised:
+def quantise(graph: Any, method: Method, batches: Sequence[Inputs], kept_float: Sequence[str] = ()) -> QuantisedGraph:
     """Return the graph with int8 layers.
 
     Args:
@@ -63,7 +63,7 @@ def quantise(graph: Any, method: Method, batches: Sequence[Inputs], kept_float: 
         named = [*chosen, *(f"{name}_MatMul" for name in chosen)] if method == "dynamic" else chosen
         options = {"op_types_to_quantize": list(OPERATORS[method]), "nodes_to_quantize": named}
         if not chosen:
-            return Quantised(graph, method, tuple(kept_float))
+            return QuantisedGraph(graph, method, tuple(kept_float))
         if method == "dynamic":
             q.quantize_dynamic(source, target, weight_type=q.QuantType.QUInt8, per_channel=False, **options)
         else:
@@ -79,7 +79,7 @@ def quantise(graph: Any, method: Method, batches: Sequence[Inputs], kept_float: 
                 **options,
             )
         made = onnx.shape_inference.infer_shapes(onnx.load(target))
-    return Quantised(made, method, tuple(kept_float))
+    return QuantisedGraph(made, method, tuple(kept_float))
 
 
 class _Reader:
@@ -135,8 +135,8 @@ def within(
     probe: Inputs,
     loss_of: Callable[[Any], float],
     most_lost: float,
-    say: Callable[[str], object],
-) -> tuple[Quantised, float] | None:
+    log: Callable[[str], object],
+) -> tuple[QuantisedGraph, float] | None:
     """Quantise all layers; where that loses too much, take layers back, the most sensitive first.
 
     Args:
@@ -144,7 +144,7 @@ def within(
         probe: samples for the sensitivities.
         loss_of: accuracy that a straight graph loses on validation, a share.
         most_lost: the loss that is allowed.
-        say: told in one line of everything that is taken back.
+        log: called with a line for everything that is taken back.
 
     Returns:
         The graph and its loss, or None where more than half of the layers would have to go back.
@@ -153,14 +153,14 @@ def within(
     lost = loss_of(made.graph)
     if lost <= most_lost:
         return made, lost
-    say(f"int8 {method}: all layers lose {100 * lost:.2f} points, more than {100 * most_lost:g}; taken back")
+    log(f"int8 {method}: all layers lose {100 * lost:.2f} points, more than {100 * most_lost:g}; taken back")
     ranked = sensitivities(graph, method, batches, probe)
     order = sorted(ranked, key=lambda name: -ranked[name])
     for count in range(1, len(order) // 2 + 1):
         made = quantise(graph, method, batches, order[:count])
         lost = loss_of(made.graph)
         if lost <= most_lost:
-            say(f"int8 {method}: {count} of {len(order)} layers stay in float32 ({', '.join(order[:count])})")
+            log(f"int8 {method}: {count} of {len(order)} layers stay in float32 ({', '.join(order[:count])})")
             return made, lost
-    say(f"int8 {method}: loses {100 * lost:.2f} points with {len(order) // 2} layers in float32; taken back")
+    log(f"int8 {method}: loses {100 * lost:.2f} points with {len(order) // 2} layers in float32; taken back")
     return None

@@ -21,7 +21,7 @@ Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredForm:
     """One form of one student."""
 
     name: str
@@ -73,7 +73,7 @@ def _resident(name: str) -> int:
 
 
 def measure(
-    forms: Sequence[Measured],
+    forms: Sequence[MeasuredForm],
     batch: Callable[[int], Inputs],
     batch_sizes: Sequence[int],
     threads: int = 1,

@@ -1,4 +1,4 @@
-"""`rlkd export`: write a shipped student in the form that is deployed, check it, and say what was found."""
+"""`rlkd export`: write a shipped student in the form that is deployed, check it, and report what was found."""
 
 import json
 import shutil
@@ -37,17 +37,17 @@ from rlkd.hardware import Hardware
 from rlkd.io.files import write_error, write_whole
 from rlkd.io.records import plain, write_json
 from rlkd.runs.export_int8 import add_int8
-from rlkd.runs.shipped import Opened
+from rlkd.runs.shipped import ShippedData
 
 TARGETS = ("onnx", "torch", "hf")
 EXITS = ("both", "if", "parts")
 NUM_TRACED = 3  # samples that a graph is traced with; one alone would be taken for a constant
 NUM_COMPARED = 255  # samples whose answers are compared with PyTorch, a multiple of the compared batch
-Say = Callable[[str], object]
+Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportOptions:
     """What the user asks of an export."""
 
     to: str
@@ -88,7 +88,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportedForm:
     """What one form of export left in its folder."""
 
     files: dict[str, str]  # what each file is, by name
@@ -98,19 +98,24 @@ class Written:
     record: dict[str, Any]  # for export.json
 
 
-def export_student(opened: Opened, wish: Wish, out: Path, say: Say) -> dict[str, Any]:
+def export_student(opened: ShippedData, options: ExportOptions, out: Path, log: Log) -> dict[str, Any]:
     """Write the student into `out`, with a model card and export.json; returns what export.json has.
 
     Raises:
         UserError: the student cannot be had in this form, or does not agree with PyTorch.
     """
-    wish.check()
-    if wish.to == "hf" and opened.kind == "chain":
+    options.check()
+    if options.to == "hf" and opened.kind == "chain":
         raise UserError("--to: got hf for a chain, which transformers has no class for; allowed: onnx, torch")
     notes = []
-    record: dict[str, Any] = {"format": 1, "to": wish.to, "hardware": wish.hardware.name, "data": opened.data_name}
-    if wish.exit_accuracy is not None:
-        chosen = calibrate(opened.student, opened.batch, opened.few("validation"), opened.labels, wish.exit_accuracy)
+    record: dict[str, Any] = {
+        "format": 1,
+        "to": options.to,
+        "hardware": options.hardware.name,
+        "data": opened.data_name,
+    }
+    if options.exit_accuracy is not None:
+        chosen = calibrate(opened.student, opened.batch, opened.few("validation"), opened.labels, options.exit_accuracy)
         notes.append(chosen.line())
         record["exits"] = plain(chosen)
         opened = opened.with_student(with_threshold(opened.student, chosen.threshold))
@@ -118,10 +123,10 @@ def export_student(opened: Opened, wish: Wish, out: Path, say: Say) -> dict[str,
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(out, error) from error
-    written = {"onnx": _to_onnx, "torch": _to_torch, "hf": _to_transformers}[wish.to](opened, wish, out)
+    written = {"onnx": _to_onnx, "torch": _to_torch, "hf": _to_transformers}[options.to](opened, options, out)
     notes += written.notes
     text = model_card(
-        title=f"{opened.folder.parent.name or 'student'}: a distilled student ({wish.to})",
+        title=f"{opened.folder.parent.name or 'student'}: a distilled student ({options.to})",
         data_name=opened.data_name,
         card=opened.card,
         files=written.files,
@@ -133,17 +138,17 @@ def export_student(opened: Opened, wish: Wish, out: Path, say: Say) -> dict[str,
     record |= {**written.record, "files": list(written.files), "notes": notes}
     write_json(out / "export.json", record)
     for line in notes:
-        say(line)
+        log(line)
     return record
 
 
-def _to_onnx(opened: Opened, wish: Wish, out: Path) -> Written:
+def _to_onnx(opened: ShippedData, options: ExportOptions, out: Path) -> ExportedForm:
     """Write model.onnx, and the parts of a student with early exits."""
     student, traced = opened.student, opened.batch(opened.few("validation", NUM_TRACED))
     num_early = num_early_exits(student)
     flat = export_flat(student, traced, opened.has_length)
-    uses_parts = num_early > 0 and wish.exits != "if" and not opened.is_causal
-    uses_if = wish.exits != "parts" or not uses_parts
+    uses_parts = num_early > 0 and options.exits != "if" and not opened.is_causal
+    uses_if = options.exits != "parts" or not uses_parts
     files: dict[str, str] = {}
     record: dict[str, Any] = {}
     notes = [f"ONNX opset {OPSET}, dynamic batch{' and length' * opened.has_length}"]
@@ -151,42 +156,44 @@ def _to_onnx(opened: Opened, wish: Wish, out: Path) -> Written:
     usage = ""
     if uses_if:
         graph = surgery.fold_exits(flat, num_early)
-        check_operators(surgery.operators_of(graph), wish.hardware)
+        check_operators(surgery.operators_of(graph), options.hardware)
         save_graph(graph, out / "model.onnx")
-        parity = _checked(runner_of(session_of(out / "model.onnx", wish.hardware.threads)), opened, wish, "model.onnx")
+        parity = _checked(
+            runner_of(session_of(out / "model.onnx", options.hardware.threads)), opened, options, "model.onnx"
+        )
         what = "the student; the blocks behind an exit run while a sample of the batch still waits"
         files["model.onnx"] = what if num_early else "the student"
         notes.append(f"model.onnx: {parity.line()}")
         record |= {"parity": plain(parity), "operators": surgery.operators_of(graph)}
-        if wish.triton is not None:
-            place = write_repository(graph, wish.triton, wish.name, wish.hardware)
+        if options.triton is not None:
+            place = write_repository(graph, options.triton, options.name, options.hardware)
             notes.append(f"Triton model repository: {place}")
         usage = ONNX_USAGE.format(given=", ".join(f"{name!r}: {name}" for name in traced))
     if uses_parts:
         parts = surgery.split_parts(flat, num_early)
-        check_operators(sorted({name for part in parts for name in surgery.operators_of(part)}), wish.hardware)
+        check_operators(sorted({name for part in parts for name in surgery.operators_of(part)}), options.hardware)
         write_parts(parts, out / "parts")
-        run = parts_run(parts_runner.PartsRunner(out / "parts", wish.hardware.threads))
-        parity = _checked(run, opened, wish, "parts")
+        run = parts_run(parts_runner.PartsRunner(out / "parts", options.hardware.threads))
+        parity = _checked(run, opened, options, "parts")
         files["parts/"] = "one graph for each exit, and runner.py, by which every sample leaves on its own"
         notes.append(f"parts: {parity.line()}")
         record["parity_of_parts"] = plain(parity)
         usage += PARTS_USAGE.format(given=", ".join(f"{name!r}: {name}" for name in traced))
-    if wish.int8:
+    if options.int8:
         found = add_int8(
             opened,
             flat,
             num_early,
-            hardware=wish.hardware,
-            most_lost=wish.most_lost / 100,
-            aware_steps=wish.aware_steps,
+            hardware=options.hardware,
+            most_lost=options.most_lost / 100,
+            aware_steps=options.aware_steps,
             out=out,
-            say=notes.append,
+            log=notes.append,
         )
         record["int8"] = found
         if found["written"]:
             files["model_int8.onnx"] = f"the same as model.onnx, {found['written']}"
-    return Written(files, interface, notes, usage, {**record, "opset": OPSET, "num_early_exits": num_early})
+    return ExportedForm(files, interface, notes, usage, {**record, "opset": OPSET, "num_early_exits": num_early})
 
 
 ONNX_USAGE = """import onnxruntime
@@ -253,7 +260,7 @@ def _interface(inputs: Any, outputs: Any) -> list[str]:
     return lines
 
 
-def _checked(run: Run, opened: Opened, wish: Wish, what: str) -> Parity:
+def _checked(run: Run, opened: ShippedData, options: ExportOptions, what: str) -> Parity:
     """Compare a form with PyTorch on test samples.
 
     Raises:
@@ -268,9 +275,9 @@ def _checked(run: Run, opened: Opened, wish: Wish, what: str) -> Parity:
     if len(index) < COMPARED_BATCHES[-1]:
         index = index.repeat(-(-COMPARED_BATCHES[-1] // len(index)))
     parity = compare(run, students, opened.batch, index, _real_tokens if opened.is_causal else _all)
-    if parity.largest > wish.tolerance:
+    if parity.largest > options.tolerance:
         raise UserError(
-            f"{what}: differs from PyTorch by {parity.largest:.2e} on real samples; allowed: {wish.tolerance:g} "
+            f"{what}: differs from PyTorch by {parity.largest:.2e} on real samples; allowed: {options.tolerance:g} "
             "(--tolerance); do not deploy it"
         )
     return parity
@@ -298,7 +305,7 @@ class _Answer(nn.Module):
         return answer
 
 
-def _to_torch(opened: Opened, wish: Wish, out: Path) -> Written:
+def _to_torch(opened: ShippedData, options: ExportOptions, out: Path) -> ExportedForm:
     """Write model.pt2, a program of torch.export."""
     traced = opened.batch(opened.few("validation", NUM_TRACED))
     batch, length = torch.export.Dim(BATCH), torch.export.Dim("length")
@@ -320,7 +327,7 @@ def _to_torch(opened: Opened, wish: Wish, out: Path) -> Written:
         answer: Tensor = loaded(*inputs.values())
         return answer
 
-    parity = _checked(run, opened, wish, "model.pt2")
+    parity = _checked(run, opened, options, "model.pt2")
     notes = [f"torch {torch.__version__}, dynamic batch{' and length' * opened.has_length}; {parity.line()}"]
     if num_early_exits(opened.student):
         notes.append("early exits decide who is answered where, but every block runs: --to onnx stops early")
@@ -329,7 +336,7 @@ def _to_torch(opened: Opened, wish: Wish, out: Path) -> Written:
     ]
     usage = TORCH_USAGE.format(given=", ".join(traced))
     record = {"parity": plain(parity), "torch": torch.__version__}
-    return Written({"model.pt2": "a program of torch.export"}, shapes_of, notes, usage, record)
+    return ExportedForm({"model.pt2": "a program of torch.export"}, shapes_of, notes, usage, record)
 
 
 def check_plain(folder: Path) -> None:
@@ -343,7 +350,7 @@ def check_plain(folder: Path) -> None:
         )
 
 
-def _to_transformers(opened: Opened, wish: Wish, out: Path) -> Written:
+def _to_transformers(opened: ShippedData, options: ExportOptions, out: Path) -> ExportedForm:
     """Copy the model's folder, which transformers loads as it is, and check what it answers there."""
     from rlkd.compression.real.shipped import ShippedStudent
     from rlkd.models.real.attachment import logits_of
@@ -369,7 +376,7 @@ def _to_transformers(opened: Opened, wish: Wish, out: Path) -> Written:
     record: dict[str, Any] = {}
     if shipment.select_after is None or shipment.keep >= 1.0:
         whole = with_threshold(student, 1.0)
-        parity = _checked(run, opened.with_student(whole), wish, "model")
+        parity = _checked(run, opened.with_student(whole), options, "model")
         notes.append(parity.line())
         record["parity"] = plain(parity)
     test = opened.few("test")
@@ -381,4 +388,4 @@ def _to_transformers(opened: Opened, wish: Wish, out: Path) -> Written:
             f"{len(test)} test samples is {accuracy:.4f}; --to onnx carries them"
         )
     usage = HF_USAGE.format(auto=AUTO_CLASSES[kind])
-    return Written({"model/": "a folder of transformers"}, [], notes, usage, record)
+    return ExportedForm({"model/": "a folder of transformers"}, [], notes, usage, record)

@@ -19,11 +19,11 @@ from rlkd.export.int8 import METHODS, NUM_CALIBRATED, NUM_SENSITIVE, layers_of, 
 from rlkd.export.onnx_file import Run, runner_of, save_graph, session_of
 from rlkd.export.qdq import LayerGrids, with_integers
 from rlkd.hardware import Hardware
-from rlkd.runs.shipped import Opened
+from rlkd.runs.shipped import ShippedData
 
 CALIBRATED_AT_ONCE = 32
 NUM_ROUNDS = 21
-Say = Callable[[str], object]
+Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Form:
     kept_float: tuple[str, ...] = ()
 
 
-def int8_forms(opened: Opened, flat: Any, num_early: int, most_lost: float, say: Say) -> list[Form]:
+def int8_forms(opened: ShippedData, flat: Any, num_early: int, most_lost: float, log: Log) -> list[Form]:
     """Return the float form and those int8 forms that lose at most `most_lost` on validation.
 
     Args:
@@ -45,7 +45,7 @@ def int8_forms(opened: Opened, flat: Any, num_early: int, most_lost: float, say:
         flat: its straight float graph.
         num_early: its early exits.
         most_lost: share of accuracy.
-        say: told in one line of everything that is taken back.
+        log: called with a line for everything that is taken back.
     """
     train, validation = opened.splits["train"][:NUM_CALIBRATED], opened.few("validation")
     batches = [opened.batch(rows) for rows in torch.split(train, CALIBRATED_AT_ONCE)]
@@ -58,9 +58,9 @@ def int8_forms(opened: Opened, flat: Any, num_early: int, most_lost: float, say:
     forms = [Form("float32", surgery.fold_exits(flat, num_early), flat, 0.0)]
     for method in METHODS:
         if not layers_of(flat, method):
-            say(f"int8 {method}: this graph has no layer for it")
+            log(f"int8 {method}: this graph has no layer for it")
             continue
-        found = within(flat, method, batches, probe, loss_of, most_lost, say)
+        found = within(flat, method, batches, probe, loss_of, most_lost, log)
         if found is not None:
             made, lost = found
             folded = surgery.fold_exits(made.graph, num_early)
@@ -69,13 +69,13 @@ def int8_forms(opened: Opened, flat: Any, num_early: int, most_lost: float, say:
 
 
 def aware_forms(
-    opened: Opened, flat: Any, num_early: int, *, most_lost: float, num_steps: int, say: Say, seed: int = 0
+    opened: ShippedData, flat: Any, num_early: int, *, most_lost: float, num_steps: int, log: Log, seed: int = 0
 ) -> list[Form]:
     """Return the forms of quantisation-aware distillation that lose little enough: all in int8, and mixed with int4.
 
     Args:
         opened: a chain whose run names its teacher.
-        flat, num_early, most_lost, say: as in `int8_forms`.
+        flat, num_early, most_lost, log: as in `int8_forms`.
         num_steps: of the training.
         seed: of its batches.
 
@@ -95,11 +95,11 @@ def aware_forms(
         straight = integer_graph(flat, trained.chain)
         lost = reference - opened.accuracy(_last_of(straight), opened.few("validation"))
         if lost > most_lost:
-            say(f"{name}: loses {100 * lost:.2f} points, more than {100 * most_lost:g}; taken back")
+            log(f"{name}: loses {100 * lost:.2f} points, more than {100 * most_lost:g}; taken back")
             continue
         forms.append(Form(name, surgery.fold_exits(straight, num_early), straight, lost))
         if bits:
-            say(f"{name}: four-bit weights in {', '.join(bits)}")
+            log(f"{name}: four-bit weights in {', '.join(bits)}")
     return forms
 
 
@@ -130,7 +130,7 @@ def _last_of(graph: Any) -> Run:
 
 
 def add_int8(
-    opened: Opened,
+    opened: ShippedData,
     flat: Any,
     num_early: int,
     *,
@@ -138,9 +138,9 @@ def add_int8(
     most_lost: float,
     aware_steps: int,
     out: Path,
-    say: Say,
+    log: Log,
 ) -> dict[str, Any]:
-    """Write model_int8.onnx, where an int8 form loses little enough, and say what it costs and gains.
+    """Write model_int8.onnx, where an int8 form loses little enough, and log what it loses and gains.
 
     Args:
         opened: the student with its data.
@@ -150,7 +150,7 @@ def add_int8(
         most_lost: share of accuracy on validation that int8 may lose.
         aware_steps: of quantisation-aware distillation; 0: after the training alone.
         out: folder.
-        say: told what was found, a line each.
+        log: called with a line for everything that was found.
 
     Returns:
         The forms with bytes, loss and latency, and which one was written.
@@ -162,9 +162,9 @@ def add_int8(
         raise UserError(
             f"--int8: {hardware.name} takes {', '.join(hardware.precisions)}; allowed: a target that takes int8"
         )
-    forms = int8_forms(opened, flat, num_early, most_lost, say)
+    forms = int8_forms(opened, flat, num_early, most_lost, log)
     if aware_steps:
-        forms += aware_forms(opened, flat, num_early, most_lost=most_lost, num_steps=aware_steps, say=say)
+        forms += aware_forms(opened, flat, num_early, most_lost=most_lost, num_steps=aware_steps, log=log)
     test = opened.few("test")
     timed = [_latency_s(forms, opened, size, hardware.threads) for size in hardware.batch_sizes]
     rows: list[dict[str, Any]] = []
@@ -183,17 +183,17 @@ def add_int8(
         )
     record: dict[str, Any] = {"forms": rows, "written": None}
     if len(forms) == 1:
-        say(f"int8 was taken back: no form loses at most {100 * most_lost:g} points; float32 ships alone")
+        log(f"int8 was taken back: no form loses at most {100 * most_lost:g} points; float32 ships alone")
         return record
     first = str(hardware.batch_sizes[0])
     best = min(range(1, len(forms)), key=lambda index: rows[index]["latency_s"][first])
     save_graph(forms[best].graph, out / "model_int8.onnx")
     record["written"] = rows[best]["form"]
     for row in rows[1:]:
-        say(_line(row, rows[0]))
+        log(_line(row, rows[0]))
     slower = [size for size in latency if rows[best]["latency_s"][size] > rows[0]["latency_s"][size]]
     if slower:
-        say(f"note: int8 is slower than float32 here at batch {', '.join(slower)}; it gains size alone")
+        log(f"note: int8 is slower than float32 here at batch {', '.join(slower)}; it gains size alone")
     return record
 
 
@@ -220,7 +220,7 @@ def weight_bytes(graph: Any) -> int:
     return total
 
 
-def _latency_s(forms: Sequence[Form], opened: Opened, batch_size: int, threads: int) -> list[float]:
+def _latency_s(forms: Sequence[Form], opened: ShippedData, batch_size: int, threads: int) -> list[float]:
     """Return the median seconds of a batch of each form, timed against each other."""
     test = opened.splits["test"]
     inputs = opened.batch(test[torch.arange(batch_size) % len(test)])

@@ -12,20 +12,20 @@ from rlkd.compression import CompactStudent, compact
 from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits
-from rlkd.export.measure import NUM_COUNTED, Measured, count_macs, measure, parameters_of
+from rlkd.export.measure import NUM_COUNTED, MeasuredForm, count_macs, measure, parameters_of
 from rlkd.export.onnx_file import export_flat, runner_of, session_of, torch_runner
 from rlkd.hardware import Hardware
 from rlkd.runs.export import NUM_TRACED
-from rlkd.runs.shipped import Opened, examples_of, opened_examples
+from rlkd.runs.shipped import ShippedData, examples_of, opened_examples
 
 TEACHER = "teacher"
 INT8_FILE = "model_int8.onnx"
 
 
 def measure_student(
-    opened: Opened,
-    reload: Callable[[], Opened],
-    against: Opened | None,
+    opened: ShippedData,
+    reload: Callable[[], ShippedData],
+    against: ShippedData | None,
     hardware: Hardware,
     batch_sizes: tuple[int, ...],
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def measure_student(
     }
 
 
-def forms_of(opened: Opened, label: str, threads: int, reload: Callable[[], Opened]) -> list[Measured]:
+def forms_of(opened: ShippedData, label: str, threads: int, reload: Callable[[], ShippedData]) -> list[MeasuredForm]:
     """Return a student's forms: torch, onnxruntime, and the int8 file that `rlkd export --int8` left beside it."""
     student, test = opened.student, opened.few("test")
     num_early = num_early_exits(student)
@@ -71,7 +71,7 @@ def forms_of(opened: Opened, label: str, threads: int, reload: Callable[[], Open
     weights = [place] if place.exists() else sorted((opened.folder / "model").glob("*.safetensors"))
     torch_bytes = sum(path.stat().st_size for path in weights)
     forms = [
-        Measured(
+        MeasuredForm(
             f"{label}, torch",
             lambda: torch_runner(reload().student),
             torch_bytes or None,
@@ -89,7 +89,7 @@ def forms_of(opened: Opened, label: str, threads: int, reload: Callable[[], Open
     return forms
 
 
-def _onnx_form(opened: Opened, name: str, blob: bytes, threads: int, work: tuple[int, float, str]) -> Measured:
+def _onnx_form(opened: ShippedData, name: str, blob: bytes, threads: int, work: tuple[int, float, str]) -> MeasuredForm:
     import onnx
 
     def load() -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -97,10 +97,10 @@ def _onnx_form(opened: Opened, name: str, blob: bytes, threads: int, work: tuple
 
     number, macs, precision = work
     accuracy = opened.accuracy(load(), opened.few("test"))
-    return Measured(name, load, len(blob), number, macs, precision, accuracy)
+    return MeasuredForm(name, load, len(blob), number, macs, precision, accuracy)
 
 
-def open_against(given: str, opened: Opened, config_of: Any) -> Opened:
+def open_against(given: str, opened: ShippedData, config_of: Any) -> ShippedData:
     """Return the teacher of the run, or a model of transformers in a folder, on the data of `opened`.
 
     Args:
@@ -131,7 +131,7 @@ def open_against(given: str, opened: Opened, config_of: Any) -> Opened:
     return _real_teacher(config.teacher if given == TEACHER else given, opened, config)
 
 
-def _real_teacher(source: str, opened: Opened, config: Any) -> Opened:
+def _real_teacher(source: str, opened: ShippedData, config: Any) -> ShippedData:
     from rlkd.compression.real.shipped import Shipment, shipped_student
     from rlkd.models.real.pretrained import load_model
 

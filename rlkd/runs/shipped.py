@@ -24,7 +24,7 @@ LONGEST_TEXT = 2**20  # tokens
 
 
 @dataclass(frozen=True)
-class Opened:
+class ShippedData:
     """A shipped student with its data."""
 
     folder: Path  # has student.json
@@ -64,12 +64,12 @@ class Opened:
             right, total = right + int((answer[:, :-1] == ids[:, 1:])[counts].sum()), total + int(counts.sum())
         return right / total
 
-    def with_student(self, student: Student) -> "Opened":
+    def with_student(self, student: Student) -> "ShippedData":
         """Return the same data with another student."""
         return dataclasses.replace(self, student=student)
 
 
-def open_shipped(given: Path, config_of: Callable[[Path, type[Any]], tuple[Any, int]], data: str | None) -> Opened:
+def open_shipped(given: Path, config_of: Callable[[Path, type[Any]], tuple[Any, int]], data: str | None) -> ShippedData:
     """Open a run folder of `rlkd distil`, or the folder of a student.
 
     Args:
@@ -97,7 +97,7 @@ def _config_of_run(run: Path | None, config_of: Any, kind: type[Any]) -> Any:
     return config_of(run, kind)[0]
 
 
-def _open_chain(folder: Path, config: DistilConfig | None, given: str | None) -> Opened:
+def _open_chain(folder: Path, config: DistilConfig | None, given: str | None) -> ShippedData:
     student = load_student(folder).eval()
     name = given or (config.task.dataset if config else "")
     data = load_dataset(name)
@@ -114,7 +114,7 @@ def _open_chain(folder: Path, config: DistilConfig | None, given: str | None) ->
         )
     inputs = data.inputs.reshape(len(data.inputs), *student.input_shape)
     card = read_json(inside(folder, "student.json"), "a student's card")
-    return Opened(
+    return ShippedData(
         folder=folder,
         student=student,
         kind="chain",
@@ -129,7 +129,7 @@ def _open_chain(folder: Path, config: DistilConfig | None, given: str | None) ->
     )
 
 
-def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None) -> Opened:
+def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None) -> ShippedData:
     from rlkd.compression.real.cut import load_module_student
     from rlkd.envs.real import RealConfig  # the extra hf
 
@@ -140,10 +140,10 @@ def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None)
     return opened_examples(folder, student, examples, card)
 
 
-def opened_examples(folder: Path, student: Any, examples: Examples, card: dict[str, Any]) -> Opened:
+def opened_examples(folder: Path, student: Any, examples: Examples, card: dict[str, Any]) -> ShippedData:
     """Return a real student with its data."""
     counted = examples.counted_of if isinstance(examples, TokenExamples) else None
-    return Opened(
+    return ShippedData(
         folder=folder,
         student=student,
         kind=student.shipment.kind,
