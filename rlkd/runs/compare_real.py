@@ -98,7 +98,7 @@ def _plain(config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | 
 
 
 def _pruned(
-    recipe: str, last: float, config: RealCompareConfig, *, controls: ControlConfig, bundle: Bundle | None
+    recipe: str, last: float, config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None
 ) -> list[Controller]:
     """`recipe` at every share, with the loss weights of `plain`."""
     made = []
