@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rlkd.agents.evaluation.events import Scalars, read_scalars
 from rlkd.agents.evaluation.verdict import (
@@ -148,7 +149,7 @@ def _grid(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.25)
-    axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=x == "window"))
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -174,6 +175,8 @@ def reward_curves(runs: list[Run]) -> Figure:
         ("student/margin", "margin: accuracy less the floor (validation)", "share of samples"),
     ]
     panels = [panel for panel in panels if any(panel[0] in run.scalars for run in runs)]
+    if _progress_name(runs) == "window":  # one student, and no policy that learns
+        panels = [(tag, ONE_STUDENT.get(tag, title), unit) for tag, title, unit in panels]
     if not panels:
         return Figure()
     num_columns = min(4, len(panels))
@@ -337,8 +340,12 @@ caption{text-align:left;font-weight:600;padding:.3rem 0}
 """
 
 
+ONE_STUDENT = {
+    "student/score": "score J after each window (validation)",
+    "student/accuracy": "accuracy after each window (validation)",
+}
 TITLES = {
-    "reward_curves": "Reward curves, read from the event files. Evaluations are on scenarios that the policy is not "
+    "reward_curves": "Curves, read from the event files. A policy that learns is evaluated on scenarios that it is not "
     "trained on.",
     "controls": "Mean controls over the student trainings, 0 to 1 through their ranges.",
     "controls_over_windows": "What the policy did: controls over the windows of the student's training, in their own "

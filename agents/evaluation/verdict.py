@@ -126,7 +126,7 @@ def asked_and_reached(result: Mapping[str, Any]) -> list[list[str]]:
 
     def cost(name: str, ratio: str, unit: str, scale: float = 1.0) -> list[str]:
         own, share = float(student[name]) * scale, float(student[ratio])
-        return [f"{own:,.4g} {unit} ({share:.1%} of dense)", f"{own / share:,.4g} {unit}" if share > 0 else ""]
+        return [f"{_short(own)} {unit} ({share:.1%} of dense)", f"{_short(own / share)} {unit}" if share > 0 else ""]
 
     floor = f"at least {student['floor']:.4f}" if "floor" in student else ""
     batch = f"latency of a batch of {row['batch_size']}"
@@ -146,8 +146,12 @@ def asked_and_reached(result: Mapping[str, Any]) -> list[list[str]]:
     if "teacher_latency_s" in row:
         teacher[1] = f"{row['teacher_latency_s'] * 1e6:,.1f} us"
     if "macs_of_teacher" in student:
-        teacher[3] = f"{student['macs_of_teacher']:,.4g}"
+        teacher[3] = _short(student["macs_of_teacher"])
     return [[*cells, last] for cells, last in zip(rows, teacher, strict=True)]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def what_the_policy_did(windows: Rows) -> list[str]:
