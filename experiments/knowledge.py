@@ -24,7 +24,11 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from rlkd.agents.policy.bundled import find_policy
+from rlkd.agents.policy.controllers import run
 from rlkd.data import DataSet, Range, TaskDistribution, draw_task, load_dataset
+from rlkd.envs.references import References
+from rlkd.envs.scenario import EnvConfig, build_scenario
 from rlkd.losses import DEFAULT_TERMS, PUBLISHED, TERMS, LossConfig, cross_entropy, mutual
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.runs.folder import use_one_thread
@@ -44,6 +48,9 @@ MULTIPLIERS, RATES = (0.3, 1.0, 3.0), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TEMPERATURE = 4.0
 SHARE = 0.9  # of the teacher's accuracy, the bar of distillation without data
 POSSIBLE = OFFERED | set(EXTRA) | {"teacher_logits", "teacher_features", "student_map", "teacher_map"}
+
+NINE = ("cross_entropy", "kl", "dkd", "dist", "fitnets", "similarity", "rkd_distance", "pkt", "attention_transfer")
+NUM_POLICY_TASKS = 24
 
 Grid = list[tuple[float, float]]
 
@@ -223,6 +230,22 @@ def without_data(data: DataSet, teacher: ChainStudent) -> dict[str, Any]:
     return {"teacher": accuracy, "last": reached, "share": [a / accuracy for a in reached]}
 
 
+def under_policy(name: str) -> dict[str, Any]:
+    """Students under the bundled policy, which was trained with four terms, with those and with nine, paired."""
+    bundle = find_policy(None)
+    given = TaskDistribution(name, label_noise=Range(0.0, 0.0), num_labels=Range(NUM_LABELS, NUM_LABELS))
+    config = EnvConfig(task=given, teacher=TEACHER, controls=bundle.policy.controls)
+    scenario = build_scenario(config, bundle.policy.start)
+    found: dict[str, Any] = {"terms": list(NINE)}
+    for label, terms in (("four", DEFAULT_TERMS), ("nine", NINE)):
+        other = dataclasses.replace(
+            scenario, config=dataclasses.replace(config, loss=LossConfig(terms)), known=References()
+        )
+        results = run(other, bundle.policy.controller(), range(NUM_POLICY_TASKS), given)
+        found[label] = {"accuracy": results.accuracy.tolist(), "diverged": int(results.diverged.sum())}
+    return found
+
+
 def study(name: str, keep: Callable[[str, Callable[[], Any]], Any]) -> None:
     """All methods on one data set; `keep` remembers a method's result or computes it."""
     data = load_dataset(name)
@@ -249,6 +272,7 @@ def study(name: str, keep: Callable[[str, Callable[[], Any]], Any]) -> None:
         keep(label, lambda terms=terms: {**train(data, signals, terms, rates=rates).result(), "terms": list(terms)})
     _chains(data, signals, keep, rates)
     keep("mutual", lambda: train_mutual(data, *rates).result())
+    keep("under the policy", lambda: under_policy(name))
     if name == "digits":
         keep("without data", lambda: without_data(data, teacher))
 
@@ -307,6 +331,12 @@ def page(results: dict[str, Any], facts: dict[str, str]) -> str:
             label = f"{method} ({', '.join(row['terms'])})" if "terms" in row else method
             lines.append(f"| {label} | {row['multiplier']:g} | {row['learning_rate']:g} | {' | '.join(cells)} |")
         lines.append("")
+        four, nine = (found["under the policy"][label] for label in ("four", "nine"))
+        mean, half = interval(np.subtract(nine["accuracy"], four["accuracy"]).tolist())
+        lines += [f"The bundled policy, which was trained with four terms, drives students with nine "
+                  f"({', '.join(found['under the policy']['terms'])}): over {NUM_POLICY_TASKS} paired tasks test accuracy "
+                  f"is {np.mean(nine['accuracy']):.3f} with nine and {np.mean(four['accuracy']):.3f} with four, a "
+                  f"difference of {mean:+.3f} ± {half:.3f}; {nine['diverged']} of nine's students diverged.", ""]  # fmt: skip
         if "without data" in found:
             row = found["without data"]
             mean, half = interval(row["share"])

@@ -106,13 +106,16 @@ def weighing(base: Controller, theta: Tensor) -> Controller:
     """Return `base` with each student's teachers weighted by `theta` [N, 3] or [3].
 
     Raises:
-        ValueError: a real model, which has one teacher.
+        UserError: a real model, whose teachers are combined before its training.
     """
 
     def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
         students = episodes.students
         if not isinstance(students, Population | SoloStudent):
-            raise ValueError("mtkd_rl: got a real model, which has one teacher; allowed: students that are chains")
+            raise UserError(
+                "teacher_weights: got a policy or method that weighs teachers for a real model, whose teachers are "
+                "combined beforehand (--teacher_weights); allowed: students that are chains"
+            )
         students.weigh_teachers(theta.expand(len(observation), NUM_CUES))
         return base(observation, episodes, window)
 

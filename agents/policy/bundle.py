@@ -19,7 +19,6 @@ from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS, VERSION
 from rlkd.errors import UserError
 from rlkd.io.files import (
     MAX_TENSOR_BYTES,
-    Schema,
     inside,
     load_tensors,
     number,
@@ -29,11 +28,13 @@ from rlkd.io.files import (
     whole,
     write_whole,
 )
+from rlkd.students.fusion import NUM_CUES
 
 FORMAT = 4
 MAX_HIDDEN = 4096
 MAX_WEIGHT = 1e6  # far above any learned weight, and far below where sums of products overflow
 _EXTRA = ("observation.mean", "observation.deviation", "start")
+_TEACHERS = "teacher_weights"  # of policies that weigh several teachers
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def save_bundle(policy: Policy, folder: Path | str, provenance: dict[str, Any]) 
     """
     folder = Path(folder)
     extra = dict(zip(_EXTRA, (policy.mean, policy.deviation, policy.start), strict=True))
+    if policy.teacher_weights is not None:
+        extra[_TEACHERS] = policy.teacher_weights
     blob = save({name: tensor.float().contiguous() for name, tensor in {**policy.weights, **extra}.items()})
     digest = hashlib.sha256(blob).hexdigest()
     card = {
@@ -68,6 +71,7 @@ def save_bundle(policy: Policy, folder: Path | str, provenance: dict[str, Any]) 
         },
         "action": {"names": list(CONTROLS), "low": -1.0, "high": 1.0, "controls": asdict(policy.controls)},
         "network": {"hidden": policy.weights["hidden.0.weight"].shape[0], "activation": "tanh"},
+        **({"weighs_teachers": True} if policy.teacher_weights is not None else {}),
         "provenance": provenance,
     }
     write_whole(folder / "policy.safetensors", blob)
@@ -97,11 +101,17 @@ def load_bundle(folder: Path | str) -> Bundle:
         controls = _controls(card["action"]["controls"])
         hidden = whole(card["network"]["hidden"], "network.hidden", 1, MAX_HIDDEN)
         provenance = dict(card["provenance"])
-    tensors = load_tensors(blob, _schema(hidden), str(weights_file))
+        weighs_teachers = card.get("weighs_teachers", False)
+        if not isinstance(weighs_teachers, bool):
+            raise ValueError(f"weighs_teachers is {weighs_teachers!r:.20}; allowed: true, or no such key")
+    schema = _schema(hidden)
+    if weighs_teachers:
+        schema[_TEACHERS] = (torch.float32, (NUM_CUES,))
+    tensors = load_tensors(blob, schema, str(weights_file))
     _check_values(weights_file, tensors)
     weights = {name: tensors[name] for name in TENSORS}
     mean, deviation, start = (tensors[name] for name in _EXTRA)
-    return Bundle(Policy(weights, mean, deviation, start, controls), provenance, digest)
+    return Bundle(Policy(weights, mean, deviation, start, controls, tensors.get(_TEACHERS)), provenance, digest)
 
 
 def _controls(given: dict[str, Any]) -> ControlConfig:
@@ -151,7 +161,7 @@ def _check_schema(folder: Path, card: dict[str, Any]) -> None:
             raise UserError(f"{folder}/bundle.json: {field} is {shown}; use the rlkd version that made the bundle")
 
 
-def _schema(hidden: int) -> Schema:
+def _schema(hidden: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, types and shapes of the tensors of a policy with `hidden` units a layer."""
     seen = (len(OBSERVATIONS),)
     extra = dict(zip(_EXTRA, (seen, seen, (len(CONTROLS),)), strict=True))

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlkd.agents.baselines.teacher_weights import weighing
 from rlkd.agents.policy.controllers import Controller
 from rlkd.envs.action import CONTROLS, ControlConfig, change
+from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
 from rlkd.envs.sb3 import CLIP
 
@@ -24,6 +26,7 @@ class Policy:
     deviation: Tensor  # [O]
     start: Tensor  # [12], the setting that its actions change
     controls: ControlConfig
+    teacher_weights: Tensor | None = None  # [3], how several teachers are weighed (`rlkd.students.fusion`)
 
     def act(self, observation: Tensor) -> Tensor:
         """Return changes [N, 12] in [-1, 1] for observations [N, O]."""
@@ -34,10 +37,15 @@ class Policy:
         return (x @ w["action.weight"].T + w["action.bias"]).clamp(-1.0, 1.0)
 
     def controller(self) -> Controller:
-        """Return the closed-loop controller: controls of each window from its observation, without exploration."""
-        return lambda observation, episodes, window: change(
-            episodes.u, self.act(observation), episodes.start, self.controls
-        )
+        """Return the closed-loop controller: controls of each window from its observation, without exploration.
+
+        A policy with `teacher_weights` also weighs the teachers of every student.
+        """
+
+        def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
+            return change(episodes.u, self.act(observation), episodes.start, self.controls)
+
+        return controller if self.teacher_weights is None else weighing(controller, self.teacher_weights)
 
     def spread_of(self, observation: Tensor) -> Tensor:
         """[N], largest distance of an observation from the training mean, in training deviations."""

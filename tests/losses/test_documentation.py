@@ -20,7 +20,8 @@ def test_the_page_holds_the_registry_as_it_is() -> None:
 def test_list_names_every_term(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} ", printed, re.MULTILINE) for name in TERMS)
+    names = [*TERMS, "born-again", "gate", "data-free", "progressive", "teacher assistant"]
+    assert all(re.search(rf"^  {name} ", printed, re.MULTILINE) for name in names)
 
 
 def test_the_new_term_of_contributing_trains_and_is_fifteen_lines() -> None:

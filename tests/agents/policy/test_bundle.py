@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -11,9 +12,12 @@ from samples import some_policy
 
 from rlkd.agents.policy.bundle import load_bundle, save_bundle
 from rlkd.agents.policy.policy import HIDDEN
-from rlkd.envs import OBSERVATIONS, ControlConfig
+from rlkd.data import Range
+from rlkd.envs import OBSERVATIONS, ControlConfig, Scenario
+from rlkd.envs.episodes import Episodes
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_JSON_BYTES, MAX_TENSOR_BYTES
+from rlkd.students import Population
 
 
 @pytest.fixture
@@ -44,6 +48,27 @@ def test_a_policy_survives_the_disk(folder: Path) -> None:
     assert bundle.provenance == {"seed": 3}
     assert bundle.digest == save_bundle(policy, folder, {"seed": 4})
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "bundle.json", "policy.safetensors"]
+
+
+def test_weights_of_several_teachers_travel_with_the_policy(folder: Path, scenario: Scenario) -> None:
+    theta = torch.tensor([0.5, -1.0, 2.0])
+    save_bundle(dataclasses.replace(some_policy(), teacher_weights=theta), folder, {})
+    policy = load_bundle(folder).policy
+    assert policy.teacher_weights is not None
+    assert torch.equal(policy.teacher_weights, theta)
+    task = dataclasses.replace(scenario.config.task, num_teachers=Range(3, 3))
+    config = dataclasses.replace(scenario.config, task=task)
+    episodes = Episodes(dataclasses.replace(scenario, config=config), 2, task)
+    policy.controller()(episodes.reset([0, 1]), episodes, 0)
+    assert isinstance(episodes.students, Population)
+    assert torch.equal(episodes.students._teachers._theta, theta.expand(2, 3))
+    card = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps({**card, "weighs_teachers": 1}))
+    with pytest.raises(UserError, match="weighs_teachers is 1"):
+        load_bundle(folder)
+    (folder / "bundle.json").write_text(json.dumps({**card, "weighs_teachers": False}))
+    with pytest.raises(UserError, match="teacher_weights"):
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bundle.json", MAX_JSON_BYTES), ("policy.safetensors", MAX_TENSOR_BYTES)])
