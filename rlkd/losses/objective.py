@@ -34,6 +34,11 @@ class LossConfig:
         if not self.terms or len(set(self.terms)) < len(self.terms):
             raise UserError(f"loss.terms: got {list(self.terms)}; allowed: one or more terms, each once")
 
+        if not any(TERMS[name].family == "hard_label" for name in self.terms):
+            raise UserError(
+                f"loss.terms: got {list(self.terms)}, none of the labels; allowed: with cross_entropy or "
+                "label_smoothing, whose loss a policy observes"
+            )
         if self.stages < 1:
             raise UserError(f"loss.stages: got {self.stages}; allowed: at least 1")
 

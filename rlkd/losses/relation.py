@@ -65,7 +65,8 @@ def rkd_angle(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 def _angles(features: Tensor) -> Tensor:
     """Return [B, B, B], cosines of the angles at the first sample between the two others."""
     difference = features[None] - features[:, None]  # [B, B, U]
-    unit = difference / (difference.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+    # a sample that was drawn twice has distance 0 from itself: a tiny constant would blow rounding up
+    unit = difference / (difference.square().sum(-1, keepdim=True) + 1e-8).sqrt()
     return unit @ unit.transpose(1, 2)
 
 

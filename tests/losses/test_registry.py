@@ -194,6 +194,7 @@ def test_a_term_without_its_signals_is_refused_but_a_default_one_is_left_out() -
         (("kll",), "did you mean 'kl'"),
         (("kl", "kl"), "each once"),
         ((), "one or more"),
+        (("kl", "dkd"), "with cross_entropy or label_smoothing"),
     ],
 )
 def test_impossible_choices_are_refused(terms: tuple[str, ...], message: str) -> None:
