@@ -137,17 +137,12 @@ def fsp(student_matrix: Tensor, teacher_matrix: Tensor) -> Tensor:
     return F.mse_loss(student_matrix, teacher_matrix.detach())
 
 
-@term(
-    "fsp",
-    "feature",
-    "https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html",
-    weight=50.0,
-)
+@term("fsp", "feature", "https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html")
 class FSP(torch.nn.Module):
     """Squared difference of the flow between first and last layer (FSP), through an adapter for the first layer.
 
     Formula: mean((a(h1) r(h2)^T - t1 t2^T)^2), with linear adapters a and r to the teacher's widths (Yim et al. 2017;
-    their student has the teacher's widths, so it needs none).
+    their student has the teacher's widths, so it needs none, and they train it in a stage of its own).
     """
 
     def __init__(self, first_width: int, teacher_first_width: int) -> None:
@@ -159,5 +154,10 @@ class FSP(torch.nn.Module):
     ) -> Tensor:
         """Return the loss, a scalar, for features [B, U1], [B, F], [B, F1], [B, F]."""
         same_shape("fsp", ADAPTER, adapted_features=adapted_features, teacher_features=teacher_features)
-        ours = fsp_matrix(self.adapter(student_first), adapted_features)  # [B, F1, F]
-        return fsp(ours, fsp_matrix(teacher_first.detach(), teacher_features.detach()))
+        mine = self.adapter(student_first), adapted_features  # [B, F1], [B, F]
+        theirs = teacher_first.detach(), teacher_features.detach()
+        # the squared norm of a difference of outer products, without the products: F1 + F numbers instead of F1 F
+        squares = (a.square().sum(-1) * b.square().sum(-1) for a, b in (mine, theirs))
+        product = (mine[0] * theirs[0]).sum(-1) * (mine[1] * theirs[1]).sum(-1)
+        each = sum(squares, start=-2 * product) / (theirs[0].shape[-1] * theirs[1].shape[-1])  # [B]
+        return each.mean()

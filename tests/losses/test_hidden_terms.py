@@ -12,6 +12,7 @@ from rlkd.losses import (
     MemoryCRD,
     activation_boundary,
     correlation_congruence,
+    fsp,
     fsp_matrix,
     gradient_cosine,
     gradient_penalty,
@@ -62,7 +63,10 @@ def test_fsp_matrix_of_vectors_and_images() -> None:
     with torch.no_grad():
         module.adapter.weight.copy_(torch.eye(2))
         module.adapter.bias.zero_()
-    assert module(first, last, first, last + 1).item() == pytest.approx((3 * 1 + 3 * 4) / 6)
+    loss = module(first, last, first, last + 1)
+    assert loss.item() == pytest.approx((3 * 1 + 3 * 4) / 6)
+    # without forming the matrices, the same
+    torch.testing.assert_close(loss, fsp(fsp_matrix(first, last), fsp_matrix(first, last + 1)))
 
 
 def test_transformer_attention_of_other_heads_and_lengths() -> None:
