@@ -51,6 +51,8 @@ POSSIBLE = OFFERED | set(EXTRA) | {"teacher_logits", "teacher_features", "studen
 
 NINE = ("cross_entropy", "kl", "dkd", "dist", "fitnets", "similarity", "rkd_distance", "pkt", "attention_transfer")
 NUM_POLICY_TASKS = 24
+MIXES = ("mix of the best two", "mix of the best three", "default four terms")
+OTHERS = (*MIXES, "born-again", "teacher assistant", "mutual", "under the policy")
 
 Grid = list[tuple[float, float]]
 
@@ -236,7 +238,7 @@ def under_policy(name: str) -> dict[str, Any]:
     given = TaskDistribution(name, label_noise=Range(0.0, 0.0), num_labels=Range(NUM_LABELS, NUM_LABELS))
     config = EnvConfig(task=given, teacher=TEACHER, controls=bundle.policy.controls)
     scenario = build_scenario(config, bundle.policy.start)
-    found: dict[str, Any] = {"terms": list(NINE)}
+    found: dict[str, Any] = {"terms": list(NINE), "policy": bundle.digest[:12]}
     for label, terms in (("four", DEFAULT_TERMS), ("nine", NINE)):
         other = dataclasses.replace(
             scenario, config=dataclasses.replace(config, loss=LossConfig(terms)), known=References()
@@ -263,12 +265,8 @@ def study(name: str, keep: Callable[[str, Callable[[], Any]], Any]) -> None:
         terms = (term,) if TERMS[term].kind == "hard_label" else ("cross_entropy", term)
         found[term] = keep(term, lambda terms=terms: train(data, signals, terms, rates=rates).result())
     by_validation = sorted((t for t in found if TERMS[t].kind != "hard_label"), key=lambda t: -found[t]["validation"])
-    mixes = {
-        "mix of the best two": ("cross_entropy", *by_validation[:2]),
-        "mix of the best three": ("cross_entropy", *by_validation[:3]),
-        "default four terms": DEFAULT_TERMS,
-    }
-    for label, terms in mixes.items():
+    mixed = ("cross_entropy", *by_validation[:2]), ("cross_entropy", *by_validation[:3]), DEFAULT_TERMS
+    for label, terms in zip(MIXES, mixed, strict=True):
         keep(label, lambda terms=terms: {**train(data, signals, terms, rates=rates).result(), "terms": list(terms)})
     _chains(data, signals, keep, rates)
     keep("mutual", lambda: train_mutual(data, *rates).result())
@@ -331,12 +329,13 @@ def page(results: dict[str, Any], facts: dict[str, str]) -> str:
             label = f"{method} ({', '.join(row['terms'])})" if "terms" in row else method
             lines.append(f"| {label} | {row['multiplier']:g} | {row['learning_rate']:g} | {' | '.join(cells)} |")
         lines.append("")
-        four, nine = (found["under the policy"][label] for label in ("four", "nine"))
-        mean, half = interval(np.subtract(nine["accuracy"], four["accuracy"]).tolist())
-        lines += [f"The bundled policy, which was trained with four terms, drives students with nine "
-                  f"({', '.join(found['under the policy']['terms'])}): over {NUM_POLICY_TASKS} paired tasks test accuracy "
-                  f"is {np.mean(nine['accuracy']):.3f} with nine and {np.mean(four['accuracy']):.3f} with four, a "
-                  f"difference of {mean:+.3f} ± {half:.3f}; {nine['diverged']} of nine's students diverged.", ""]  # fmt: skip
+        if "under the policy" in found:
+            four, nine = (found["under the policy"][label] for label in ("four", "nine"))
+            mean, half = interval(np.subtract(nine["accuracy"], four["accuracy"]).tolist())
+            lines += [f"The bundled policy (sha256 {found['under the policy']['policy']}), which was trained with four terms, drives students with nine "
+                      f"({', '.join(found['under the policy']['terms'])}): over {NUM_POLICY_TASKS} paired tasks test accuracy "
+                      f"is {np.mean(nine['accuracy']):.3f} with nine and {np.mean(four['accuracy']):.3f} with four, a "
+                      f"difference of {mean:+.3f} ± {half:.3f}; {nine['diverged']} of nine's students diverged.", ""]  # fmt: skip
         if "without data" in found:
             row = found["without data"]
             mean, half = interval(row["share"])
@@ -353,6 +352,9 @@ def page(results: dict[str, Any], facts: dict[str, str]) -> str:
             if method != "scratch" and mean + half < 0:
                 worse.append(method)
         unclear = [m for m in rows if m not in better and m not in worse and m != "scratch"]
+        wanted = [t for t in TERMS if t != "cross_entropy" and POSSIBLE.issuperset(TERMS[t].needs)]
+        missing = [m for m in (*wanted, *OTHERS) if m not in found]
+        lines += [f"Not run on these data: {', '.join(missing)}.", ""] if missing else []
         lines += [f"Better than scratch beyond the interval: {', '.join(better) or 'none'}.", "",
                   f"No difference that {NUM_SEEDS} seeds show: {', '.join(unclear) or 'none'}.", "",
                   f"Worse: {', '.join(worse) or 'none'}.", ""]  # fmt: skip
