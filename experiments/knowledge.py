@@ -321,7 +321,7 @@ def page(results: dict[str, Any], facts: dict[str, str]) -> str:
         for method, row in sorted(rows.items(), key=lambda item: -float(np.mean(item[1]["last"]))):
             cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (interval(row["last"]), interval(row["best_epoch"]))]
             for baseline in ("scratch", "kl"):
-                if baseline == method:
+                if baseline == method or baseline not in found:
                     cells.append("")
                     continue
                 mean, half = interval(np.subtract(row["last"], found[baseline]["last"]).tolist())
