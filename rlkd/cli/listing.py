@@ -63,4 +63,5 @@ def run(argv: list[str]) -> int:
 
 
 def _first_line(thing: object) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0]
+    lines = (thing.__doc__ or "").strip().splitlines()
+    return lines[0] if lines else "no description"
