@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "results"
 MET = {"in_family": 0.95}  # least share of feasible tasks whose goal is met within 1 point; elsewhere MET_ELSEWHERE
 MET_ELSEWHERE = 0.90
 ALL_LED = "the 95 % interval of the lead is above 0 for every baseline"
-SHOWN = ("dense", "nncf", "cubic", "one_shot", "constant", "tpe_50", "tpe_100", "blind", "open_loop")
+SHOWN = ("dense", "nncf", "cubic", "one_shot", "constant", "tpe_25", "tpe_50", "tpe_100", "blind", "open_loop")
 
 
 def read_sets(compared: Path) -> dict[str, dict[str, Any]]:
