@@ -21,9 +21,9 @@ from rlkd.envs.episodes import Episodes
 from rlkd.envs.scenario import build_scenario
 from rlkd.io.journal import Journal
 from rlkd.io.records import plain
-from rlkd.runs.distil import Trained, check_shipped, compact_now, ship, write_student
+from rlkd.runs.distil import TrainedStudent, check_shipped, compact_now, ship, write_student
 from rlkd.runs.folder import describe_run, run_folder, use_one_thread
-from rlkd.runs.outcome import Watch, write_outcome
+from rlkd.runs.outcome import RunLog, write_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
         scenario = build_scenario(config.env(controls), start)
         save_profile(scenario.profile, folder / "cost_profile.json")
         bar.phase("distilling while the agent learns", 1, config.num_windows)
-        watch = Watch(folder, bundle, bar, journal)
+        watch = RunLog(folder, bundle, bar, journal)
 
         def on_window(row: dict[str, float], observation: torch.Tensor, episodes: Episodes) -> None:
             watch.window(row, observation)
@@ -74,7 +74,7 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
             one, config.num_windows, config.agent, seed=stream_seed(seed, TRAIN_STREAM), logger=watch.logger
         )
     one.bring_back_best()
-    done = ship(scenario, Trained(one.episodes, one.last, one.best_window, num_undone=0))
+    done = ship(scenario, TrainedStudent(one.episodes, one.last, one.best_window, num_undone=0))
     done.figures.update(agent_updates=num_updates, num_windows=len(watch.u))
     watch.close(config, seed, done.figures)
     write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")

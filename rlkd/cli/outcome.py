@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlkd.runs.goals import Possible, goal_line
+from rlkd.runs.goals import PossibleStudent, goal_line
 from rlkd.runs.outcome import FAR, Outcome
 
 TABLE_WIDTH = 110
 
 
-def show_goal(found: Sequence[Possible] | str) -> None:
+def show_goal(found: Sequence[PossibleStudent] | str) -> None:
     """Print the students that can come out as a table, or a line about the floor."""
     if isinstance(found, str):
         Console().print(found, highlight=False, soft_wrap=True)
@@ -22,7 +22,7 @@ def show_goal(found: Sequence[Possible] | str) -> None:
         Console(width=max(Console().width, TABLE_WIDTH)).print(_possible_table(found))
 
 
-def _possible_table(rows: Sequence[Possible]) -> Table:
+def _possible_table(rows: Sequence[PossibleStudent]) -> Table:
     table = Table(title="what is possible (by the cost profile; ratios to the dense student)", title_justify="left")
     for column in ("student", "inputs kept", "units kept", "leaves at", "latency", "ms", "MACs", "energy", "size"):
         table.add_column(column, justify="left" if column in ("student", "leaves at") else "right", no_wrap=True)

@@ -44,7 +44,7 @@ class Distilled:
     input_scale: InputScale  # from raw inputs to what the student takes
 
 
-class Trained(NamedTuple):
+class TrainedStudent(NamedTuple):
     """One student after its training, as it ships."""
 
     episodes: Episodes
@@ -60,7 +60,7 @@ def run_windows(
     on_window: OnWindow,
     journal: Journal | None = None,
     guard: GuardConfig | None = None,
-) -> Trained:
+) -> TrainedStudent:
     """Train one student to the end, or until it diverges, and bring back the best window.
 
     Args:
@@ -97,7 +97,7 @@ def run_windows(
             has_best = any(name.startswith("best.") for name in kept)
             journal.save_state(window + 1, state, {"rows": rows, "has_best": has_best})
     best = watched.finish()
-    return Trained(episodes, rows[-1], int(best[0]), int(watched.num_undone[0]))
+    return TrainedStudent(episodes, rows[-1], int(best[0]), int(watched.num_undone[0]))
 
 
 def _go_on(
@@ -159,7 +159,7 @@ def distil(
     return ship(scenario, run_windows(scenario, controller, seed, on_window, journal, guard))
 
 
-def ship(scenario: Scenario, trained: Trained) -> Distilled:
+def ship(scenario: Scenario, trained: TrainedStudent) -> Distilled:
     """Evaluate the one student on test data, compact it, and time it beside the dense student and the teacher."""
     episodes, diverged = trained.episodes, is_lost(trained)
     students = episodes.students
@@ -197,12 +197,12 @@ def accuracy_by_class(answers: Tensor, labels: Tensor, num_classes: int) -> dict
     return {str(i): {"num_samples": n, "accuracy": hits / n} for i, (n, hits) in enumerate(pairs) if n}
 
 
-def is_lost(trained: Trained) -> bool:
+def is_lost(trained: TrainedStudent) -> bool:
     """Whether the student diverged and no earlier window can ship."""
     return bool(trained.last["num_diverged"]) and trained.best_window == 0
 
 
-def shared_figures(trained: Trained) -> tuple[dict[str, Any], Metrics, Cost]:
+def shared_figures(trained: TrainedStudent) -> tuple[dict[str, Any], Metrics, Cost]:
     """Figures of any kind of student, and its metrics and cost on test data.
 
     Its accuracy on validation, by which its window was chosen, stands among the figures.

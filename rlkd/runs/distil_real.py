@@ -22,7 +22,7 @@ from rlkd.envs.real import RealScenario
 from rlkd.io.journal import Journal
 from rlkd.models.chain import Masks
 from rlkd.models.real.pretrained import Kind
-from rlkd.runs.distil import SAME, OnWindow, Trained, check_shipped, is_lost, run_windows, shared_figures
+from rlkd.runs.distil import SAME, OnWindow, TrainedStudent, check_shipped, is_lost, run_windows, shared_figures
 from rlkd.students import Metrics
 from rlkd.students.evaluation import ExitsByClass
 from rlkd.students.real.module import ModuleStudent
@@ -70,7 +70,7 @@ def distil_module(
     return ship_module(scenario, run_windows(scenario, controller, seed, on_window, journal, guard))
 
 
-def ship_module(scenario: RealScenario, trained: Trained) -> DistilledModule:
+def ship_module(scenario: RealScenario, trained: TrainedStudent) -> DistilledModule:
     """Evaluate a trained student once on test data, cut it, and time it beside dense one and teacher."""
     episodes, students = trained.episodes, trained.episodes.students
     assert isinstance(students, ModuleStudent)

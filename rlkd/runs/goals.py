@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # of accuracies and ratios in single precision
 
 
 @dataclass(frozen=True)
-class Possible:
+class PossibleStudent:
     """One student that could come out: how much it keeps, where its samples leave, and what it costs."""
 
     name: str
@@ -48,7 +48,7 @@ def with_goal(scenario: AnyScenario, goal: Goal, preference: Preference) -> AnyS
     return changed
 
 
-def possible_students(scenario: EpisodeScenario, limits: Tensor) -> list[Possible]:
+def possible_students(scenario: EpisodeScenario, limits: Tensor) -> list[PossibleStudent]:
     """Dense and smallest student, both where all leave at the first exit, and the largest within each limit.
 
     Args:
@@ -198,14 +198,14 @@ def _dense(scenario: EpisodeScenario) -> Tensor:
     return u
 
 
-def _possible(name: str, u: Tensor, scenario: EpisodeScenario, *, at_first: bool) -> Possible:
+def _possible(name: str, u: Tensor, scenario: EpisodeScenario, *, at_first: bool) -> PossibleStudent:
     controls = decode(u, scenario.config.controls, scenario.data.num_classes)
     where = "first exit" if at_first else "end"
     cost = largest_cost(u, scenario, at_first=at_first)
-    return Possible(name, float(controls.feature_keep), float(controls.unit_keep), where, cost)
+    return PossibleStudent(name, float(controls.feature_keep), float(controls.unit_keep), where, cost)
 
 
-def _within(name: str, limits: Tensor, dense: Tensor, scenario: EpisodeScenario) -> Possible:
+def _within(name: str, limits: Tensor, dense: Tensor, scenario: EpisodeScenario) -> PossibleStudent:
     u = within_limits(dense, limits[None], scenario)
     return _possible(name, u, scenario, at_first=bool(must_leave_first(u, limits[None], scenario)))
 

@@ -21,7 +21,7 @@ from rlkd.io.journal import Journal
 from rlkd.io.records import JsonLines, plain, write_json
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import (
-    Possible,
+    PossibleStudent,
     check_floor,
     check_limits,
     possible_students,
@@ -32,7 +32,7 @@ from rlkd.runs.goals import (
 logger = logging.getLogger(__name__)
 
 FAR = 5.0  # training deviations; a bundle's own tasks stay below this nearly always
-Show = Callable[[Sequence[Possible] | str], object]  # given the possible students, then the floor in words
+Show = Callable[[Sequence[PossibleStudent] | str], object]  # given the possible students, then the floor in words
 
 
 class Done(Protocol):
@@ -108,7 +108,7 @@ def check_goal(
     return reference if name == "dense" else None
 
 
-class Watch:
+class RunLog:
     """What is written of every window while a student trains."""
 
     def __init__(self, folder: Path, bundle: Bundle | None, progress: Progress, journal: Journal) -> None:
@@ -163,7 +163,7 @@ def write_outcome(
     folder: Path,
     config: Any,
     task: Any,
-    watch: Watch,
+    watch: RunLog,
     done: Done,
     *,
     weights: Sequence[float],

@@ -18,7 +18,7 @@ from rlkd.runs.distil import check_shipped, distil, run_windows, student_card, w
 from rlkd.runs.distil_real import check_shipped_module, ship_module
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
-from rlkd.runs.outcome import Outcome, Show, Watch, check_goal, write_outcome
+from rlkd.runs.outcome import Outcome, RunLog, Show, check_goal, write_outcome
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def distil_chain(
     remember(journal, "distil", scenario.tensors(), costs=plain(scenario.profile), policy=bundle.digest)
     dense = check_goal(scenario, config.goal, seed, journal, show)
     progress.phase("distilling", 1, config.num_windows)
-    watch = Watch(folder, bundle, progress, journal)
+    watch = RunLog(folder, bundle, progress, journal)
     done = distil(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
     watch.close(config, seed, done.figures)
     weights = config.goal.weights(config.preference)
@@ -108,7 +108,7 @@ def distil_scenario(
     remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)
     dense = check_goal(scenario, config.goal, seed, journal, show)
     progress.phase("distilling", 1, config.num_windows)
-    watch = Watch(folder, bundle, progress, journal)
+    watch = RunLog(folder, bundle, progress, journal)
     trained = run_windows(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
     done = ship_module(scenario, trained)
     watch.close(config, seed, done.figures)

@@ -14,7 +14,7 @@ from rlkd.envs import CONTROLS, Scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import HIGH, LOW
 from rlkd.errors import UserError
-from rlkd.runs.distil import Trained, run_windows, ship
+from rlkd.runs.distil import TrainedStudent, run_windows, ship
 
 AGENT = OnlineAgentConfig(windows_per_update=4, num_epochs=2, hidden=8)
 RATE, UNITS = (CONTROLS.index(name) for name in ("learning_rate", "unit_keep"))
@@ -125,7 +125,7 @@ def test_the_best_validated_student_comes_back_and_ships(long: Scenario) -> None
     assert float(score[0]) == pytest.approx(best["score"], abs=1e-6)
     assert float(metrics.accuracy[0]) == pytest.approx(best["accuracy"], abs=1e-6)
     assert float(cost.macs_ratio[0]) == pytest.approx(best["macs_ratio"], abs=1e-6)
-    done = ship(long, Trained(run.episodes, run.last, run.best_window, 0))
+    done = ship(long, TrainedStudent(run.episodes, run.last, run.best_window, 0))
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
 
 
