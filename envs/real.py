@@ -23,7 +23,7 @@ from rlkd.data.rows import ColumnConfig
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.rate import with_learning_rate
-from rlkd.envs.references import References, stated_reference
+from rlkd.envs.references import References, key_of, stated_reference
 from rlkd.envs.scenario import check_keep, check_sections
 from rlkd.errors import UserError
 from rlkd.losses import LossConfig
@@ -216,7 +216,7 @@ class RealScenario:
                 len(tasks), 2
             )
         for task in self.known.missing(tasks, warm=False):
-            self.known.accuracy[task.seed] = self._dense_accuracy(task)
+            self.known.accuracy[key_of(task)] = self._dense_accuracy(task)
         return self.known.of(tasks)
 
     def _teacher_accuracy(self, split: Split) -> float:

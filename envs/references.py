@@ -4,6 +4,7 @@ The dense student is trained once a task under the published setting, on the tas
 batches. Its accuracies, and its parameters after `warm_windows` for students that start from trained weights, are kept.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,21 +19,35 @@ from rlkd.students import Population, SoloStudent, Students
 NUM_PARALLEL = 128
 
 
+Key = tuple[int, int]
+
+
+def key_of(task: Task) -> Key:
+    """Return what tells tasks of a scenario apart: the seed, and a checksum of samples, labels and teachers.
+
+    The same seed gives other labels under another distribution of tasks.
+    """
+    parts = (task.samples.numpy().tobytes(), task.labels.numpy().tobytes(), repr(task.teachers).encode())
+    return task.seed, zlib.crc32(b"".join(parts))
+
+
 @dataclass
 class References:
-    """Reference accuracies by task seed."""
+    """Reference accuracies by task; `scope` says what the dense student was trained with."""
 
-    accuracy: dict[int, tuple[float, float]] = field(default_factory=dict)  # validation, test
-    parameters: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of the warm start
+    scope: str = ""
+    accuracy: dict[Key, tuple[float, float]] = field(default_factory=dict)  # validation, test
+    parameters: dict[Key, dict[str, Tensor]] = field(default_factory=dict)  # of the warm start
 
     def missing(self, tasks: Sequence[Task], warm: bool) -> list[Task]:
         """Return the tasks, each once, whose reference or warm start is missing."""
         known = self.parameters if warm else self.accuracy
-        return list({task.seed: task for task in tasks if task.seed not in known}.values())
+        keyed = {key_of(task): task for task in tasks}
+        return [task for key, task in keyed.items() if key not in known]
 
     def of(self, tasks: Sequence[Task]) -> Tensor:
         """[M, 2] float32, accuracy on validation and test."""
-        return torch.tensor([self.accuracy[task.seed] for task in tasks])
+        return torch.tensor([self.accuracy[key_of(task)] for task in tasks])
 
 
 def train_references(
@@ -67,11 +82,11 @@ def train_references(
             if warm_windows and window == warm_windows:
                 state = group.state_dict()
                 for row, task in enumerate(chunk):
-                    references.parameters[task.seed] = {name: t[row].clone() for name, t in state.items()}
+                    references.parameters[key_of(task)] = {name: t[row].clone() for name, t in state.items()}
             group.train_window(setting)
         reached = [group.evaluate(split).accuracy.tolist() for split in ("validation", "test")]
         for row, task in enumerate(chunk):
-            references.accuracy[task.seed] = (reached[0][row], reached[1][row])
+            references.accuracy[key_of(task)] = (reached[0][row], reached[1][row])
 
 
 def stated_reference(reference: str, num_tasks: int) -> Tensor | None:
@@ -84,6 +99,6 @@ def load_warm_start(references: References, students: Students, tasks: Sequence[
     """Give the students at `rows` the kept parameters of their tasks; optimizer state stays fresh."""
     if not isinstance(students, Population | SoloStudent):
         raise ValueError(f"load_warm_start: got {type(students).__name__}; allowed: students that are chains")
-    names = list(references.parameters[tasks[0].seed])
-    stacked = {n: torch.stack([references.parameters[task.seed][n] for task in tasks]) for n in names}
+    names = list(references.parameters[key_of(tasks[0])])
+    stacked = {n: torch.stack([references.parameters[key_of(task)][n] for task in tasks]) for n in names}
     students.load_parameters(stacked, rows)

@@ -143,6 +143,14 @@ class Scenario:
     template: ChainStudent  # its structure is every student's; its parameters are unused
     known: References = field(default_factory=References)
 
+    def __post_init__(self) -> None:
+        """Begin with no references where those given are of dense students that were trained otherwise."""
+        c = self.config
+        scope = repr((c.num_windows, c.warm_windows, c.train, c.loss, c.controls, self.template.group_sizes))
+        if self.known.scope not in ("", scope):
+            object.__setattr__(self, "known", References())
+        self.known.scope = scope
+
     def new_structure(self) -> ChainStudent:
         """Return a student of this scenario's architecture with untrained parameters."""
         return copy.deepcopy(self.template)

@@ -13,7 +13,7 @@ from rlkd.data.distribution import COSTS
 from rlkd.envs.action import decode, published_setting, with_exit_kind
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.limits import KEPT, largest_cost, must_leave_first, within_limits
-from rlkd.envs.references import References
+from rlkd.envs.references import References, key_of
 from rlkd.envs.scenario import EpisodeScenario
 from rlkd.errors import UserError
 from rlkd.io.journal import Arrays, Journal, recall
@@ -187,7 +187,7 @@ def reference_accuracies(scenario: EpisodeScenario, task: Task, journal: Journal
 
     validation, test = recall(journal, "the dense student", inputs, shapes=shapes, compute=train)["accuracy"].tolist()
     known: References = scenario.known  # type: ignore[attr-defined]
-    known.accuracy[task.seed] = (validation, test)
+    known.accuracy[key_of(task)] = (validation, test)
     return torch.tensor([validation, test])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkd.data import TaskDistribution
+from rlkd.data import Range, TaskDistribution, draw_task
 from rlkd.envs import EnvConfig, Scenario, build_scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.references import References
@@ -139,3 +139,20 @@ def test_warm_windows_are_checked(config: EnvConfig) -> None:
     with pytest.raises(UserError, match="warm_windows: got -1; allowed: at least 0"):
         dataclasses.replace(config, warm_windows=-1).check()
     assert build_scenario(dataclasses.replace(config, train=TrainConfig(steps_per_window=1))).known.accuracy == {}
+
+
+def test_references_of_a_scenario_that_trains_otherwise_are_not_taken(scenario: Scenario) -> None:
+    shorter = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, num_windows=1))
+    assert shorter.known is not scenario.known
+    goal = dataclasses.replace(scenario.config, task=scenario.config.task.with_keep(0.9))
+    assert dataclasses.replace(scenario, config=goal).known is scenario.known  # a goal changes no training
+
+
+def test_a_seed_with_other_labels_has_a_reference_of_its_own(scenario: Scenario) -> None:
+    own = dataclasses.replace(scenario, known=References())
+    few = dataclasses.replace(own.config.task, num_labels=Range(60.0, 60.0))
+    many = dataclasses.replace(own.config.task, num_labels=Range(300.0, 300.0))
+    tasks = [draw_task(2**60, some, own.data, len(own.signals.accuracy)) for some in (few, many)]
+    first, second = (own.references([task]) for task in tasks)
+    assert not torch.equal(first, second)
+    assert torch.equal(own.references(tasks), torch.cat([first, second]))

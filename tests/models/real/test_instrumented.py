@@ -208,7 +208,7 @@ def test_impossible_attachments(config: AttachConfig, words: str) -> None:
         attached("bert", config)
 
 
-def test_a_module_without_blocks_is_told_how_to_name_them() -> None:
+def test_a_module_without_a_list_of_blocks_has_its_children_as_blocks() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -218,8 +218,7 @@ def test_a_module_without_blocks_is_told_how_to_name_them() -> None:
             return torch.as_tensor(self.b(torch.relu(self.a(x))))
 
     inputs = {"x": torch.rand(2, 3)}
-    with pytest.raises(UserError, match=r"--attach\.blocks"):
-        make_plan(Flat(), inputs, AttachConfig(), None)
+    assert make_plan(Flat(), inputs, AttachConfig(), None).blocks == ("a", "b")
     plan = make_plan(Flat(), inputs, AttachConfig(blocks="[ab]"), None)
     assert (plan.blocks, plan.exits, plan.num_classes) == (("a", "b"), (1,), 2)
 
