@@ -51,7 +51,7 @@ for step in range(60):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(f"last loss of the teacher: {float(loss):.3f}")
+print(f"last loss of the teacher: {loss.item():.3f}")
 
 # %% [markdown]
 # ## Distil
