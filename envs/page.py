@@ -89,9 +89,9 @@ J = w_acc A + w_lat (1 - latency / dense) + w_eng (1 - energy / dense)
 
 Never training loss, never test data. Another reward is one function: `score` in `envs/reward.py`.
 
-Its weights need no code: `--preference.accuracy 0.9` and so on. For another formula, edit `score` in `envs/reward.py` of
-a clone and learn a policy anew (`make train`): the bundled one learned with this formula. The window that ships is chosen
-by the same score.
+Its weights need no code: `--preference.accuracy 0.9` and so on. For another formula, edit `score` in `envs/reward.py`
+of a clone and learn a policy anew (`make train`): the bundled one learned with this formula. The window that ships is
+chosen by the same score.
 
 ## Episode end
 
