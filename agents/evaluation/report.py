@@ -172,7 +172,7 @@ def reward_curves(runs: list[Run]) -> Figure:
         ("student/score", "final score while learning", "J"),
         ("student/accuracy", "final accuracy while learning", "share of samples"),
         ("student/goal_met", "goals met while learning", "share of students with a floor"),
-        ("student/margin", "margin: accuracy less the floor (validation)", "share of samples"),
+        ("student/margin", "margin to the floor (validation)", "share of samples"),
     ]
     panels = [panel for panel in panels if any(panel[0] in run.scalars for run in runs)]
     if _progress_name(runs) == "window":  # one student, and no policy that learns
@@ -384,7 +384,8 @@ def _head(run: Run, *, has_name: bool) -> str:
     if rows:
         header = ["on test data", "asked", "student", "dense student", "teacher"]
         parts.append(_rows("What was asked, what was reached", header, rows))
-    parts += [_list("What the policy did", what_the_policy_did(run.windows))]
+    best_window = int(student_of(run.result).get("best_window", 0))
+    parts += [_list("What the policy did", what_the_policy_did(run.windows, best_window))]
     classes = classes_of(student_of(run.result))
     if classes:
         cells = [[name, str(count), f"{accuracy:.4f}"] for name, count, accuracy in classes[:MAX_CLASSES]]

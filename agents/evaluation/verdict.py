@@ -154,12 +154,24 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def what_the_policy_did(windows: Rows) -> list[str]:
-    """Return sentences about the controls over the windows of one student's training."""
+def what_the_policy_did(windows: Rows, best_window: int = 0) -> list[str]:
+    """Return sentences about the controls over the windows of one student's training.
+
+    Args:
+        windows: one row each.
+        best_window: the one that ships, counted from 1; 0: not said.
+    """
     if not windows:
         return []
     first, last = windows[0], windows[-1]
     told = []
+    if 0 < best_window < len(windows) and "unit_keep" in first:
+        row = windows[best_window - 1]
+        told.append(
+            f"Window {best_window} of {len(windows)} ships, because the later ones did worse on validation: "
+            f"{float(row['unit_keep']):.0%} of the units, {float(row['feature_keep']):.0%} of the inputs; "
+            f"{float(row.get('first_exit_rate', 0)):.0%} of the samples leave at the first exit."
+        )
     weights = [sum(float(row[name]) for name in TEACHING) for row in windows if WEIGHTS[1] in row]
     if weights:
         told.append(

@@ -87,6 +87,11 @@ def test_what_the_policy_did_is_said_in_words() -> None:
     assert "All samples leave at the first exit at the end." in told
     assert "Validation accuracy was below the floor after 1 of 3 windows, last 1." in told
     assert what_the_policy_did([]) == []
+    assert what_the_policy_did(rows, best_window=2)[0] == (
+        "Window 2 of 3 ships, because the later ones did worse on validation: 30% of the units, 100% of the inputs; "
+        "0% of the samples leave at the first exit."
+    )
+    assert what_the_policy_did(rows, best_window=3) == told  # the last window ships
 
 
 def test_a_lead_is_claimed_only_where_its_interval_says_so() -> None:
