@@ -146,7 +146,9 @@ class Scenario:
     def __post_init__(self) -> None:
         """Begin with no references where those given are of dense students that were trained otherwise."""
         c = self.config
-        scope = repr((c.num_windows, c.warm_windows, c.train, c.loss, c.controls, self.template.group_sizes))
+        # data and signals that are compared are alive: `known` came with a scenario that holds them
+        parts = (id(self.data), id(self.signals), self.template.group_sizes)
+        scope = repr((c.num_windows, c.warm_windows, c.train, c.loss, c.controls, parts))
         if self.known.scope not in ("", scope):
             object.__setattr__(self, "known", References())
         self.known.scope = scope

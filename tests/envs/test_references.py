@@ -144,6 +144,8 @@ def test_warm_windows_are_checked(config: EnvConfig) -> None:
 def test_references_of_a_scenario_that_trains_otherwise_are_not_taken(scenario: Scenario) -> None:
     shorter = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, num_windows=1))
     assert shorter.known is not scenario.known
+    other = dataclasses.replace(scenario, signals=dataclasses.replace(scenario.signals))
+    assert other.known is not scenario.known  # of other teachers
     goal = dataclasses.replace(scenario.config, task=scenario.config.task.with_keep(0.9))
     assert dataclasses.replace(scenario, config=goal).known is scenario.known  # a goal changes no training
 
