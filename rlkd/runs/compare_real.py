@@ -30,6 +30,7 @@ from rlkd.envs.reward import KAPPA, MAX_PENALTY
 from rlkd.errors import UserError
 from rlkd.io.files import read_json
 from rlkd.io.records import plain, write_json
+from rlkd.losses import FAMILIES
 from rlkd.models.real.attachment import AttachConfig
 from rlkd.runs.distil_real import DistilledModule, distil_module
 from rlkd.runs.folder import Progress
@@ -37,7 +38,6 @@ from rlkd.runs.goals import with_goal
 
 TIMED_BATCHES = (1, 32)
 TIMED_ROUNDS = 31
-FAMILIES = ("hard_label", "response", "feature", "attention")
 NNCF_STEP, NNCF_INPUTS = 0.5, 0.5  # a first step of 0.1; inputs are pruned half as far as units
 CUBIC_END, ONE_SHOT_AT = 0.6, 0.4  # last axes of the recipes: pruned at 70 % and at 42 % of the training
 WITHIN = 0.01
