@@ -118,7 +118,7 @@ An environment step spends its time on: {", ".join(f"{name} {share:.0%}" for nam
 ## Where it falls short
 
 - At batch 1 the student gains little: its latency is the cost of calling its layers.
-- Exits that decide sample by sample do not pay at this size (docs/decisions.md): shares of samples that leave at each exit of the
+- Exits that decide sample by sample do not pay at this size (docs/decisions/0001): shares of samples that leave at each exit of the
   student above: {", ".join(f"{rate:.2f}" for rate in student["exit_rates"])}.
 """
 

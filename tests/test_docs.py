@@ -103,3 +103,19 @@ def test_python_of_an_own_student_runs(
     exec(own, names)
     assert len(capsys.readouterr().out.splitlines()) >= 12  # an accuracy for each window
     assert (tmp_path / "runs" / "mine" / "student.json").is_file()
+
+
+def test_every_decision_has_its_page_with_date_and_status() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "index.md").read_text()
+    rows = re.findall(r"^\| (\d{4}) \| ([\d-]{10}) \| (\w+) \| \[(.+)\]\((.+)\) \|$", index, re.MULTILINE)
+    pages = sorted(page.name for page in folder.glob("0*.md"))
+    assert sorted(row[4] for row in rows) == pages
+    assert [page[:4] for page in pages] == [f"{number:04d}" for number in range(1, len(pages) + 1)]
+    for number, date, status, title, name in rows:
+        text = (folder / name).read_text()
+        assert name.startswith(number)
+        assert text.startswith(f"# {title}\n\nDate: {date}. Status: {status}. Subject: ")
+        assert status in ("accepted", "superseded")
+        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ["Context", "Decision", "Measured"]
+        assert (status == "superseded") == bool(re.search(r"Superseded\s+by\s+\[\d{4}\]", text)), name

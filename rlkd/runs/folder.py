@@ -141,5 +141,5 @@ def git_state(root: Path) -> dict[str, Any]:
 
 
 def use_one_thread() -> None:
-    """One thread for torch: small students lose more to waiting threads than they gain (docs/decisions.md)."""
+    """One thread for torch: small students lose more to waiting threads than they gain (docs/decisions/0012)."""
     torch.set_num_threads(1)
