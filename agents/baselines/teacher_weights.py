@@ -1,8 +1,8 @@
 """Weights of several teachers, sample by sample, learned by REINFORCE: a baseline after MTKD-RL (Yang et al. 2025).
 
 In the paper an agent weighs each teacher's losses on every sample and learns within the one training that it guides.
-Here a training has a dozen rewards, and learning within it cost more than it brought (docs/decisions/0043). So the three
-numbers that decide the weights (`rlkd.students.fusion`) are learned over training tasks, as a policy is, and then
+Here a training has a dozen rewards, and learning within it cost more than it brought (docs/decisions/0043). So the
+three numbers that decide the weights (`rlkd.students.fusion`) are learned over training tasks, as a policy is, and then
 stay constant. Every student of a group trains the same task under its own weights, drawn around the mean, and the mean
 moves towards those whose gain in J was above that of the others (Williams 1992, with the leave-one-out baseline of Kool
 et al. 2019). A base controller sets all other controls.
