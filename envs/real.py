@@ -26,6 +26,7 @@ from rlkd.envs.rate import with_learning_rate
 from rlkd.envs.references import References, key_of, stated_reference
 from rlkd.envs.scenario import check_keep, check_sections
 from rlkd.errors import UserError
+from rlkd.hardware import load_hardware
 from rlkd.losses import LossConfig
 from rlkd.models.real.attachment import AttachConfig, Plan, control_table
 from rlkd.models.real.cutting import StudentCut
@@ -107,6 +108,9 @@ class RealConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     cost: RealCostConfig = field(default_factory=RealCostConfig)
+    hardware: str = ""
+    """Hardware profile (cpu, gpu, edge, or a YAML file): kept units are rounded up, so that layers have multiples of
+    its channel_multiple; by default they are not rounded."""
     goal: Goal = field(default_factory=Goal)
     preference: Preference = field(default_factory=Preference)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -133,6 +137,15 @@ class RealConfig:
         check_keep(self.keep_checkpoints)
         check_sections(self, "cut", "columns", "attach", "train", "loss", "tokens", "cost", "goal", "guard")
         self.goal.weights(self.preference)
+        self.channel_multiple()
+
+    def channel_multiple(self) -> int:
+        """Return the number of channels that layers of the target should have multiples of.
+
+        Raises:
+            UserError: there is no such profile.
+        """
+        return load_hardware(self.hardware).channel_multiple if self.hardware else 1
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,7 @@ class RealScenario:
     teacher_data: Examples | None = None  # the samples with the teacher's own inputs
     known: References = field(default_factory=References)
     has_given_splits: bool = True  # else rlkd cut them, and the teacher may have learned from test samples
+    channel_multiple: int = 1  # kept units are rounded up, so that layers have multiples of so many channels
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -174,9 +188,10 @@ class RealScenario:
         return self.student.plan.group_sizes
 
     @property
-    def unit_multiple(self) -> int:
-        """Return 1: a real student's units are not rounded."""
-        return 1
+    def unit_multiple(self) -> int | Tensor:
+        """As in `EpisodeScenario`: one number a group, because heads are several channels wide."""
+        groups = self.student.plan.groups
+        return torch.tensor([float(group.multiple(self.channel_multiple)) for group in groups]) if groups else 1
 
     @property
     def num_exits(self) -> int:
@@ -249,8 +264,25 @@ class RealScenario:
         c = self.config
         if isinstance(self.signals, TokenSignals):
             assert isinstance(self.data, TokenExamples)
-            return CausalStudent(self.student, self.data, self.signals, c.train, c.num_windows, self.is_reverse, c.loss)
-        return ModuleStudent(self.student, self.data, self.signals, c.train, c.num_windows, c.loss)
+            return CausalStudent(
+                self.student,
+                self.data,
+                self.signals,
+                c.train,
+                c.num_windows,
+                self.is_reverse,
+                c.loss,
+                channel_multiple=self.channel_multiple,
+            )
+        return ModuleStudent(
+            self.student,
+            self.data,
+            self.signals,
+            c.train,
+            c.num_windows,
+            c.loss,
+            channel_multiple=self.channel_multiple,
+        )
 
 
 def build_real_scenario(
@@ -356,6 +388,7 @@ def scenario_of_sides(
         teacher.model if is_whole else None,
         teacher.data if is_whole else None,
         has_given_splits=has_given_splits,
+        channel_multiple=config.channel_multiple(),
     )
     return with_learning_rate(scenario, seed)
 

@@ -110,8 +110,8 @@ class EpisodeScenario(Protocol):
         """Of the student: inputs, then the units of every group."""
 
     @property
-    def unit_multiple(self) -> int:
-        """Return the number that kept units are rounded up to multiples of."""
+    def unit_multiple(self) -> int | Tensor:
+        """Return the number that kept units are rounded up to multiples of, or [G - 1], one number a group of units."""
 
     @property
     def num_exits(self) -> int:

@@ -32,13 +32,14 @@ def importance(student: ChainStudent, parameters: Mapping[str, Tensor], input_sc
     return (inputs, *units)
 
 
-def num_kept(keep: Tensor, size: Tensor | int, multiple: int = 1) -> Tensor:
+def num_kept(keep: Tensor, size: Tensor | int, multiple: Tensor | int = 1) -> Tensor:
     """Return how many of `size` are kept at a share: rounded, at least one, then up to a multiple; as floats.
 
     Args:
         keep: [*N], in [0, 1].
         size: G, or sizes that go with `keep`.
-        multiple: numbers that a target likes are multiples of this; never more than G are kept.
+        multiple: numbers that a target likes are multiples of this; or multiples that go with `size`. Never more than G
+            are kept.
     """
     count = (keep * size).round().clamp_min(1.0)
     return ((count / multiple).ceil() * multiple).clamp_max(size)

@@ -1,6 +1,7 @@
 """The scenario of a real model: references of its floors, and the students that it makes."""
 
 import csv
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from rlkd.data import Goal, Preference
 from rlkd.envs import ControlConfig
-from rlkd.envs.action import published_setting
+from rlkd.envs.action import decode, published_setting, with_values
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.limits import largest_cost
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
 from rlkd.errors import UserError
+from rlkd.hardware import FOLDER
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.goals import reference_accuracies, task_of, with_goal
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.interface import probed_samples
+from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,37 @@ def test_limits_hold_in_every_window(real: RealScenario) -> None:
         assert float(outcome.cost.macs_ratio) <= 0.6
         assert float(outcome.cost.size_ratio) <= 0.9
         assert float(outcome.cost.latency_ratio) <= 0.9
+
+
+def test_kept_units_are_rounded_as_the_hardware_profile_says(real: RealScenario, tmp_path: Path) -> None:
+    text = (FOLDER / "gpu.yaml").read_text().replace("channel_multiple: 8", "channel_multiple: 12")
+    (tmp_path / "board.yaml").write_text(text)
+    config = RealConfig("teacher", "data", hardware=str(tmp_path / "board.yaml"))
+    rounded = dataclasses.replace(real, channel_multiple=config.channel_multiple())
+    u = with_values(published_setting(ControlConfig())[None], {"unit_keep": 0.3}, ControlConfig())
+    kept = {}
+    for scenario in (real, rounded):
+        episodes = Episodes(with_goal(scenario, Goal(size=0.9), Preference()), 1)
+        episodes.reset([2])
+        outcome = episodes.step(u)
+        assert float(outcome.cost.size_ratio) <= 0.9
+        counted = largest_cost(episodes.u, episodes.scenario, at_first=False)
+        assert float(outcome.cost.size_ratio) == float(counted.size_ratio)  # limits count what stays
+        students = episodes.students
+        assert isinstance(students, ModuleStudent)
+        groups = students.plan.groups
+        counts = [float(mask.sum()) for mask in students.masks()[1:]]
+        kept[scenario.channel_multiple] = [count * g.width for count, g in zip(counts, groups, strict=True)]
+        probed = students.probe(torch.ones(1), decode(u, ControlConfig(), 2).unit_keep)
+        assert torch.equal(probed, students._exit_accuracy(probed_samples(real.data.splits["validation"])))
+    sizes = [group.size * group.width for group in groups]
+    assert all(count % 12 == 0 or count == size for count, size in zip(kept[12], sizes, strict=True))
+    assert any(count % 12 for count in kept[1])
+
+
+def test_a_profile_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match=r"hardware: got 'gqu'; allowed: .*did you mean 'gpu'"):
+        RealConfig("teacher", "data", hardware="gqu").check()
 
 
 def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:

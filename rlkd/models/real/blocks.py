@@ -5,6 +5,7 @@ is written down: a family of transformers in `LAYOUTS`, the inner layers of conv
 of none of them keeps all its units.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,14 @@ class Group:
             return count
         num_shared = self.size // self.sharing
         return num_shared * min(max((int(count) + num_shared // 2) // num_shared, 1), self.sharing)
+
+    def multiple(self, num_channels: int) -> int:
+        """Return the number of units whose multiples give layers with multiples of `num_channels` channels.
+
+        A head is as many channels as it is wide. Of heads that share keys and values, equally many stay for each.
+        """
+        units = num_channels // math.gcd(num_channels, self.width) if self.kind == "heads" else num_channels
+        return units if self.sharing == 1 or units == 1 else math.lcm(units, self.size // self.sharing)
 
 
 def block_paths(model: nn.Module) -> list[str]:

@@ -146,8 +146,10 @@ class CausalStudent(ModuleStudent):
         num_windows: int,
         reverse: bool,
         loss: LossConfig | None = None,
+        *,
+        channel_multiple: int = 1,
     ) -> None:
-        super().__init__(student, data, signals, config, num_windows, loss)
+        super().__init__(student, data, signals, config, num_windows, loss, channel_multiple=channel_multiple)
         by_token = [term.name for family in FAMILIES[:2] for term in self._objective.terms[family]]
         if by_token != ["cross_entropy", "kl"]:
             raise UserError(

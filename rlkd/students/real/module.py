@@ -131,6 +131,7 @@ class ModuleStudent:
         config: checked here.
         num_windows: of a whole training, for the course of the learning rate.
         loss: terms of the objective; relations between samples are those within a micro-batch.
+        channel_multiple: as of `keep_top_units`.
     """
 
     num_students = 1
@@ -143,6 +144,8 @@ class ModuleStudent:
         config: ModuleTrainConfig,
         num_windows: int,
         loss: LossConfig | None = None,
+        *,
+        channel_multiple: int = 1,
     ) -> None:
         config.check()
         if config.learning_rate == 0:
@@ -156,6 +159,7 @@ class ModuleStudent:
         self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
         self.plan = student.plan
         self._data, self._signals, self._config = data, signals, config
+        self._channel_multiple = channel_multiple
         self._num_steps = num_windows * config.steps_per_window
         self._loss = loss or LossConfig()
         self._objective = Objective(self._loss, self._offered(student))
@@ -196,11 +200,15 @@ class ModuleStudent:
 
     def set_controls(self, controls: Controls) -> None:
         """Choose units and heads by importance as it is now, the share of tokens, and the exit threshold."""
-        scores = group_importance(self.student.model, self.plan.groups)
-        self._unit_masks = keep_top_units(self.plan.groups, scores, controls.unit_keep[0])
+        self._unit_masks = self._top_units(controls.unit_keep)
         self._keep = float(controls.feature_keep[0]) if self.plan.select_after is not None else 1.0
         self._threshold = controls.exit_threshold
         self._seen = None
+
+    def _top_units(self, keep: Tensor) -> Masks:
+        """Return masks of the units that are most important now, for a share [1]."""
+        scores = group_importance(self.student.model, self.plan.groups)
+        return keep_top_units(self.plan.groups, scores, keep[0], self._channel_multiple)
 
     def set_exit(self, threshold: Tensor) -> None:
         """As `Population.set_exit`."""
@@ -214,8 +222,7 @@ class ModuleStudent:
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`; what the last evaluation answered under the same masks is not computed again."""
         before = self._unit_masks, self._keep
-        scores = group_importance(self.student.model, self.plan.groups)
-        masks = keep_top_units(self.plan.groups, scores, unit_keep[0])
+        masks = self._top_units(unit_keep)
         keep = float(feature_keep[0]) if self.plan.select_after is not None else 1.0
         is_same = keep == self._keep and all(torch.equal(a, b) for a, b in zip(masks, self._unit_masks, strict=True))
         if is_same and self._seen is not None:
