@@ -1,5 +1,6 @@
 """Fake quantisation is what the runtime computes, and its gradient passes straight through."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,21 @@ pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install
 
 from rlkd.compression import CompactStudent
 from rlkd.data import DataSet
-from rlkd.export.aware import AwareConfig, FakeChain, accuracy_of, calibrated, four_bit_layers, train_aware
+from rlkd.errors import UserError
+from rlkd.export.aware import (
+    AwareConfig,
+    FakeChain,
+    accuracy_of,
+    calibrated,
+    four_bit_layers,
+    layer_names,
+    train_aware,
+)
 from rlkd.export.fake_quant import fake_quantise, grid_between, to_integers
 from rlkd.export.onnx_file import export_flat
-from rlkd.runs.export_int8 import _last_of, integer_graph, weight_bytes
+from rlkd.export.qdq import LayerGrids, with_integers
+from rlkd.runs.export_int8 import _last_of, aware_forms, integer_graph, weight_bytes
+from rlkd.runs.shipped import ShippedData
 
 Case = tuple[CompactStudent, DataSet, Any]
 
@@ -74,6 +86,49 @@ def test_integers_take_a_quarter_of_the_bytes_and_four_bits_less(case: Case) -> 
     assert weight_bytes(eight) < 0.4 * weight_bytes(flat)
     assert weight_bytes(four) < weight_bytes(eight)
     assert len(four.SerializeToString()) < len(eight.SerializeToString())
+
+
+def test_layers_without_a_grid_and_grids_without_a_layer_are_refused(case: Case) -> None:
+    student, data, flat = case
+    chain = calibrated(student, data)
+    grids = LayerGrids(chain.activation_grid(0), chain.weight_grid("layers.0"), torch.zeros(1, 1), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"layer student\.layers\.0\.weight has no grid"):
+        with_integers(flat, {})
+    every = {f"student.{name}.weight": grids for name in layer_names(student)}
+    with pytest.raises(ValueError, match=r"the graph lacks \['student\.layers\.9\.weight'\]"):
+        with_integers(flat, every | {"student.layers.9.weight": grids})
+
+
+def test_too_few_steps_are_refused() -> None:
+    with pytest.raises(UserError, match="--qat: got 7 steps; allowed: at least 8"):
+        AwareConfig(num_steps=7).check()
+
+
+def test_what_loses_too_much_on_the_grid_is_taken_back(case: Case) -> None:
+    student, data, flat = case
+    if len(student.exits) != 3:
+        return  # one kind of student will do
+    inputs = data.inputs.flatten(1)
+    opened = ShippedData(
+        folder=Path(),
+        student=student,
+        kind="chain",
+        data_name="digits",
+        batch=lambda rows: {"inputs": inputs[rows]},
+        labels=data.labels,
+        splits=data.splits,
+        has_length=False,
+        card={},
+        data=data,
+        teacher_logits=lambda: 6.0 * torch.nn.functional.one_hot(data.labels, 10).float(),
+    )
+    said: list[str] = []
+    made = aware_forms(opened, flat, 2, most_lost=1.0, num_steps=8, log=said.append)
+    assert [form.name for form in made] == ["int8 aware", "int4 and int8 aware"]
+    assert said[0].startswith("int4 and int8 aware: four-bit weights in ")
+    said.clear()
+    assert aware_forms(opened, flat, 2, most_lost=-1.0, num_steps=8, log=said.append) == []
+    assert [line.endswith("taken back") for line in said] == [True, True]
 
 
 def test_training_on_the_grid_mends_what_rounding_broke(case: Case) -> None:

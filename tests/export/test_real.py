@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
 pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
@@ -27,7 +27,7 @@ from rlkd.runs.export_int8 import weight_bytes
 
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(tiny_models.IMAGE_FAMILIES, "image_classification"),
-    "llama": "causal_lm",
+    **dict.fromkeys(("llama", "qwen2", "gpt2"), "causal_lm"),
 }
 
 
@@ -65,7 +65,7 @@ def check(family: str, share_left: float | None, patience: int = 0) -> tuple[Shi
     student, inputs = shipped(family, share_left, patience)
     graph = exported(student, inputs)
     run = runner_of(session_of(surgery.fold_exits(graph, num_early_exits(student))))
-    counts = real_tokens if family == "llama" else lambda inputs: None
+    counts = real_tokens if KINDS.get(family) == "causal_lm" else lambda inputs: None
     index = torch.arange(51)
     parity = compare(run, [student], lambda rows: {n: v[rows] for n, v in inputs.items()}, index, counts)
     assert parity.largest < 1e-4
@@ -74,7 +74,8 @@ def check(family: str, share_left: float | None, patience: int = 0) -> tuple[Shi
         longer = tiny_models.batch(family, size=2, length=11)
         with torch.no_grad():
             gap = (run(longer) - student(**longer)).abs()
-        assert float(gap[longer["attention_mask"].bool()].max() if family == "llama" else gap.max()) < 1e-4
+        is_causal = KINDS.get(family) == "causal_lm"
+        assert float(gap[longer["attention_mask"].bool()].max() if is_causal else gap.max()) < 1e-4
     return student, inputs, graph
 
 
@@ -96,12 +97,44 @@ def test_a_text_student_with_exits_and_left_out_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share_left", [None, 0.5])
 @pytest.mark.parametrize(
     "family",
-    ["roberta", "electra", "distilbert", "llama_classifier", "vit", "resnet", "convnext", "mobilenet", "llama"],
+    [
+        *("bert", "roberta", "electra", "distilbert", "llama_classifier", "vit", "resnet", "resnet_basic"),
+        *("convnext", "mobilenet", "llama", "qwen2", "gpt2"),
+    ],
 )
 def test_every_family(family: str, share_left: float | None) -> None:
     if family == "mobilenet" and share_left is not None:
         pytest.skip("its blocks have no exit here")
     check(family, share_left)
+
+
+class OwnNet(nn.Module):
+    """A module of a user's own class, with units that tracing finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            *(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        )
+        self.head = nn.Linear(8 * 16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.convolutions(images))
+        return logits
+
+
+def test_a_module_of_ones_own() -> None:
+    torch.manual_seed(0)
+    model, inputs = OwnNet().eval(), {"images": torch.rand(51, 1, 8, 8)}
+    plan = make_plan(model, inputs, AttachConfig(exits=()), None)
+    assert [group.size for group in plan.groups] == [6, 8]
+    masks = tuple((torch.arange(g.size) % 2).float() for g in plan.groups)
+    student = ship(Instrumented(model, plan, []).eval(), "module", masks, 1.0, 1.0)
+    assert student.model.convolutions[4].weight.shape == (4, 3, 3, 3)
+    run = runner_of(session_of(surgery.fold_exits(exported(student, inputs), 0)))
+    parity = compare(run, [student], lambda rows: {"images": inputs["images"][rows]}, torch.arange(51))
+    assert parity.largest < 1e-4
 
 
 @pytest.mark.slow

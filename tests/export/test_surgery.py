@@ -15,9 +15,11 @@ from rlkd.compression import CompactStudent
 from rlkd.data import DataSet
 from rlkd.errors import UserError
 from rlkd.export import surgery
-from rlkd.export.exits import calibrate
-from rlkd.export.onnx_file import export_flat, runner_of, save_graph, session_of
+from rlkd.export.exits import calibrate, with_threshold
+from rlkd.export.onnx_file import compare, export_flat, runner_of, save_graph, session_of, torch_runner
 from rlkd.export.runner import PartsRunner
+from rlkd.export.triton import configuration
+from rlkd.hardware import load_hardware
 from rlkd.runs.export import write_parts
 
 Flat = tuple[CompactStudent, DataSet, Any]
@@ -89,6 +91,52 @@ def test_in_parts_every_sample_leaves_on_its_own(flat: Flat, tmp_path: Path) -> 
     assert all("inputs" not in names for names in sizes[1:])  # no part reads the input again
 
 
+def test_parts_behind_an_exit_do_not_run_once_all_have_left(flat: Flat, tmp_path: Path) -> None:
+    student, data, graph = flat
+    write_parts(surgery.split_parts(graph, 2), tmp_path)
+    runner = PartsRunner(tmp_path)
+    inputs = data.inputs[data.splits["test"][:60]].flatten(1)
+    leaves_first = inputs[exits_of(student, inputs).index(1)][None]
+    runner._parts[1:] = [None, None]  # a call of one of them would raise
+    _, exits = runner({"inputs": leaves_first.numpy()})
+    assert exits.tolist() == [1]
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf")])
+def test_an_answer_that_is_no_number_differs_from_every_student(flat: Flat, answer: float) -> None:
+    student, data, _ = flat
+    broken = lambda inputs: torch.full((len(inputs["inputs"]), 10), answer)  # noqa: E731
+    index = data.splits["test"][:17]
+    parity = compare(broken, [student], lambda rows: {"inputs": data.inputs[rows].flatten(1)}, index)
+    assert parity.largest > 1e38
+
+
+def test_a_sample_at_the_threshold_may_leave_on_either_side_of_it(flat: Flat) -> None:
+    student, data, _ = flat
+    other = with_threshold(student, 0.8)
+    index = data.splits["test"][:51]
+
+    def batch(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"inputs": data.inputs[rows].flatten(1)}
+
+    alone = compare(torch_runner(other), [student], batch, index)
+    assert alone.largest > 1e-2  # some samples leave elsewhere
+    assert alone.num_on_edge == 0
+    both = compare(torch_runner(other), [student, other], batch, index)
+    assert both.largest == 0.0
+    assert both.num_on_edge > 0
+
+
+def test_requests_stand_in_one_batch_where_sizes_are_fixed(flat: Flat) -> None:
+    graph = surgery.fold_exits(flat[2], 2)
+    cpu = load_hardware("cpu")
+    assert "dynamic_batching" in configuration(graph, "tiny", cpu)
+    graph.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "length"
+    text = configuration(graph, "tiny", cpu)
+    assert "dynamic_batching" not in text
+    assert "dims: [ -1 ]" in text
+
+
 def test_a_graph_without_early_exits_stays_straight(flat: Flat) -> None:
     _, data, _ = flat
     student, _ = small_students.trained_chain(exits=(), num_steps=1)
@@ -106,5 +154,8 @@ def test_gates_decide_in_the_exported_graph_too() -> None:
     with torch.no_grad():
         torch.testing.assert_close(run({"inputs": inputs}), student(inputs), atol=1e-5, rtol=1e-5)
     asked = {"inputs": inputs}
+    gated = with_threshold(student, 0.0)  # gates decide, whatever the threshold
+    with torch.no_grad():
+        torch.testing.assert_close(gated(inputs), student(inputs))
     with pytest.raises(UserError, match="gates decide at its exits; leave the option out"):
         calibrate(student, lambda rows: {"inputs": asked["inputs"][rows]}, torch.arange(51), data.labels, 0.9)

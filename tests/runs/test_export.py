@@ -19,6 +19,7 @@ from rlkd.cli.main import main
 from rlkd.compression import load_student
 from rlkd.data import load_dataset
 from rlkd.export.exits import with_threshold
+from rlkd.hardware import FOLDER as PROFILES
 
 Capture = pytest.CaptureFixture[str]
 
@@ -123,6 +124,15 @@ MISTAKES = {
     "tolerance": (["FOLDER", "--data", "digits", "--tolerance", "0"], ["--tolerance: got 0"]),
     "hardware": (["FOLDER", "--data", "digits", "--hardware", "cpux"], ["'cpux'", "did you mean 'cpu'"]),
     "triton of torch": (["FOLDER", "--to", "torch", "--triton", "x"], ["--triton: got --to torch"]),
+    "triton name": (["FOLDER", "--data", "digits", "--triton", "x", "--name", "a b"], ["the name 'a b'", "letters"]),
+    "int8 of torch": (["FOLDER", "--to", "torch", "--int8"], ["--int8: got --to torch"]),
+    "qat alone": (["FOLDER", "--qat", "8"], ["--qat: got it without --int8"]),
+    "qat steps": (["FOLDER", "--int8", "--qat", "-1"], ["--qat: got -1"]),
+    "most lost": (["FOLDER", "--int8", "--most_lost", "101"], ["--most_lost: got 101; allowed: 0 to 100"]),
+    "no teacher": (
+        ["FOLDER", "--data", "digits", "--int8", "--qat", "8"],
+        ["--qat: got a chain student without"],
+    ),
     "accuracy out of reach": (["FOLDER", "--data", "digits", "--exit_accuracy", "0.999"], ["allowed: at most 0.9"]),
 }
 
@@ -139,6 +149,23 @@ def test_a_mistake_is_one_line(
     assert error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("precisions", "words"),
+    [
+        ("[float32]", "--int8: mine takes float32; allowed: a target that takes int8"),
+        ("[float16, int8]", "--hardware: mine takes float16, int8; allowed: a target that takes float32"),
+    ],
+)
+def test_a_target_takes_the_precision(
+    precisions: str, words: str, folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    text = (PROFILES / "cpu.yaml").read_text().replace("[float32, int8]", precisions)
+    (tmp_path / "mine.yaml").write_text(text)
+    options = ["--data", "digits", "--out", str(tmp_path / "out"), "--hardware", str(tmp_path / "mine.yaml"), "--int8"]
+    assert main(["export", str(folder), *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_what_differs_from_pytorch_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
