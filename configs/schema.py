@@ -1,6 +1,5 @@
 """The configurations of the verbs; each field is a section with a dataclass of its own, or a plain value."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +13,7 @@ from rlkd.data import Goal, Preference, Range, TaskDistribution
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 from rlkd.hardware import load_hardware
 from rlkd.io.numbers import check_finite
 from rlkd.losses import LossConfig
@@ -277,9 +276,7 @@ class CompareConfig(EnvConfig):
         self.guard.check()
         for name in self.method_names():
             if name not in METHODS:
-                close = difflib.get_close_matches(name, METHODS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise UserError(f"methods: got {name!r}; allowed: {', '.join(METHODS)}{hint}")
+                raise UserError(f"methods: got {name!r}; allowed: {', '.join(METHODS)}{closest(name, METHODS)}")
         check_needs(
             self.method_names(),
             has_policy=self.policy is not None,

@@ -15,7 +15,7 @@ from rlkd.compression.real.trial import try_out
 from rlkd.cost import Cost
 from rlkd.cost.real import ModuleProfile, load_speed
 from rlkd.cost.real_timing import BATCHES, load_or_measure
-from rlkd.cost.real_work import count_work
+from rlkd.cost.real_work import ModuleWork, count_work
 from rlkd.data import Goal, Preference, Range, Split, Task, TaskDistribution
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples
 from rlkd.data.layout import split_named
@@ -168,7 +168,7 @@ class RealScenario:
     signals: Signals
     profile: ModuleProfile
     start: Tensor  # [12], the setting that actions change
-    teacher_macs: float
+    teacher_work: ModuleWork
     student: Instrumented  # holds the weights that training starts from
     initial: dict[str, Tensor]  # a copy of the model's weights before any training
     kind: Kind
@@ -364,7 +364,7 @@ def scenario_of_sides(
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
     profile = _profile(config, student, one, kind)
-    teacher_macs = count_work(teacher.model, _typical(teacher.data), teacher.plan).dense_macs
+    teacher_work = count_work(teacher.model, _typical(teacher.data), teacher.plan)
     task = TaskDistribution(
         dataset=student.data.name,
         label_noise=Range(0.0, 0.0),
@@ -377,7 +377,7 @@ def scenario_of_sides(
         signals,
         profile,
         published_setting(controls) if start is None else start,
-        teacher_macs,
+        teacher_work,
         Instrumented(student.model, student.plan, links),
         {name: value.clone() for name, value in student.model.state_dict().items()},
         kind,

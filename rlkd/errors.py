@@ -1,5 +1,9 @@
 """The one exception class that means: the user can mend this."""
 
+import difflib
+from collections.abc import Iterable
+
+SIMILAR = 0.7  # of `difflib`: names that differ by a slip or two; below it a hint is a guess
 LONGEST = 1000  # characters of a message: what a file says of itself may be as long as the file
 
 
@@ -16,3 +20,9 @@ class UserError(Exception):
 
 class WriteError(UserError):
     """A file could not be written. The run can be resumed after the cause is removed."""
+
+
+def closest(given: str, allowed: Iterable[str]) -> str:
+    """Return "; did you mean ...?" for the name that is nearly what was given, or nothing."""
+    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=SIMILAR)
+    return f"; did you mean {match[0]}?" if match else ""

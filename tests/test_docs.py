@@ -1,4 +1,5 @@
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import rlkd
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -103,6 +106,18 @@ def test_python_of_an_own_student_runs(
     exec(own, names)
     assert len(capsys.readouterr().out.splitlines()) >= 12  # an accuracy for each window
     assert (tmp_path / "runs" / "mine" / "student.json").is_file()
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    objects = {path.rpartition(".")[2]: path for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    renamed = {"loss_term": "term", "save_policy": "save_bundle"}
+    for name in rlkd.__all__:
+        path = objects[renamed.get(name, name)]
+        module, _, own = path.rpartition(".")
+        assert getattr(importlib.import_module(module), own) is getattr(rlkd, name), name
+        assert name not in renamed or f"`rlkd.{name}` is this" in text
+    assert len(objects) == len(rlkd.__all__)
 
 
 def test_every_decision_has_its_page_with_date_and_status() -> None:

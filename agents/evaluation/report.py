@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rlkd.agents.evaluation.events import Scalars, read_scalars
 from rlkd.agents.evaluation.verdict import (
@@ -206,7 +206,7 @@ def controls_over_windows(runs: list[Run]) -> Figure:
         ("weight_response", "weight on the teacher's answers", "share of all loss weights", False),
         ("weight_feature", "weight on the teacher's features", "share of all loss weights", False),
         ("weight_attention", "weight on the teacher's attention maps", "share of all loss weights", False),
-        ("temperature", "temperature", "1", True),
+        ("temperature", "temperature", "softening of the teacher's answers", True),
         ("learning_rate", "learning rate", "step size", True),
         ("feature_keep", "inputs kept", "share of the inputs", False),
         ("unit_keep", "units kept", "share of the units", False),
@@ -226,11 +226,16 @@ def controls_over_windows(runs: list[Run]) -> Figure:
             x, y = [float(row["window"]) for row in rows], [float(row[name]) for row in rows]
             colour = COLOURS[i % len(COLOURS)]
             axis.plot(x, y, color=colour, label=run.label, linewidth=1.5, marker=".", markersize=4)
+            best = int(student_of(run.result or {"methods": {}}).get("best_window", 0))
+            if best:
+                axis.axvline(best, color=colour, linestyle=":", linewidth=1)
             if name == "accuracy" and any(row.get("floor") for row in rows):
                 axis.plot(x, [float(row.get("floor", 0)) for row in rows], color=colour, linestyle="--", linewidth=1)
         _grid(axis, title, "window", unit)
         if is_log:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         elif name not in ("accuracy", "latency_ratio"):
             axis.set_ylim(-0.03, 1.03)
     axes[0].legend(fontsize=8, frameon=False)
@@ -278,6 +283,9 @@ def accuracy_cost(runs: list[Run]) -> Figure:
             axis.annotate(", ".join(sorted(goals)), (x, y), offset, textcoords="offset points", fontsize=8)
         for i, label in enumerate(methods):
             axis.scatter([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=label)
+        if not any(label.endswith(": dense") for label in methods):
+            axis.axvline(1.0, color="#888", linestyle=":", linewidth=1)  # its accuracy is not recorded
+            axis.annotate("dense student", (1.0, 0.0), (3, 4), ("data", "axes fraction"), "offset points", fontsize=8)
         _grid(axis, f"accuracy against {title}", f"{title}, ratio to the dense student", "test accuracy")
         axis.margins(0.15)
         axis.set_xlim(left=0.0)
@@ -349,7 +357,7 @@ TITLES = {
     "trained on.",
     "controls": "Mean controls over the student trainings, 0 to 1 through their ranges.",
     "controls_over_windows": "What the policy did: controls over the windows of the student's training, in their own "
-    "units.",
+    "units. The dotted line is the window that ships.",
     "accuracy_cost": "Test accuracy against cost; left is cheaper, up is better.",
 }
 
@@ -416,7 +424,7 @@ def _section(run: Run) -> str:
         cost = run.result["cost"]
         searched = f"{cost['search_trainings']} for the search, " if "search_trainings" in cost else ""
         line = (
-            f"{run.result.get('num_tasks')} tasks, {run.result.get('split')} data. "
+            f"Number of tasks: {run.result.get('num_tasks')}, {run.result.get('split')} data. "
             f"{cost.get('agent_trainings', 0)} student trainings for the agent, {searched}"
             f"{cost['wall_s']:.0f} s."
         )

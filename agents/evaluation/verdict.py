@@ -126,27 +126,34 @@ def asked_and_reached(result: Mapping[str, Any]) -> list[list[str]]:
 
     def cost(name: str, ratio: str, unit: str, scale: float = 1.0) -> list[str]:
         own, share = float(student[name]) * scale, float(student[ratio])
-        return [f"{_short(own)} {unit} ({share:.1%} of dense)", f"{_short(own / share)} {unit}" if share > 0 else ""]
+        return [f"{_short(own)}{unit} ({share:.1%} of dense)", f"{_short(own / share)}{unit}" if share > 0 else ""]
 
+    joules, per_joule = ("nJ", 1e9) if float(student["energy_j"]) < 1e-7 else ("uJ", 1e6)
     floor = f"at least {student['floor']:.4f}" if "floor" in student else ""
     batch = f"latency of a batch of {row['batch_size']}"
     own_us = row["latency_s"] * 1e6
+    dense_accuracy = accuracy(dense["accuracy"]) if "accuracy" in dense else "not trained"
     rows = [
-        ["accuracy [95 %]", floor, accuracy(student["accuracy"]), accuracy(dense.get("accuracy"))],
+        ["accuracy [95 %]", floor, accuracy(student["accuracy"]), dense_accuracy],
         [batch, limit("latency"), f"{own_us:,.1f} us", f"{row['dense_latency_s'] * 1e6:,.1f} us"],
         ["parameters", limit("size"), *cost("parameters", "size_ratio", "")],
         ["MACs of a sample", limit("macs"), *cost("macs", "macs_ratio", "")],
         [
             f"energy of a sample ({student.get('energy_kind', 'modelled')})",
             limit("energy"),
-            *cost("energy_j", "energy_ratio", "uJ", 1e6),
+            *cost("energy_j", "energy_ratio", f" {joules}", per_joule),
         ],
     ]
     teacher = [accuracy(student.get("teacher_accuracy")), "", "", "", ""]
     if "teacher_latency_s" in row:
         teacher[1] = f"{row['teacher_latency_s'] * 1e6:,.1f} us"
-    if "macs_of_teacher" in student:
-        teacher[3] = _short(student["macs_of_teacher"])
+    for place, name, unit, scale in (
+        (2, "parameters_of_teacher", "", 1.0),
+        (3, "macs_of_teacher", "", 1.0),
+        (4, "energy_of_teacher_j", f" {joules}", per_joule),
+    ):
+        if name in student:
+            teacher[place] = f"{_short(number(student[name], name, 0.0, 1e18) * scale)}{unit}"
     return [[*cells, last] for cells, last in zip(rows, teacher, strict=True)]
 
 
@@ -188,11 +195,11 @@ def what_the_policy_did(windows: Rows, best_window: int = 0) -> list[str]:
     if "first_exit_rate" in last:
         rate = float(last["first_exit_rate"])
         told.append(
-            "No sample leaves early at the end."
+            "After the last window no sample leaves early."
             if rate == 0
-            else "All samples leave at the first exit at the end."
+            else "After the last window all samples leave at the first exit."
             if rate == 1
-            else f"{rate:.0%} of the validation samples leave at the first exit at the end."
+            else f"After the last window {rate:.0%} of the validation samples leave at the first exit."
         )
     below = [int(row["window"]) for row in windows if float(row.get("floor", 0)) > float(row.get("accuracy", 1))]
     if below:

@@ -15,28 +15,22 @@ import numpy as np
 from rlkd.cli.main import main
 
 run = Path(tempfile.mkdtemp()) / "run"
-small = "train: {steps_per_window: 3, batch_size: 16}, teacher: {num_samples: [40, 897], num_steps: 60}, num_windows: 3"
-code = main(
-    [
-        "train",
-        "--config",
-        "smoke",
-        "--out",
-        str(run),
-        "--scenarios",
-        f"[{{{small}}}]",
-        "--validation",
-        f"[{{{small}, student: {{widths: [12, 8]}}}}]",
-        "--search.num_settings",
-        "3",
-        "--comparison.num_tasks",
-        "8",
-        "--ppo.num_iterations",
-        "4",
-        "--ppo.evaluate_every",
-        "1",
-    ]
-)
+small = {
+    "train": {"steps_per_window": 3, "batch_size": 16},
+    "teacher": {"num_samples": [40, 897], "num_steps": 60},
+    "num_windows": 3,
+}
+options = {
+    "--config": "smoke",
+    "--out": str(run),
+    "--scenarios": json.dumps([small]),
+    "--validation": json.dumps([{**small, "student": {"widths": [12, 8]}}]),
+    "--search.num_settings": "3",
+    "--comparison.num_tasks": "8",
+    "--ppo.num_iterations": "4",
+    "--ppo.evaluate_every": "1",
+}
+code = main(["train", *(word for option in options.items() for word in option)])
 print("exit code", code)
 
 # %% [markdown]

@@ -1,8 +1,7 @@
 """Parsing shared by the verbs: dataclass configs from YAML and options, with one-line errors."""
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,16 +9,10 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 import rlkd.configs
 from rlkd.cli.configfile import check_config_file, check_option_values, check_options, check_values
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 
 Config = TypeVar("Config")
 CONFIG_FOLDER = Path(rlkd.configs.__file__).parent
-
-
-def closest(given: str, allowed: Iterable[str]) -> str:
-    """ "; did you mean ...?" or nothing."""
-    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.7)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def config_names() -> list[str]:

@@ -103,7 +103,7 @@ def _verb(args: list[str]) -> tuple[str | None, list[str]]:
         complain(f"rlkd: {args[0]} is now called {RENAMED[args[0]]}")
         args = [RENAMED[args[0]], *args[1:]]
     if args[0] not in VERBS:
-        from rlkd.cli.arguments import closest
+        from rlkd.errors import closest
 
         raise UserError(f"no verb {args[0]!r}; allowed: {', '.join(VERBS)}{closest(args[0], VERBS)}")
     return args[0], args[1:]

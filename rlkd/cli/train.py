@@ -8,11 +8,11 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from rlkd.agents.evaluation.trackers import parse_names, tracking
-from rlkd.cli.arguments import add_run_options, closest, new_parser
+from rlkd.cli.arguments import add_run_options, new_parser
 from rlkd.cli.progress import Bar, print_comparison, print_rows
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import new_folder, run_folder, use_one_thread
 from rlkd.runs.seeds import COUNTED, parse_seeds, summarise

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlkd.cost.profile import ENERGY_MODEL, MAX_FIGURE, Cost
-from rlkd.cost.real_work import ModuleWork, Use, num_parameters, use_of
+from rlkd.cost.real_work import ModuleWork, Use, Work, num_parameters, use_of
 from rlkd.errors import UserError
 from rlkd.io.files import number, read_json, reason, write_whole
 from rlkd.models.real.attachment import Plan
@@ -74,13 +74,17 @@ class ModuleProfile:
     def _costs(self, kept: Tensor, exit_rates: Tensor, threshold: Tensor) -> tuple[float, float, float]:
         """Return seconds of a batch, joules and MACs of a sample."""
         use = use_of(self.work, self.plan, kept, exit_rates, threshold, batch_size=self.batch_size)
-        e, total = self.energy, use.total
-        joules = (
-            total.macs * e["mac_j"]
-            + total.activations * e["activation_j"]
-            + total.weights * e["weight_j"] / self.batch_size
+        return self._seconds(use, self.batch_size), self.energy_j(use.total), use.total.macs
+
+    def energy_j(self, work: Work) -> float:
+        """Return the joules of one sample of any model, whose weights a whole batch reads once."""
+        e = self.energy
+        joules: float = (
+            work.macs * e["mac_j"]
+            + work.activations * e["activation_j"]
+            + work.weights * e["weight_j"] / self.batch_size
         )
-        return self._seconds(use, self.batch_size), joules, total.macs
+        return joules
 
     def save(self, path: Path) -> None:
         """Write speed and counts as JSON."""

@@ -63,8 +63,14 @@ class ModuleWork:
     @property
     def dense_macs(self) -> float:
         """MACs of the dense student."""
-        inner = sum(b.fixed.macs + sum(g.macs for g in b.groups) + b.products_macs for b in self.blocks)
-        return self.before.macs + inner + self.after.macs
+        return self.dense.macs
+
+    @property
+    def dense(self) -> Work:
+        """Work of the dense student, from its input to its last head."""
+        products = Work(sum(block.products_macs for block in self.blocks), 0.0, 0.0)
+        inner = [part for block in self.blocks for part in (block.fixed, *block.groups)]
+        return _sum([self.before, *inner, products, self.after])
 
     @property
     def shapes(self) -> tuple[int, ...]:

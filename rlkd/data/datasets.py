@@ -3,7 +3,6 @@
 The split depends on the data set alone, never on a run's seed, so test samples stay unseen when anything is tuned.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from rlkd.data import files, generated
 from rlkd.data.samples import SPLIT_SEED, DataSet, InputScale, Split, standard_scale
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 
 
 def _digits() -> DataSet:
@@ -168,10 +167,8 @@ def check_dataset(name: str) -> None:
     if name.startswith(f"{generated.PREFIX}:"):
         generated.parse_name(name)
     elif name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
         allowed = f"{', '.join(sorted(DATASETS))}, or {generated.PREFIX}:key=value,..."
-        raise UserError(f"task.dataset: got {name!r}; allowed: {allowed}{hint}")
+        raise UserError(f"task.dataset: got {name!r}; allowed: {allowed}{closest(name, DATASETS)}")
 
 
 def load_dataset(name: str) -> DataSet:

@@ -3,7 +3,6 @@
 A profile is a short YAML file. `cpu`, `gpu` and `edge` stand beside this module; a path names one of your own.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 from rlkd.io.files import read_bytes, whole
 
 FOLDER = Path(__file__).parent
@@ -55,9 +54,8 @@ def load_hardware(name: str) -> Hardware:
     """
     path = FOLDER / f"{name}.yaml" if name in hardware_names() else Path(name)
     if not path.is_file():
-        close = difflib.get_close_matches(name, hardware_names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"hardware: got {name!r}; allowed: {', '.join(hardware_names())}, or a YAML file{hint}")
+        names = hardware_names()
+        raise UserError(f"hardware: got {name!r}; allowed: {', '.join(names)}, or a YAML file{closest(name, names)}")
     try:
         tree = yaml.safe_load(read_bytes(path, MAX_PROFILE_BYTES).decode())
         return _hardware(path.stem, tree)

@@ -1,11 +1,10 @@
 """Change values of nested, frozen config dataclasses by dotted names."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 
 
 def with_settings(config: Any, settings: Mapping[str, Any], what: str = "options") -> Any:
@@ -28,9 +27,9 @@ def with_settings(config: Any, settings: Mapping[str, Any], what: str = "options
 def _with_setting(config: Any, path: list[str], value: Any, name: str) -> Any:
     names = [f.name for f in dataclasses.fields(config)]
     if path[0] not in names:
-        close = difflib.get_close_matches(path[0], names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{name}: {type(config).__name__} has no {path[0]!r}; allowed: {', '.join(names)}{hint}")
+        raise UserError(
+            f"{name}: {type(config).__name__} has no {path[0]!r}; allowed: {', '.join(names)}{closest(path[0], names)}"
+        )
     now = getattr(config, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(now):

@@ -1,6 +1,5 @@
 """The loss of each family for one batch, in one tensor; the controls weigh them."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 from rlkd.losses.registry import FAMILIES, TERMS
 
 DEFAULT_TERMS = ("cross_entropy", "kl", "fitnets", "attention_transfer")
@@ -28,9 +27,7 @@ class LossConfig:
         """Raise UserError for an unknown term, one named twice, or none at all."""
         for name in self.terms:
             if name not in TERMS:
-                close = difflib.get_close_matches(name, TERMS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise UserError(f"loss.terms: got {name!r}; allowed: {', '.join(TERMS)}{hint}")
+                raise UserError(f"loss.terms: got {name!r}; allowed: {', '.join(TERMS)}{closest(name, TERMS)}")
         if not self.terms or len(set(self.terms)) < len(self.terms):
             raise UserError(f"loss.terms: got {list(self.terms)}; allowed: one or more terms, each once")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlkd.agents.policy.controllers import Controller
 from rlkd.compression import CompactStudent, compact, save_student
-from rlkd.cost import Cost, compare_latency
+from rlkd.cost import Cost, compare_latency, dense_workload
 from rlkd.data import Preference
 from rlkd.data.samples import InputScale
 from rlkd.envs.episodes import Episodes
@@ -181,6 +181,11 @@ def ship(scenario: Scenario, trained: TrainedStudent) -> Distilled:
         "by_class": accuracy_by_class(answers, scenario.data.labels[test], scenario.data.num_classes),
     }
     teacher = load_teachers(scenario.config.teacher, scenario.data)[task.teacher]
+    teacher_work = dense_workload(teacher, scenario.profile.batch_size)
+    figures |= {
+        "parameters_of_teacher": float(teacher_work.parameters),
+        "energy_of_teacher_j": float(scenario.profile.energy_j(teacher_work)),
+    }
     networks = (small, dense, compact(teacher, teacher.full_masks(), 1.0))
     batches = sorted({*MEASURED_BATCHES, scenario.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(networks, scenario.data.inputs[test], b) for b in batches}

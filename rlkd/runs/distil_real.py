@@ -88,7 +88,9 @@ def ship_module(scenario: RealScenario, trained: TrainedStudent) -> DistilledMod
         figures |= class_figures(shipped, scenario, students)
     figures |= {
         "macs_of_dense_student": scenario.profile.work.dense_macs,
-        "macs_of_teacher": scenario.teacher_macs,
+        "macs_of_teacher": scenario.teacher_work.dense_macs,
+        "parameters_of_teacher": scenario.teacher_work.parameters,
+        "energy_of_teacher_j": scenario.profile.energy_j(scenario.teacher_work.dense),
         "energy_kind": scenario.profile.energy["kind"],
     }
     figures["shipped_difference"] = _shipped_difference(

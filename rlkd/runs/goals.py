@@ -191,6 +191,18 @@ def reference_accuracies(scenario: EpisodeScenario, task: Task, journal: Journal
     return torch.tensor([validation, test])
 
 
+def dense_accuracies(scenario: AnyScenario, seed: int) -> Tensor:
+    """[2], accuracy on validation and test of the dense student of a seed's task, which is trained here.
+
+    A run does not keep it in its journal, whose entries come before the states of the student: a run that is resumed
+    trains it again.
+    """
+    whole, config = scenario, scenario.config
+    asked: Any = dataclasses.replace(config, task=dataclasses.replace(config.task, reference="dense"))  # type: ignore[type-var]
+    changed: AnyScenario = dataclasses.replace(whole, config=asked)  # type: ignore[type-var]
+    return changed.references([task_of(changed, seed)])[0]
+
+
 def _dense(scenario: EpisodeScenario) -> Tensor:
     """[1, 12], the largest student, none of whose samples leave early."""
     u = with_exit_kind(published_setting(scenario.config.controls)[None], "never")

@@ -17,7 +17,7 @@ from rlkd.io.records import plain
 from rlkd.runs.distil import check_shipped, distil, run_windows, student_card, write_student
 from rlkd.runs.distil_real import check_shipped_module, ship_module
 from rlkd.runs.folder import Progress
-from rlkd.runs.goals import with_goal
+from rlkd.runs.goals import dense_accuracies, with_goal
 from rlkd.runs.outcome import Outcome, RunLog, Show, check_goal, write_outcome
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
@@ -69,6 +69,9 @@ def distil_chain(
     weights = config.goal.weights(config.preference)
     write_student(folder / "student", done, weights, bundle.digest)
     broken = check_shipped(done.figures)
+    if dense is None:
+        logger.info("training the dense student, too, for the report")
+        dense = dense_accuracies(scenario, seed)
     return write_outcome(folder, config, plain(config.task), watch, done, weights=weights, dense=dense, broken=broken)
 
 

@@ -73,7 +73,7 @@ def test_a_folder_for_each_file(options: list[str], tmp_path: Path) -> None:
         (["--comparison.keeps", "[0.9, 0.9]"], "comparison.keeps: got [0.9, 0.9]; allowed: each once"),
         (["--comparison.keeps", "[0]"], "comparison.keeps: got [0.0]"),
         (["--methods", "blind"], "give its folder with --blind"),
-        (["--methods", "nnfc"], "did you mean 'nncf'?"),
+        (["--methods", "nnfc"], "did you mean nncf?"),
         (["--guard.tolerance", "-1"], "guard.tolerance: got -1"),
     ],
 )

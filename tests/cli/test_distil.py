@@ -88,6 +88,9 @@ def test_the_best_window_ships(quick: list[str]) -> None:
     assert best["score"] == max(row["score"] for row in rows)
     assert figures["validation_accuracy"] == pytest.approx(best["accuracy"], abs=1e-6)
     assert result_of("a")["goal_met"] is None
+    assert set(result_of("a")["methods"]) == {"policy", "dense"}  # the report compares with the dense student
+    assert figures["parameters_of_teacher"] > figures["parameters"]
+    assert figures["energy_of_teacher_j"] > figures["energy_j"]
     data = load_dataset("digits")
     with torch.no_grad():
         answers = load_student(Path("a/student"))(data.inputs[data.splits["validation"]]).argmax(-1)

@@ -66,7 +66,7 @@ def test_preference_weights() -> None:
 def test_impossible_distributions_are_named() -> None:
     with pytest.raises(UserError, match=r"task\.label_noise: got low 0\.5, high 0\.2"):
         TaskDistribution(label_noise=Range(0.5, 0.2)).check()
-    with pytest.raises(UserError, match=r"task\.dataset: got 'digit'.*did you mean 'digits'"):
+    with pytest.raises(UserError, match=r"task\.dataset: got 'digit'.*did you mean digits"):
         TaskDistribution(dataset="digit").check()
 
 

@@ -14,10 +14,11 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from rlkd.envs import CONTROLS, ENV_ID, FLAT_ENV_ID, DistillationVectorEnv, EnvConfig, Scenario
 from rlkd.envs.action import dict_action
+from rlkd.envs.sb3 import make_sb3_env
 
 IDS = (ENV_ID, FLAT_ENV_ID)
 HOLD = np.zeros(len(CONTROLS), np.float32)
@@ -71,6 +72,23 @@ def test_helpers_take_the_flat_environment(scenario: Scenario) -> None:
         assert float(info["episode"]["r"]) == pytest.approx(total, abs=1e-5)
     normed = VecNormalize(make_vec_env(FLAT_ENV_ID, n_envs=2, env_kwargs={"scenario": scenario}))
     assert np.isfinite(normed.reset()).all()  # type: ignore[arg-type]
+
+
+def test_evaluate_policy_counts_whole_episodes(scenario: Scenario, config: EnvConfig) -> None:
+    small: dict[str, Any] = {
+        "n_steps": 2,
+        "batch_size": 4,
+        "policy_kwargs": {"net_arch": [8, 8]},
+        "seed": 0,
+        "device": "cpu",
+    }
+    single = make_vec_env(FLAT_ENV_ID, n_envs=2, env_kwargs={"scenario": scenario})  # has Monitors already
+    lock_step = VecMonitor(make_sb3_env(config, num_students=2, num_windows=3, train={"steps_per_window": 2}))
+    for watched, length in ((single, scenario.config.num_windows), (lock_step, 3)):
+        agent = PPO("MlpPolicy", watched, **small)
+        returns, lengths = evaluate_policy(agent, watched, n_eval_episodes=2, return_episode_rewards=True)
+        assert lengths == [length] * 2
+        assert np.isfinite(returns).all()
 
 
 @pytest.mark.parametrize("env_id", IDS)

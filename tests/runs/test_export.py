@@ -122,7 +122,7 @@ MISTAKES = {
     "hf for a chain": (["FOLDER", "--data", "digits", "--to", "hf"], ["got hf for a chain", "onnx, torch"]),
     "exits": (["FOLDER", "--data", "digits", "--exits", "all"], ["both, if, parts"]),
     "tolerance": (["FOLDER", "--data", "digits", "--tolerance", "0"], ["--tolerance: got 0"]),
-    "hardware": (["FOLDER", "--data", "digits", "--hardware", "cpux"], ["'cpux'", "did you mean 'cpu'"]),
+    "hardware": (["FOLDER", "--data", "digits", "--hardware", "cpux"], ["'cpux'", "did you mean cpu"]),
     "triton of torch": (["FOLDER", "--to", "torch", "--triton", "x"], ["--triton: got --to torch"]),
     "triton name": (["FOLDER", "--data", "digits", "--triton", "x", "--name", "a b"], ["the name 'a b'", "letters"]),
     "int8 of torch": (["FOLDER", "--to", "torch", "--int8"], ["--int8: got --to torch"]),

@@ -14,6 +14,7 @@ from rlkd.io.journal import Journal
 from rlkd.runs.goals import (
     check_floor,
     check_limits,
+    dense_accuracies,
     goal_figures,
     goal_line,
     possible_students,
@@ -116,3 +117,5 @@ def test_the_dense_student_is_trained_once_and_remembered(scenario: Scenario, tm
     assert torch.equal(first, again)
     assert torch.equal(own.references([task])[0], first)  # episodes read the same, and train nothing
     assert 0.2 < float(first[1]) <= 1.0
+    # the report of a run whose floor is a share of the teacher's accuracy trains the same dense student
+    assert dense_accuracies(asked(scenario, keep=0.98), 6).tolist() == pytest.approx(first.tolist(), abs=1e-6)

@@ -35,6 +35,9 @@ def one_student(**changes: Any) -> dict[str, Any]:
         "energy_j": 2e-6,
         "energy_ratio": 0.4,
         "limits": {"macs": 0.5},
+        "macs_of_teacher": 9000.0,
+        "parameters_of_teacher": 800.0,
+        "energy_of_teacher_j": 8e-6,
         "by_class": {"0": {"num_samples": 60, "accuracy": 1.0}, "1": {"num_samples": 40, "accuracy": 0.75}},
         **changes,
     }
@@ -58,8 +61,13 @@ def test_asked_and_reached_stand_side_by_side() -> None:
     assert rows["accuracy [95 %]"][0] == "at least 0.9200"
     assert rows["accuracy [95 %]"][1].startswith("0.9000 [0.82")
     assert rows["latency of a batch of 64"] == ["", "200.0 us", "500.0 us", "100.0 us"]
-    assert rows["MACs of a sample"][:3] == ["at most 0.5 of dense", "1,000  (25.0% of dense)", "4,000 "]
-    assert rows["parameters"][2] == "100 "
+    assert rows["MACs of a sample"] == ["at most 0.5 of dense", "1,000 (25.0% of dense)", "4,000", "9,000"]
+    assert rows["parameters"][2:] == ["100", "800"]
+    assert rows["energy of a sample (modelled)"][1:] == ["2 uJ (40.0% of dense)", "5 uJ", "8 uJ"]
+    assert rows["accuracy [95 %]"][2] == "not trained"
+    result = one_student()
+    result["methods"]["dense"] = {"accuracy": 0.91}
+    assert asked_and_reached(result)[0][3].startswith("0.9100 [0.83")
 
 
 def test_weak_classes_slowness_and_misses_are_named() -> None:
@@ -84,7 +92,7 @@ def test_what_the_policy_did_is_said_in_words() -> None:
     assert told[0] == "Weight on what the teacher says: 0.5 throughout (1 - this is the weight on the labels)."
     assert "Share of the units kept: from 100% to 50%, with 30% on the way." in told
     assert "Temperature of the teacher's answers: 4 throughout." in told
-    assert "All samples leave at the first exit at the end." in told
+    assert "After the last window all samples leave at the first exit." in told
     assert "Validation accuracy was below the floor after 1 of 3 windows, last 1." in told
     assert what_the_policy_did([]) == []
     assert what_the_policy_did(rows, best_window=2)[0] == (
