@@ -60,6 +60,8 @@ class ScenarioConfig:
     """Decisions of one episode; each trains the student for train.steps_per_window steps."""
     warm_windows: int = 0
     """Windows of dense training under the published setting before the episode; 0 starts from fresh weights."""
+    label_noise: Range | None = None
+    """Share of wrong labels, in place of task.label_noise. Of two classes, more than a half turns the labels round."""
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -131,7 +133,9 @@ class ExperimentConfig:
             EnvConfig(
                 num_windows=scenario.num_windows,
                 warm_windows=scenario.warm_windows,
-                task=replace(self.task, dataset=scenario.dataset),
+                task=replace(
+                    self.task, dataset=scenario.dataset, label_noise=scenario.label_noise or self.task.label_noise
+                ),
                 student=scenario.student,
                 teacher=scenario.teacher,
                 train=scenario.train,

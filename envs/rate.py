@@ -54,10 +54,11 @@ def _loss_after(scenario: "RealScenario", rate: float, seed: int) -> float:
     """Return the validation loss of the last exit after NUM_STEPS steps; inf for a diverged student."""
     config = scenario.config
     train = dataclasses.replace(config.train, learning_rate=rate, steps_per_window=NUM_STEPS, max_rollbacks=0)
-    short = dataclasses.replace(scenario, config=dataclasses.replace(config, train=train, num_windows=1))
+    start = published_setting(config.controls)
+    short = dataclasses.replace(scenario, start=start, config=dataclasses.replace(config, train=train, num_windows=1))
     students = short.students(1)
     students.reset([draw_task(seed, config.task, scenario.data, len(scenario.signals.accuracy))])
-    controls = decode(published_setting(config.controls)[None], config.controls, scenario.data.num_classes)
+    controls = decode(start[None], config.controls, scenario.data.num_classes)
     telemetry = students.train_window(controls)
     loss = float(students.evaluate("validation").exit_loss[0, -1])
     return loss if math.isfinite(loss) and not telemetry.diverged.any() else math.inf

@@ -247,9 +247,10 @@ class RealScenario:
         It trains in the place of the student, whose weights and attachments are put back.
         """
         before = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
-        dense = self.students(1)
+        start = published_setting(self.config.controls)
+        dense = dataclasses.replace(self, start=start).students(1)
         dense.reset([task])
-        setting = decode(published_setting(self.config.controls)[None], self.config.controls, self.data.num_classes)
+        setting = decode(start[None], self.config.controls, self.data.num_classes)
         for _ in range(self.config.num_windows):
             dense.train_window(setting)
         reached = (float(dense.evaluate("validation").accuracy), float(dense.evaluate("test").accuracy))
@@ -257,11 +258,12 @@ class RealScenario:
         return reached
 
     def students(self, num_students: int) -> Students:
-        """Return the student at its starting weights."""
+        """Return the student at its starting weights; the step size of its training begins at `train.learning_rate`."""
         if num_students != 1:
             raise ValueError(f"students: got {num_students}; allowed: 1, real models train one at a time")
         self.student.model.load_state_dict(self.initial)
         c = self.config
+        rate = float(decode(self.start[None], c.controls, self.data.num_classes).learning_rate[0])
         if isinstance(self.signals, TokenSignals):
             assert isinstance(self.data, TokenExamples)
             return CausalStudent(
@@ -273,6 +275,7 @@ class RealScenario:
                 self.is_reverse,
                 c.loss,
                 channel_multiple=self.channel_multiple,
+                start_rate=rate,
             )
         return ModuleStudent(
             self.student,
@@ -282,6 +285,7 @@ class RealScenario:
             c.num_windows,
             c.loss,
             channel_multiple=self.channel_multiple,
+            start_rate=rate,
         )
 
 

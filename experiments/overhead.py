@@ -46,7 +46,7 @@ from rlkd.models.real.pretrained import new_model, quiet, transformers
 from rlkd.runs.distil import run_windows
 from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.students.real.module import REFERENCE_RATE, ModuleTrainConfig
+from rlkd.students.real.module import ModuleTrainConfig
 
 # steps of a window, validation samples; the first is the bar's
 SETTINGS = ((100, 128), (15, 512))
@@ -132,7 +132,6 @@ def bare(scenario: RealScenario) -> tuple[tuple[float, float], tuple[float, floa
     logits, features, maps = signals.logits[0], signals.features[0], signals.maps[0]
     weights, temperature = controls.weights[0], controls.temperature[0]
     both = nn.ModuleDict({"model": model, "heads": heads})
-    rate = config.learning_rate * (float(controls.learning_rate[0]) / REFERENCE_RATE) ** config.rate_exponent
     total = NUM_WINDOWS * config.steps_per_window
     clock = Clock()
     optimizer = new_optimizer(both, "adamw", config.learning_rate, config.weight_decay)
@@ -141,7 +140,7 @@ def bare(scenario: RealScenario) -> tuple[tuple[float, float], tuple[float, floa
         positions = torch.randint(len(task.samples), (config.steps_per_window, config.batch_size), generator=batches)
         for step in range(config.steps_per_window):
             for group in optimizer.param_groups:
-                group["lr"] = rate * schedule(
+                group["lr"] = config.learning_rate * schedule(
                     window * config.steps_per_window + step, total, config.warmup, config.floor
                 )
             rows = task.samples[positions[step]]

@@ -200,7 +200,8 @@ class _Scenarios:
         profile = self._folder / f"cost_profile-{'exits' if has_exits else 'plain'}-{num_blocks_less}.json"
         if profile.exists():
             config = dataclasses.replace(config, cost=dataclasses.replace(config.cost, profile=str(profile)))
-        scenario = build_real_scenario(config, policy.controls, policy.start, self._seed)
+        start = policy.start if has_exits else plain_setting(policy.controls)  # step sizes begin alike
+        scenario = build_real_scenario(config, policy.controls, start, self._seed)
         if not profile.exists():
             scenario.profile.save(profile)
         scenario = with_goal(scenario, config.goal, config.preference)

@@ -7,7 +7,7 @@ from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cli.arguments import add_run_options, config_names, new_parser, parse
 from rlkd.configs import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.configs.schema import ScenarioConfig
-from rlkd.data import TaskDistribution
+from rlkd.data import Range, TaskDistribution
 from rlkd.envs import ControlConfig
 from rlkd.envs.real import RealConfig
 from rlkd.errors import UserError
@@ -58,7 +58,10 @@ def test_policies_are_chosen_on_scenarios_that_are_neither_trained_nor_reported_
 
 def test_scenarios_share_tasks_and_controls_and_have_the_rest_of_their_own() -> None:
     config = ExperimentConfig(
-        scenarios=(ScenarioConfig(), ScenarioConfig("generated:classes=4", num_windows=5, warm_windows=2)),
+        scenarios=(
+            ScenarioConfig(),
+            ScenarioConfig("generated:classes=4", num_windows=5, warm_windows=2, label_noise=Range(0.0, 0.3)),
+        ),
         task=TaskDistribution(floor_share=0.4),
         controls=ControlConfig(step=0.1),
     )
@@ -67,6 +70,7 @@ def test_scenarios_share_tasks_and_controls_and_have_the_rest_of_their_own() -> 
     assert (first.task.dataset, second.task.dataset) == ("digits", "generated:classes=4")
     assert (first.num_windows, first.warm_windows, second.num_windows, second.warm_windows) == (12, 0, 5, 2)
     assert first.task.floor_share == second.task.floor_share == 0.4
+    assert (first.task.label_noise, second.task.label_noise) == (config.task.label_noise, Range(0.0, 0.3))
     assert first.controls == second.controls == ControlConfig(step=0.1)
 
 

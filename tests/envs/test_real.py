@@ -122,6 +122,25 @@ def test_a_profile_that_does_not_exist_is_refused() -> None:
         RealConfig("teacher", "data", hardware="gqu").check()
 
 
+def trained(real: RealScenario, start_rate: float, rate: float) -> dict[str, Tensor]:
+    """Return the weights after a window under the control `rate`, where the controls start at `start_rate`."""
+    config = ControlConfig()
+    start, now = (
+        with_values(published_setting(config)[None], {"learning_rate": r}, config) for r in (start_rate, rate)
+    )
+    students = dataclasses.replace(real, start=start[0]).students(1)
+    students.reset([task_of(real, 3)])
+    students.train_window(decode(now, config, 2))
+    return copies(students.state_dict())
+
+
+def test_the_step_size_begins_at_the_given_one_wherever_the_control_starts(real: RealScenario) -> None:
+    published, high, raised = trained(real, 3e-3, 3e-3), trained(real, 1.2e-2, 1.2e-2), trained(real, 3e-3, 1.2e-2)
+    for name, tensor in published.items():
+        torch.testing.assert_close(high[name], tensor, rtol=0, atol=1e-8)
+    assert any(not torch.allclose(raised[name], tensor, rtol=0, atol=1e-6) for name, tensor in published.items())
+
+
 def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:
     sizes = torch.tensor([real.group_sizes], dtype=torch.float32)
     dense = real.cost(sizes, torch.eye(real.num_exits)[-1:], torch.ones(1))

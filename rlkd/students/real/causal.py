@@ -23,7 +23,7 @@ from rlkd.losses import FAMILIES, LossConfig
 from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.interface import Metrics
-from rlkd.students.real.module import EVALUATE_LESS, ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.module import EVALUATE_LESS, PUBLISHED_RATE, ModuleStudent, ModuleTrainConfig
 from rlkd.teachers.real.token_signals import TokenSignals
 
 
@@ -132,6 +132,7 @@ class CausalStudent(ModuleStudent):
         num_windows: as in `ModuleStudent`.
         reverse: the response term is KL(student || teacher).
         loss: terms of the objective; hard label and response have those of tokens alone.
+        start_rate: as in `ModuleStudent`.
 
     Raises:
         UserError: another hard-label or response term.
@@ -148,8 +149,18 @@ class CausalStudent(ModuleStudent):
         loss: LossConfig | None = None,
         *,
         channel_multiple: int = 1,
+        start_rate: float = PUBLISHED_RATE,
     ) -> None:
-        super().__init__(student, data, signals, config, num_windows, loss, channel_multiple=channel_multiple)
+        super().__init__(
+            student,
+            data,
+            signals,
+            config,
+            num_windows,
+            loss,
+            channel_multiple=channel_multiple,
+            start_rate=start_rate,
+        )
         by_token = [term.name for family in FAMILIES[:2] for term in self._objective.terms[family]]
         if by_token != ["cross_entropy", "kl"]:
             raise UserError(

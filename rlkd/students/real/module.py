@@ -41,7 +41,7 @@ from rlkd.teachers import Signals
 
 TRAIN_LESS = "raise --train.micro_batches, or lower --train.batch_size or --columns.max_length"
 EVALUATE_LESS = "lower --train.evaluation_batch_size"
-REFERENCE_RATE = 3e-3  # Adam's step size of the published setting on tiny students: `learning_rate` stands for it
+PUBLISHED_RATE = 3e-3  # the learning rate's control in the published setting
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class ModuleTrainConfig(TrainConfig):
     """Parts that a batch is computed in; the loss is the same, the memory smaller."""
     optimizer: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = 0.0
-    """Step size where the policy's control stands at 0.003, its published value; 0: a range test finds one."""
+    """Step size that a training starts with; the policy's control moves it from there. 0: a range test finds one."""
     rate_exponent: float = 0.5
-    """How strongly the control moves the step size: by (control / 0.003) to this power; 0: not at all."""
+    """How strongly the control moves the step size: by (control / the control at the start) to this power; 0: not at
+    all."""
     weight_decay: float = 0.01
     """Decoupled, on matrices alone."""
     warmup: float = 0.06
@@ -132,6 +133,7 @@ class ModuleStudent:
         num_windows: of a whole training, for the course of the learning rate.
         loss: terms of the objective; relations between samples are those within a micro-batch.
         channel_multiple: as of `keep_top_units`.
+        start_rate: the learning rate's control at which `config.learning_rate` is the step size.
     """
 
     num_students = 1
@@ -146,6 +148,7 @@ class ModuleStudent:
         loss: LossConfig | None = None,
         *,
         channel_multiple: int = 1,
+        start_rate: float = PUBLISHED_RATE,
     ) -> None:
         config.check()
         if config.learning_rate == 0:
@@ -161,6 +164,7 @@ class ModuleStudent:
         self._data, self._signals, self._config = data, signals, config
         self._channel_multiple = channel_multiple
         self._num_steps = num_windows * config.steps_per_window
+        self._start_rate = start_rate
         self._loss = loss or LossConfig()
         self._objective = Objective(self._loss, self._offered(student))
         self._check_stages(student)
@@ -255,7 +259,7 @@ class ModuleStudent:
         before = Snapshot(self.student, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0].to(self._device)  # [4]
         temperature = controls.temperature[0].to(self._device)
-        factor = (float(controls.learning_rate[0]) / REFERENCE_RATE) ** self._config.rate_exponent
+        factor = (float(controls.learning_rate[0]) / self._start_rate) ** self._config.rate_exponent
         scale = factor * float(self._rollbacks.step_scale[0])
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
