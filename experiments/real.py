@@ -38,8 +38,9 @@ from rlkd.io.records import write_json
 from rlkd.models.real.attachment import logits_of
 from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.pretrained import load_model, load_processor, new_model, quiet, transformers
-from rlkd.runs.compare_real import REAL_METHODS, RealCompareConfig, compare_real
+from rlkd.runs.compare_real import compare_real
 from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.real_methods import REAL_METHODS, RealCompareConfig
 from rlkd.students.optimizers import new_optimizer, schedule
 from rlkd.students.real.module import ModuleTrainConfig
 

@@ -13,8 +13,9 @@ from rlkd.cli.distil import POLICY_HELP, policy_option
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.io.journal import Journal
-from rlkd.runs.compare_real import RealCompareConfig, compare_real
+from rlkd.runs.compare_real import compare_real
 from rlkd.runs.folder import use_one_thread
+from rlkd.runs.real_methods import RealCompareConfig
 from rlkd.runs.resume import describe
 
 PACKAGES = ("transformers", "tokenizers", "pyarrow")

@@ -8,7 +8,7 @@ run, together with the teacher. J reads that measured latency, so that students 
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,126 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.agents.baselines.recipes import INPUTS, RECIPES, UNITS, for_all
 from rlkd.agents.evaluation.comparison import paired, summarise
 from rlkd.agents.policy.bundle import Bundle
-from rlkd.agents.policy.controllers import Controller, Results, hold_start
+from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.compression.real.cut import load_module_student, save_module_student
 from rlkd.cost import time_calls
-from rlkd.envs.action import ControlConfig, published_setting, with_exit_kind, with_values
-from rlkd.envs.real import RealConfig, RealScenario, build_real_scenario
-from rlkd.envs.reward import KAPPA, MAX_PENALTY
+from rlkd.envs.real import RealScenario, build_real_scenario
+from rlkd.envs.reward import weighed
 from rlkd.errors import UserError
 from rlkd.io.files import read_json
 from rlkd.io.records import plain, write_json
-from rlkd.losses import FAMILIES
 from rlkd.models.real.attachment import AttachConfig
 from rlkd.runs.distil_real import DistilledModule, distil_module
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
+from rlkd.runs.real_methods import PATIENCE, REAL_METHODS, RealCompareConfig, RealMethod, plain_setting
 
 TIMED_BATCHES = (1, 32)
 TIMED_ROUNDS = 31
-NNCF_STEP, NNCF_INPUTS = 0.5, 0.5  # a first step of 0.1; inputs are pruned half as far as units
-CUBIC_END, ONE_SHOT_AT = 0.6, 0.4  # last axes of the recipes: pruned at 70 % and at 42 % of the training
 WITHIN = 0.01
-
-
-@dataclass(frozen=True)
-class RealCompareConfig(RealConfig):
-    """`rlkd compare --data ...`: the same real student under several controllers."""
-
-    methods: str = "policy,plain,cubic,one_shot,nncf,smaller"
-    """Comma-separated: REAL_METHODS. `plain` always joins: its student is the dense one that ratios refer to."""
-    num_seeds: int = 3
-    """Trainings of every method."""
-    shares: tuple[float, ...] = (0.7, 0.4)
-    """Final shares of kept units and inputs that `cubic` and `one_shot` try, one training each; the best on validation
-    counts."""
-
-    def method_names(self) -> list[str]:
-        """`methods` as a list, each once, `plain` first."""
-        return list(dict.fromkeys(["plain", *(name.strip() for name in self.methods.split(","))]))
-
-    def check(self) -> None:
-        """Raise UserError for the first impossible value."""
-        super().check()
-        for name in self.method_names():
-            if name not in REAL_METHODS:
-                raise UserError(f"methods: got {name!r}; allowed: {', '.join(REAL_METHODS)}")
-        if "smaller" in self.method_names() and self.student:
-            raise UserError("methods: got 'smaller' and --student; allowed with a student that is cut from the teacher")
-        if self.num_seeds < 1:
-            raise UserError(f"num_seeds: got {self.num_seeds}; allowed: at least 1")
-        if not self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise UserError(f"shares: got {list(self.shares)}; allowed: one or more, each above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class RealMethod:
-    """One way of setting the controls of a real student."""
-
-    meaning: str
-    controllers: Callable[[RealCompareConfig, ControlConfig, Bundle | None], list[Controller]]
-    """One for each training of a seed; the best on validation ships."""
-    has_exits: bool = False
-    """Whether early exits are attached."""
-    num_blocks_less: int = 0
-    """How many blocks fewer than the others its student has."""
-
-
-def plain_setting(controls: ControlConfig) -> Tensor:
-    """[12], labels and softened answers half and half at T = 4 (Hinton et al. 2015); nothing is left out."""
-    values: dict[str, float | Tensor] = {f"weight_{name}": 0.0 for name in FAMILIES}
-    values |= {"weight_hard_label": 0.5, "weight_response": 0.5, "temperature": 4.0}
-    return with_exit_kind(with_values(published_setting(controls)[None], values, controls), "never")[0]
-
-
-def _plain(config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None) -> list[Controller]:
-    return [RECIPES["constant"].controller(for_all(plain_setting(controls)))]
-
-
-def _pruned(
-    recipe: str, last: float, config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None
-) -> list[Controller]:
-    """`recipe` at every share, with the loss weights of `plain`."""
-    made = []
-    for share in config.shares:
-        values: dict[str, float | Tensor] = {"unit_keep": share, "feature_keep": share}
-        setting = with_values(plain_setting(controls)[None], values, controls)[0]
-        made.append(RECIPES[recipe].controller(for_all(torch.cat([setting, torch.tensor([last])]))))
-    return made
-
-
-def _nncf(config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None) -> list[Controller]:
-    point = plain_setting(controls)
-    point[UNITS], point[INPUTS] = NNCF_STEP, NNCF_INPUTS
-    return [RECIPES["nncf"].controller(for_all(point))]
-
-
-def _policy(config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None) -> list[Controller]:
-    assert bundle is not None
-    return [bundle.policy.controller()]
-
-
-def _start(config: RealCompareConfig, controls: ControlConfig, bundle: Bundle | None) -> list[Controller]:
-    return [hold_start]
-
-
-REAL_METHODS: dict[str, RealMethod] = {
-    "policy": RealMethod("closed loop: the learned policy", _policy, has_exits=True),
-    "start": RealMethod("the setting that the policy begins with, unchanged", _start, has_exits=True),
-    "plain": RealMethod("plain distillation: labels and softened answers at T = 4, the whole student", _plain),
-    "cubic": RealMethod(
-        "plain distillation, units and inputs pruned along the cubic schedule (Zhu & Gupta 2017)",
-        partial(_pruned, "cubic", CUBIC_END),
-    ),
-    "one_shot": RealMethod(
-        "plain distillation, pruned once at two fifths, then fine-tuned", partial(_pruned, "one_shot", ONE_SHOT_AT)
-    ),
-    "nncf": RealMethod("plain distillation, pruned while above the floor (NNCF's rule)", _nncf),
-    "smaller": RealMethod("plain distillation of a student with one block less", _plain, num_blocks_less=1),
-}
 
 
 def compare_real(
@@ -160,7 +59,7 @@ def compare_real(
     config.check()
     names, seeds = config.method_names(), range(seed, seed + config.num_seeds)
     scenarios = _Scenarios(config, bundle, folder, seed)
-    num_trainings = sum(len(_controllers(name, config, bundle)) for name in names) * len(seeds)
+    num_trainings = sum(REAL_METHODS[name].count(config) for name in names) * len(seeds)
     progress.phase("comparison", num_trainings, config.num_windows)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for one in seeds:
@@ -177,30 +76,37 @@ class _Scenarios:
 
     def __init__(self, config: RealCompareConfig, bundle: Bundle, folder: Path, seed: int) -> None:
         self._config, self._bundle, self._seed = config, bundle, seed
-        self._made: dict[tuple[bool, int], RealScenario] = {}
+        self._made: dict[tuple[str, bool, int], RealScenario] = {}
         self._folder = folder
         self.preference = config.goal.weights(config.preference)
 
-    def of(self, has_exits: bool, num_blocks_less: int) -> RealScenario:
-        """Return the scenario of a method."""
-        key = (has_exits, num_blocks_less)
+    def of(self, name: str) -> RealScenario:
+        """Return the scenario of a method of REAL_METHODS."""
+        method = REAL_METHODS[name]
+        key = (method.exits, method.starts_as_policy, method.num_blocks_less)
         if key not in self._made:
-            self._made[key] = self._build(*key)
+            self._made[key] = self._build(method)
         return self._made[key]
 
-    def _build(self, has_exits: bool, num_blocks_less: int) -> RealScenario:
+    def _build(self, method: RealMethod) -> RealScenario:
         config, policy = self._config, self._bundle.policy
-        if not has_exits:
+        if method.exits == "none":
             config = dataclasses.replace(config, attach=AttachConfig(blocks=config.attach.blocks, exits=()))
-        if num_blocks_less:
-            whole = len(self.of(True, 0).student.plan.blocks)
-            if whole <= num_blocks_less:
+        if method.exits == "every block" or method.num_blocks_less:
+            whole = len(self.of("policy").student.plan.blocks)
+            if whole <= method.num_blocks_less:
                 raise UserError("methods: got 'smaller'; the student has one block alone; leave it out")
-            config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, layers=whole - num_blocks_less))
-        profile = self._folder / f"cost_profile-{'exits' if has_exits else 'plain'}-{num_blocks_less}.json"
+            if method.num_blocks_less:
+                layers = whole - method.num_blocks_less
+                config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, layers=layers))
+            else:
+                exits = tuple(range(1, whole))
+                attach = dataclasses.replace(config.attach, exits=exits, patience=PATIENCE)
+                config = dataclasses.replace(config, attach=attach)
+        profile = self._folder / f"cost_profile-{method.exits.replace(' ', '_')}-{method.num_blocks_less}.json"
         if profile.exists():
             config = dataclasses.replace(config, cost=dataclasses.replace(config.cost, profile=str(profile)))
-        start = policy.start if has_exits else plain_setting(policy.controls)  # step sizes begin alike
+        start = policy.start if method.starts_as_policy else plain_setting(policy.controls)
         scenario = build_real_scenario(config, policy.controls, start, self._seed)
         if not profile.exists():
             scenario.profile.save(profile)
@@ -208,10 +114,6 @@ class _Scenarios:
         if self._made:  # a share of the dense student's accuracy means the dense student of the first scenario
             scenario = dataclasses.replace(scenario, known=next(iter(self._made.values())).known)
         return scenario
-
-
-def _controllers(name: str, config: RealCompareConfig, bundle: Bundle) -> list[Controller]:
-    return REAL_METHODS[name].controllers(config, bundle.policy.controls, bundle)
 
 
 def _row(
@@ -227,11 +129,12 @@ def _row(
     file, place = folder / "rows" / f"{name}-{seed}.json", folder / "students" / f"{name}-{seed}"
     if file.exists():
         return dict(read_json(file, "a row of a comparison"))
-    method = REAL_METHODS[name]
-    first = scenarios.of(True, 0)  # before the others: the floor may be a share of its dense student's accuracy
-    scenario = scenarios.of(method.has_exits, method.num_blocks_less) if name != "policy" else first
+    scenarios.of("policy")  # before the others: the floor may be a share of its dense student's accuracy
+    scenario = scenarios.of(name)
     best: tuple[DistilledModule, list[dict[str, float]]] | None = None
-    for controller in _controllers(name, config, bundle):
+    trainings = REAL_METHODS[name].trainings(config, bundle, seed)
+    controller: Controller | None = next(trainings)
+    while controller is not None:
         windows: list[dict[str, float]] = []
 
         def on_window(row: dict[str, float], observation: Tensor, windows: Any = windows) -> None:
@@ -239,8 +142,13 @@ def _row(
             progress.advance(1)
 
         done = distil_module(scenario, controller, seed, on_window, None, config.guard)
-        if best is None or done.figures["validation_score"] > best[0].figures["validation_score"]:
+        score = done.figures["validation_score"]
+        if best is None or score > best[0].figures["validation_score"]:
             best = (done, windows)
+        try:
+            controller = trainings.send(score)
+        except StopIteration:
+            controller = None
     assert best is not None
     done, windows = best
     save_module_student(done.student, place, scenario.processor, {"figures": done.figures})
@@ -254,7 +162,7 @@ def _time_together(rows: Mapping[str, dict[str, Any]], seed: int, scenarios: _Sc
     file = folder / "rows" / f"measured-{seed}.json"
     saved = dict(read_json(file, "latencies of a comparison")) if file.exists() else {}
     if set(saved) != set(rows):
-        scenario = scenarios.of(True, 0)
+        scenario = scenarios.of("policy")
         students = {name: load_module_student(folder / "students" / f"{name}-{seed}") for name in rows}
         saved = {name: {} for name in rows}
         for size in sorted({*TIMED_BATCHES, scenario.profile.batch_size}):
@@ -300,9 +208,10 @@ def _results(
         energy = 1.0 if lost else row["energy_j"] / whole["energy_j"]
         accuracy, floor = 0.0 if lost else row["accuracy"], row.get("floor", 0.0)
         shortfall = max(0.0, floor - accuracy)
-        gain = weights[0] * accuracy + weights[1] * (1 - latency) + weights[2] * (1 - energy)
+        numbers = torch.tensor([[accuracy, latency, energy, floor]], dtype=torch.float64)  # [1, 4]
+        gained = weighed(*numbers[:, :3].unbind(1), torch.tensor([weights], dtype=torch.float64), floor=numbers[:, 3])
         values = {
-            "score": gain - min(MAX_PENALTY, KAPPA * shortfall),
+            "score": float(gained),
             "accuracy": accuracy,
             "latency_ratio": latency,
             "energy_ratio": energy,
@@ -328,8 +237,7 @@ def summary(
     everything: NDArray[np.bool_] = np.ones(config.num_seeds, dtype=bool)
     methods: dict[str, Any] = {}
     for name, some in rows.items():
-        trainings = len(config.shares) if name in ("cubic", "one_shot") else 1
-        methods[name] = summarise(results[name], trainings, everything, generator)
+        methods[name] = summarise(results[name], REAL_METHODS[name].count(config), everything, generator)
         for other in ("dense", "teacher"):
             key = f"speedup_over_{other}"
             speeds = {

@@ -21,7 +21,7 @@ from rlkd.compression import CompactStudent, load_student
 from rlkd.configs.schema import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.data import draw_task
 from rlkd.envs.action import ControlConfig
-from rlkd.envs.reward import KAPPA, MAX_PENALTY, score, worst_score
+from rlkd.envs.reward import score, weighed, worst_score
 from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_TENSOR_BYTES, inside, read_bytes, read_json
@@ -149,9 +149,8 @@ def _score_again(recorded: Mapping[str, Any], weights: Sequence[float]) -> float
     floor = float(recorded.get("floor", 0.0))
     if recorded.get("num_diverged"):
         return float(worst_score(torch.tensor(floor)))
-    accuracy, latency, energy = (float(recorded[name]) for name in ("accuracy", "latency_ratio", "energy_ratio"))
-    terms = zip(weights, (accuracy, 1 - latency, 1 - energy), strict=True)
-    return sum(w * term for w, term in terms) - min(MAX_PENALTY, KAPPA * max(0.0, floor - accuracy))
+    reached = [torch.tensor([float(recorded[name])]) for name in ("accuracy", "latency_ratio", "energy_ratio")]
+    return float(weighed(*reached, torch.tensor([list(weights)]), floor=torch.tensor([floor])))
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
+import torch
 
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.main import main
@@ -15,7 +17,8 @@ from rlkd.envs.real import RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
 from rlkd.models.real.cutting import StudentCut
-from rlkd.runs.compare_real import RealCompareConfig, compare_real, summary
+from rlkd.runs.compare_real import compare_real, summary
+from rlkd.runs.real_methods import REAL_METHODS, RealCompareConfig
 from rlkd.students.real.module import ModuleTrainConfig
 
 
@@ -91,6 +94,43 @@ def test_rows_that_are_there_are_not_trained_again(files: Path, tmp_path: Path) 
     assert progress.num_windows == 1  # of `smaller` alone
     assert second["seeds"]["plain"][0]["teacher_agreement"] == 0.125
     assert second["seeds"]["smaller"][0]["accuracy"] == first["seeds"]["smaller"][0]["accuracy"]
+
+
+def test_searches_and_patient_exits_are_compared(files: Path, tmp_path: Path) -> None:
+    config = RealCompareConfig(
+        teacher=str(files / "vit"),
+        data=str(files / "data.npz"),
+        cut=StudentCut(layers=3, width=0.5),
+        methods="pabee,tpe_10",
+        num_seeds=1,
+        num_windows=1,
+        train=ModuleTrainConfig(steps_per_window=1, batch_size=8, learning_rate=1e-3),
+        cost=RealCostConfig(batch_size=4),
+        goal=Goal(keep=0.5),
+    )
+    result = compare_real(config, find_policy(None), tmp_path, seed=0, progress=(progress := Counted()))
+    assert progress.num_windows == 12  # plain, pabee, ten trials
+    assert result["methods"]["tpe_10"]["trainings_per_task"] == 10
+    rates = result["seeds"]["pabee"][0]["exit_rates"]
+    assert len(rates) == 3  # after blocks 1 and 2, and the end
+    assert rates[0] < 1.0  # two in a row cannot agree at the first exit
+    assert sum(rates) == pytest.approx(1.0)
+
+
+def test_trials_of_a_search_learn_from_scores_before() -> None:
+    config = RealCompareConfig(teacher="t", data="d")
+    bundle = find_policy(None)
+    one: Any = SimpleNamespace(num_students=1)
+
+    def points(scores: list[float]) -> list[list[float]]:
+        trainings = REAL_METHODS["tpe_25"].trainings(config, bundle, 0)
+        controllers = [next(trainings), *(trainings.send(score) for score in scores)]
+        return [controller(torch.empty(1, 0), one, 0)[0].tolist() for controller in controllers]
+
+    rising, falling = points([i / 24 for i in range(24)]), points([-i / 24 for i in range(24)])
+    assert len(rising) == 25
+    assert rising[:9] == falling[:9]  # the published setting with every kind of exit, and with fewer units
+    assert rising[-1] != falling[-1]
 
 
 def test_an_unknown_method_is_refused(files: Path) -> None:
