@@ -208,8 +208,10 @@ def _results(
         energy = 1.0 if lost else row["energy_j"] / whole["energy_j"]
         accuracy, floor = 0.0 if lost else row["accuracy"], row.get("floor", 0.0)
         shortfall = max(0.0, floor - accuracy)
-        numbers = torch.tensor([[accuracy, latency, energy, floor]], dtype=torch.float64)  # [1, 4]
-        gained = weighed(*numbers[:, :3].unbind(1), torch.tensor([weights], dtype=torch.float64), floor=numbers[:, 3])
+        numbers = torch.tensor([accuracy, latency, energy, floor], dtype=torch.float64)
+        a, latency_ratio, energy_ratio, least = numbers[:, None]  # [1] each
+        preference = torch.tensor([weights], dtype=torch.float64)
+        gained = weighed(a, latency_ratio, energy_ratio, preference, floor=least)
         values = {
             "score": float(gained),
             "accuracy": accuracy,

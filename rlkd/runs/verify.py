@@ -36,6 +36,7 @@ from rlkd.runs.train import compare_on_held_out_tasks, result_of, shipped_scenar
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # what float32 sums in another order may differ by; a changed answer is far above it
 CLOCK = ("wall_s", "updates_per_s", "trainings_per_s")
 OF_LEARNING = ("evaluations", "shipped_iteration")  # only another training of the policy could tell them
+SCORED = ("accuracy", "latency_ratio", "energy_ratio")  # what J is made of
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ def verify_real_distil(folder: Path, config: Any) -> list[Row]:
         figures = shipped_perplexity(student, data, data.splits["test"], anchors)
     else:
         figures = {"compacted_accuracy": shipped_accuracy(student, data, data.splits["test"])}
-    names = ("accuracy", "latency_ratio", "energy_ratio")
-    if all(isinstance(recorded.get(name), float) for name in names):
+    if all(isinstance(recorded.get(name), float) for name in SCORED):
         figures["score"] = _score_again(recorded, config.goal.weights(config.preference))
     return _figure_rows(recorded, figures)
 
@@ -149,8 +149,8 @@ def _score_again(recorded: Mapping[str, Any], weights: Sequence[float]) -> float
     floor = float(recorded.get("floor", 0.0))
     if recorded.get("num_diverged"):
         return float(worst_score(torch.tensor(floor)))
-    reached = [torch.tensor([float(recorded[name])]) for name in ("accuracy", "latency_ratio", "energy_ratio")]
-    return float(weighed(*reached, torch.tensor([list(weights)]), floor=torch.tensor([floor])))
+    accuracy, latency, energy = (torch.tensor([float(recorded[name])]) for name in SCORED)
+    return float(weighed(accuracy, latency, energy, torch.tensor([list(weights)]), floor=torch.tensor([floor])))
 
 
 def read_result(folder: Path) -> dict[str, Any]:
