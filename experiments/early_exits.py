@@ -133,7 +133,9 @@ def measure(forms: dict[str, Call], scenario: RealScenario) -> dict[str, dict[st
     for name in names:
         logits = np.concatenate([answer for answer, _ in answers[name]])
         exits = [number for _, number in answers[name]]
-        middles = np.array([[statistics.median(column) for column in zip(*some, strict=True)] for some in seconds[name]])
+        middles = np.array(
+            [[statistics.median(column) for column in zip(*some, strict=True)] for some in seconds[name]]
+        )
         rows[name] = {
             "accuracy": float((logits.argmax(-1) == labels).mean()),
             "exit_rates": [exits.count(k) / len(exits) for k in range(1, LAYERS + 1)],

@@ -166,7 +166,11 @@ def row_of(data: Data, folder: Path, seed: int) -> dict[str, Any]:
     shipped = result.student
     few = data["test"][0][:32]
     macs = [count_macs(model, [{"images": few[:1]}]) for model in (run(dense), run(shipped))]
-    calls = {(name, size): partial(model, images=few[:size]) for size in BATCHES for name, model in (("dense", dense), ("shipped", shipped))}
+    calls = {
+        (name, size): partial(model, images=few[:size])
+        for size in BATCHES
+        for name, model in (("dense", dense), ("shipped", shipped))
+    }
     timed = dict(zip(calls, time_calls(list(calls.values()), NUM_ROUNDS), strict=True))
     return {
         "dense_accuracy": accuracy(dense, data["test"]),
@@ -177,9 +181,7 @@ def row_of(data: Data, folder: Path, seed: int) -> dict[str, Any]:
         "macs": macs[1],
         "macs_ratio": macs[1] / macs[0],
         "reported_macs_ratio": result.metrics["macs_ratio"],
-        "speedup": {
-            str(size): timed["dense", size].median_s / timed["shipped", size].median_s for size in BATCHES
-        },
+        "speedup": {str(size): timed["dense", size].median_s / timed["shipped", size].median_s for size in BATCHES},
     }
 
 
@@ -201,7 +203,9 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         f"The dense student has {rows[0]['dense_parameters']:,} parameters and learns from labels for {NUM_EPOCHS} epochs. `rlkd.distil` prunes a copy",
         f"of it with `Goal(macs={MACS_LIMIT})`, {DISTIL['num_windows']} windows of {DISTIL['train.steps_per_window']} steps of {DISTIL['train.batch_size']}, the dense student as teacher.",
         "",
-        "Bar: at least 0.925 dense, at least 62 % fewer MACs, at most 1.8 points lost: " + ("reached" if reached else "missed") + ".",
+        "Bar: at least 0.925 dense, at least 62 % fewer MACs, at most 1.8 points lost: "
+        + ("reached" if reached else "missed")
+        + ".",
         "",
         "| | figure |",
         "|---|---|",
@@ -246,7 +250,9 @@ def main() -> int:
     if options.docs is not None:
         options.docs.with_suffix(".md").write_text(text)
         state = git_state(Path(__file__).resolve().parent.parent)
-        write_json(options.docs.with_suffix(".json"), {"command": shlex.join(["python", *sys.argv]), "rows": rows, **state})
+        write_json(
+            options.docs.with_suffix(".json"), {"command": shlex.join(["python", *sys.argv]), "rows": rows, **state}
+        )
     return 0
 
 

@@ -84,7 +84,10 @@ def row_of(folder: Path) -> dict[str, Any]:
 
 def speedups(rows: list[dict[str, Any]], kind: str, size: int, clock: str) -> list[float]:
     """Return how many times faster the shipped student is, one a seed."""
-    return [r["latency"][str(size)][f"{kind} dense"][clock] / r["latency"][str(size)][f"{kind} shipped"][clock] for r in rows]
+    return [
+        r["latency"][str(size)][f"{kind} dense"][clock] / r["latency"][str(size)][f"{kind} shipped"][clock]
+        for r in rows
+    ]
 
 
 def page(rows: dict[str, list[dict[str, Any]]], command: str) -> str:
@@ -152,7 +155,9 @@ def main() -> None:
             rows.setdefault(name, []).append(json.loads((folder / "wide.json").read_text()))
             print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
     command = f"python experiments/wide_students.py --out runs/wide --seeds {options.seeds}"
-    write_json(options.docs / "wide_students.json", {"command": command, "date": time.strftime("%Y-%m-%d"), "rows": rows})
+    write_json(
+        options.docs / "wide_students.json", {"command": command, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    )
     (options.docs / "wide_students.md").write_text(page(rows, command))
 
 

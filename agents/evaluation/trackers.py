@@ -47,7 +47,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run at MLflow, where `MLFLOW_TRACKING_URI` says; by default in a folder `mlruns` of this machine."""
+    """A run at MLflow, where `MLFLOW_TRACKING_URI` says; by default in `mlflow.db`, in the working folder."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any], folder: Path) -> None:
         self._mlflow: Any = _package("mlflow")
@@ -132,7 +132,7 @@ def tracking(names: Sequence[str], folder: Path, config: Any, project: str = "rl
         except UserError:
             raise
         except Exception as error:  # every tracker has errors of its own: no network, no account
-            raise UserError(f"--track {name}: cannot begin a run ({error!s:.120})") from error
+            raise UserError(f"--track {name}: cannot begin a run ({' '.join(str(error).split()):.400})") from error
     token = _open.set(tuple(opened))
     try:
         yield
