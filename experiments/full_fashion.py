@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from ships import interval
+from torch import Tensor, nn
 
 import rlkd
 from rlkd.cost.timing import time_calls
