@@ -89,7 +89,10 @@ def load_or_measure(
     """
     work = count_work(model, inputs, plan)
     sizes = sorted({batch_size, *batches})
-    path = cache_dir() / f"cost-real-{_key(model, inputs, plan, sizes, batch_size, threads)}.json"
+    path = (
+        cache_dir()
+        / f"cost-real-{_key(model, inputs, plan, work, sizes=sizes, batch_size=batch_size, threads=threads)}.json"
+    )
     if path.exists():
         return load_speed(path, plan, work, batch_size)
     logger.info("timing physically smaller copies of the student, once on this machine (kept in %s)", path)
@@ -100,7 +103,14 @@ def load_or_measure(
 
 
 def _key(
-    model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan, sizes: Sequence[int], batch_size: int, threads: int
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    plan: Plan,
+    work: ModuleWork,
+    *,
+    sizes: Sequence[int],
+    batch_size: int,
+    threads: int,
 ) -> str:
     """Return a digest of everything that the latencies depend on."""
     described: Any = getattr(model, "config", None)
@@ -109,6 +119,8 @@ def _key(
     shapes = {name: (list(value.shape), str(value.dtype)) for name, value in inputs.items()}
     package = torch.__version__ if is_own else transformers().__version__
     parts = [machine(threads), package, type(model).__name__, config, repr(plan), shapes, list(sizes), batch_size]
+    reads = [read.groups for part in (*(b.reads for b in work.blocks), work.after_reads) for read in part]
+    parts += [reads] if reads else []  # profiles of models without any keep the names that they had
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

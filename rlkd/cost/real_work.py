@@ -1,12 +1,14 @@
 """Work of one inference of a real student, counted in a dry pass: MACs, values written, weights read.
 
 MACs of linear layers and convolutions come from hooks, MACs of attention from torch's operation counter. Masked units
-and heads count as removed, as the shipped student lacks them; keys and values that several heads share stay. Tokens
+and heads count as removed, as the shipped student lacks them; keys and values that several heads share stay. A layer
+between two groups of units shrinks with both. Tokens
 that are left out count as absent from later blocks (attention's own products shrink with the square of the kept share).
 Blocks behind an exit count for the samples that reach them, in a language model for whole texts unless every token has
 left.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,12 +41,20 @@ class Work(NamedTuple):
     weights: float
 
 
+class ReadWork(NamedTuple):
+    """Work of a layer that reads units of a group that another block has, or that the layer's own units follow on."""
+
+    work: Work  # shrinks with the product of the kept shares
+    groups: tuple[int, ...]  # of the plan, from 0
+
+
 @dataclass(frozen=True)
 class BlockWork:
     """Work of one block for one sample, in parts that shrink with different kept shares."""
 
     fixed: Work
     groups: tuple[Work, ...]  # one a group of the plan in this block; shrinks with the group's kept units
+    reads: tuple[ReadWork, ...]
     products_macs: float  # attention's two products; shrink with the kept heads and the square of the kept tokens
     parameters: float  # of the whole block, norms too
 
@@ -56,6 +66,7 @@ class ModuleWork:
     before: Work  # ahead of the blocks
     blocks: tuple[BlockWork, ...]
     after: Work  # behind the blocks: the model's own head
+    after_reads: tuple[ReadWork, ...]  # the part of it that reads units of a group
     after_parameters: float  # of what runs behind the blocks alone
     exits: tuple[Work, ...]
     parameters: float  # of the whole model, embeddings and norms too
@@ -70,7 +81,8 @@ class ModuleWork:
         """Work of the dense student, from its input to its last head."""
         products = Work(sum(block.products_macs for block in self.blocks), 0.0, 0.0)
         inner = [part for block in self.blocks for part in (block.fixed, *block.groups)]
-        return _sum([self.before, *inner, products, self.after])
+        reads = [read.work for part in (*(block.reads for block in self.blocks), self.after_reads) for read in part]
+        return _sum([self.before, *inner, *reads, products, self.after])
 
     @property
     def shapes(self) -> tuple[int, ...]:
@@ -118,7 +130,9 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     first = min((order.index(name) for name in inside), default=len(order))
     before = [leaves[n] for n in leaves if n not in inside and order.index(n) < first]
     before += [Work(max(0.0, products.macs[""] - sum(leaves[n].macs for n in leaves if n not in inside)), 0.0, 0.0)]
-    after = [leaves[n] for n in leaves if n not in inside and order.index(n) > first]
+    behind = [n for n in leaves if n not in inside and order.index(n) > first]
+    after_reads = [_read(model, plan, leaves[n], n) for n in behind if _group_read(plan, n) is not None]
+    after = _less(_sum([leaves[n] for n in behind]), [read.work for read in after_reads])
     blocks = []
     for index, path in enumerate(plan.blocks):
         blocks.append(_block_work(model, plan, index, leaves, products.macs[path]))
@@ -134,7 +148,8 @@ def count_work(model: nn.Module, inputs: Mapping[str, Tensor], plan: Plan) -> Mo
     return ModuleWork(
         before=_sum(before),
         blocks=tuple(blocks),
-        after=_sum(after),
+        after=after,
+        after_reads=tuple(after_reads),
         after_parameters=_num_parameters(*(model.get_submodule(path) for path in plan.after)),
         exits=exits,
         parameters=_num_parameters(model),
@@ -183,22 +198,48 @@ def _block_work(model: nn.Module, plan: Plan, number: int, leaves: Mapping[str, 
     path = plan.blocks[number]
     inside = {name: work for name, work in leaves.items() if name == path or name.startswith(f"{path}.")}
     total, products = _sum(list(inside.values())), max(0.0, total_macs - sum(work.macs for work in inside.values()))
-    groups = []
-    writers = {name for group in plan.groups for name in group.writers}
+    groups, reads = [], []
+    writers = {name: index for index, group in enumerate(plan.groups) for name in group.writers}
     for group in (group for group in plan.groups if group.block == number):
-        parts = [inside[name] for name in group.writers if name in inside]
-        if group.reader in inside and group.reader not in writers:  # a layer of two groups counts once, as a writer
-            weight = torch.as_tensor(model.get_submodule(group.reader).weight)
-            parts += [Work(inside[group.reader].macs, 0, weight.numel())]
+        parts = []
+        for name in (name for name in group.writers if name in inside):
+            if _group_read(plan, name) is None:
+                parts.append(inside[name])
+            else:  # a layer between two groups
+                read = _read(model, plan, inside[name], name)
+                reads.append(read._replace(groups=(*read.groups, writers[name])))
+                parts.append(_less(inside[name], [read.work]))
+        if group.reader in inside and group.reader not in writers:
+            parts.append(_read(model, plan, inside[group.reader], group.reader).work)
         groups.append(_sum(parts))
-    fixed = Work(*(whole - sum(g[i] for g in groups) for i, whole in enumerate(total)))
+    for name in (name for name in inside if name not in writers):
+        index = _group_read(plan, name)
+        if index is not None and plan.groups[index].block != number:
+            reads.append(_read(model, plan, inside[name], name))
+    fixed = _less(total, [*groups, *(read.work for read in reads)])
     norms = [_num_parameters(*map(model.get_submodule, g.norms)) for g in plan.groups if g.block == number]
     groups = [g._replace(weights=g.weights + extra) for g, extra in zip(groups, norms, strict=True)]
-    return BlockWork(fixed, tuple(groups), products, _num_parameters(model.get_submodule(path)))
+    return BlockWork(fixed, tuple(groups), tuple(reads), products, _num_parameters(model.get_submodule(path)))
+
+
+def _group_read(plan: Plan, name: str) -> int | None:
+    """Return the group, from 0, whose units the layer `name` reads; None where it reads no group."""
+    return next((index for index, group in enumerate(plan.groups) if group.reader == name), None)
+
+
+def _read(model: nn.Module, plan: Plan, work: Work, name: str) -> ReadWork:
+    """Return the part of a layer's work that shrinks with the units that it reads."""
+    index = _group_read(plan, name)
+    assert index is not None
+    return ReadWork(Work(work.macs, 0, torch.as_tensor(model.get_submodule(name).weight).numel()), (index,))
 
 
 def _sum(parts: Sequence[Work]) -> Work:
     return Work(*(float(sum(part[i] for part in parts)) for i in range(3)))
+
+
+def _less(whole: Work, parts: Sequence[Work]) -> Work:
+    return Work(*(float(value - sum(part[i] for part in parts)) for i, value in enumerate(whole)))
 
 
 @dataclass(frozen=True)
@@ -253,7 +294,8 @@ def use_of(
         tokens = tokens_kept if plan.select_after is not None and position >= plan.select_after else 1.0
         own = range(first, first + len(block.groups))
         first += len(block.groups)
-        part = _sum([block.fixed, *(_scaled(g, shares[i]) for g, i in zip(block.groups, own, strict=True))])
+        scaled = [_scaled(g, shares[i]) for g, i in zip(block.groups, own, strict=True)]
+        part = _sum([block.fixed, *scaled, *_scaled_reads(block.reads, shares)])
         heads = min((shares[i] for i in own if plan.groups[i].kind == "heads"), default=1.0)
         multiplied = tokens * tokens * heads * block.products_macs
         shape = shapes[position]
@@ -273,8 +315,8 @@ def use_of(
             reach = 0.0 if always else max(0.0, reach - float(exit_rates[index]))
             if plan.per_token:  # tokens that left stay in the text: the others attend to them
                 reach = float(reach > NONE_LEFT)
-    run = 1.0 - (1.0 - reach) ** batch_size
-    outside.append(Work(reach * work.after.macs, reach * work.after.activations, run * work.after.weights))
+    run, after = 1.0 - (1.0 - reach) ** batch_size, _sum([work.after, *_scaled_reads(work.after_reads, shares)])
+    outside.append(Work(reach * after.macs, reach * after.activations, run * after.weights))
     return Use(
         total=_sum([*outside, *inside]),
         outside_macs=_sum(outside).macs,
@@ -298,10 +340,24 @@ def num_parameters(work: ModuleWork, plan: Plan, kept: Tensor, threshold: Tensor
     first = 0
     for block in work.blocks[:depth]:
         gone += sum((1.0 - shares[first + i]) * group.weights for i, group in enumerate(block.groups))
+        gone += _weights_gone(block.reads, shares)
         first += len(block.groups)
+    if depth == len(work.blocks):
+        gone += _weights_gone(work.after_reads, shares)
     if plan.per_token:  # an exit adds a norm and answers through the model's own head
         return work.parameters - gone + sum(plan.widths[block - 1] for block in exits)
     return work.parameters - gone + sum(head.weights for head in work.exits[: len(exits)])
+
+
+def _weights_gone(reads: Sequence[ReadWork], shares: Sequence[float]) -> float:
+    """Count the weights that `reads` lose."""
+    left = sum(work.weights for work in _scaled_reads(reads, shares))
+    return sum(read.work.weights for read in reads) - left
+
+
+def _scaled_reads(reads: Sequence[ReadWork], shares: Sequence[float]) -> list[Work]:
+    """Return the work that is left of `reads`."""
+    return [_scaled(read.work, math.prod(shares[index] for index in read.groups)) for read in reads]
 
 
 def _scaled(work: Work, share: float) -> Work:

@@ -96,9 +96,6 @@ def ship_module(scenario: RealScenario, trained: TrainedStudent) -> DistilledMod
     figures["shipped_difference"] = _shipped_difference(
         shipped, scenario, unit_masks, keep=keep, threshold=float(episodes.threshold[0])
     )
-    if scenario.kind == "module":  # where both sides of a layer are cut, the profile counts one of them
-        count = float(sum(parameter.numel() for parameter in shipped.parameters()))
-        figures |= {"parameters": count, "size_ratio": count / scenario.profile.work.parameters}
     batches = sorted({*MEASURED_BATCHES, scenario.profile.batch_size})
     measured: dict[str, Any] = {f"batch_{b}": _timed(shipped, dense, scenario, test, b) for b in batches}
     measured["profile_batch"] = scenario.profile.batch_size

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from torch import nn
 
 from rlkd.compression.real.cut import ship
 from rlkd.cost.profile import ENERGY_MODEL
@@ -15,6 +16,7 @@ from rlkd.cost.real import ModuleProfile, coefficient_names, load_speed, regress
 from rlkd.cost.real_timing import fit, load_or_measure
 from rlkd.cost.real_work import count_work, use_of
 from rlkd.errors import UserError
+from rlkd.export.measure import count_macs
 from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind
@@ -154,6 +156,49 @@ def test_reported_size_and_macs_are_those_of_the_shipped_student(family: str, wh
             b.fixed.macs + sum(g.macs for g in b.groups) + b.products_macs for b in whole.blocks[depth:]
         )
         assert float(reported.macs) == pytest.approx(whole.dense_macs - behind + work.exits[0].macs)
+
+
+class OwnNet(nn.Module):
+    """Convolutions and linear layers one behind the other: most layers have groups on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in ((1, 6), (6, 8), (8, 10))
+        )
+        self.hidden = nn.Linear(10 * 4, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            images = stage(images)
+        logits: torch.Tensor = self.head(self.hidden(images.flatten(1)).relu())
+        return logits
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("blocks", [None, "*"])
+def test_layers_between_two_groups_shrink_with_both(seed: int, blocks: str | None) -> None:
+    torch.manual_seed(0)
+    model, inputs = OwnNet().eval(), {"images": torch.rand(2, 1, 16, 16)}
+    one = {"images": inputs["images"][:1]}
+    if blocks:  # all children: the last linear layers are blocks, too
+        model = nn.Sequential(*model.stages, nn.Flatten(), model.hidden, nn.ReLU(), model.head).eval()
+        inputs, one = {"input": inputs["images"]}, {"input": one["images"]}
+    plan = make_plan(model, inputs, AttachConfig(exits=()), None)
+    assert [group.size for group in plan.groups] == [6, 8, 10, *([12] if blocks else [])]
+    work = count_work(model, one, plan)
+    p = ModuleProfile(plan, work, 8, tiny_models.even_speed(work, 1e-3, 1e-9), dict(ENERGY_MODEL), {})
+    masks = balanced_masks(plan, seed)
+    shipped = ship(Instrumented(model, plan, []).eval(), "module", masks, 1.0, 1.0)
+    now = torch.tensor([[1.0, *(float(mask.sum()) for mask in masks)]])
+    reported = p.cost(now, torch.ones(1, 1), torch.ones(1))
+    assert float(reported.parameters) == sum(parameter.numel() for parameter in shipped.parameters())
+    assert float(reported.macs) == pytest.approx(count_work(shipped.model, one, plan).dense_macs)
+    dense = p.cost(torch.tensor([[1.0, *(float(g.size) for g in plan.groups)]]), torch.ones(1, 1), torch.ones(1))
+    assert float(dense.macs_ratio) == float(dense.size_ratio) == 1.0
+    assert float(dense.macs) == work.dense_macs == count_macs(lambda given: model(**given), [one])
 
 
 def test_blocks_that_stay_count() -> None:
