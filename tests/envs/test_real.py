@@ -118,7 +118,7 @@ def test_kept_units_are_rounded_as_the_hardware_profile_says(real: RealScenario,
 
 
 def test_a_profile_that_does_not_exist_is_refused() -> None:
-.*did you mean gpu"):
+    with pytest.raises(UserError, match=r"hardware: got 'gpuu'; allowed: .*did you mean gpu"):
         RealConfig("teacher", "data", hardware="gpuu").check()
 
 
