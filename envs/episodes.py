@@ -76,7 +76,7 @@ class Episodes:
         self.students: Students = scenario.students(num_students)
         self.tasks: list[Task] = []
         self.u = torch.zeros(num_students, NUM_CONTROLS)  # unit controls now
-        self.reference = torch.zeros(num_students, 2)  # reference accuracy on validation and test
+        self.reference = torch.zeros(num_students, 3)  # reference accuracies, as the scenario orders them
         self._distribution = tasks or scenario.config.task
         self._window = torch.zeros(num_students)
         self._score = torch.zeros(num_students)
@@ -133,7 +133,7 @@ class Episodes:
         See `cautious`.
         """
         keep = torch.tensor([task.keep for task in self.tasks])  # [N]
-        return cautious(self.reference * keep[:, None], self.students.num_evaluated("validation"))
+        return cautious(self.reference[:, :2] * keep[:, None], self.students.num_evaluated("validation"))
 
     @property
     def threshold(self) -> Tensor:
@@ -294,6 +294,20 @@ class Episodes:
         metrics = self.students.evaluate(split)
         cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
         return metrics, cost, self._scored(metrics.accuracy, cost, 1 if split == "test" else 0)
+
+    def confirm(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return accuracy, floor and score [N] on more validation samples than windows end with; None: there are none.
+
+        A window that is the best of many on few samples owes part of that to chance.
+        """
+        confirmed = self.students.confirm()
+        if confirmed is None:
+            return None
+        metrics, num_samples = confirmed
+        keep = torch.tensor([task.keep for task in self.tasks])  # [N]
+        floor = cautious((self.reference[:, 2:] * keep[:, None]).expand(-1, 2), num_samples)[:, 0]
+        cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
+        return metrics.accuracy, floor, score(metrics.accuracy, cost, self._features.preference, floor)
 
     def _probes(self, metrics: Metrics) -> dict[str, Tensor]:
         """Return the accuracy that each student would lose now, by the names of PROBES; [N] each."""

@@ -1,7 +1,9 @@
 """Guards: ship the best window of a training, and undo windows that break a goal which was met before.
 
 A window meets its goal if its validation accuracy is at least the floor; a task without a floor is always met. The best
-window has the highest J among those that meet the goal; if none does, the most accurate one is the best.
+window has the highest J among those that meet the goal; if none does, the most accurate one is the best. Where windows
+end with an evaluation on part of the validation split, a window that would become the best must meet the goal on more
+of it, too: the best of many on few samples owes part of that to chance.
 """
 
 from collections.abc import Mapping
@@ -58,6 +60,12 @@ class Guard:
         met = meets_goal(accuracy, floor)
         value = torch.where(met, outcome.score, accuracy).to(self._value)
         better = torch.where(met == self.met, value >= self._value, met) & ~outcome.diverged  # [N]
+        confirmed = episodes.confirm() if (better & met).any() else None
+        if confirmed is not None:
+            reached, least, score = confirmed  # [N] each
+            met = met & meets_goal(reached, least)
+            value = torch.where(met, score, reached).to(self._value)
+            better = better & torch.where(met == self.met, value >= self._value, met)
         had_met = self.met
         if better.any():
             self._best = merge_rows(self._best, episodes.training_state(), better)

@@ -36,7 +36,7 @@ class References:
     """Reference accuracies by task; `scope` says what the dense student was trained with."""
 
     scope: str = ""
-    accuracy: dict[Key, tuple[float, float]] = field(default_factory=dict)  # validation, test
+    accuracy: dict[Key, tuple[float, float, float]] = field(default_factory=dict)  # in the order of `of`
     parameters: dict[Key, dict[str, Tensor]] = field(default_factory=dict)  # of the warm start
 
     def missing(self, tasks: Sequence[Task], warm: bool) -> list[Task]:
@@ -46,7 +46,7 @@ class References:
         return [task for key, task in keyed.items() if key not in known]
 
     def of(self, tasks: Sequence[Task]) -> Tensor:
-        """[M, 2] float32, accuracy on validation and test."""
+        """[M, 3] float32, accuracy on validation, test, and the validation samples that confirm a window."""
         return torch.tensor([self.accuracy[key_of(task)] for task in tasks])
 
 
@@ -86,13 +86,13 @@ def train_references(
             group.train_window(setting)
         reached = [group.evaluate(split).accuracy.tolist() for split in ("validation", "test")]
         for row, task in enumerate(chunk):
-            references.accuracy[key_of(task)] = (reached[0][row], reached[1][row])
+            references.accuracy[key_of(task)] = (reached[0][row], reached[1][row], reached[0][row])
 
 
 def stated_reference(reference: str, num_tasks: int) -> Tensor | None:
-    """[M, 2] of a reference given as a number, else None."""
+    """[M, 3] of a reference given as a number, else None."""
     value = reference_accuracy(reference)
-    return None if value is None else torch.full((num_tasks, 2), value)
+    return None if value is None else torch.full((num_tasks, 3), value)
 
 
 def load_warm_start(references: References, students: Students, tasks: Sequence[Task], rows: Tensor) -> None:

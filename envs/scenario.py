@@ -124,7 +124,7 @@ class EpisodeScenario(Protocol):
         """Give the students at `rows`, which were just reset to `tasks`, the weights that training starts from."""
 
     def references(self, tasks: Sequence[Task]) -> Tensor:
-        """[M, 2], reference accuracy of every task on validation and test."""
+        """[M, 3], reference accuracy of every task on validation, test, and the samples that confirm a window."""
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """Cost of N students that keep `kept` [N, G] and whose samples leave at `exit_rates` [N, E]; threshold [N]."""
@@ -205,7 +205,8 @@ class Scenario:
         if stated is not None:
             return stated
         if reference == "teacher":
-            return torch.stack([self._teacher_accuracy(task) for task in tasks])
+            both = torch.stack([self._teacher_accuracy(task) for task in tasks])  # [M, 2]
+            return both[:, [0, 1, 0]]
         self._train_references(self.known.missing(tasks, warm=False))
         return self.known.of(tasks)
 

@@ -124,6 +124,9 @@ class Students(Protocol):
     def num_evaluated(self, split: Split) -> int:
         """Count the samples of a split that `evaluate` answers."""
 
+    def confirm(self) -> tuple[Metrics, int] | None:
+        """Return metrics on more validation samples than `evaluate` answers, and their number; None: there are none."""
+
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units and set the exit threshold without training."""
 

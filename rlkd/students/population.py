@@ -168,6 +168,9 @@ class Population:
         return len(self._data.splits[split])
 
     @torch.no_grad()
+    def confirm(self) -> None:
+        """Return nothing: `evaluate` answers the whole validation split."""
+
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""
         shares = (keep.to(self._device) for keep in (feature_keep, unit_keep))

@@ -90,6 +90,9 @@ class SoloStudent:
         return len(self._data.splits[split])
 
     @torch.no_grad()
+    def confirm(self) -> None:
+        """Return nothing: `evaluate` answers the whole validation split."""
+
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""
         masks = select(self.student, self._scores(), feature_keep[0], unit_keep[0])

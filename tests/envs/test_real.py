@@ -14,6 +14,7 @@ from rlkd.data import Goal, Preference
 from rlkd.envs import ControlConfig
 from rlkd.envs.action import decode, published_setting, with_values
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.guard import Guard
 from rlkd.envs.limits import largest_cost
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
 from rlkd.errors import UserError
@@ -139,6 +140,55 @@ def test_the_step_size_begins_at_the_given_one_wherever_the_control_starts(real:
     for name, tensor in published.items():
         torch.testing.assert_close(high[name], tensor, rtol=0, atol=1e-8)
     assert any(not torch.allclose(raised[name], tensor, rtol=0, atol=1e-6) for name, tensor in published.items())
+
+
+def test_a_window_that_is_lucky_on_few_samples_does_not_meet_the_goal(real: RealScenario) -> None:
+    scenario = with_goal(real, Goal(accuracy=0.9), Preference())
+    student = scenario.students(1)
+    student.reset([task_of(scenario, 0)])
+    index = real.data.splits["validation"]
+    right = torch.tensor([float(student._exit_accuracy(row[None])[0, -1]) for row in index]) == 1.0
+    assert 0 < int(right.sum()) < 0.9 * len(index)
+    splits = {**real.data.splits, "validation": torch.cat([index[right], index[~right]])}
+    met = {}
+    for confirm_size in (0, 1):  # all of validation, or the one sample that windows end with
+        train = dataclasses.replace(
+            real.config.train, validation_size=1, confirm_size=confirm_size, learning_rate=1e-12, weight_decay=0.0
+        )
+        lucky = dataclasses.replace(
+            scenario,
+            data=dataclasses.replace(real.data, splits=splits),
+            config=dataclasses.replace(scenario.config, train=train),
+        )
+        episodes = Episodes(lucky, 1)
+        episodes.reset([0])
+        guard = Guard(episodes)
+        outcome = episodes.step(published_setting(ControlConfig())[None])
+        assert float(outcome.metrics.accuracy) == 1.0
+        guard.after_window(outcome)
+        met[confirm_size] = bool(guard.met)
+    assert met == {0: False, 1: True}
+
+
+def test_references_are_read_on_the_samples_that_confirm_a_window(real: RealScenario) -> None:
+    train = dataclasses.replace(real.config.train, validation_size=3, confirm_size=7)
+    config = dataclasses.replace(real.config, train=train)
+    index = real.data.splits["validation"]
+    right = (real.signals.logits[0].argmax(-1) == real.data.labels).float()
+    some, more = (index[torch.arange(count) * len(index) // count] for count in (3, 7))
+    for reference in ("teacher", "dense"):
+        scenario = dataclasses.replace(
+            with_goal(real, Goal(keep=0.9, reference=reference), Preference()), config=config
+        )
+        scenario = with_goal(scenario, Goal(keep=0.9, reference=reference), Preference())
+        found = scenario.references([task_of(scenario, 4)])
+        assert found.shape == (1, 3)
+        if reference == "teacher":
+            test = right[real.data.splits["test"]].mean()
+            torch.testing.assert_close(found[0], torch.stack([right[some].mean(), test, right[more].mean()]))
+        else:
+            assert float(found[0, 2]) * 7 == pytest.approx(round(float(found[0, 2]) * 7), abs=1e-5)
+            assert float(found[0, 0]) * 3 == pytest.approx(round(float(found[0, 0]) * 3), abs=1e-5)
 
 
 def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:

@@ -84,7 +84,7 @@ def test_a_reference_may_be_the_teacher_or_a_number(floored: Scenario) -> None:
     task = floored.config.task
     stated = Episodes(changed(floored, dataclasses.replace(task, reference="0.91")), 2)
     stated.reset([1, 2])
-    assert stated.reference.flatten().tolist() == pytest.approx([0.91] * 4)
+    assert stated.reference.flatten().tolist() == pytest.approx([0.91] * 6)
     taught = Episodes(changed(floored, dataclasses.replace(task, reference="teacher")), 2)
     taught.reset([1, 2])
     s, data = floored.signals, floored.data

@@ -23,7 +23,13 @@ from rlkd.losses import FAMILIES, LossConfig
 from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.interface import Metrics
-from rlkd.students.real.module import EVALUATE_LESS, PUBLISHED_RATE, ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.module import (
+    EVALUATE_LESS,
+    PUBLISHED_RATE,
+    ModuleStudent,
+    ModuleTrainConfig,
+    confirming_samples,
+)
 from rlkd.teachers.real.token_signals import TokenSignals
 
 
@@ -200,12 +206,11 @@ class CausalStudent(ModuleStudent):
         return self._objective({"exit_logits": logits, **self._hidden(samples, outputs)}, self.student.terms, ready)
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> Metrics:
+    def _metrics(self, index: Tensor) -> Metrics:
         """As of any real student, each counted token being a sample; accuracies are qualities of cross entropies."""
-        index = self._evaluated(split)
         count, nats, agreed, divergence, exit_nats, left = self._sums(index)
         quality, masks, scores = self._teacher.anchors.quality, self.masks(), self._scores()
-        metrics = Metrics(
+        return Metrics(
             accuracy=quality(nats / count)[None].float(),
             exit_accuracy=quality(exit_nats / count)[None].float(),
             exit_loss=(exit_nats / count)[None].float(),
@@ -215,11 +220,19 @@ class CausalStudent(ModuleStudent):
             kept=torch.stack([mask.sum(-1) for mask in masks], dim=-1),
             spread=torch.stack([spread(scores[0][None]), spread(scores[1][None])], dim=-1),
         )
-        return self._remember(split, index, metrics)
 
     def num_evaluated(self, split: Split) -> int:
         """How many counted tokens `evaluate` looks at."""
-        return int(self._texts.counted[self._evaluated(split)].sum())
+        return self._num_tokens(self._evaluated(split))
+
+    def confirm(self) -> tuple[Metrics, int] | None:
+        """As `Students.confirm`, on `confirm_size` texts; the number is of counted tokens."""
+        index = confirming_samples(self._data.splits["validation"], self._config)
+        num_tokens = self._num_tokens(index)
+        return (self._metrics(index), num_tokens) if num_tokens > self.num_evaluated("validation") else None
+
+    def _num_tokens(self, index: Tensor) -> int:
+        return int(self._texts.counted[index].sum())
 
     def _exit_accuracy(self, index: Tensor) -> Tensor:
         """[1, E], quality of every exit's cross entropy on the texts at `index` [B]."""

@@ -75,6 +75,8 @@ class ModuleTrainConfig(TrainConfig):
     evaluation_batch_size: int = 64
     validation_size: int = 512
     """Samples of the validation split, evenly spread over it, that every window ends with an evaluation on; 0: all."""
+    confirm_size: int = 2048
+    """Samples of it that a window must meet its goal on, too, before it can ship; 0: all."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
@@ -90,8 +92,9 @@ class ModuleTrainConfig(TrainConfig):
             )
         if not 0 <= self.rate_exponent <= 1:
             raise UserError(f"train.rate_exponent: got {self.rate_exponent:g}; allowed: 0 to 1")
-        if self.validation_size < 0:
-            raise UserError(f"train.validation_size: got {self.validation_size}; allowed: at least 1, or 0 for all")
+        for name in ("validation_size", "confirm_size"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}: got {getattr(self, name)}; allowed: at least 1, or 0 for all")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.evaluation_batch_size >= 1):
             raise UserError(
                 f"train: got warmup {self.warmup:g}, floor {self.floor:g}, evaluation_batch_size "
@@ -116,10 +119,18 @@ class ModuleTrainConfig(TrainConfig):
 
 def evaluated_samples(index: Tensor, split: Split, config: ModuleTrainConfig) -> Tensor:
     """Select the samples of a split at `index` [S] for evaluation: `validation_size` of validation, all of others."""
-    count = config.validation_size
-    if split == "validation" and 0 < count < len(index):
-        return index[torch.arange(count) * len(index) // count]
-    return index
+    return _spread_out(index, config.validation_size) if split == "validation" else index
+
+
+def confirming_samples(index: Tensor, config: ModuleTrainConfig) -> Tensor:
+    """Select `confirm_size` samples of the validation split at `index` [S]; those of `evaluated_samples` at least."""
+    some, more = evaluated_samples(index, "validation", config), _spread_out(index, config.confirm_size)
+    return more if len(more) > len(some) else some
+
+
+def _spread_out(index: Tensor, count: int) -> Tensor:
+    """Return `count` of the samples at `index` [S], evenly spread; all for 0 or where there are not as many."""
+    return index[torch.arange(count) * len(index) // count] if 0 < count < len(index) else index
 
 
 class ModuleStudent:
@@ -308,14 +319,28 @@ class ModuleStudent:
         self._step += 1
         return total.cpu(), norm
 
-    @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
         """Metrics under the current masks, tokens and exit threshold; on validation, of `validation_size` samples."""
         index = self._evaluated(split)
+        return self._remember(split, index, self._metrics(index))
+
+    def confirm(self) -> tuple[Metrics, int] | None:
+        """As `Students.confirm`, on `confirm_size` samples."""
+        index = confirming_samples(self._data.splits["validation"], self._config)
+        if len(index) <= self.num_evaluated("validation"):
+            return None
+        scores = self._token_scores  # what is confirmed must not steer what is learned
+        metrics = self._metrics(index)
+        self._token_scores = scores
+        return metrics, len(index)
+
+    @torch.no_grad()
+    def _metrics(self, index: Tensor) -> Metrics:
+        """Metrics on the samples at `index` [B]."""
         logits, token_scores = self._answers(index)
         if self.plan.select_after is not None:
             self._token_scores = token_scores
-        metrics = summarise(
+        return summarise(
             tuple(z[None] for z in logits),
             self._data.labels[index],
             log_probabilities(self._signals.logits[self._task.teacher, index])[None],
@@ -324,7 +349,6 @@ class ModuleStudent:
             tuple(score[None] for score in self._scores()),
             self.plan.patience,
         )
-        return self._remember(split, index, metrics)
 
     def _evaluated(self, split: Split) -> Tensor:
         """Return the samples of a split that `evaluate` answers, [B]."""
