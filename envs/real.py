@@ -260,13 +260,22 @@ class RealScenario:
         self.student.load_state_dict(before)
         return reached
 
+    @property
+    def _start_rate(self) -> float:
+        """The control of the learning rate at which the step size is `train.learning_rate`."""
+        return float(decode(self.start[None], self.config.controls, self.data.num_classes).learning_rate[0])
+
+    def step_size(self, control: float) -> float:
+        """As `EpisodeScenario.step_size`; within the training, warm-up and cosine lower it."""
+        train = self.config.train
+        return float(train.learning_rate * (control / self._start_rate) ** train.rate_exponent)
+
     def students(self, num_students: int) -> Students:
         """Return the student at its starting weights; the step size of its training begins at `train.learning_rate`."""
         if num_students != 1:
             raise ValueError(f"students: got {num_students}; allowed: 1, real models train one at a time")
         self.student.model.load_state_dict(self.initial)
         c = self.config
-        rate = float(decode(self.start[None], c.controls, self.data.num_classes).learning_rate[0])
         if isinstance(self.signals, TokenSignals):
             assert isinstance(self.data, TokenExamples)
             return CausalStudent(
@@ -278,7 +287,7 @@ class RealScenario:
                 self.is_reverse,
                 c.loss,
                 channel_multiple=self.channel_multiple,
-                start_rate=rate,
+                start_rate=self._start_rate,
             )
         return ModuleStudent(
             self.student,
@@ -288,7 +297,7 @@ class RealScenario:
             c.num_windows,
             c.loss,
             channel_multiple=self.channel_multiple,
-            start_rate=rate,
+            start_rate=self._start_rate,
         )
 
 

@@ -18,6 +18,7 @@ def window_row(window: int, u: Tensor, outcome: Outcome, scenario: EpisodeScenar
     return {
         "window": window + 1,
         **_named(controls),
+        "step_size": scenario.step_size(float(controls.learning_rate[0])),
         **{f"u_{name}": float(u[0, i]) for i, name in enumerate(CONTROLS)},
         "score": float(outcome.score[0]),
         "accuracy": float(outcome.metrics.accuracy[0]),

@@ -126,6 +126,9 @@ class EpisodeScenario(Protocol):
     def references(self, tasks: Sequence[Task]) -> Tensor:
         """[M, 3], reference accuracy of every task on validation, test, and the samples that confirm a window."""
 
+    def step_size(self, control: float) -> float:
+        """Return the optimizer's step size under a value of the learning rate's control."""
+
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """Cost of N students that keep `kept` [N, G] and whose samples leave at `exit_rates` [N, E]; threshold [N]."""
 
@@ -176,6 +179,10 @@ class Scenario:
         """Return the tensors that a training learns from: data and teachers' signals."""
         signals = {"logits": self.signals.logits, "features": self.signals.features, "maps": self.signals.maps}
         return {"inputs": self.data.inputs, "labels": self.data.labels, **signals, **self.signals.more}
+
+    def step_size(self, control: float) -> float:
+        """As `EpisodeScenario.step_size`: the control itself."""
+        return control
 
     def cost(self, kept: Tensor, exit_rates: Tensor, exit_threshold: Tensor) -> Cost:
         """As `EpisodeScenario.cost`."""

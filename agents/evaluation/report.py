@@ -153,6 +153,11 @@ def _grid(axis: Axes, title: str, x: str, y: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _at_most_one(axis: Axes) -> None:
+    """End the vertical axis just above 1: no accuracy is greater."""
+    axis.set_ylim(top=min(axis.get_ylim()[1], 1.005))
+
+
 def _progress_name(runs: list[Run]) -> str:
     trained = ["student/num_trainings" in run.scalars for run in runs]
     if all(trained):
@@ -192,6 +197,8 @@ def reward_curves(runs: list[Run]) -> Figure:
             if len(x):
                 axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=run.label, linewidth=1.5)
         _grid(axis, title, _progress_name(runs), unit)
+        if tag == "student/accuracy":
+            _at_most_one(axis)
     axes[0].legend(fontsize=8, frameon=False)
     return figure
 
@@ -207,7 +214,7 @@ def controls_over_windows(runs: list[Run]) -> Figure:
         ("weight_feature", "weight on the teacher's features", "share of all loss weights", False),
         ("weight_attention", "weight on the teacher's attention maps", "share of all loss weights", False),
         ("temperature", "temperature", "softening of the teacher's answers", True),
-        ("learning_rate", "learning rate", "step size", True),
+        ("step_size", "learning rate", "step size", True),
         ("feature_keep", "inputs kept", "share of the inputs", False),
         ("unit_keep", "units kept", "share of the units", False),
         ("first_exit_rate", "samples that leave at the first exit", "share of validation samples", False),
@@ -238,6 +245,8 @@ def controls_over_windows(runs: list[Run]) -> Figure:
             axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         elif name not in ("accuracy", "latency_ratio"):
             axis.set_ylim(-0.03, 1.03)
+        if name == "accuracy":
+            _at_most_one(axis)
     axes[0].legend(fontsize=8, frameon=False)
     return figure
 
@@ -288,6 +297,7 @@ def accuracy_cost(runs: list[Run]) -> Figure:
             axis.annotate("dense student", (1.0, 0.0), (3, 4), ("data", "axes fraction"), "offset points", fontsize=8)
         _grid(axis, f"accuracy against {title}", f"{title}, ratio to the dense student", "test accuracy")
         axis.margins(0.15)
+        _at_most_one(axis)
         axis.set_xlim(left=0.0)
     if methods:
         handles, labels = axes[1].get_legend_handles_labels()

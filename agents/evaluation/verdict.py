@@ -14,6 +14,7 @@ WEIGHTS = ("weight_hard_label", "weight_response", "weight_feature", "weight_att
 TEACHING = WEIGHTS[1:]  # losses that need the teacher
 MOVED = 0.05  # a control that moves less than this share of its largest value is called constant
 WORST = 3  # classes that are named
+APART = 2.0  # measured and predicted latency ratios that differ by more contradict each other
 BEHIND = 0.05  # accuracy below the mean that makes a class weak
 
 
@@ -131,11 +132,10 @@ def asked_and_reached(result: Mapping[str, Any]) -> list[list[str]]:
     joules, per_joule = ("nJ", 1e9) if float(student["energy_j"]) < 1e-7 else ("uJ", 1e6)
     floor = f"at least {student['floor']:.4f}" if "floor" in student else ""
     batch = f"latency of a batch of {row['batch_size']}"
-    own_us = row["latency_s"] * 1e6
     dense_accuracy = accuracy(dense["accuracy"]) if "accuracy" in dense else "not trained"
     rows = [
         ["accuracy [95 %]", floor, accuracy(student["accuracy"]), dense_accuracy],
-        [batch, limit("latency"), f"{own_us:,.1f} us", f"{row['dense_latency_s'] * 1e6:,.1f} us"],
+        [batch, limit("latency"), _time(row["latency_s"]), _time(row["dense_latency_s"])],
         ["parameters", limit("size"), *cost("parameters", "size_ratio", "")],
         ["MACs of a sample", limit("macs"), *cost("macs", "macs_ratio", "")],
         [
@@ -146,7 +146,7 @@ def asked_and_reached(result: Mapping[str, Any]) -> list[list[str]]:
     ]
     teacher = [accuracy(student.get("teacher_accuracy")), "", "", "", ""]
     if "teacher_latency_s" in row:
-        teacher[1] = f"{row['teacher_latency_s'] * 1e6:,.1f} us"
+        teacher[1] = _time(row["teacher_latency_s"])
     for place, name, unit, scale in (
         (2, "parameters_of_teacher", "", 1.0),
         (3, "macs_of_teacher", "", 1.0),
@@ -155,6 +155,10 @@ def asked_and_reached(result: Mapping[str, Any]) -> list[list[str]]:
         if name in student:
             teacher[place] = f"{_short(number(student[name], name, 0.0, 1e18) * scale)}{unit}"
     return [[*cells, last] for cells, last in zip(rows, teacher, strict=True)]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
 
 
 def _short(value: float) -> str:
@@ -188,7 +192,7 @@ def what_the_policy_did(windows: Rows, best_window: int = 0) -> list[str]:
         ("feature_keep", "Share of the inputs kept", "{:.0%}"),
         ("unit_keep", "Share of the units kept", "{:.0%}"),
         ("temperature", "Temperature of the teacher's answers", "{:.3g}"),
-        ("learning_rate", "Learning rate", "{:.2g}"),
+        ("step_size", "Learning rate", "{:.2g}"),
     ):
         if name in first:
             told.append(f"{what}: {_course([float(row[name]) for row in windows], form)}.")
@@ -247,6 +251,12 @@ def weak_spots(result: Mapping[str, Any]) -> list[str]:
         for name, other in (("speedup", "dense student"), ("speedup_over_teacher", "teacher")):
             if row.get(name, 1.0) < 1.0:
                 told.append(f"Measured at batch {row['batch_size']}, the student is slower than the {other}.")
+        measured, predicted = 1 / float(row["speedup"]), float(student.get("latency_ratio", 0.0))
+        if predicted and not 1 / APART < measured / predicted < APART:
+            told.append(
+                f"Measured, the student takes {measured:.0%} of the dense student's latency; the cost profile says "
+                f"{predicted:.0%}. Measure again on an idle machine: rlkd measure."
+            )
         if student.get("num_rollbacks"):
             told.append(f"{student['num_rollbacks']} windows were undone, because numbers were not finite.")
         if student.get("num_undone"):

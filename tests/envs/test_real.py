@@ -27,7 +27,6 @@ from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> RealScenario:
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
     folder = tmp_path_factory.mktemp("real")
     teacher = tiny_models.tiny("bert", layers=3)
     teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
@@ -201,7 +200,6 @@ def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:
 
 
 def test_answers_of_several_teachers_are_combined(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
     folder = tmp_path
     for name, family, seed in (("first", "bert", 0), ("second", "distilbert", 1), ("other", "bert", 2)):
         model = tiny_models.tiny(family, seed=seed)
@@ -235,3 +233,17 @@ def test_answers_of_several_teachers_are_combined(tmp_path: Path) -> None:
     assert torch.equal(both.signals.features, alone.signals.features)
     with pytest.raises(UserError, match=r"more_teachers: .*other has the classes"):
         built("other")
+
+
+def test_the_step_size_is_the_control_in_the_units_of_the_optimizer(real: RealScenario) -> None:
+    rate, start = real.config.train.learning_rate, real._start_rate
+    assert real.step_size(start) == pytest.approx(rate)
+    assert real.step_size(4 * start) == pytest.approx(rate * 4**real.config.train.rate_exponent)
+    at_once = dataclasses.replace(real.config.train, warmup=0.0, floor=1.0)  # the schedule changes nothing
+    scenario = dataclasses.replace(real, config=dataclasses.replace(real.config, train=at_once))
+    students = scenario.students(1)
+    students.reset([task_of(scenario, 3)])
+    setting = with_values(published_setting(ControlConfig())[None], {"learning_rate": 2 * start}, ControlConfig())
+    students.train_window(decode(setting, ControlConfig(), 2))
+    (used,) = {group["lr"] for group in students._optimizer.param_groups}
+    assert used == pytest.approx(scenario.step_size(2 * start), rel=1e-4)

@@ -20,7 +20,6 @@ from rlkd.runs.evaluate_real import evaluate_real
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher, its equal as a student, and data."""
-    pytest.importorskip("datasets", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
     folder = tmp_path_factory.mktemp("reviews")
     model = tiny_models.tiny("bert")
     model.config.id2label, model.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}

@@ -78,11 +78,18 @@ def test_weak_classes_slowness_and_misses_are_named() -> None:
     assert "slower than the teacher" in told
     assert "slower than the dense student" not in told
     assert "Energy is an estimate" in told
+    assert "cost profile says" not in told
+
+
+def test_a_measurement_that_contradicts_the_cost_profile_is_named() -> None:
+    told = " ".join(weak_spots(one_student(latency_ratio=0.9)))  # measured: 0.4
+    assert "takes 40% of the dense student's latency; the cost profile says 90%" in told
+    assert "cost profile says" not in " ".join(weak_spots(one_student(latency_ratio=0.5)))
 
 
 def test_what_the_policy_did_is_said_in_words() -> None:
     weights = {"weight_hard_label": 0.5, "weight_response": 0.25, "weight_feature": 0.15, "weight_attention": 0.1}
-    base = {**weights, "temperature": 4.0, "unit_keep": 1.0, "feature_keep": 1.0, "learning_rate": 0.003}
+    base = {**weights, "temperature": 4.0, "unit_keep": 1.0, "feature_keep": 1.0, "step_size": 0.003}
     rows = [
         {**base, "window": 1, "accuracy": 0.5, "floor": 0.9, "first_exit_rate": 0.0},
         {**base, "window": 2, "accuracy": 0.95, "floor": 0.9, "unit_keep": 0.3, "first_exit_rate": 0.0},
