@@ -135,6 +135,7 @@ def test_a_module_of_ones_own() -> None:
     run = runner_of(session_of(surgery.fold_exits(exported(student, inputs), 0)))
     parity = compare(run, [student], lambda rows: {"images": inputs["images"][rows]}, torch.arange(51))
     assert parity.largest < 1e-4
+    assert (parity.num_samples, parity.batch_sizes) == (51, (1, 17))
 
 
 @pytest.mark.slow
