@@ -46,6 +46,7 @@ from rlkd.students.real.module import ModuleTrainConfig
 
 LAYERS, EXITS = 4, (1, 2, 3)
 NUM_WINDOWS, STEPS, BATCH_SIZE = 12, 30, 16
+LEARNING_RATE = 1e-4
 TOLERANCES = (0.0, 0.0025, 0.005)  # of accuracy on validation below the student without early exits
 MAIN = 0.0025  # the one that the bar is read on: half of what it allows, for validation and test differ by chance
 NUM_TIMED, NUM_ROUNDS = 400, 5  # test samples that are timed, and how often each
@@ -61,7 +62,7 @@ def config_of(work: Path) -> RealConfig:
         num_windows=NUM_WINDOWS,
         cut=StudentCut(layers=LAYERS),
         attach=AttachConfig(exits=EXITS),
-        train=ModuleTrainConfig(steps_per_window=STEPS, batch_size=BATCH_SIZE),
+        train=ModuleTrainConfig(steps_per_window=STEPS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE),
         cost=RealCostConfig(batch_size=1, batches=(1,)),
     )
 
@@ -75,8 +76,9 @@ def trained(scenario: RealScenario, folder: Path, seed: int) -> ShippedStudent:
         setting = decode(published_setting(controls)[None], controls, scenario.data.num_classes)
         for window in range(NUM_WINDOWS):
             students.train_window(setting)
-            figures = students.evaluate("validation").exit_accuracy[0].tolist()
-            print(f"seed {seed}, window {window + 1}: accuracy of the exits {figures}", flush=True)
+            print(f"seed {seed}, window {window + 1} of {NUM_WINDOWS}", flush=True)
+        figures = students.evaluate("validation").exit_accuracy[0].tolist()
+        print(f"seed {seed}: accuracy of the exits on validation {figures}", flush=True)
         full = tuple(torch.ones(group.size) for group in scenario.student.plan.groups)
         student = ship(scenario.student, scenario.kind, full, 1.0, MIDDLE)
         save_module_student(student, folder, scenario.processor, {"figures": {}})

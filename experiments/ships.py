@@ -47,7 +47,7 @@ BATCHES = (1, 32)
 NUM_ROUNDS = 101
 MOST_LOST = 1.0  # nothing is taken back here: what every form loses is reported
 AWARE_STEPS = 400
-timing.CALL_TIME_S = 2e-4  # of one round of one form: short, so that other work on the machine interrupts few rounds
+CALL_TIME_S = 2e-4  # of one round of one form: short, so that other work on the machine interrupts few rounds
 
 
 def distilled(folder: Path, options: list[str], seed: int) -> None:
@@ -268,6 +268,7 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str, policy: str) -> st
 def run_study(out: Path, num_seeds: int, docs: Path) -> None:
     """Do what is missing, and write the results."""
     use_one_thread()
+    timing.CALL_TIME_S = CALL_TIME_S
     rows: dict[str, list[dict[str, Any]]] = {}
     folders = []
     for seed in range(num_seeds):

@@ -23,7 +23,6 @@ from ships import dense_student, distilled, interval
 
 from rlkd.cli.verify import config_of_run
 from rlkd.configs import DistilConfig
-from rlkd.cost import timing
 from rlkd.cost.timing import time_calls
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits
@@ -40,7 +39,6 @@ BATCHES = (1, 32)
 KINDS = ("torch", "onnx")
 NUM_ROUNDS = 51
 BAR = 2.3
-timing.CALL_TIME_S = 2e-3  # many calls of one form in a row, so that its weights stand in the caches
 
 
 NOTES = [  # written by hand after reading the tables; revise them when the study runs again

@@ -1,0 +1,224 @@
+"""Study: rlkd against Torch-Pruning (PyPI torch-pruning 1.6.1) at equal measured latency, on a vision transformer.
+
+    pip install --no-deps torch-pruning==1.6.1
+    python experiments/real.py fashion --work data --out runs/real/fashion
+    python experiments/against_torch_pruning_vit.py --work data --run runs/real/fashion --docs docs/results/torch_pruning_vit
+
+rlkd's students are those of `policy` in the first study's folder. Torch-Pruning's magnitude pruner (L1) starts from the same
+three layers of the teacher and sees the same batches; it takes plain distillation, half labels and half the teacher's answers at
+T = 4, with the same number of steps, step size and schedule. It prunes hidden units and whole heads, the same share in every
+layer; sizes of heads stay, so the scale of attention stays right. The share is the smallest at which its student is not slower
+than rlkd's in PyTorch at batch 32. `one-shot` prunes once, at two fifths of the training, `iterative` in five steps from one
+fifth to seven tenths.
+"""
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from against_torch_pruning import SCHEDULES, SLACK, TEMPERATURE
+from real import fashion
+from ships import interval
+from torch import Tensor, nn
+
+from rlkd.compression.real.cut import load_module_student
+from rlkd.cost.timing import time_calls
+from rlkd.data import draw_task
+from rlkd.data.distribution import task_generator
+from rlkd.envs.action import ControlConfig
+from rlkd.envs.real import RealScenario, build_real_scenario
+from rlkd.io.records import write_json
+from rlkd.losses.hard_label import cross_entropy
+from rlkd.losses.response import response
+from rlkd.models.real.attachment import AttachConfig, logits_of
+from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.students.optimizers import new_optimizer, schedule
+
+SHARES = tuple(i / 16 for i in range(15))  # of hidden units and heads that are pruned
+BATCH, NUM_ROUNDS = 32, 31
+
+
+def pruner_of(model: nn.Module, share: float, inputs: dict[str, Tensor], num_steps: int) -> Any:
+    """Return Torch-Pruning's L1 pruner of hidden units and whole heads."""
+    import torch_pruning
+
+    modules = dict(model.named_modules())
+    projections = [m for name, m in modules.items() if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    written = [m for name, m in modules.items() if name.endswith(("o_proj", "fc2", "projection", "classifier"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parameters outside of layers, which no pruned unit reaches
+        return torch_pruning.pruner.MagnitudePruner(
+            model,
+            inputs,
+            importance=torch_pruning.importance.MagnitudeImportance(p=1),
+            pruning_ratio=share,
+            iterative_steps=num_steps,
+            ignored_layers=written,
+            num_heads=dict.fromkeys(projections, model.config.num_attention_heads),
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=share,
+            output_transform=lambda output: output.logits.sum(),
+        )
+
+
+def first_model(scenario: RealScenario) -> nn.Module:
+    """Return the student's model with the weights that every training starts from, without attachments."""
+    scenario.student.model.load_state_dict(scenario.initial)
+    return copy.deepcopy(scenario.student.clean_copy()).cpu()
+
+
+def pruned(scenario: RealScenario, share: float) -> nn.Module:
+    """Return the untrained student pruned once."""
+    model, few = first_model(scenario), scenario.data.batch(scenario.data.splits["train"][:2])
+    if share > 0:
+        pruner_of(model, share, few, 1).step()
+    return model.eval()
+
+
+def trained(scenario: RealScenario, seed: int, share: float, cuts: tuple[float, ...]) -> nn.Module:
+    """Distil for as many steps as rlkd does and prune on the way; the state of the last step ships."""
+    config, data, c = scenario.config, scenario.data, scenario.config.train
+    task = draw_task(seed, config.task, data, len(scenario.signals.accuracy))
+    batches, num_steps = task_generator(task.seed, "batches"), config.num_windows * c.steps_per_window
+    model, few = first_model(scenario).train().requires_grad_(True), data.batch(data.splits["train"][:2])
+    pruner = pruner_of(model, share, few, len(cuts)) if share > 0 else None
+    at = [round(cut * num_steps) for cut in cuts]
+    optimizer = new_optimizer(model, c.optimizer, c.learning_rate, c.weight_decay)
+    for window in range(config.num_windows):
+        drawn = torch.randint(len(task.samples), (c.steps_per_window, c.batch_size), generator=batches)
+        for step, rows in enumerate(drawn, start=window * c.steps_per_window):
+            if pruner is not None and step in at:
+                pruner.step()
+                optimizer = new_optimizer(model, c.optimizer, c.learning_rate, c.weight_decay)  # moments have old sizes
+            for group in optimizer.param_groups:
+                group["lr"] = c.learning_rate * schedule(step, num_steps, c.warmup, c.floor)
+            samples = task.samples[rows]
+            logits = logits_of(model(**data.batch(samples)))
+            teacher = scenario.signals.logits[task.teacher, samples]
+            loss = 0.5 * cross_entropy(logits, task.labels[rows]) + 0.5 * response(logits, teacher, TEMPERATURE)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm)
+            optimizer.step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, scenario: RealScenario) -> float:
+    """Return the accuracy on test data."""
+    data, index = scenario.data, scenario.data.splits["test"]
+    right = [
+        (logits_of(model(**data.batch(rows))).argmax(-1) == data.labels[rows]).double() for rows in index.split(256)
+    ]
+    return float(torch.cat(right).mean())
+
+
+def row_of(scenario: RealScenario, folder: Path, seed: int) -> dict[str, Any]:
+    """Compare on one seed."""
+    own = load_module_student(folder)
+    batch = scenario.data.batch(scenario.data.splits["test"][:BATCH])
+    sizes = {share: pruned(scenario, share) for share in SHARES}
+    calls = {"rlkd": partial(own, **batch)} | {f"{share:g}": partial(model, **batch) for share, model in sizes.items()}
+    timed = dict(zip(calls, time_calls(list(calls.values()), NUM_ROUNDS), strict=True))
+    seconds = {name: latency.processor_s for name, latency in timed.items()}
+    fast = [share for share in SHARES if seconds[f"{share:g}"] <= SLACK * seconds["rlkd"]]
+    share = min(fast) if fast else max(SHARES)
+    methods = {}
+    for name, cuts in SCHEDULES.items():
+        model = trained(scenario, seed, share, cuts)
+        assert [p.shape for p in model.parameters()] == [p.shape for p in sizes[share].parameters()]
+        methods[name] = accuracy(model, scenario)
+        print(f"seed {seed}, {name}: {methods[name]:.4f}", flush=True)
+    return {
+        "rlkd": accuracy(own, scenario),
+        "methods": methods,
+        "share": share,
+        "is_fast_enough": bool(fast),
+        "latency_s": seconds,
+    }
+
+
+def page(rows: list[dict[str, Any]], command: str) -> str:
+    """Write the page."""
+    leads = {name: [100 * (row["rlkd"] - row["methods"][name]) for row in rows] for name in SCHEDULES}
+    slower = [row["latency_s"][f"{row['share']:g}"] / row["latency_s"]["rlkd"] for row in rows]
+    lines = [
+        "# Against Torch-Pruning at equal measured latency: a vision transformer",
+        "",
+        f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}, torch-pruning 1.6.1; {len(rows)} seeds,",
+        "in brackets 95 % t-intervals over seeds, paired. Fashion-MNIST, three layers of the ViT teacher of `experiments/real.py fashion`,",
+        "whose `policy` students are rlkd's. Torch-Pruning prunes hidden units and heads by L1, the same share in every layer: the smallest",
+        "share at which it is not slower than rlkd's student in PyTorch at batch 32 (processor time, in turns). Same first weights, batches,",
+        "teacher, step size and number of steps.",
+        "",
+        f"Latency of Torch-Pruning's student over rlkd's: {interval(slower)}. Test accuracy of rlkd's student:",
+        f"{interval([row['rlkd'] for row in rows])}.",
+        "",
+        "Bar: accuracy not below: the mean lead of rlkd is not negative.",
+        "",
+        "| Torch-Pruning | accuracy | rlkd's lead, points | not below |",
+        "|---|---|---|---|",
+    ]
+    for name, lead in leads.items():
+        accuracies = [row["methods"][name] for row in rows]
+        lines.append(
+            f"| {name} L1 | {interval(accuracies)} | {interval(lead)} | {'yes' if np.mean(lead) >= 0 else 'no'} |"
+        )
+    lines += [
+        "",
+        "| seed | share pruned | as fast as rlkd's | rlkd | " + " | ".join(leads) + " |",
+        "|" + "---|" * (4 + len(leads)),
+    ]
+    for seed, row in enumerate(rows):
+        cells = " | ".join(f"{row['methods'][name]:.4f}" for name in leads)
+        fast = "yes" if row["is_fast_enough"] else "no: the largest share is slower"
+        lines.append(f"| {seed} | {row['share']:g} | {fast} | {row['rlkd']:.4f} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    """Do what is missing, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="as of experiments/real.py")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="--out of `experiments/real.py fashion`; rows are kept here, too"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="another folder for the rows")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--docs", type=Path, default=None)
+    options = parser.parse_args()
+    use_one_thread()
+    profile = next(iter(sorted(options.run.glob("cost_profile-none-0.json"))), None)
+    config = replace(fashion(options.work), attach=AttachConfig(exits=()))
+    if profile is not None:  # nothing is timed anew
+        config = replace(config, cost=replace(config.cost, profile=str(profile)))
+    scenario = build_real_scenario(config, ControlConfig())
+    out, rows = options.out or options.run, []
+    for seed in range(options.seeds):
+        file = out / "rows" / f"torch_pruning-{seed}.json"
+        if not file.exists():
+            write_json(file, row_of(scenario, options.run / "students" / f"policy-{seed}", seed))
+        rows.append(json.loads(file.read_text()))
+    command = shlex.join(["python", *sys.argv])
+    text = page(rows, command)
+    print(text)
+    if options.docs is not None:
+        options.docs.with_suffix(".md").write_text(text)
+        state = git_state(Path(__file__).resolve().parent.parent)
+        write_json(options.docs.with_suffix(".json"), {"command": command, "rows": rows, **state})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
