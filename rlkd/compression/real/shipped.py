@@ -60,7 +60,7 @@ class _Batch:
 class ShippedStudent(nn.Module):
     """A trained student that leaves early and leaves tokens out as it was trained to.
 
-    Call it by keyword with what the model takes; it gives logits [B, C], each sample's from the exit that it left at.
+    Call it with what the model takes; it gives logits [B, C], each sample's from the exit that it left at.
     """
 
     def __init__(self, model: nn.Module, heads: nn.ModuleList, shipment: Shipment) -> None:
@@ -83,8 +83,9 @@ class ShippedStudent(nn.Module):
         """The configuration of its model."""
         return self.model.config
 
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, *values: Tensor, **inputs: Tensor) -> Tensor:
         """Logits [B, C]."""
+        inputs = _named(self.model, values, inputs)
         size = len(next(iter(inputs.values())))
         padding = inputs.get(PADDING_MASK)
         now = self._batch = _Batch(
@@ -187,8 +188,9 @@ class ShippedCausal(ShippedStudent):
     Later blocks run unless all tokens of the batch have left, for those that go on attend to all before them.
     """
 
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, *values: Tensor, **inputs: Tensor) -> Tensor:
         """Logits [B, L, V]; at padding anything."""
+        inputs = _named(self.model, values, inputs)
         ids = inputs["input_ids"]
         padding = inputs.get(PADDING_MASK)
         waiting = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()  # [B, L]
@@ -221,6 +223,17 @@ class ShippedCausal(ShippedStudent):
         now.waiting = now.waiting & ~leave
         if not bool(now.waiting.any()):
             raise _AllLeft
+
+
+def _named(model: nn.Module, values: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs by name; `values` are given by position, as the model's forward takes them."""
+    if not values:
+        return inputs
+    placed = inspect.signature(model.forward).bind_partial(*values).arguments
+    twice = sorted(set(placed) & set(inputs))
+    if twice:
+        raise TypeError(f"{type(model).__name__}: got {twice[0]} by position and by name; allowed: once")
+    return {**placed, **inputs}
 
 
 def _of_rows(value: Any, now: _Batch, before: int) -> Any:

@@ -88,6 +88,22 @@ def test_a_shipped_student_answers_as_the_trained_one(family: str, when: str, pa
             torch.testing.assert_close(shipped(**one)[0], wanted[i], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+def test_a_shipped_student_is_called_as_its_model(family: str) -> None:
+    student = trained(family, AttachConfig(exits=()))
+    kind: Kind = "causal_lm" if family == "llama" else KINDS.get(family, "sequence_classification")
+    masks = tuple(torch.ones(group.size) for group in student.plan.groups)
+    shipped, inputs = ship(student, kind, masks, 1.0, 1.0), tiny_models.batch(family)
+    first = next(iter(inputs))
+    rest = {name: value for name, value in inputs.items() if name != first}
+    with torch.no_grad():
+        wanted = shipped(**inputs)
+        assert torch.equal(shipped(inputs[first], **rest), wanted)
+        assert torch.equal(shipped(*inputs.values()), wanted)  # ids and mask stand first in every text model here
+        with pytest.raises(TypeError, match=f"got {first} by position and by name"):
+            shipped(inputs[first], **inputs)
+
+
 def test_a_batch_that_has_left_does_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     student = trained("bert", AttachConfig(exits=(1,)))
     masks = tuple(torch.ones(g.size) for g in student.plan.groups)
