@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import Controller
+from rlkd.agents.policy.controllers import Controller, RunOptions
 from rlkd.agents.ppo.evaluation import Evaluation, evaluate
 from rlkd.agents.ppo.train import (
     Listeners,
@@ -32,6 +32,7 @@ from rlkd.agents.ppo.train import (
 )
 from rlkd.envs.action import ControlConfig, change
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.prepare import Group, train_missing
 from rlkd.envs.sb3 import SB3VecEnv, standardise
 from rlkd.envs.scenario import Scenario
 from rlkd.envs.vector import DistillationVectorEnv
@@ -160,6 +161,7 @@ class _Counted(RolloutLog):
 
     def _on_step(self) -> bool:
         going = super()._on_step()
+        self._listeners.on_window(len(self.locals["infos"]))
         if self.n_calls % self.training_env.num_steps == 0:  # type: ignore[attr-defined]
             super()._on_rollout_end()
             self._on_end(self.iteration)
@@ -185,8 +187,7 @@ def train_other(
     own.check()
     start, controls = scenarios[0].start, scenarios[0].config.controls
     pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
-    for scenario, pool in zip(scenarios, pools, strict=True):
-        scenario.prepare(pool)
+    train_missing([Group(s, pool, s.config.task) for s, pool in zip(scenarios, pools, strict=True)])
     mean, deviation = observation_figures(scenarios, config.num_observed, seed, listeners.on_window)
     deviation = hide(deviation, config.hidden_groups)
     populations = [
@@ -207,7 +208,7 @@ def train_other(
                 validation,
                 num_tasks=config.num_evaluation_tasks,
                 iteration=iteration,
-                on_window=listeners.on_window,
+                options=RunOptions(on_window=listeners.on_window),
             )
             evaluations.append(evaluation)
             listeners.on_evaluation(evaluation)

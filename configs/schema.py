@@ -68,6 +68,12 @@ class ScenarioConfig:
     cost: CostConfig = field(default_factory=CostConfig)
 
 
+def check_chunk(chunk_students: int) -> None:
+    """Raise UserError for less than one student."""
+    if chunk_students < 1:
+        raise UserError(f"chunk_students: got {chunk_students}; allowed: at least 1")
+
+
 def _goals() -> TaskDistribution:
     return TaskDistribution(
         floor_share=0.7, limit_share=0.3, num_labels=Range(60.0, 2000.0), accuracy_weight=Range(0.3, 0.98)
@@ -90,6 +96,9 @@ class ExperimentConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    chunk_students: int = 128
+    """Most students that train in lock-step as one piece of work (--workers). It belongs to the configuration because
+    results depend on it by float rounding; they do not depend on the workers."""
     keep_checkpoints: int = 2
     """States of PPO that stay on the disk; with --resume it goes on from the last one that is whole."""
 
@@ -103,6 +112,7 @@ class ExperimentConfig:
                 "give the data sets in scenarios, and task.dataset as the first scenario's or not at all"
             )
         check_keep(self.keep_checkpoints)
+        check_chunk(self.chunk_students)
         for env in (*self.envs(self.scenarios), *self.envs(self.validation)):
             env.check()
         self.search.check()
@@ -249,6 +259,9 @@ class CompareConfig(EnvConfig):
 
     search: SearchConfig = field(default_factory=SearchConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
+    chunk_students: int = 128
+    """Most students that train in lock-step as one piece of work (--workers). It belongs to the configuration because
+    results depend on it by float rounding; they do not depend on the workers."""
     keep_checkpoints: int = 2
     """States that stay on the disk."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -275,6 +288,7 @@ class CompareConfig(EnvConfig):
         """Raise UserError for the first impossible value."""
         super().check()
         check_keep(self.keep_checkpoints)
+        check_chunk(self.chunk_students)
         self.search.check()
         self.comparison.check()
         self.guard.check()

@@ -45,6 +45,17 @@ class References:
         keyed = {key_of(task): task for task in tasks}
         return [task for key, task in keyed.items() if key not in known]
 
+    def add(self, others: "References") -> None:
+        """Take over what `others` holds."""
+        self.accuracy.update(others.accuracy)
+        self.parameters.update(others.parameters)
+
+    def some(self, tasks: Sequence[Task]) -> "References":
+        """Return those of `tasks` alone, where there are any, without a scope."""
+        keys = [key_of(task) for task in tasks]
+        accuracy = {key: self.accuracy[key] for key in keys if key in self.accuracy}
+        return References("", accuracy, {key: self.parameters[key] for key in keys if key in self.parameters})
+
     def of(self, tasks: Sequence[Task]) -> Tensor:
         """[M, 3] float32, accuracy on validation, test, and the validation samples that confirm a window."""
         return torch.tensor([self.accuracy[key_of(task)] for task in tasks])

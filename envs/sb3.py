@@ -30,6 +30,30 @@ def standardise(
     return scaled
 
 
+def ended_students(
+    info: Mapping[str, Any], truncated: NDArray[np.bool_], returns: NDArray[np.float64], lengths: NDArray[np.int64]
+) -> dict[int, dict[str, Any]]:
+    """Return SB3's info of each student that ended with a window, by its row; its time and last observation miss.
+
+    Args:
+        info: of `DistillationVectorEnv.conclude`.
+        truncated: [N].
+        returns: [N], sums of the rewards of the episodes.
+        lengths: [N], windows of the episodes.
+    """
+    if "final_info" not in info:
+        return {}
+    last = {name: values for name, values in info["final_info"].items() if not name.startswith("_")}
+    return {
+        int(i): {
+            "TimeLimit.truncated": bool(truncated[i]),
+            "episode": {"r": float(returns[i]), "l": int(lengths[i])},
+            "student": {name: float(values[i]) for name, values in last.items()},
+        }
+        for i in np.flatnonzero(info["_final_info"])
+    }
+
+
 class SB3VecEnv(VecEnv):
     """A `VecEnv` of N students with a flat action Box [12] that train in one scenario after the other.
 
@@ -69,6 +93,11 @@ class SB3VecEnv(VecEnv):
         return sum(env.scenario.config.num_windows for env in self.envs)
 
     @property
+    def num_scenarios(self) -> int:
+        """How many scenarios take turns."""
+        return len(self.envs)
+
+    @property
     def unit_controls(self) -> NDArray[np.float32]:
         """[N, 12], of the students that train now."""
         unit_controls: NDArray[np.float32] = self.envs[self._turn].episodes.u.numpy()
@@ -94,18 +123,10 @@ class SB3VecEnv(VecEnv):
         self._returns += reward
         self._lengths += 1
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for i in np.flatnonzero(done):
-            last = info["final_info"]
-            terminal = standardise(info["final_obs"][i][None], self.mean, self.deviation)[0]
-            metrics = {name: float(values[i]) for name, values in last.items() if not name.startswith("_")}
-            episode = {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": time.time() - self._began}
-            infos[i] = {
-                "terminal_observation": terminal,
-                "TimeLimit.truncated": bool(truncated[i]),
-                "episode": episode,
-                "student": metrics,
-                "scenario": self._turn,
-            }
+        for i, ending in ended_students(info, truncated, self._returns, self._lengths).items():
+            ending["terminal_observation"] = standardise(info["final_obs"][i][None], self.mean, self.deviation)[0]
+            ending["episode"]["t"] = time.time() - self._began
+            infos[i] = {**ending, "scenario": self._turn}
         self._returns[done], self._lengths[done] = 0.0, 0
         self._waiting[self._turn] = observation
         self._window += 1

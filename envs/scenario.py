@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.cost import Cost, CostConfig, CostProfile, load_or_calibrate
-from rlkd.data import DataSet, Labelled, Task, TaskDistribution, draw_task, load_dataset
+from rlkd.data import DataSet, Labelled, Task, TaskDistribution, load_dataset
 from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
 from rlkd.errors import UserError
@@ -217,17 +217,6 @@ class Scenario:
         self._train_references(self.known.missing(tasks, warm=False))
         return self.known.of(tasks)
 
-    def prepare(self, seeds: Sequence[int]) -> None:
-        """Train missing references and warm starts of the tasks of `seeds`, in this order.
-
-        What a task reaches can depend on its place among the others by float rounding, so a training that must repeat
-        to the bit trains them all before it begins.
-        """
-        c = self.config
-        if c.warm_windows or c.task.reference == "dense":
-            tasks = [draw_task(seed, c.task, self.data, len(self.signals.accuracy)) for seed in seeds]
-            self._train_references(self.known.missing(tasks, warm=c.warm_windows > 0))
-
     def _teacher_accuracy(self, task: Task) -> Tensor:
         """[2], of the mean answer of the task's teachers on validation and test."""
         columns = []
@@ -238,9 +227,13 @@ class Scenario:
         return torch.stack(columns)
 
     def _train_references(self, tasks: Sequence[Task]) -> None:
-        c = self.config
+        self.known.add(self.trained_references(tasks))
+
+    def trained_references(self, tasks: Sequence[Task]) -> References:
+        """Return references and warm starts of `tasks`, each once; dense students are trained for them here."""
+        c, found = self.config, References()
         train_references(
-            self.known,
+            found,
             tasks,
             self.students,
             c.controls,
@@ -248,6 +241,12 @@ class Scenario:
             num_windows=c.num_windows,
             warm_windows=c.warm_windows,
         )
+        return found
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether episodes need a dense student of their task that was trained before."""
+        return self.config.warm_windows > 0 or self.config.task.reference == "dense"
 
     def students(self, num_students: int) -> Students:
         """Return a lock-step population, or one plain student."""

@@ -116,9 +116,12 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
         return change(self.episodes.u, changes, self.episodes.start, self.scenario.config.controls)
 
     def conclude(
-        self, outcome: Outcome
+        self, outcome: Outcome, restart: bool = True
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Return what `step` returns for the outcome of a window, and restart the episodes that ended with it."""
+        """Return what `step` returns for the outcome of a window, and restart the episodes that ended with it.
+
+        Without `restart` they stay as they ended, until `begin` or `reset`.
+        """
         everyone = np.ones(self.num_envs, dtype=bool)
         info: dict[str, Any] = {}
         for name, values in figures(outcome).items():
@@ -139,6 +142,7 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
                 info[f"_{name}"] = ~ended
             info |= {"final_obs": final, "_final_obs": ended.copy(), "_final_info": ended.copy()}
             info["final_info"] = {**last, **masks}
+        if ended.any() and restart:
             drawn, goals = self._draw(rows)
             observation = observation.copy()
             observation[rows] = self.episodes.reset(drawn, torch.from_numpy(rows), goals).numpy()[rows]
@@ -146,10 +150,18 @@ class DistillationVectorEnv(VectorEnv[NDArray[np.float32], Action, NDArray[Any]]
             info["task_seed"][rows] = drawn
         return observation, outcome.reward.numpy().astype(np.float64), terminated, truncated, info
 
+    def begin(self, streams: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Begin new episodes with tasks drawn from `streams` [N, 6]; return the observation [N, O]."""
+        self._generators = [_stream(row) for row in streams]
+        return self.reset()[0]
+
+    def streams(self) -> NDArray[np.int64]:
+        """[N, 6], the states of the generators that the students' next tasks are drawn from."""
+        return np.stack([_stream_state(g) for g in self._generators])
+
     def training_state(self) -> dict[str, Tensor]:
         """Return copies of all that `load_training_state` needs to go on from here."""
-        streams = torch.from_numpy(np.stack([_stream_state(g) for g in self._generators]))  # [N, 6] int64
-        state = {"streams": streams, "clock": torch.tensor(self._clock)}
+        state = {"streams": torch.from_numpy(self.streams()), "clock": torch.tensor(self._clock)}
         return {**state, **{f"episodes.{k}": v for k, v in self.episodes.training_state().items()}}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -208,6 +220,12 @@ def _taken(arguments: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in arguments.items() if name not in fields}
     settings = {name: value for name, value in arguments.items() if name in fields}
     return {**own, "config": changed_config(own.get("config"), own.get("scenario"), settings)}
+
+
+def first_streams(seed: int, num_students: int) -> NDArray[np.int64]:
+    """[N, 6], the streams of tasks that `DistillationVectorEnv.reset(seed=seed)` begins with."""
+    generators = [gymnasium.utils.seeding.np_random(seed + i)[0] for i in range(num_students)]
+    return np.stack([_stream_state(g) for g in generators])
 
 
 def _stream_state(generator: np.random.Generator) -> NDArray[np.int64]:

@@ -27,6 +27,7 @@ from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
 from rlkd.io.journal import Arrays, Journal, recall
+from rlkd.workers import IN_PROCESS, Workers
 
 NUM_ABLATION_TASKS = 128
 BUDGETS = (10, 25, 50, 100)
@@ -54,13 +55,15 @@ class Request:
     blind: Policy | None = None  # learned without what training shows
     guard: GuardConfig | None = field(default_factory=GuardConfig)  # of every training
     journal: Journal | None = None
+    num_parallel: int = 128  # as in `RunOptions`
+    workers: Workers = IN_PROCESS
     budgets: Mapping[tuple[Sampler, str], int] = field(default_factory=dict)  # of per-task searches, the largest one
     found: dict[str, object] = field(default_factory=dict, compare=False)  # what methods share, under this goal
 
     @property
     def options(self) -> RunOptions:
         """Return the options of every training."""
-        return RunOptions(self.guard, self.on_window, self.journal)
+        return RunOptions(self.guard, self.on_window, self.journal, self.num_parallel, self.workers)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a separate random generator for each purpose."""

@@ -16,14 +16,13 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import Tensor
 
 from rlkd.agents.baselines.recipes import RECIPES, Recipe, for_rows
-from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Results, RunOptions, join, run
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Batch, Results, RunOptions, join, run_all
 from rlkd.data import TaskDistribution
 from rlkd.envs.action import ControlConfig, published_setting, with_exit_kind, with_values
 from rlkd.envs.scenario import Scenario
 from rlkd.errors import UserError
 from rlkd.io.journal import digest
 
-NUM_PARALLEL = 128  # students in lock-step
 NUM_ASKED = 4  # points proposed at once
 FIRST_KEPT = (1.0, 0.5, 0.25)  # shares of units in the settings that are tried first
 
@@ -102,13 +101,14 @@ def search_recipe(
     study = new_study(sampler_seed)
 
     def means(points: Tensor, seeds: Sequence[int]) -> NDArray[np.float64]:
-        parts = []
+        groups: list[list[Batch]] = []
         for k, (scenario, distribution) in enumerate(zip(scenarios, drawn_from, strict=True)):
             some = list(seeds[k :: len(scenarios)])
             if some:
                 each, rows = some * len(points), points.repeat_interleave(len(some), dim=0)
-                results = run_points(scenario, recipe, each, rows, tasks=distribution, options=options)
-                parts.append(results.score.reshape(len(points), len(some)))
+                groups.append(point_batches(scenario, recipe, each, rows, tasks=distribution, options=options))
+        results = iter(run_all([batch for group in groups for batch in group], options))
+        parts = [join([next(results) for _ in group]).score.reshape(len(points), -1) for group in groups]
         mean: NDArray[np.float64] = np.concatenate(parts, axis=1).mean(axis=1)
         return mean
 
@@ -164,18 +164,31 @@ def run_points(
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> Results:
     """Train task `seeds[i]` under `points[i]` ([M, A]) of `recipe` and evaluate it on `split`; seeds may repeat."""
-    parts = []
-    for begin in range(0, len(seeds), NUM_PARALLEL):
-        some, chunk = points[begin : begin + NUM_PARALLEL], list(seeds[begin : begin + NUM_PARALLEL])
-        parts.append(
-            run(
-                scenario,
-                recipe.controller(for_rows(some)),
-                chunk,
-                tasks,
-                final_split=split,
-                options=options,
-                label=f"{recipe.controller.__name__} {digest(some)}",
-            )
+    return join(
+        run_all(point_batches(scenario, recipe, seeds, points, tasks=tasks, split=split, options=options), options)
+    )
+
+
+def point_batches(
+    scenario: Scenario,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    points: Tensor,
+    *,
+    tasks: TaskDistribution,
+    split: str = "validation",
+    options: RunOptions,
+) -> list[Batch]:
+    """Return the batches of `run_points`, of at most `options.num_parallel` students each."""
+    size = options.num_parallel
+    return [
+        Batch(
+            scenario,
+            recipe.controller(for_rows(some)),
+            list(seeds[begin : begin + size]),
+            tasks,
+            final_split=split,
+            label=f"{recipe.controller.__name__} {digest(some)}",
         )
-    return join(parts)
+        for begin, some in ((begin, points[begin : begin + size]) for begin in range(0, len(seeds), size))
+    ]

@@ -16,7 +16,7 @@ from rlkd.agents.baselines.recipes import RECIPES
 from rlkd.agents.baselines.search import run_points
 from rlkd.agents.baselines.task_search import Trials, cost_of, hypervolume, search_fronts
 from rlkd.agents.evaluation.comparison import interval
-from rlkd.agents.policy.controllers import Results, run
+from rlkd.agents.policy.controllers import Batch, Results, run_all
 from rlkd.data import Preference
 
 Points = list[tuple[NDArray[np.float64], NDArray[np.float64]]]  # accuracy [P_m] and cost [P_m] of every task
@@ -37,17 +37,17 @@ def compare_fronts(request: Request, accuracy_weights: Sequence[float], num_tria
     if request.policy is None:
         raise ValueError("compare_fronts: the request has no policy")
     options = replace(request.options, guard=None)
-    results = [
-        run(
+    batches = [
+        Batch(
             request.scenario,
             request.policy.controller(),
             request.seeds,
             request.tasks.with_preference(Preference(weight)),
-            options=options,
             label=f"policy's front at {weight}",
         )
         for weight in accuracy_weights
     ]
+    results = run_all(batches, options)
     accuracy = np.stack([r.accuracy for r in results], axis=1)  # [M, P]
     cost = np.stack([cost_of(r.latency_ratio, r.energy_ratio) for r in results], axis=1)
     fronts: dict[str, Points] = {"policy": list(zip(accuracy, cost, strict=True))}

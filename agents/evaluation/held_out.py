@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlkd.agents.baselines.methods import METHODS, Request, build_methods
-from rlkd.agents.policy.controllers import Results, run
+from rlkd.agents.policy.controllers import Batch, Results, run_all
 from rlkd.data import Preference, TaskDistribution
 from rlkd.envs.scenario import Scenario
 
@@ -66,18 +66,12 @@ def run_methods(
     tables: dict[str, dict[str, Results]] = {}
     for goal in goals:
         asked = replace(request, tasks=goal.tasks, found={})
-        tables[goal.name] = {
-            name: run(
-                _beginning(name, asked),
-                controller,
-                asked.seeds,
-                asked.tasks,
-                tune_exit=tune_exit,
-                label=name,
-                options=asked.options,
-            )
-            for name, controller in build_methods(names, asked).items()
-        }
+        built = build_methods(names, asked)
+        batches = [
+            Batch(_beginning(name, asked), controller, asked.seeds, asked.tasks, tune_exit=tune_exit, label=name)
+            for name, controller in built.items()
+        ]
+        tables[goal.name] = dict(zip(built, run_all(batches, asked.options), strict=True))
     return tables
 
 

@@ -5,8 +5,9 @@ PPO policy, a constant setting, a schedule and a per-task search's winner are al
 alike. `episodes` gives the tasks and floors, and to gradient-based baselines the students themselves.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor
 from rlkd.data import TaskDistribution
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.guard import Guard, GuardConfig, meets_goal
+from rlkd.envs.prepare import Group, train_missing
+from rlkd.envs.references import References
 from rlkd.envs.reward import worst_score
 from rlkd.envs.scenario import Scenario
-from rlkd.io.journal import Journal, digest
+from rlkd.io.journal import Journal, Shapes, digest
+from rlkd.workers import IN_PROCESS, Work, Workers, ignore
 
 EXIT_GRID = tuple(i / 20 for i in range(21))  # shares of the way from chance to certainty
 Controller = Callable[[Tensor, Episodes, int], Tensor]
@@ -41,10 +45,6 @@ class Results:
     goal_met_within_1_point: NDArray[np.bool_]
 
 
-def ignore(num_students: int) -> None:
-    """Do nothing after a window."""
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """How trainings run, whatever sets their controls."""
@@ -56,7 +56,9 @@ class RunOptions:
     journal: Journal | None = None
     """Gives results of trainings that were done before the run was stopped."""
     num_parallel: int = 128
-    """Students in lock-step."""
+    """Most students in lock-step; results depend on it by float rounding."""
+    workers: Workers = IN_PROCESS
+    """Do the trainings that are independent of each other; results do not depend on them."""
 
 
 DEFAULT_OPTIONS = RunOptions()
@@ -72,6 +74,50 @@ def follow(schedule: Tensor) -> Controller:
     return lambda observation, episodes, window: schedule[min(window, len(schedule) - 1)].expand_as(episodes.start)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One student a task under one controller, each evaluated once, at the end."""
+
+    scenario: Scenario
+    controller: Controller
+    """Sets the controls before every window."""
+    seeds: Sequence[int]
+    """One a task."""
+    tasks: TaskDistribution
+    """The distribution that the seeds draw from."""
+    final_split: str = "test"
+    """"validation" for selection, "test" for the one result."""
+    tune_exit: bool = False
+    """Choose each student's exit threshold on validation once it is trained."""
+    label: str = "batch"
+    """Name of the trainings in the journal; it must identify the controller, which the journal cannot compare."""
+
+    def inputs(self, guard: GuardConfig | None) -> dict[str, Any]:
+        """Return what the journal compares."""
+        return {
+            "tasks": asdict(self.tasks),
+            "seeds": list(self.seeds),
+            "split": self.final_split,
+            "tune_exit": self.tune_exit,
+            "guard": asdict(guard) if guard else None,
+            "scenario": [
+                list(self.scenario.group_sizes),
+                self.scenario.config.num_windows,
+                digest(self.scenario.start),
+            ],
+        }
+
+    def shapes(self) -> Shapes:
+        """Types and shapes of its results in the journal."""
+        kinds = {
+            "diverged": "bool",
+            "num_rollbacks": "int64",
+            "goal_met": "bool",
+            "goal_met_within_1_point": "bool",
+        }
+        return {f.name: (kinds.get(f.name, "float64"), (len(self.seeds),)) for f in fields(Results)}
+
+
 def run(
     scenario: Scenario,
     controller: Controller,
@@ -83,56 +129,79 @@ def run(
     label: str = "batch",
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> Results:
-    """Train one student a task under `controller` and evaluate each once, at the end.
+    """Train one `Batch` in this process, whatever the workers are, so that `controller` may keep what it sees.
 
     Args:
         scenario: what the tasks share.
-        controller: sets the controls before every window.
+        controller: as of `Batch`, and all further arguments.
         seeds: one a task.
         tasks: the distribution that the seeds draw from.
         final_split: "validation" for selection, "test" for the one result.
         tune_exit: choose each student's exit threshold on validation once it is trained.
-        label: name of the trainings in the journal; it must identify the controller, which the journal cannot compare.
+        label: name of the trainings in the journal.
         options: guard, progress and journal; a journal that has the results gives them without calling `controller`.
     """
-    inputs = {
-        "tasks": asdict(tasks),
-        "seeds": list(seeds),
-        "split": final_split,
-        "tune_exit": tune_exit,
-        "guard": asdict(options.guard) if options.guard else None,
-        "scenario": [
-            list(scenario.group_sizes),
-            scenario.config.num_windows,
-            digest(scenario.start),
-        ],
-    }
-    kinds = {
-        "diverged": "bool",
-        "num_rollbacks": "int64",
-        "goal_met": "bool",
-        "goal_met_within_1_point": "bool",
-    }
-    shapes = {f.name: (kinds.get(f.name, "float64"), (len(seeds),)) for f in fields(Results)}
+    batch = Batch(scenario, controller, seeds, tasks, final_split=final_split, tune_exit=tune_exit, label=label)
+    return run_all([batch], replace(options, workers=IN_PROCESS))[0]
 
+
+def run_all(batches: Sequence[Batch], options: RunOptions) -> list[Results]:
+    """Train independent batches, each of which is a piece of work, and return their results in the same order.
+
+    Controllers run in other processes where there are workers; what they keep there is lost.
+    """
     journal = options.journal
-    arrays = journal.find(label, inputs, shapes) if journal else None
-    if arrays is not None:
-        for _ in range(scenario.config.num_windows):
-            options.on_window(len(seeds))
-        return Results(**arrays)
-    parts = []
-    for begin in range(0, len(seeds), options.num_parallel):
-        chunk = list(seeds[begin : begin + options.num_parallel])
-        episodes = Episodes(scenario, len(chunk), tasks)
-        diverged, num_rollbacks = _train(episodes, controller, chunk, options)
-        if tune_exit:
-            _tune_exit(episodes)
-        parts.append(final_results(episodes, diverged, num_rollbacks, final_split))
-    results = join(parts)
-    if journal:
-        journal.add(label, inputs, shapes, {name: getattr(results, name) for name in shapes})
+    results: list[Results] = []
+    for batch in batches:
+        arrays = journal.find(batch.label, batch.inputs(options.guard), batch.shapes()) if journal else None
+        if arrays is None:
+            break
+        for _ in range(batch.scenario.config.num_windows):
+            options.on_window(len(batch.seeds))
+        results.append(Results(**arrays))
+    missing = batches[len(results) :]
+    for batch, computed in zip(missing, _computed(missing, options), strict=True):
+        if journal:
+            arrays = {name: getattr(computed, name) for name in batch.shapes()}
+            journal.add(batch.label, batch.inputs(options.guard), batch.shapes(), arrays)
+        results.append(computed)
     return results
+
+
+def _computed(batches: Sequence[Batch], options: RunOptions) -> Iterator[Results]:
+    """Yield the results of batches one by one."""
+    workers, known = options.workers, [References()] * len(batches)
+    if workers is not IN_PROCESS:  # where all is trained here, references are trained when they are met
+        known = train_missing([Group(b.scenario, b.seeds, b.tasks, options.num_parallel) for b in batches], workers)
+    own = RunOptions(guard=options.guard, num_parallel=options.num_parallel)
+    works = [
+        Work(
+            ("batch", number, batch.label),
+            _train_batch,
+            (workers.share(batch.scenario), found, replace(batch, scenario=None), own),  # type: ignore[arg-type]
+            len(batch.seeds),
+            batch.scenario.config.num_windows,
+        )
+        for number, (batch, found) in enumerate(zip(batches, known, strict=True))
+    ]
+    yield from workers.run(works, options.on_window)
+
+
+def _train_batch(
+    scenario: Scenario, known: References, batch: Batch, options: RunOptions, *, on_window: Callable[[int], object]
+) -> Results:
+    """Do a piece of work: the batch without its scenario, which comes apart."""
+    scenario.known.add(known)
+    options = replace(options, on_window=on_window)
+    parts = []
+    for begin in range(0, len(batch.seeds), options.num_parallel):
+        chunk = list(batch.seeds[begin : begin + options.num_parallel])
+        episodes = Episodes(scenario, len(chunk), batch.tasks)
+        diverged, num_rollbacks = _train(episodes, batch.controller, chunk, options)
+        if batch.tune_exit:
+            _tune_exit(episodes)
+        parts.append(final_results(episodes, diverged, num_rollbacks, batch.final_split))
+    return join(parts)
 
 
 def _train(

@@ -13,10 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlkd.agents.policy.controllers import Controller, RunOptions, ignore, run
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, Controller, RunOptions, run
 from rlkd.agents.policy.policy import Policy
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.prepare import Group, train_missing
+from rlkd.envs.references import References
 from rlkd.envs.scenario import Scenario
+from rlkd.workers import Work
 
 FIRST_SEED = 2**58  # of the tasks; scenario k has those from k * 2**20 on
 
@@ -49,7 +52,7 @@ def evaluate(
     *,
     num_tasks: int,
     iteration: int,
-    on_window: Callable[[int], object] = ignore,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Evaluation:
     """Train one student a task in every scenario under the policy's mean action.
 
@@ -58,20 +61,32 @@ def evaluate(
         scenarios: at least one.
         num_tasks: of every scenario; the same at every call.
         iteration: as of `Evaluation`.
-        on_window: called with the number of students after every window.
+        options: progress and workers; each scenario is a piece of work.
     """
-    first = [FIRST_SEED + k * 2**20 for k in range(len(scenarios))]
-    rows = [
-        _reached(policy, scenario, range(seed, seed + num_tasks), on_window)
-        for scenario, seed in zip(scenarios, first, strict=True)
+    groups = [
+        Group(scenario, range(first, first + num_tasks), scenario.config.task)
+        for scenario, first in zip(scenarios, (FIRST_SEED + k * 2**20 for k in range(len(scenarios))), strict=True)
     ]
+    found = train_missing(groups, options.workers)
+    works = [
+        Work(
+            ("evaluation", iteration, "scenario", k),
+            _reached,
+            (policy, options.workers.share(group.scenario), known, group.seeds),
+            num_tasks,
+            group.scenario.config.num_windows,
+        )
+        for k, (group, known) in enumerate(zip(groups, found, strict=True))
+    ]
+    rows = list(options.workers.run(works, options.on_window))
     return Evaluation(iteration, *(float(value) for value in np.mean(rows, axis=0)))
 
 
 def _reached(
-    policy: Acting, scenario: Scenario, seeds: Sequence[int], on_window: Callable[[int], object]
+    policy: Acting, scenario: Scenario, known: References, seeds: Sequence[int], *, on_window: Callable[[int], object]
 ) -> tuple[float, float, float, float, float]:
     """Return the means of one scenario, in the order of `Evaluation`."""
+    scenario.known.add(known)
     tasks = scenario.config.task
     firsts: list[Tensor] = []
     acts = policy.controller()
@@ -100,7 +115,7 @@ class Choice:
         num_tasks: of every scenario.
         weights: of the policy at the beginning; they tell names and shapes.
         on_evaluation: called after each.
-        on_window: as of `evaluate`.
+        options: as of `evaluate`.
         on_best: called with the policy before `on_evaluation` where it does better than all before.
     """
 
@@ -112,12 +127,12 @@ class Choice:
         weights: Mapping[str, Tensor],
         *,
         on_evaluation: Callable[[Evaluation], object],
-        on_window: Callable[[int], object],
+        options: RunOptions,
         on_best: Callable[[Policy], object] = lambda policy: None,
     ) -> None:
         self._scenarios, self._num_tasks = tuple(scenarios), num_tasks
         self.iterations = tuple(iterations) if scenarios else ()
-        self._on_evaluation, self._on_window, self._on_best = on_evaluation, on_window, on_best
+        self._on_evaluation, self._options, self._on_best = on_evaluation, options, on_best
         self.evaluations: list[Evaluation] = []
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
@@ -127,9 +142,7 @@ class Choice:
             self.weights = policy.weights
         if iteration not in self.iterations:
             return
-        now = evaluate(
-            policy, self._scenarios, num_tasks=self._num_tasks, iteration=iteration, on_window=self._on_window
-        )
+        now = evaluate(policy, self._scenarios, num_tasks=self._num_tasks, iteration=iteration, options=self._options)
         if all(now.score > before.score for before in self.evaluations):
             self.weights = {name: tensor.clone() for name, tensor in policy.weights.items()}
             self._on_best(policy)

@@ -1,8 +1,8 @@
 """The state of a PPO training between two iterations, so that one that was stopped goes on to the bit.
 
-Besides the policy and its Adam there are stable-baselines3's counters, its last observation, the figures that wait for
-the next line of its log, torch's and numpy's global random states (it draws from those), the evaluations and the best
-policy so far, and the students.
+Besides the policy and its Adam there are stable-baselines3's counters, the figures that wait for the next line of its
+log, torch's and numpy's global random states (it draws from those), the evaluations and the best policy so far, and the
+streams that the students' next tasks are drawn from; between two rollouts no student is in training.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from stable_baselines3 import PPO
 from torch import Tensor
 
 from rlkd.agents.ppo.evaluation import Choice
-from rlkd.envs.sb3 import SB3VecEnv
+from rlkd.agents.ppo.rollouts import RolloutEnv
 from rlkd.errors import UserError
 from rlkd.io.checkpoints import Checkpoint
 from rlkd.io.files import number, reason, whole
@@ -23,17 +23,14 @@ from rlkd.students.optimizers import load_optimizer_state, optimizer_state
 MAX_COUNT = 2**62
 
 
-def capture(agent: PPO, env: SB3VecEnv, choice: Choice, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def capture(agent: PPO, env: RolloutEnv, choice: Choice, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors, and what else is needed as JSON; to be called after the update of `iteration` (from 1)."""
-    observation, starts = _last(agent)
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global one is what SB3 draws from
     tensors = {
         **{f"policy.{name}": tensor.clone() for name, tensor in agent.policy.state_dict().items()},
         **optimizer_state(agent.policy.optimizer),
         **{f"students.{name}": tensor for name, tensor in env.training_state().items()},
         **{f"choice.{name}": tensor for name, tensor in choice.training_state().items()},
-        "last_observation": torch.from_numpy(observation.copy()),  # [N, O]
-        "episode_starts": torch.from_numpy(starts.astype(np.int64)),  # [N]
         "torch_random": torch.get_rng_state(),
         "numpy_random": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
     }
@@ -52,8 +49,8 @@ def capture(agent: PPO, env: SB3VecEnv, choice: Choice, iteration: int) -> tuple
     return tensors, note
 
 
-def restore(agent: PPO, env: SB3VecEnv, choice: Choice, saved: Checkpoint) -> int:
-    """Put a new agent, its reset environment and its choice where `capture` found others of the same configuration.
+def restore(agent: PPO, env: RolloutEnv, choice: Choice, saved: Checkpoint) -> int:
+    """Put a new agent, its environment and its choice where `capture` found others of the same configuration.
 
     Returns:
         The iteration.
@@ -68,8 +65,6 @@ def restore(agent: PPO, env: SB3VecEnv, choice: Choice, saved: Checkpoint) -> in
     try:
         env.load_training_state(_part(tensors, "students."))
         choice.load_training_state(_part(tensors, "choice."))
-        agent._last_obs = tensors["last_observation"].numpy().copy()
-        agent._last_episode_starts = tensors["episode_starts"].numpy().astype(bool)
         _restore_note(agent, saved.note["state"])
         torch.set_rng_state(tensors["torch_random"].clone())
         _restore_numpy(tensors["numpy_random"].numpy(), saved.note["state"]["numpy_random"])
@@ -103,11 +98,3 @@ def _restore_numpy(key: NDArray[np.int64], rest: list[Any]) -> None:
     has = whole(has_gauss, "numpy_random", 0, 1)
     whole_state = {"bit_generator": "MT19937", "state": state, "has_gauss": has, "gauss": number(gauss, "numpy_random")}
     np.random.set_state(whole_state)  # noqa: NPY002 - as above
-
-
-def _last(agent: PPO) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the agent's last observation [N, O], and which students begin an episode with it, [N]."""
-    observation, starts = agent._last_obs, agent._last_episode_starts
-    if not isinstance(observation, np.ndarray) or starts is None:
-        raise ValueError("the agent has seen nothing yet")
-    return observation, starts

@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, RunOptions
 from rlkd.agents.policy.policy import HIDDEN, Policy, actor_shapes, policy_from_sb3
 from rlkd.agents.ppo.evaluation import Choice, Evaluation, from_table
+from rlkd.agents.ppo.rollouts import Collector, RolloutEnv, RolloutPPO
 from rlkd.agents.ppo.state import capture, restore
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.observation import OBSERVATIONS, TABLE
-from rlkd.envs.sb3 import SB3VecEnv, observation_scale
+from rlkd.envs.prepare import Group, train_missing
+from rlkd.envs.sb3 import observation_scale
 from rlkd.envs.scenario import Scenario
-from rlkd.envs.vector import DistillationVectorEnv
 from rlkd.errors import UserError
 from rlkd.io.journal import Arrays, Journal, Shapes, digest, recall
 from rlkd.io.records import plain
@@ -160,30 +162,19 @@ def begin_unchanged(agent: OnPolicyAlgorithm) -> None:
         torch.nn.init.zeros_(parameter)
 
 
-def new_agent(env: SB3VecEnv, config: PPOConfig, num_windows: int, seed: int) -> "_ResumablePPO":
+def new_agent(env: VecEnv, config: PPOConfig, num_windows: int, seed: int) -> RolloutPPO:
     """SB3's PPO with a zero-initialised head."""
     with warnings.catch_warnings():
         # the last minibatch of a pass may be smaller than the others
         warnings.filterwarnings("ignore", "You have specified a mini-batch size")
-        agent = _ResumablePPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
+        agent = RolloutPPO("MlpPolicy", env, seed=seed, **settings(config, num_windows))
     begin_unchanged(agent)
     agent.policy.log_std.requires_grad_(False)  # `RolloutLog` sets it
     return agent
 
 
-class _ResumablePPO(PPO):
-    """PPO that calls `after_update` after each update."""
-
-    after_update: Callable[[], object] = staticmethod(lambda: None)
-
-    def train(self) -> None:
-        """One update."""
-        super().train()
-        self.after_update()
-
-
 class RolloutLog(BaseCallback):
-    """Set the exploration, collect what rollouts report, and call the listeners."""
+    """Set the exploration, collect what rollouts report, and call the listener of rollouts."""
 
     def __init__(self, config: PPOConfig, listeners: "Listeners") -> None:
         super().__init__()
@@ -197,7 +188,6 @@ class RolloutLog(BaseCallback):
         self._ended += [{**i["student"], "return": i["episode"]["r"]} for i in infos if "student" in i]
         for name, value in self._controls().items():
             self._sums.setdefault(name, []).append(value)
-        self._listeners.on_window(len(infos))
         return True
 
     def _on_rollout_start(self) -> None:
@@ -221,7 +211,7 @@ class RolloutLog(BaseCallback):
         for name, key in (("num_diverged", "diverged"), ("num_rollbacks", "num_rollbacks")):
             figures[name] = float(sum(e[key] for e in self._ended))
         controls = {name: float(np.mean(values)) for name, values in self._sums.items()}
-        num_trainings = self.iteration * self.training_env.num_envs * len(self.training_env.envs)  # type: ignore[attr-defined]
+        num_trainings = self.iteration * self.training_env.num_envs * self.training_env.num_scenarios  # type: ignore[attr-defined]
         self._listeners.on_rollout(Rollout(self.iteration, num_trainings, {**figures, **controls}), self.logger)
         self._ended, self._sums = [], {}
 
@@ -250,7 +240,7 @@ def train(
     listeners: Listeners,
     validation: Sequence[Scenario] = (),
     logger: Logger | None = None,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Learned:
     """Learn a policy; the start of the scenarios is the setting that its actions change.
 
@@ -261,13 +251,14 @@ def train(
         listeners: are called while the agent learns.
         validation: scenarios that choose the iteration that is returned; with the same start.
         logger: SB3's, for TensorBoard.
-        journal: keeps the state after every update, and goes on from the last one.
+        options: workers, the most students of one of their pieces of work, and a journal, which keeps the state after
+            every update and goes on from the last one. The policy does not depend on the workers.
     """
     config.check()
+    journal = options.journal
     start, controls = scenarios[0].start, scenarios[0].config.controls
     pools = [task_pool(seed, index, config.num_tasks) for index in range(len(scenarios))]
-    for scenario, pool in zip(scenarios, pools, strict=True):
-        scenario.prepare(pool)
+    train_missing([Group(s, pool, s.config.task) for s, pool in zip(scenarios, pools, strict=True)], options.workers)
     mean, deviation = _figures(scenarios, config, seed, on_window=listeners.on_window, journal=journal)
     deviation = hide(deviation, config.hidden_groups)
 
@@ -277,6 +268,7 @@ def train(
         "scenarios": [_described(s) for s in scenarios],
         "validation": [_described(s) for s in validation],
         "start": digest(start),
+        "chunk_students": options.num_parallel,
     }
     num_evaluations = len(config.evaluated()) if validation else 0
     shapes: Shapes = {
@@ -285,11 +277,14 @@ def train(
     }
     arrays = journal.find("PPO", inputs, shapes) if journal else None
     if arrays is None:
-        populations = [
-            DistillationVectorEnv(config.num_students, scenario=s, pool=pool, restart_together=True)
-            for s, pool in zip(scenarios, pools, strict=True)
-        ]
-        env = SB3VecEnv(populations, mean, deviation, seed)
+        env = RolloutEnv(
+            [Collector(s, pool, mean, deviation) for s, pool in zip(scenarios, pools, strict=True)],
+            config.num_students,
+            seed,
+            chunk_students=options.num_parallel,
+            workers=options.workers,
+            on_window=listeners.on_window,
+        )
         agent = new_agent(env, config, env.num_steps, seed)
         if logger is not None:
             agent.set_logger(logger)
@@ -299,7 +294,7 @@ def train(
             return policy_from_sb3(state, mean, deviation, start=start, controls=controls)
 
         listeners.on_agent(now)
-        choice = _choice(validation, config, now().weights, listeners)
+        choice = _choice(validation, config, now().weights, listeners=listeners, options=options)
         watch = RolloutLog(config, listeners)
         is_resumed = _prepare(agent, env, watch, choice=choice, now=now, journal=journal)
         total = config.num_iterations * config.num_students * env.num_steps
@@ -346,7 +341,12 @@ def _figures(
 
 
 def _choice(
-    validation: Sequence[Scenario], config: PPOConfig, weights: Mapping[str, torch.Tensor], listeners: Listeners
+    validation: Sequence[Scenario],
+    config: PPOConfig,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    listeners: Listeners,
+    options: RunOptions,
 ) -> Choice:
     return Choice(
         validation,
@@ -354,14 +354,14 @@ def _choice(
         config.num_evaluation_tasks,
         weights,
         on_evaluation=listeners.on_evaluation,
-        on_window=listeners.on_window,
+        options=RunOptions(on_window=listeners.on_window, workers=options.workers),
         on_best=listeners.on_best,
     )
 
 
 def _prepare(
-    agent: "_ResumablePPO",
-    env: SB3VecEnv,
+    agent: RolloutPPO,
+    env: RolloutEnv,
     watch: RolloutLog,
     *,
     choice: Choice,
@@ -375,7 +375,7 @@ def _prepare(
     """
     saved = journal.take_state() if journal else None
     if saved:
-        agent._setup_learn(0)  # the first observation and the counters, which `restore` then replaces
+        agent._setup_learn(0)  # the counters, which `restore` then replaces
         watch.iteration = restore(agent, env, choice, saved)
     else:
         choice.consider(now(), 0)

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 import rlkd.configs
 from rlkd.cli.configfile import check_config_file, check_option_values, check_options, check_values
 from rlkd.errors import UserError, closest
+from rlkd.workers import WorkersConfig
 
 Config = TypeVar("Config")
 CONFIG_FOLDER = Path(rlkd.configs.__file__).parent
@@ -152,3 +153,30 @@ def check_seed(seed: int) -> None:
     """Raise UserError for a seed that generators do not take."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed: got {seed}; allowed: 0 to {2**32 - 1}")
+
+
+def add_workers_options(parser: ArgumentParser) -> None:
+    """--workers, --num_workers, --ray_address and --gpu_share."""
+    text = "who trains the students: none (this process), processes (on this machine) or ray (extra ray); same results"
+    parser.add_argument("--workers", type=str, default="none", help=text)
+    text = "workers; by default one for every processor. A run can be resumed with another number"
+    parser.add_argument("--num_workers", type=int | None, default=None, help=text)
+    text = "of a running Ray cluster, such as auto or 10.0.0.1:6379; by default one is started on this machine"
+    parser.add_argument("--ray_address", type=str | None, default=None, help=text)
+    text = "share of a GPU for every worker, where students train on a GPU"
+    parser.add_argument("--gpu_share", type=float, default=0.0, help=text)
+
+
+def workers_of(options: Namespace, device: str) -> WorkersConfig:
+    """Return the workers that a command asks for.
+
+    Args:
+        options: of a parser with `add_workers_options`.
+        device: that students train on.
+
+    Raises:
+        UserError: as of `WorkersConfig.check`.
+    """
+    workers = WorkersConfig(options.workers, options.num_workers, options.ray_address, options.gpu_share)
+    workers.check(device)
+    return workers

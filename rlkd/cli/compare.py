@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_run_options, new_parser
+from rlkd.cli.arguments import add_run_options, add_workers_options, new_parser, workers_of
 from rlkd.cli.progress import Bar, print_comparison, print_front
 from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder, resumed
 from rlkd.configs import CompareConfig
@@ -14,6 +14,7 @@ from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.runs.compare import compare_methods
 from rlkd.runs.folder import use_one_thread
+from rlkd.workers import open_workers
 
 
 def run(argv: list[str]) -> int:
@@ -38,12 +39,16 @@ def _run_one(argv: list[str], name: str | None) -> int:
     config.check()
     bundle, blind = (find_policy(Path(place)) if place else None for place in (config.policy, config.blind))
     use_one_thread()
+    workers = workers_of(options, config.train.device)
     out = options.out / name if name and options.out else options.out
     with resumable_folder(options, "compare", out) as folder, Bar(config.train.steps_per_window) as bar:
         journal = Journal(folder, options.resume is not None)
         if is_finished(folder, journal.finished):
             return 0
-        result = compare_methods(config, bundle, folder, seed=options.seed, progress=bar, journal=journal, blind=blind)
+        with open_workers(workers) as who:
+            result = compare_methods(
+                config, bundle, folder, seed=options.seed, progress=bar, journal=journal, blind=blind, workers=who
+            )
     console = Console(width=None if Console().is_terminal else 190)
     num_tasks = result["num_tasks"] * result["num_seeds"]
     for entry in result["goals"]:
@@ -68,4 +73,5 @@ def _parser() -> ArgumentParser:
         ],
     )
     add_run_options(parser)
+    add_workers_options(parser)
     return parser

@@ -18,9 +18,11 @@ from rlkd.errors import UserError, WriteError
 from rlkd.io.files import read_bytes
 from rlkd.io.records import plain
 from rlkd.runs.folder import run_folder
+from rlkd.workers import WorkerError
 
 Config = TypeVar("Config")
-ELSEWHERE = ("policy", "config", "resume", "out", "track")  # options that say where something is, not what the run does
+# options that say where something is or who does the work, not what the run does
+ELSEWHERE = ("policy", "config", "resume", "out", "track", "workers", "num_workers", "ray_address", "gpu_share")
 
 
 class Terminated(KeyboardInterrupt):
@@ -115,7 +117,7 @@ def resumable_folder(options: Namespace, verb: str, out: Path | None = None) -> 
         try:
             yield folder
         except (KeyboardInterrupt, UserError) as error:
-            can_go_on = isinstance(error, KeyboardInterrupt | WriteError)
+            can_go_on = isinstance(error, KeyboardInterrupt | WriteError | WorkerError)
             if can_go_on and (folder / "config.yaml").is_file():
                 again = "go on with: " + shlex.join(["rlkd", verb, "--resume", str(folder)])
                 error.args = (f"{error}; {again}" if str(error) else again,)

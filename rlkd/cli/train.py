@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from rlkd.agents.evaluation.trackers import parse_names, tracking
-from rlkd.cli.arguments import add_run_options, new_parser
+from rlkd.cli.arguments import add_run_options, add_workers_options, new_parser, workers_of
 from rlkd.cli.progress import Bar, print_comparison, print_rows
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.configs import ExperimentConfig
@@ -18,6 +18,7 @@ from rlkd.runs.folder import new_folder, run_folder, use_one_thread
 from rlkd.runs.seeds import COUNTED, parse_seeds, summarise
 from rlkd.runs.train import train_experiment
 from rlkd.runs.train_other import train_other_experiment
+from rlkd.workers import WorkersConfig, open_workers
 
 MODES = ("across", "online")  # over many students, or within the run of one
 
@@ -32,9 +33,14 @@ def run(argv: list[str]) -> int:
     config, options = parse_run(_parser, argv, ExperimentConfig)
     config.check()
     use_one_thread()
+    workers = workers_of(options, next((s.train.device for s in config.scenarios if s.train.device != "cpu"), "cpu"))
     if options.seeds is not None:
-        return _several(config, options)
+        return _several(config, options, workers)
     if config.agent.algorithm != "ppo":
+        if workers.kind != "none":
+            raise UserError(
+                f"--workers: got {workers.kind} with agent.algorithm {config.agent.algorithm}; allowed: ppo"
+            )
         return _other(config, options)
     with ExitStack() as stack:
         folder = stack.enter_context(resumable_folder(options, "train", options.out))
@@ -43,7 +49,8 @@ def run(argv: list[str]) -> int:
         if is_finished(folder, journal.finished):
             return 0
         stack.enter_context(tracking(parse_names(options.track), folder, config))
-        result = train_experiment(config, folder, options.seed, bar, journal)
+        who = stack.enter_context(open_workers(workers))
+        result = train_experiment(config, folder, options.seed, bar, journal, who)
     return _print_result(result, folder)
 
 
@@ -61,7 +68,7 @@ def _other(config: ExperimentConfig, options: Namespace) -> int:
     return _print_result(result, folder)
 
 
-def _several(config: ExperimentConfig, options: Namespace) -> int:
+def _several(config: ExperimentConfig, options: Namespace, workers: WorkersConfig) -> int:
     """Train once a seed, each into a folder of its own, and print means and intervals over the seeds."""
     if options.resume is not None or config.agent.algorithm != "ppo":
         raise UserError("--seeds: got --resume or another algorithm than ppo, too; give the runs one by one")
@@ -73,8 +80,9 @@ def _several(config: ExperimentConfig, options: Namespace) -> int:
             run_folder(folder / f"seed-{seed}", "train") as own,
             Bar(config.steps_per_window) as bar,
             tracking(names, own, config),
+            open_workers(workers) as who,
         ):
-            results[seed] = train_experiment(config, own, seed, bar)
+            results[seed] = train_experiment(config, own, seed, bar, workers=who)
     summary = summarise(results, folder)
     console = Console(width=None if Console().is_terminal else 190)
     for goal, methods in summary["goals"].items():
@@ -133,10 +141,12 @@ def _parser() -> ArgumentParser:
             "--ppo.num_iterations 40 --task.label_noise.high 0.5 --seed 1",
             "--config default --seeds 0,1,2 --out runs/three",
             "--config smoke --agent.algorithm sac",
+            "--workers processes --num_workers 8 --chunk_students 16",
             "--resume runs/first",
         ],
     )
     add_run_options(parser)
+    add_workers_options(parser)
     text = "several seeds, such as 0,1,2: one run each in OUT/seed-N, and mean and interval of what they reach"
     parser.add_argument("--seeds", type=str | None, default=None, help=text)
     return parser

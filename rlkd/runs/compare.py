@@ -20,6 +20,7 @@ from rlkd.io.journal import Journal
 from rlkd.io.records import plain, write_json
 from rlkd.runs.folder import Progress
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.workers import IN_PROCESS, Workers
 
 
 def compare_methods(
@@ -31,6 +32,7 @@ def compare_methods(
     progress: Progress,
     journal: Journal | None = None,
     blind: Bundle | None = None,
+    workers: Workers = IN_PROCESS,
 ) -> dict[str, Any]:
     """Run the comparison and fill `folder` with `result.json` and `result.csv`; returns the content of the first.
 
@@ -43,6 +45,7 @@ def compare_methods(
         journal: of a run of the same config and seed that was stopped; this one goes on from what that had finished,
             and ends as if it had not been stopped.
         blind: the policy of method `blind`.
+        workers: do the trainings that are independent of each other.
 
     Raises:
         UserError: the two policies have other ranges of controls.
@@ -75,6 +78,8 @@ def compare_methods(
         blind=blind.policy if blind else None,
         guard=config.guard,
         journal=journal,
+        num_parallel=config.chunk_students,
+        workers=workers,
     )
     trained = len(goals) * total_trainings(names, len(seeds), config.search)
     progress.phase("comparison", trained, config.num_windows)

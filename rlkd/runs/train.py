@@ -29,7 +29,7 @@ from rlkd.agents.evaluation.held_out import (
 )
 from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.agents.policy.bundle import save_bundle
-from rlkd.agents.policy.controllers import RunOptions
+from rlkd.agents.policy.controllers import DEFAULT_OPTIONS, RunOptions
 from rlkd.agents.policy.policy import Policy
 from rlkd.agents.ppo.evaluation import Evaluation
 from rlkd.agents.ppo.train import Listeners, Rollout, train
@@ -44,6 +44,7 @@ from rlkd.runs.distil import Distilled, distil, write_student
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
+from rlkd.workers import IN_PROCESS, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,17 @@ class Run:
     timing: JsonLines
     journal: Journal
     progress: Progress
+    workers: Workers = IN_PROCESS
+
+    @property
+    def options(self) -> RunOptions:
+        """Return the options of every training."""
+        return RunOptions(
+            on_window=self.progress.advance,
+            journal=self.journal,
+            num_parallel=self.config.chunk_students,
+            workers=self.workers,
+        )
 
     def generator(self, stream: int) -> torch.Generator:
         """Return the random generator of one part."""
@@ -70,7 +82,12 @@ class Run:
 
 
 def train_experiment(
-    config: ExperimentConfig, folder: Path, seed: int, progress: Progress, journal: Journal | None = None
+    config: ExperimentConfig,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    journal: Journal | None = None,
+    workers: Workers = IN_PROCESS,
 ) -> dict[str, Any]:
     """Run the experiment and fill `folder`; returns the content of `result.json`.
 
@@ -100,6 +117,7 @@ def train_experiment(
         timing=JsonLines(folder / "timing.jsonl", journal),
         journal=journal,
         progress=progress,
+        workers=workers,
     )
     if not journal.replaying:
         tb.write_config(run.logger, config)
@@ -116,12 +134,12 @@ def train_experiment(
             listeners=listeners_of(run, policies),
             validation=validation,
             logger=run.logger,
-            journal=journal,
+            options=run.options,
         )
     save_bundle(learned.policy, folder / "policy", run.provenance)
     if learned.evaluations:
         write_evaluations(learned.evaluations, config, folder / "evaluations.npz")
-    entries = compare_on_held_out_tasks(scenarios[0], learned.policy, config, seed, progress, journal)
+    entries = compare_on_held_out_tasks(scenarios[0], learned.policy, config, seed, progress, run.options)
     wall_s = journal.elapsed_s()
     result = result_of(config, entries, learned.evaluations, wall_s)
     write_json(folder / "result.json", result)  # stays, should the last phase fail
@@ -160,8 +178,7 @@ def find_start(run: Run, scenarios: Sequence[Scenario]) -> torch.Tensor:
     """[12], the best constant setting over the tasks that the policy will be trained on."""
     search = run.config.search
     run.progress.phase("best constant setting", search.num_trainings, mean_windows(run.config))
-    options = RunOptions(on_window=run.progress.advance, journal=run.journal)
-    start = search_setting(scenarios, search, run.generator(SEARCH_STREAM), options=options)
+    start = search_setting(scenarios, search, run.generator(SEARCH_STREAM), options=run.options)
     run.timing.write({"part": "search", "wall_s": run.journal.elapsed_s()})
     return start
 
@@ -227,9 +244,12 @@ def compare_on_held_out_tasks(
     config: ExperimentConfig,
     seed: int,
     progress: Progress,
-    journal: Journal | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> list[dict[str, Any]]:
-    """One entry a goal, with `goal`, `methods` and `paired`, on test data of the first scenario."""
+    """One entry a goal, with `goal`, `methods` and `paired`, on test data of the first scenario.
+
+    The journal and the workers are those of `options`.
+    """
     num_tasks = config.comparison.num_tasks
     goals = asked_goals(scenario.config.task, config.comparison.keeps, config.comparison.accuracy_weights)
     seeds = tuple(held_out_seeds(seed, num_tasks))
@@ -241,7 +261,9 @@ def compare_on_held_out_tasks(
         stream_seed(seed, METHOD_STREAM),
         progress.advance,
         policy=policy,
-        journal=journal,
+        journal=options.journal,
+        num_parallel=config.chunk_students,
+        workers=options.workers,
     )
     trained = len(goals) * total_trainings(COMPARED, num_tasks, config.search)
     progress.phase("comparison on held-out tasks", trained, scenario.config.num_windows)

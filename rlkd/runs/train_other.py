@@ -56,7 +56,7 @@ def train_other_experiment(config: ExperimentConfig, folder: Path, seed: int, pr
         logger=logger,
     )
     # comparisons read what `AgentPolicy` has: a controller, the start, the ranges of the controls
-    entries = compare_on_held_out_tasks(scenarios[0], cast(Policy, policy), config, seed, progress, journal)
+    entries = compare_on_held_out_tasks(scenarios[0], cast(Policy, policy), config, seed, progress, run.options)
     result = result_of(config, entries, evaluations, journal.elapsed_s()) | {"algorithm": config.agent.algorithm}
     result["shipped_iteration"] = config.ppo.num_iterations
     if config.agent.algorithm == "a2c":

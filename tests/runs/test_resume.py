@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from rlkd.agents.baselines.search import SearchConfig
+from rlkd.agents.policy.controllers import RunOptions
 from rlkd.agents.policy.policy import Policy
 from rlkd.agents.ppo.train import Listeners, PPOConfig, Rollout, train
 from rlkd.configs import ComparisonConfig, ExperimentConfig
@@ -29,6 +30,8 @@ from rlkd.models import StudentConfig
 from rlkd.runs.train import train_experiment
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
+from rlkd.workers import IN_PROCESS, Workers
+from rlkd.workers.processes import ProcessWorkers
 
 EXACT = (
     *(
@@ -168,6 +171,22 @@ def test_stopped_everywhere_it_ends_as_if_it_never_was(small: ExperimentConfig, 
 
 
 @pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_with_another_number_of_workers(
+    small: ExperimentConfig, whole: Path, tmp_path: Path
+) -> None:
+    def part(workers: Workers, progress: Silent) -> None:
+        journal = Journal(tmp_path, (tmp_path / "config.yaml").exists(), small.keep_checkpoints)
+        train_experiment(small, tmp_path, 3, progress, journal, workers)
+
+    stops = [("best constant setting", 3), ("PPO", 14), ("PPO", 3), ("comparison on held-out tasks", 9)]
+    for num_workers, (phase, window) in zip((2, 1, 3, 2), stops, strict=True):
+        with ProcessWorkers(num_workers) as workers, pytest.raises(Stop):
+            part(workers, StopsAt(phase, window))
+    part(IN_PROCESS, Silent())
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.slow
 def test_a_torn_state_is_named_and_the_one_before_it_used(
     caplog: pytest.LogCaptureFixture, small: ExperimentConfig, whole: Path, tmp_path: Path
 ) -> None:
@@ -223,7 +242,7 @@ def test_it_goes_on_where_students_diverged(goal_scenario: Scenario, tmp_path: P
             config,
             5,
             listeners=Listeners(on_window, lambda rollout, logger: rollouts.append(rollout)),
-            journal=Journal(folder, resume),
+            options=RunOptions(journal=Journal(folder, resume)),
         )
         return learned.policy, rollouts
 
@@ -234,7 +253,7 @@ def test_it_goes_on_where_students_diverged(goal_scenario: Scenario, tmp_path: P
             learn(tmp_path / "cut", stop_at, resume=(tmp_path / "cut").exists())
     saved = Journal(tmp_path / "cut", True).pending
     assert saved is not None
-    assert read_all(saved)["students.population0.episodes.window"].tolist() == [0.0] * 6  # all begin together
+    assert read_all(saved)["students.streams"].shape == (1, 6, 6)  # no student is in training
     again, rest = learn(tmp_path / "cut", 10**6)
     assert rest == rollouts[-len(rest) :]
     for name, tensor in policy.weights.items():
