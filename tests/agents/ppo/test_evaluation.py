@@ -7,6 +7,7 @@ import torch
 from samples import some_policy
 from torch import Tensor
 
+from rlkd.agents.policy.controllers import RunOptions
 from rlkd.agents.policy.policy import Policy, unchanged
 from rlkd.agents.ppo.evaluation import FIRST_SEED, Choice, evaluate, from_table
 from rlkd.envs import ControlConfig, Episodes, Scenario
@@ -75,7 +76,7 @@ def test_without_floors_every_goal_is_met(scenario: Scenario) -> None:
 
 def considered(scenarios: tuple[Scenario, ...], biases: dict[int, float], scenario: Scenario) -> Choice:
     first = policy_for(scenario, 0.9)
-    choice = Choice(scenarios, (0, 2, 3), 3, first.weights, on_evaluation=lambda e: None, on_window=lambda n: None)
+    choice = Choice(scenarios, (0, 2, 3), 3, first.weights, on_evaluation=lambda e: None, options=RunOptions())
     for iteration, bias in biases.items():
         choice.consider(policy_for(scenario, bias), iteration)
     return choice

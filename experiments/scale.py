@@ -1,0 +1,451 @@
+"""Measure policy training with 1 and 2 workers, fit a model of its throughput, and compute it for up to 1,024 workers.
+
+    python experiments/scale.py --out docs/results/scale        # writes scale.json and scale.md
+
+Measured, on one machine: (1) policy training without workers, with processes and with Ray, in turns, from one round's end
+to a later one's, so that start-up is left out; (2) processor time of a piece of work by its number of students; (3) sending
+a piece and receiving its arrays; (4) one update of the policy by its number of windows. The model is a round: the main
+process sends pieces one after the other, workers train them, the main process receives them and updates. It is computed
+event by event, with piece times that scatter as measured.
+"""
+
+import argparse
+import heapq
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlkd.agents.policy.controllers import RunOptions
+from rlkd.agents.ppo.rollouts import Actor, Collector, RolloutEnv, collect
+from rlkd.agents.ppo.train import Listeners, PPOConfig, new_agent, task_pool, train
+from rlkd.configs.schema import ExperimentConfig, ScenarioConfig
+from rlkd.data import TaskDistribution
+from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.prepare import Group, train_missing
+from rlkd.envs.scenario import Scenario, build_scenario
+from rlkd.envs.vector import first_streams
+from rlkd.io.files import write_whole
+from rlkd.io.records import write_json
+from rlkd.models import StudentConfig
+from rlkd.students import TrainConfig
+from rlkd.workers import Work, Workers, WorkersConfig, open_workers
+
+WAYS = {
+    "no workers": WorkersConfig(),
+    "processes, 1": WorkersConfig("processes", 1),
+    "processes, 2": WorkersConfig("processes", 2),
+    "Ray, 1": WorkersConfig("ray", 1),
+    "Ray, 2": WorkersConfig("ray", 2),
+}
+CHUNKS = (4, 8, 16, 32, 64)
+ROWS = (1000, 4000, 16000)
+WORKERS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024)
+STUDENTS = (48, 480, 4_800, 48_000)  # of each scenario
+
+
+def job(num_students: int) -> ExperimentConfig:
+    """The first and the third scenario of `configs/default.yaml` with half its windows, without search and comparison."""
+    main = ScenarioConfig(num_windows=6, train=TrainConfig(15, 64))
+    other = ScenarioConfig(
+        dataset="generated:seed=1,classes=6,inputs=36,difficulty=0.1",
+        student=StudentConfig(widths=(24, 24, 24), exits=(1, 2)),
+        num_windows=6,
+        train=TrainConfig(15, 64),
+    )
+    task = TaskDistribution(floor_share=0.7, limit_share=0.3, reference="teacher")
+    ppo = PPOConfig(num_students=num_students, num_tasks=num_students, num_iterations=3, batch_size=256)
+    return ExperimentConfig(scenarios=(main, other), task=task, ppo=ppo, chunk_students=num_students // 2)
+
+
+def timed_training(
+    scenarios: Sequence[Scenario], config: ExperimentConfig, workers: Workers, *, cpu_s: Callable[[], float]
+) -> dict[str, Any]:
+    """Train a policy; return seconds of its rounds after the first, by the clock and by processors, and the policy."""
+    clock, processors = [], []
+
+    def on_rollout(rollout: Any, logger: Any) -> None:
+        clock.append(time.perf_counter())
+        processors.append(cpu_s())
+
+    listeners = Listeners(lambda n: None, on_rollout)
+    options = RunOptions(num_parallel=config.chunk_students, workers=workers)
+    learned = train(scenarios, config.ppo, 3, listeners=listeners, options=options)
+    updates = config.ppo.num_students * sum(s.num_windows * s.train.steps_per_window for s in config.scenarios)
+    rounds = len(clock) - 1
+    weights = b"".join(tensor.numpy().tobytes() for tensor in learned.policy.weights.values())
+    return {
+        "wall_s": (clock[-1] - clock[0]) / rounds,
+        "cpu_s": (processors[-1] - processors[0]) / rounds,
+        "updates_per_s": updates * rounds / (clock[-1] - clock[0]),
+        "weights": weights,
+    }
+
+
+def processor_s() -> float:
+    """Return seconds of processors that this process and all below it have used."""
+    import psutil
+
+    me = psutil.Process()
+    total = 0.0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def measure_training(num_students: int, num_rounds: int) -> dict[str, Any]:
+    """Train with every way in turns."""
+    config = job(num_students)
+    scenarios = [build_scenario(env) for env in config.envs(config.scenarios)]
+    table: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+    weights = set()
+    for number in range(num_rounds):
+        for name in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
+            with open_workers(WAYS[name]) as workers:
+                row = timed_training(scenarios, config, workers, cpu_s=processor_s)
+            weights.add(row.pop("weights"))
+            table[name].append({**row, "load": os.getloadavg()[0]})
+            print(number, name, {k: round(v, 3) for k, v in table[name][-1].items()}, flush=True)
+
+    def ratio(way: str, base: str, what: str) -> dict[str, Any]:
+        pairs = [b[what] / a[what] for a, b in zip(table[way], table[base], strict=True)]
+        return {"median": statistics.median(pairs), "all": pairs}
+
+    return {
+        "num_students": num_students,
+        "num_scenarios": len(scenarios),
+        "num_windows": config.scenarios[0].num_windows,
+        "rounds": table,
+        "same_policy": len(weights) == 1,
+        "speedup_by_clock": {
+            "processes, 2 over 1": ratio("processes, 2", "processes, 1", "wall_s"),
+            "Ray, 2 over 1": ratio("Ray, 2", "Ray, 1", "wall_s"),
+        },
+        "relative_time_by_clock": {
+            f"{way} to no workers": ratio("no workers", way, "wall_s") for way in ("processes, 1", "Ray, 1")
+        },
+        "relative_processor_time": {
+            f"{way} to no workers": ratio("no workers", way, "cpu_s")
+            for way in ("processes, 1", "processes, 2", "Ray, 1", "Ray, 2")
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the model is made of, in seconds."""
+
+    piece_fixed_s: float  # of a piece of work, whatever its size
+    piece_student_s: float  # for every student of it
+    piece_scatter: float  # standard deviation of the log of a piece's time, between repetitions
+    send_s: float  # of the main process for each piece
+    receive_fixed_s: float  # of the main process for each piece
+    receive_student_s: float  # for every student
+    worker_s: float  # from sending to beginning and from end to arrival, not of the main process
+    update_fixed_s: float
+    update_window_s: float  # of an update, for every window of the rollout
+
+
+def measure_costs(num_repeats: int) -> tuple[Costs, dict[str, Any]]:
+    """Measure pieces, transfers and updates in this process by processor time, transfers by the clock of idle pipes."""
+    config = job(64)
+    scenario = build_scenario(config.envs(config.scenarios)[0])
+    pool = task_pool(3, 0, 64)
+    train_missing([Group(scenario, pool, scenario.config.task)])
+    mean, deviation = np.zeros(len(OBSERVATIONS), np.float32), np.ones(len(OBSERVATIONS), np.float32)
+    collector = Collector(scenario, pool, mean, deviation)
+    env = RolloutEnv([collector], 64, 3, chunk_students=64, on_window=lambda n: None)
+    agent = new_agent(env, config.ppo, env.num_steps, 0)
+    actor = Actor.of(agent.policy)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    pieces: dict[int, list[float]] = {}
+    for n in CHUNKS:
+        noise, streams = torch.randn(6, n, 12, generator=generator), first_streams(5, n)
+        collect(collector, actor, streams, noise, on_window=lambda k: None)  # warm
+        pieces[n] = []
+        for _ in range(num_repeats):
+            began_s = time.process_time()
+            collect(collector, actor, streams, noise, on_window=lambda k: None)
+            pieces[n].append(time.process_time() - began_s)
+    slope, fixed = np.polyfit(CHUNKS, [statistics.median(pieces[n]) for n in CHUNKS], 1)
+    scatter = statistics.mean(float(np.std(np.log(times), ddof=1)) for times in pieces.values())
+    updates = _measure_updates(num_repeats)
+    per_window, update_fixed = np.polyfit(ROWS, [updates[n] for n in ROWS], 1)
+    transfers = {kind: _measure_transfer(kind, num_repeats) for kind in ("processes", "ray")}
+    slowest = transfers["ray"]
+    costs = Costs(
+        piece_fixed_s=max(0.0, float(fixed)),
+        piece_student_s=float(slope),
+        piece_scatter=scatter,
+        send_s=slowest["send_s"],
+        receive_fixed_s=slowest["receive_fixed_s"],
+        receive_student_s=slowest["receive_student_s"],
+        worker_s=slowest["worker_s"],
+        update_fixed_s=max(0.0, float(update_fixed)),
+        update_window_s=float(per_window),
+    )
+    return costs, {"pieces_s": pieces, "updates_s": updates, "transfers": transfers}
+
+
+def _measure_updates(num_repeats: int) -> dict[int, float]:
+    """Processor seconds of one update of the policy, by the windows of its rollout."""
+    found = {}
+    for rows in ROWS:
+        students = rows // 10
+        scenario = build_scenario(replace(job(64).envs(job(64).scenarios)[0], num_windows=10))
+        collector = Collector(scenario, [0], np.zeros(len(OBSERVATIONS)), np.ones(len(OBSERVATIONS)))
+        env = RolloutEnv([collector], students, 0, chunk_students=students, on_window=lambda n: None)
+        agent = new_agent(env, replace(PPOConfig(), num_students=students, batch_size=512), 10, 0)
+        agent._setup_learn(rows)
+        buffer = agent.rollout_buffer
+        buffer.reset()
+        generator = np.random.default_rng(0)
+        for _ in range(10):
+            seen = generator.normal(size=(students, len(OBSERVATIONS))).astype(np.float32)
+            actions = generator.normal(size=(students, 12)).astype(np.float32)
+            rewards = generator.normal(size=students).astype(np.float32)
+            values, log_probs = torch.zeros(students), torch.full((students,), -10.0)
+            buffer.add(seen, actions, rewards, np.zeros(students), values, log_probs)
+        buffer.compute_returns_and_advantage(torch.zeros(students, 1), np.ones(students))
+        times = []
+        for _ in range(max(2, num_repeats // 2)):
+            began_s = time.process_time()
+            agent.train()
+            times.append(time.process_time() - began_s)
+        found[rows] = statistics.median(times)
+    return found
+
+
+def _answer(num_students: int, on_window: Callable[[int], object]) -> list[Any]:
+    """Arrays of the size of an episode of 6 windows, at once."""
+    sizes = (len(OBSERVATIONS), 12, 1, 1, 1, 1, 12)
+    arrays = [np.zeros((6, num_students, size), dtype=np.float32) for size in sizes]
+    infos = [{"student": {f"metric_{i}": 0.5 for i in range(20)}, "episode": {"r": 1.0}} for _ in range(num_students)]
+    return [arrays, infos]
+
+
+def _measure_transfer(kind: str, num_repeats: int) -> dict[str, float]:
+    """Seconds of the main process for a piece whose work takes no time, and of a whole round trip."""
+    payload = torch.zeros(6, 64, 12), [torch.zeros(64, 64) for _ in range(4)]
+
+    def work(rest: Any, num_students: int, on_window: Callable[[int], object]) -> Any:
+        return _answer(num_students, on_window)
+
+    with open_workers(WorkersConfig(kind, 1)) as workers:
+        list(workers.run([Work((0,), work, (payload, 4), 4, 1)]))
+        main_s, trip_s = {}, {}
+        for n in (4, 64):
+            trips, mains = [], []
+            for _ in range(num_repeats):
+                began_s, began_cpu_s = time.perf_counter(), time.process_time()
+                list(workers.run([Work((i,), work, (payload, n), n, 1) for i in range(8)]))
+                trips.append((time.perf_counter() - began_s) / 8)
+                mains.append((time.process_time() - began_cpu_s) / 8)
+            main_s[n], trip_s[n] = statistics.median(mains), min(trips)
+    per_student = max(0.0, (main_s[64] - main_s[4]) / 60)
+    fixed = max(0.0, main_s[4] - 4 * per_student)
+    return {
+        "send_s": fixed / 2,
+        "receive_fixed_s": fixed / 2,
+        "receive_student_s": per_student,
+        "worker_s": max(0.0, trip_s[4] - main_s[4]),
+        "round_trip_s": trip_s[4],
+    }
+
+
+def round_s(
+    costs: Costs,
+    num_workers: int,
+    num_students: int,
+    chunk: int,
+    *,
+    num_scenarios: int,
+    num_windows: int,
+    seed: int = 0,
+) -> float:
+    """Seconds of one round by the model: send, train, receive as they end, update.
+
+    Args:
+        costs: measured for pieces of 6 windows; longer episodes take in proportion.
+        num_workers: that take the next piece when they are free.
+        num_students: of every scenario.
+        chunk: most students of a piece.
+        num_scenarios: of the round.
+        num_windows: of an episode.
+        seed: of the scatter.
+    """
+    r = np.random.default_rng(seed)
+    num_chunks = -(-num_students // chunk)
+    students = num_students / num_chunks
+    count = num_chunks * num_scenarios
+    piece = (costs.piece_fixed_s + costs.piece_student_s * students) * num_windows / 6
+    receive = costs.receive_fixed_s + costs.receive_student_s * students * num_windows / 6
+    times = piece * np.exp(costs.piece_scatter * r.standard_normal(count))
+    main_free, begun = 0.0, 0
+    ends: list[float] = []  # when pieces at work will have arrived
+    while begun < min(count, num_workers):
+        main_free += costs.send_s
+        heapq.heappush(ends, main_free + costs.worker_s + times[begun])
+        begun += 1
+    while ends:
+        main_free = max(main_free, heapq.heappop(ends)) + receive
+        if begun < count:
+            main_free += costs.send_s
+            heapq.heappush(ends, main_free + costs.worker_s + times[begun])
+            begun += 1
+    return main_free + costs.update_fixed_s + costs.update_window_s * num_students * num_scenarios * num_windows
+
+
+def table_of(costs: Costs, num_scenarios: int, num_windows: int) -> list[dict[str, Any]]:
+    """Return a row for each number of workers and students, with the chunk that is best for it."""
+    rows = []
+    for students in STUDENTS:
+        chunks = sorted({max(1, math.ceil(students / k)) for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)})
+        chunks = [chunk for chunk in chunks if chunk <= 128]
+
+        def best(num_workers: int, students: int = students, chunks: Sequence[int] = chunks) -> tuple[float, int]:
+            return min(
+                (round_s(costs, num_workers, students, c, num_scenarios=num_scenarios, num_windows=num_windows), c)
+                for c in chunks
+            )
+
+        one, _ = best(1)
+        update = costs.update_fixed_s + costs.update_window_s * students * num_scenarios * num_windows
+        for num_workers in WORKERS:
+            seconds, chunk = best(num_workers)
+            rows.append(
+                {
+                    "num_workers": num_workers,
+                    "num_students": students,
+                    "chunk_students": chunk,
+                    "round_s": seconds,
+                    "trainings_per_s": students * num_scenarios / seconds,
+                    "speedup": one / seconds,
+                    "efficiency": one / seconds / num_workers,
+                    "update_share": update / seconds,
+                }
+            )
+    return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    t, costs, rows = result["training"], result["costs"], result["table"]
+    lines = ["# Many workers", "", "## Measured: policy training with 1 and 2 workers", ""]
+    lines += ["| way | updates/s by the clock, each round | processor seconds of a round | load |", "|---|---|---|---|"]
+    for name, found in t["rounds"].items():
+        speeds = ", ".join(f"{row['updates_per_s']:,.0f}" for row in found)
+        used = ", ".join(f"{row['cpu_s']:.2f}" for row in found)
+        load = ", ".join(f"{row['load']:.1f}" for row in found)
+        lines.append(f"| {name} | {speeds} | {used} | {load} |")
+    lines += ["", f"All end with the same policy: {'yes' if t['same_policy'] else 'NO'}.", ""]
+    lines += ["| ratio of paired rounds | median | each |", "|---|---|---|"]
+    for title, group in (
+        ("speed-up by the clock", t["speedup_by_clock"]),
+        ("time by the clock", t["relative_time_by_clock"]),
+        ("processor time", t["relative_processor_time"]),
+    ):
+        for name, row in group.items():
+            lines.append(f"| {title}: {name} | {row['median']:.2f} | {', '.join(f'{v:.2f}' for v in row['all'])} |")
+    lines += ["", result["note"], "", "## Model", ""]
+    lines += [
+        "A round is sent piece by piece by the main process, trained by workers that take the next piece when they are free, "
+        "received piece by piece, and followed by an update in the main process. Each number is measured on this machine:",
+        "",
+        "| cost | seconds |",
+        "|---|---|",
+        *(f"| {name} | {value:.3g} |" for name, value in costs.items()),
+        "",
+        f"By the model 2 workers are {result['predicted_speedup']:.2f} times as fast as 1 on idle processors.",
+        "",
+        f"## Computed: {t['num_scenarios']} scenarios, episodes of 12 windows",
+        "",
+        "Students are those of each scenario; the chunk is the best one for the number of workers.",
+        "",
+        "| workers | students | chunk | seconds a round | trainings/s | speed-up | efficiency | share of the update |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {r['num_workers']:,} | {r['num_students']:,} | {r['chunk_students']} | {r['round_s']:.2f} | "
+            f"{r['trainings_per_s']:,.0f} | {r['speedup']:.1f} | {r['efficiency']:.2f} | {r['update_share']:.2f} |"
+            for r in rows
+            if r["num_workers"] >= 8
+        ),
+        "",
+        result["reading"],
+        "",
+        "Assumptions: every worker is as fast as this machine's, with a processor of its own; the network moves a piece's arrays "
+        "as fast as Ray's object store here; no worker is lost (a loss costs at most one piece time more in its round); times "
+        "of pieces scatter log-normally as those measured here; evaluations and the search are left out; the main process "
+        "receives one piece at a time.",
+        "",
+        f"Command: `{result['command']}`, {result['date']} ({result['machine']}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def reading_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Say from which number of workers on a batch keeps them less than half busy, and what ends the speed-up."""
+    found = []
+    for students in STUDENTS:
+        mine = [r for r in rows if r["num_students"] == students]
+        good = [r for r in mine if r["efficiency"] >= 0.5]
+        most = max(mine, key=lambda r: r["speedup"])
+        found.append(
+            f"- {students:,} students a scenario keep up to {max(r['num_workers'] for r in good):,} workers at least half busy; "
+            f"the greatest speed-up is {most['speedup']:.0f}, with {most['num_workers']:,} workers, where the update takes "
+            f"{100 * most['update_share']:.0f} % of a round."
+        )
+    return "Where the barrier at the end of each round hurts:\n\n" + "\n".join(found)
+
+
+def main() -> int:
+    """Measure, fit, compute, write; 0 if all ways end with the same policy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/scale"), help="without ending")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of every way")
+    parser.add_argument("--students", type=int, default=32, help="of every scenario")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of every cost")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    training = measure_training(given.students, given.rounds)
+    costs, raw = measure_costs(given.repeats)
+    rows = table_of(costs, training["num_scenarios"], 12)
+    measured = {"num_scenarios": training["num_scenarios"], "num_windows": training["num_windows"]}
+    one, two = (round_s(costs, n, given.students, given.students // 2, **measured) for n in (1, 2))
+    load = max(row["load"] for found in training["rounds"].values() for row in found)
+    note = f"Other work ran on the machine: load up to {load:.1f} on {os.cpu_count()} processors. Read the ratios."
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {torch.__version__}",
+        "training": training,
+        "costs": asdict(costs),
+        "measured_costs": raw,
+        "predicted_speedup": one / two,
+        "table": rows,
+        "reading": reading_of(rows),
+        "note": note,
+    }
+    write_json(given.out.with_suffix(".json"), json.loads(json.dumps(result)))
+    write_whole(given.out.with_suffix(".md"), page(result))
+    print(page(result))
+    return int(not training["same_policy"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
