@@ -20,6 +20,7 @@ from rlkd.envs import OBSERVATIONS, DistillationVectorEnv, Scenario
 from rlkd.envs.prepare import Group, train_missing
 from rlkd.envs.references import References
 from rlkd.envs.sb3 import SB3VecEnv
+from rlkd.workers import WorkersConfig, open_workers
 from rlkd.workers.processes import ProcessWorkers
 
 SIZES = {"num_students": 6, "num_tasks": 6, "batch_size": 8, "num_epochs": 1, "hidden": 8, "num_evaluation_tasks": 3}
@@ -148,6 +149,21 @@ def test_the_policy_does_not_depend_on_the_workers(
     assert alone[0].evaluations == other[0].evaluations
     assert [asdict(r) for r in alone[1]] == [asdict(r) for r in other[1]]
     assert alone[2] == other[2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and files to its own shutdown
+def test_nor_on_ray(
+    goal_scenario: Scenario, other_scenario: Scenario, alone: tuple[Learned, list[Rollout], int]
+) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'rlkd[ray]'")
+    with open_workers(WorkersConfig("ray", 2)) as workers:
+        options = RunOptions(num_parallel=3, workers=workers)
+        other = learned([goal_scenario, other_scenario], [other_scenario], options)
+    for name, tensor in alone[0].policy.weights.items():
+        assert torch.equal(tensor, other[0].policy.weights[name]), name
+    assert alone[0].evaluations == other[0].evaluations
+    assert [asdict(r) for r in alone[1]] == [asdict(r) for r in other[1]]
 
 
 def test_students_are_split_evenly_into_chunks(collectors: list[Collector]) -> None:
