@@ -158,6 +158,10 @@ def harness(num_runs: int, kind: str, seed: int, work: Path, show: Callable[[str
     """Kill one worker in each of `num_runs` runs that have one to kill."""
     r, runs = random.Random(seed), list[Killed]()
     os.environ["RLKD_CACHE"] = str(work / "cache")
+    if kind == "ray":  # one cluster for all runs: it takes seconds to start
+        import ray
+
+        ray.init(num_cpus=NUM_WORKERS, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     (work / "whole").mkdir()
     train_experiment(job(), work / "whole", 0, Quiet())
     counter = Redone()
