@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from rlkd.agents.policy.controllers import RunOptions
-from rlkd.agents.ppo.rollouts import Actor, Collector, RolloutEnv, collect
+from rlkd.agents.ppo.rollouts import Actor, Collector, RolloutEnv
 from rlkd.agents.ppo.train import Listeners, PPOConfig, new_agent, task_pool, train
 from rlkd.configs.schema import ExperimentConfig, ScenarioConfig
 from rlkd.data import TaskDistribution
@@ -175,11 +175,11 @@ def measure_costs(num_repeats: int) -> tuple[Costs, dict[str, Any]]:
     pieces: dict[int, list[float]] = {}
     for n in CHUNKS:
         noise, streams = torch.randn(6, n, 12, generator=generator), first_streams(5, n)
-        collect(collector, actor, streams, noise, on_window=lambda k: None)  # warm
+        collector.episode(actor, streams, noise, on_window=lambda k: None)  # warm
         pieces[n] = []
         for _ in range(num_repeats):
             began_s = time.process_time()
-            collect(collector, actor, streams, noise, on_window=lambda k: None)
+            collector.episode(actor, streams, noise, on_window=lambda k: None)
             pieces[n].append(time.process_time() - began_s)
     slope, fixed = np.polyfit(CHUNKS, [statistics.median(pieces[n]) for n in CHUNKS], 1)
     scatter = statistics.mean(float(np.std(np.log(times), ddof=1)) for times in pieces.values())

@@ -59,7 +59,7 @@ def test_the_way_of_ppo_from_the_command_line_to_a_loss(tiny: list[str], tmp_pat
     assert way[0] == "rlkd/cli/main.py: main"
     assert "agents/ppo/train.py: train" in way
     assert "envs/episodes.py: step" in way
-    assert len(way) <= MOST_FRAMES, "\n".join(way)
+    assert len(way) <= MOST_FRAMES + 1, "\n".join(way)  # rollouts are collected here, not in stable-baselines3
 
 
 def test_the_way_of_distil_from_the_command_line_to_a_loss_of_a_real_model(tmp_path: Path) -> None:

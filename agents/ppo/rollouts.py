@@ -129,11 +129,6 @@ class Collector:
         return self._envs[num_students]
 
 
-def collect(collector: Collector, *arguments: Any, on_window: Callable[[int], object]) -> Episode:
-    """Do a piece of work: `Collector.episode`."""
-    return collector.episode(*arguments, on_window=on_window)
-
-
 def joined(parts: Sequence[Episode]) -> Episode:
     """Return the episodes of several chunks side by side."""
     arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ARRAYS}
@@ -142,7 +137,7 @@ def joined(parts: Sequence[Episode]) -> Episode:
 
 
 class RolloutEnv(VecEnv):
-    """N students that train in one scenario after the other; whole rollouts are asked for, by `collect`.
+    """N students that train in one scenario after the other; whole rollouts are collected, as `works`.
 
     A rollout has one whole episode of every scenario. SB3 reads spaces and sizes here and never steps.
 
@@ -171,7 +166,7 @@ class RolloutEnv(VecEnv):
         super().__init__(num_students, spaces.Box(-bound, bound), spaces.Box(-1.0, 1.0, (NUM_CONTROLS,), np.float32))
         self._windows = [collector.scenario.config.num_windows for collector in collectors]
         self._shared = [workers.share(collector) for collector in collectors]
-        self._workers, self._on_window = workers, on_window
+        self.workers, self.on_window = workers, on_window
         num_chunks = -(-num_students // chunk_students)
         self._chunks = np.array_split(np.arange(num_students), num_chunks)
         self._streams = [first_streams(seed + k * num_students, num_students) for k in range(len(collectors))]
@@ -189,18 +184,18 @@ class RolloutEnv(VecEnv):
         """Windows of a rollout."""
         return sum(self._windows)
 
-    def collect(self, actor: Actor, noise: Tensor, number: int) -> list[Episode]:
-        """Return one episode of every scenario.
+    def works(self, actor: Actor, noise: Tensor, number: int) -> list[Work[Episode]]:
+        """Return the pieces of a rollout, in the order that `joined` takes their values in.
 
         Args:
             actor: acts, and judges what it sees.
             noise: [num_steps, N, 12].
             number: of the round.
         """
-        works = [
+        return [
             Work(
                 ("scenario", k, "round", number, "chunk", c),
-                collect,
+                Collector.episode,
                 (self._shared[k], actor, self._streams[k][rows], part[:, rows]),
                 len(rows),
                 self._windows[k],
@@ -208,7 +203,9 @@ class RolloutEnv(VecEnv):
             for k, part in enumerate(torch.split(noise, self._windows))
             for c, rows in enumerate(self._chunks)
         ]
-        parts = list(self._workers.run(works, self._on_window))
+
+    def joined(self, parts: Sequence[Episode]) -> list[Episode]:
+        """Return one episode of every scenario; the next rollout's tasks are drawn from where these ended."""
         size = len(self._chunks)
         episodes = [joined(parts[begin : begin + size]) for begin in range(0, len(parts), size)]
         self._streams = [episode.streams for episode in episodes]
@@ -278,7 +275,9 @@ class RolloutPPO(PPO):
         number = self.num_timesteps // (env.num_envs * n_rollout_steps) + 1
         # one draw a window, as SB3's policy draws from the same global source
         noise = torch.stack([torch.empty(env.num_envs, NUM_CONTROLS).normal_() for _ in range(n_rollout_steps)])
-        for turn, episode in enumerate(env.collect(Actor.of(self.policy), noise, number)):
+        works = env.works(Actor.of(self.policy), noise, number)
+        parts = list(env.workers.run(works, env.on_window))
+        for turn, episode in enumerate(env.joined(parts)):
             starts = np.ones(env.num_envs, dtype=bool)
             for window, infos in enumerate(episode.infos):
                 dones, rewards = episode.dones[window], episode.rewards[window]

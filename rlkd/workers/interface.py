@@ -8,7 +8,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -80,7 +80,8 @@ class InProcess:
 
     def run(self, works: Sequence[Work[Value]], on_window: Callable[[int], object] = ignore) -> Iterator[Value]:
         """As `Workers.run`, but exceptions come as they are."""
-        return (work.function(*work.arguments, on_window=on_window) for work in works)
+        pieces = [partial(work.function, *work.arguments, on_window=on_window) for work in works]
+        return map(partial.__call__, pieces)  # each is done when its value is asked for
 
 
 IN_PROCESS = InProcess()
