@@ -3,9 +3,9 @@
     python experiments/lost_workers.py --runs 20 --workers processes     # one line a run
     python experiments/lost_workers.py --runs 20 --workers ray --write docs/results/lost_workers.md
 
-A run is `rlkd train` in small, every phase of it, with two workers. The kill is SIGKILL to one of the two, chosen at
-random, at a moment that is uniform over the time that an undisturbed run with workers takes. The undisturbed run that all
-are compared with has no workers.
+A run is the search of the start and the policy training of `rlkd train` in small, with references, rollouts and evaluations,
+by two workers. The kill is SIGKILL to one of the two, chosen at random, at a moment that is uniform over the time that an
+undisturbed run with workers takes. All are compared with an undisturbed run without workers.
 """
 
 import argparse
@@ -16,89 +16,99 @@ import platform
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from crash import EXACT, without_clocks
 
-from rlkd.agents.baselines.search import SearchConfig
-from rlkd.agents.ppo.train import PPOConfig
-from rlkd.configs import ComparisonConfig, ExperimentConfig
+from rlkd.agents.baselines.search import SearchConfig, search_setting
+from rlkd.agents.policy.controllers import RunOptions
+from rlkd.agents.policy.policy import Policy
+from rlkd.agents.ppo.train import Listeners, PPOConfig, Rollout, train
+from rlkd.configs import ExperimentConfig
 from rlkd.configs.schema import ScenarioConfig
+from rlkd.envs.references import References
+from rlkd.envs.scenario import Scenario, build_scenario
 from rlkd.io.files import write_whole
 from rlkd.models import StudentConfig
-from rlkd.runs.train import train_experiment
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
-from rlkd.workers import Workers, WorkersConfig, open_workers
+from rlkd.workers import IN_PROCESS, Workers, WorkersConfig, open_workers
 
 NUM_WORKERS = 2
-
-
-class Quiet:
-    """Reports the phase of a run to nobody but the harness."""
-
-    def __init__(self) -> None:
-        self.now = "start"
-
-    def phase(self, name: str, num_trainings: int, num_windows: int) -> None:
-        """Keep the name."""
-        self.now = name
-
-    def advance(self, num_students: int) -> None:
-        """Show nothing."""
-
-    def figures(self, **values: float) -> None:
-        """Show nothing."""
 
 
 @dataclass(frozen=True)
 class Killed:
     """One run."""
 
-    phase: str  # in which the worker was killed
-    is_hit: bool  # whether there was a worker to kill
+    part: str  # in which the worker was killed
     redone: int  # pieces of work that were lost and done again, as far as the main process knows
-    differs: tuple[str, ...]
+    is_same: bool  # whether it ended with the bytes of the undisturbed run
 
 
 def job() -> ExperimentConfig:
-    """Every phase in seconds: two scenarios, two chunks each."""
+    """Two scenarios in seconds, two chunks each."""
     main = ScenarioConfig(
-        num_windows=3, teacher=TeacherConfig(num_samples=(40, 897), num_steps=60), train=TrainConfig(4, 16)
+        num_windows=3, teacher=TeacherConfig(num_samples=(40, 897), num_steps=60), train=TrainConfig(3, 16)
     )
-    other = ScenarioConfig(
-        dataset="generated:classes=4,inputs=6",
-        num_windows=3,
-        warm_windows=1,
-        student=StudentConfig(widths=(8, 8)),
-        teacher=TeacherConfig(num_samples=(40, 0), num_steps=60),
-        train=TrainConfig(4, 16),
+    other = replace(
+        main, dataset="generated:classes=4,inputs=6", warm_windows=1, student=StudentConfig(widths=(8, 8), exits=(1,))
     )
     return ExperimentConfig(
         scenarios=(main, other),
-        validation=(ScenarioConfig(**{**vars(main), "student": StudentConfig(widths=(12, 8))}),),
+        validation=(replace(main, num_windows=2),),
         search=SearchConfig(5, 4, 2, 4),
         ppo=PPOConfig(
-            num_students=8,
+            num_students=6,
             num_tasks=6,
             num_iterations=4,
-            batch_size=16,
+            batch_size=18,
             num_epochs=2,
             hidden=16,
             evaluate_every=2,
             num_evaluation_tasks=4,
         ),
-        comparison=ComparisonConfig(4, (0.98,)),
-        chunk_students=4,
+        chunk_students=3,
     )
+
+
+def trained(
+    scenarios: Sequence[Scenario], validation: Sequence[Scenario], workers: Workers, at: Callable[[str], object]
+) -> bytes:
+    """Return start, metrics of every rollout, evaluations and last policy of one run, as bytes.
+
+    Args:
+        scenarios: whose references are trained anew.
+        validation: likewise.
+        workers: of the run.
+        at: called with the part that begins.
+    """
+    config = job()
+    groups = [[replace(s, known=References()) for s in group] for group in (scenarios, validation)]
+    options = RunOptions(num_parallel=config.chunk_students, workers=workers)
+    at("search")
+    start = search_setting(groups[0], config.search, torch.Generator().manual_seed(1), options=options)
+    groups = [[replace(s, start=start) for s in group] for group in groups]
+    rows: list[Any] = []
+    policies: list[Callable[[], Policy]] = []
+
+    def on_rollout(rollout: Rollout, logger: Any) -> None:
+        rows.append(asdict(rollout))
+        at(f"after rollout {rollout.iteration}")
+
+    listeners = Listeners(lambda n: None, on_rollout, lambda e: rows.append(asdict(e)), policies.append)
+    at("policy training, before its first rollout ended")
+    train(groups[0], config.ppo, 2, listeners=listeners, validation=groups[1], options=options)
+    weights = policies[0]().weights
+    tensors = b"".join(tensor.numpy().tobytes() for tensor in (start, *weights.values()))
+    return tensors + json.dumps(rows).encode()
 
 
 def pids_of(kind: str, workers: Workers) -> list[int]:
@@ -109,10 +119,9 @@ def pids_of(kind: str, workers: Workers) -> list[int]:
     return [child.pid for child in children if child.name().startswith("ray::") and "_do" in child.name()]
 
 
-def killed_run(folder: Path, kind: str, wait_s: float, r: random.Random) -> tuple[Quiet, str, bool]:
-    """Run the job; kill a worker after `wait_s` of the run, or as soon after that as one works."""
-    progress, ended = Quiet(), threading.Event()
-    seen: list[str] = []
+def killed_run(run: Callable[..., bytes], kind: str, wait_s: float, r: random.Random) -> tuple[bytes, str]:
+    """Return the bytes of a run, and the part in which a worker was killed, after `wait_s` or as soon as one works."""
+    ended, parts, killed = threading.Event(), ["start"], list[str]()
 
     def kill(workers: Workers) -> None:
         if ended.wait(wait_s):
@@ -120,7 +129,7 @@ def killed_run(folder: Path, kind: str, wait_s: float, r: random.Random) -> tupl
         while not ended.is_set():
             pids = pids_of(kind, workers)
             if pids:
-                seen.append(progress.now)
+                killed.append(parts[-1])
                 os.kill(r.choice(pids), signal.SIGKILL)
                 return
             time.sleep(0.002)
@@ -128,20 +137,12 @@ def killed_run(folder: Path, kind: str, wait_s: float, r: random.Random) -> tupl
     with open_workers(WorkersConfig(kind, NUM_WORKERS)) as workers:
         thread = threading.Thread(target=kill, args=(workers,))
         thread.start()
-        folder.mkdir()
         try:
-            train_experiment(job(), folder, 0, progress, workers=workers)
+            found = run(workers, parts.append)
         finally:
             ended.set()
             thread.join()
-    return progress, seen[0] if seen else "", bool(seen)
-
-
-def differing(folder: Path, whole: Path) -> tuple[str, ...]:
-    """Names of the files that differ."""
-    exact = [name for name in (*EXACT, "config.yaml") if (folder / name).read_bytes() != (whole / name).read_bytes()]
-    results: list[Any] = [without_clocks(json.loads((f / "result.json").read_text())) for f in (folder, whole)]
-    return (*exact, *["result.json"] * (results[0] != results[1]))
+    return found, "".join(killed)
 
 
 class Redone(logging.Handler):
@@ -154,37 +155,31 @@ class Redone(logging.Handler):
         self.count += "a worker is lost" in record.getMessage()
 
 
-def harness(num_runs: int, kind: str, seed: int, work: Path, show: Callable[[str], object]) -> list[Killed]:
+def harness(num_runs: int, kind: str, seed: int, show: Callable[[str], object]) -> list[Killed]:
     """Kill one worker in each of `num_runs` runs that have one to kill."""
-    r, runs = random.Random(seed), list[Killed]()
-    os.environ["RLKD_CACHE"] = str(work / "cache")
+    config = job()
+    scenarios, validation = (
+        [build_scenario(env) for env in config.envs(group)] for group in (config.scenarios, config.validation)
+    )
     if kind == "ray":  # one cluster for all runs: it takes seconds to start
         import ray
 
         ray.init(num_cpus=NUM_WORKERS, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    (work / "whole").mkdir()
-    train_experiment(job(), work / "whole", 0, Quiet())
-    counter = Redone()
-    logging.getLogger("rlkd.workers.processes").addHandler(counter)
-    profiles = list((work / "whole").glob("cost_profile*.json"))
-    began_s = time.perf_counter()
+    run = partial(trained, scenarios, validation)
+    whole = run(IN_PROCESS, lambda part: None)
     with open_workers(WorkersConfig(kind, NUM_WORKERS)) as workers:
-        (work / "timed").mkdir()
-        train_experiment(job(), work / "timed", 0, Quiet(), workers=workers)
-    duration_s = time.perf_counter() - began_s
-    assert profiles
-    assert not differing(work / "timed", work / "whole"), differing(work / "timed", work / "whole")
-    number = 0
+        run(workers, lambda part: None)  # warm
+        began_s = time.perf_counter()
+        assert run(workers, lambda part: None) == whole, "workers alone change the bytes"
+        duration_s = time.perf_counter() - began_s
+    r, runs, counter = random.Random(seed), list[Killed](), Redone()
+    logging.getLogger("rlkd.workers.processes").addHandler(counter)
     while len(runs) < num_runs:
-        number += 1
-        folder, before = work / f"run{number}", counter.count
-        _, phase, is_hit = killed_run(folder, kind, r.uniform(0, 0.9 * duration_s), r)
-        run = Killed(phase, is_hit, counter.count - before, differing(folder, work / "whole"))
-        if run.is_hit:  # else the run was over before its kill and does not count
-            runs.append(run)
-            show(
-                f"run {len(runs)}: killed in {run.phase}; redone {run.redone}: {', '.join(run.differs) or 'the same end'}"
-            )
+        before = counter.count
+        found, part = killed_run(run, kind, r.uniform(0, 0.95 * duration_s), r)
+        if part:  # else the run was over before its kill and does not count
+            runs.append(Killed(part, counter.count - before, found == whole))
+            show(f"{kind} {len(runs)}: killed in: {part}; redone {runs[-1].redone}; same end: {runs[-1].is_same}")
     return runs
 
 
@@ -192,15 +187,14 @@ def page(tables: dict[str, list[Killed]], command: str, wall_s: float) -> str:
     """Return the results as Markdown."""
     text = "# Lost workers\n\n"
     for kind, runs in tables.items():
-        same = sum(not run.differs for run in runs)
-        phases = sorted({run.phase for run in runs})
+        same = sum(run.is_same for run in runs)
+        parts = sorted({run.part for run in runs})
         text += (
-            f"`--workers {kind}`: {len(runs)} runs of `rlkd train`, in each of which one of {NUM_WORKERS} workers was killed by "
-            f"SIGKILL at a random moment: {same} of {len(runs)} ended with the bytes of an undisturbed run without workers "
-            "(policy, `metrics.jsonl`, `evaluations.jsonl`, student, `result.json` less what a clock read).\n\n"
-            "| phase | kills |\n|---|---|\n"
+            f"`--workers {kind}`: {len(runs)} runs, in each of which one of {NUM_WORKERS} workers was killed by SIGKILL at a "
+            f"random moment: {same} of {len(runs)} ended with the bytes of an undisturbed run without workers (start, metrics "
+            "of all rollouts, evaluations, last policy).\n\n| part of the run | kills |\n|---|---|\n"
         )
-        text += "".join(f"| {p} | {sum(run.phase == p for run in runs)} |\n" for p in phases) + "\n"
+        text += "".join(f"| {part} | {sum(run.part == part for run in runs)} |\n" for part in parts) + "\n"
         if kind == "processes":
             busy = sum(run.redone > 0 for run in runs)
             text += f"In {busy} of the runs the killed worker had a piece of work, which was done again.\n\n"
@@ -220,14 +214,13 @@ def main() -> int:
     began_s = time.perf_counter()
     tables = {}
     for kind in given.workers.split(","):
-        with tempfile.TemporaryDirectory() as work:
-            tables[kind] = harness(given.runs, kind, given.seed, Path(work), lambda line: print(line, flush=True))
+        tables[kind] = harness(given.runs, kind, given.seed, lambda line: print(line, flush=True))
     command = f"python experiments/lost_workers.py --runs {given.runs} --workers {given.workers} --seed {given.seed}"
     text = page(tables, command, time.perf_counter() - began_s)
     print(text)
     if given.write:
         write_whole(given.write, text)
-    return int(any(run.differs for runs in tables.values() for run in runs))
+    return int(not all(run.is_same for runs in tables.values() for run in runs))
 
 
 if __name__ == "__main__":
