@@ -3,7 +3,7 @@
     python experiments/scale.py --out docs/results/scale        # writes scale.json and scale.md
 
 Measured, on one machine: (1) policy training without workers, with processes and with Ray, in turns, from one round's end
-to a later one's, so that start-up is left out; (2) processor time of a piece of work by its number of students; (3) sending
+to a later one's, so that start-up is left out, by the clock and by processor time; (2) processor time of a piece of work by its number of students; (3) sending
 a piece and receiving its arrays; (4) one update of the policy by its number of windows. The model is a round: the main
 process sends pieces one after the other, workers train them, the main process receives them and updates. It is computed
 event by event, with piece times that scatter as measured.
@@ -12,6 +12,7 @@ event by event, with piece times that scatter as measured.
 import argparse
 import heapq
 import json
+import logging
 import math
 import os
 import platform
@@ -19,11 +20,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from rlkd.agents.policy.controllers import RunOptions
@@ -48,99 +51,116 @@ WAYS = {
     "Ray, 1": WorkersConfig("ray", 1),
     "Ray, 2": WorkersConfig("ray", 2),
 }
-CHUNKS = (4, 8, 16, 32, 64)
-ROWS = (1000, 4000, 16000)
+WINDOWS = 4  # of a measured episode
+CHUNKS = (4, 8, 16, 32)
+ROWS = (1000, 4000)
 WORKERS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024)
 STUDENTS = (48, 480, 4_800, 48_000)  # of each scenario
 
 
 def job(num_students: int) -> ExperimentConfig:
-    """The first and the third scenario of `configs/default.yaml` with half its windows, without search and comparison."""
-    main = ScenarioConfig(num_windows=6, train=TrainConfig(15, 64))
+    """Two scenarios of `configs/default.yaml` with shorter episodes, two chunks each, without search and comparison."""
+    main = ScenarioConfig(num_windows=WINDOWS, train=TrainConfig(10, 64))
     other = ScenarioConfig(
         dataset="generated:seed=1,classes=6,inputs=36,difficulty=0.1",
         student=StudentConfig(widths=(24, 24, 24), exits=(1, 2)),
-        num_windows=6,
-        train=TrainConfig(15, 64),
+        num_windows=WINDOWS,
+        train=TrainConfig(10, 64),
     )
     task = TaskDistribution(floor_share=0.7, limit_share=0.3, reference="teacher")
     ppo = PPOConfig(num_students=num_students, num_tasks=num_students, num_iterations=3, batch_size=256)
     return ExperimentConfig(scenarios=(main, other), task=task, ppo=ppo, chunk_students=num_students // 2)
 
 
+def used() -> dict[str, dict[int, float]]:
+    """Return the processor seconds of each process so far: this one, workers, and what serves them."""
+    me = psutil.Process()
+    table: dict[str, dict[int, float]] = {"main": {me.pid: time.process_time()}, "workers": {}, "servers": {}}
+    for process in me.children(recursive=True):
+        try:
+            times, name = process.cpu_times(), " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        is_worker = (name.startswith("ray::") and "Agent" not in name) or "forkserver" in name
+        table["workers" if is_worker else "servers"][process.pid] = times.user + times.system
+    return table
+
+
 def timed_training(
-    scenarios: Sequence[Scenario], config: ExperimentConfig, workers: Workers, *, cpu_s: Callable[[], float]
+    scenarios: Sequence[Scenario], config: ExperimentConfig, workers: Workers, num_workers: int | None
 ) -> dict[str, Any]:
-    """Train a policy; return seconds of its rounds after the first, by the clock and by processors, and the policy."""
-    clock, processors = [], []
+    """Train a policy; return seconds of a round after the first, by the clock and by processors, and the policy."""
+    clock: list[float] = []
+    processors: list[dict[str, dict[int, float]]] = []
 
     def on_rollout(rollout: Any, logger: Any) -> None:
         clock.append(time.perf_counter())
-        processors.append(cpu_s())
+        processors.append(used())
 
     listeners = Listeners(lambda n: None, on_rollout)
     options = RunOptions(num_parallel=config.chunk_students, workers=workers)
     learned = train(scenarios, config.ppo, 3, listeners=listeners, options=options)
     updates = config.ppo.num_students * sum(s.num_windows * s.train.steps_per_window for s in config.scenarios)
     rounds = len(clock) - 1
+    spent = {
+        kind: [s - processors[0][kind].get(pid, 0.0) for pid, s in processors[-1][kind].items()]
+        for kind in ("main", "workers", "servers")
+    }
+    each = sorted((seconds / rounds for seconds in spent["workers"]), reverse=True)
     weights = b"".join(tensor.numpy().tobytes() for tensor in learned.policy.weights.values())
+    # one Ray worker at a time can be now this process, now that one
+    path_s = spent["main"][0] / rounds + (sum(each) if num_workers == 1 else max(each, default=0.0))
     return {
         "wall_s": (clock[-1] - clock[0]) / rounds,
-        "cpu_s": (processors[-1] - processors[0]) / rounds,
         "updates_per_s": updates * rounds / (clock[-1] - clock[0]),
+        "main_s": spent["main"][0] / rounds,
+        "workers_s": [seconds for seconds in each if seconds > 0.001],
+        "servers_s": sum(spent["servers"]) / rounds,
+        "path_s": path_s,
+        "path_updates_per_s": updates / path_s,
         "weights": weights,
     }
 
 
-def processor_s() -> float:
-    """Return seconds of processors that this process and all below it have used."""
-    import psutil
-
-    me = psutil.Process()
-    total = 0.0
-    for process in (me, *me.children(recursive=True)):
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system
-    return total
-
-
 def measure_training(num_students: int, num_rounds: int) -> dict[str, Any]:
     """Train with every way in turns."""
+    import ray
+
     config = job(num_students)
     scenarios = [build_scenario(env) for env in config.envs(config.scenarios)]
     table: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     weights = set()
-    for number in range(num_rounds):
-        for name in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
-            with open_workers(WAYS[name]) as workers:
-                row = timed_training(scenarios, config, workers, cpu_s=processor_s)
-            weights.add(row.pop("weights"))
-            table[name].append({**row, "load": os.getloadavg()[0]})
-            print(number, name, {k: round(v, 3) for k, v in table[name][-1].items()}, flush=True)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)  # one for all
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(open_workers(way)) for name, way in WAYS.items()}
+        for name in WAYS:
+            timed_training(scenarios, config, workers[name], WAYS[name].num_workers)  # warm
+        for number in range(num_rounds):
+            for name in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
+                row = timed_training(scenarios, config, workers[name], WAYS[name].num_workers)
+                weights.add(row.pop("weights"))
+                table[name].append({**row, "load": os.getloadavg()[0]})
+                print(number, name, json.dumps(table[name][-1]), flush=True)
+    ray.shutdown()
 
     def ratio(way: str, base: str, what: str) -> dict[str, Any]:
         pairs = [b[what] / a[what] for a, b in zip(table[way], table[base], strict=True)]
         return {"median": statistics.median(pairs), "all": pairs}
 
+    pairs = (("processes, 2", "processes, 1"), ("Ray, 2", "Ray, 1"))
     return {
         "num_students": num_students,
         "num_scenarios": len(scenarios),
-        "num_windows": config.scenarios[0].num_windows,
+        "num_windows": WINDOWS,
         "rounds": table,
         "same_policy": len(weights) == 1,
-        "speedup_by_clock": {
-            "processes, 2 over 1": ratio("processes, 2", "processes, 1", "wall_s"),
-            "Ray, 2 over 1": ratio("Ray, 2", "Ray, 1", "wall_s"),
+        "speedup_by_processors": {f"{two} over 1": ratio(two, one, "path_s") for two, one in pairs},
+        "speedup_by_clock": {f"{two} over 1": ratio(two, one, "wall_s") for two, one in pairs},
+        "time_by_processors": {
+            f"{way} to no workers": ratio("no workers", way, "path_s") for way in ("processes, 1", "Ray, 1")
         },
-        "relative_time_by_clock": {
+        "time_by_clock": {
             f"{way} to no workers": ratio("no workers", way, "wall_s") for way in ("processes, 1", "Ray, 1")
-        },
-        "relative_processor_time": {
-            f"{way} to no workers": ratio("no workers", way, "cpu_s")
-            for way in ("processes, 1", "processes, 2", "Ray, 1", "Ray, 2")
         },
     }
 
@@ -164,7 +184,7 @@ def measure_costs(num_repeats: int) -> tuple[Costs, dict[str, Any]]:
     """Measure pieces, transfers and updates in this process by processor time, transfers by the clock of idle pipes."""
     config = job(64)
     scenario = build_scenario(config.envs(config.scenarios)[0])
-    pool = task_pool(3, 0, 64)
+    pool = task_pool(3, 0, 16)
     train_missing([Group(scenario, pool, scenario.config.task)])
     mean, deviation = np.zeros(len(OBSERVATIONS), np.float32), np.ones(len(OBSERVATIONS), np.float32)
     collector = Collector(scenario, pool, mean, deviation)
@@ -174,7 +194,7 @@ def measure_costs(num_repeats: int) -> tuple[Costs, dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     pieces: dict[int, list[float]] = {}
     for n in CHUNKS:
-        noise, streams = torch.randn(6, n, 12, generator=generator), first_streams(5, n)
+        noise, streams = torch.randn(WINDOWS, n, 12, generator=generator), first_streams(5, n)
         collector.episode(actor, streams, noise, on_window=lambda k: None)  # warm
         pieces[n] = []
         for _ in range(num_repeats):
@@ -231,16 +251,16 @@ def _measure_updates(num_repeats: int) -> dict[int, float]:
 
 
 def _answer(num_students: int, on_window: Callable[[int], object]) -> list[Any]:
-    """Arrays of the size of an episode of 6 windows, at once."""
+    """Arrays of the size of an episode, at once."""
     sizes = (len(OBSERVATIONS), 12, 1, 1, 1, 1, 12)
-    arrays = [np.zeros((6, num_students, size), dtype=np.float32) for size in sizes]
+    arrays = [np.zeros((WINDOWS, num_students, size), dtype=np.float32) for size in sizes]
     infos = [{"student": {f"metric_{i}": 0.5 for i in range(20)}, "episode": {"r": 1.0}} for _ in range(num_students)]
     return [arrays, infos]
 
 
 def _measure_transfer(kind: str, num_repeats: int) -> dict[str, float]:
     """Seconds of the main process for a piece whose work takes no time, and of a whole round trip."""
-    payload = torch.zeros(6, 64, 12), [torch.zeros(64, 64) for _ in range(4)]
+    payload = torch.zeros(WINDOWS, 64, 12), [torch.zeros(64, 64) for _ in range(4)]
 
     def work(rest: Any, num_students: int, on_window: Callable[[int], object]) -> Any:
         return _answer(num_students, on_window)
@@ -280,7 +300,7 @@ def round_s(
     """Seconds of one round by the model: send, train, receive as they end, update.
 
     Args:
-        costs: measured for pieces of 6 windows; longer episodes take in proportion.
+        costs: measured for pieces of WINDOWS windows; longer episodes take in proportion.
         num_workers: that take the next piece when they are free.
         num_students: of every scenario.
         chunk: most students of a piece.
@@ -292,8 +312,8 @@ def round_s(
     num_chunks = -(-num_students // chunk)
     students = num_students / num_chunks
     count = num_chunks * num_scenarios
-    piece = (costs.piece_fixed_s + costs.piece_student_s * students) * num_windows / 6
-    receive = costs.receive_fixed_s + costs.receive_student_s * students * num_windows / 6
+    piece = (costs.piece_fixed_s + costs.piece_student_s * students) * num_windows / WINDOWS
+    receive = costs.receive_fixed_s + costs.receive_student_s * students * num_windows / WINDOWS
     times = piece * np.exp(costs.piece_scatter * r.standard_normal(count))
     main_free, begun = 0.0, 0
     ends: list[float] = []  # when pieces at work will have arrived
@@ -345,23 +365,29 @@ def table_of(costs: Costs, num_scenarios: int, num_windows: int) -> list[dict[st
 def page(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     t, costs, rows = result["training"], result["costs"], result["table"]
-    lines = ["# Many workers", "", "## Measured: policy training with 1 and 2 workers", ""]
-    lines += ["| way | updates/s by the clock, each round | processor seconds of a round | load |", "|---|---|---|---|"]
+    lines = ["# Many workers", "", "## Measured: policy training with 1 and 2 workers", "", result["note"], ""]
+    lines += [
+        "| way | main process, s | workers, s | updates/s by processors | updates/s by the clock | load |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, found in t["rounds"].items():
-        speeds = ", ".join(f"{row['updates_per_s']:,.0f}" for row in found)
-        used = ", ".join(f"{row['cpu_s']:.2f}" for row in found)
-        load = ", ".join(f"{row['load']:.1f}" for row in found)
-        lines.append(f"| {name} | {speeds} | {used} | {load} |")
+        main_s = ", ".join(f"{row['main_s']:.2f}" for row in found)
+        workers_s = ", ".join("/".join(f"{s:.2f}" for s in row["workers_s"]) or "-" for row in found)
+        path = ", ".join(f"{row['path_updates_per_s']:,.0f}" for row in found)
+        clock = ", ".join(f"{row['updates_per_s']:,.0f}" for row in found)
+        load = ", ".join(f"{row['load']:.0f}" for row in found)
+        lines.append(f"| {name} | {main_s} | {workers_s} | {path} | {clock} | {load} |")
     lines += ["", f"All end with the same policy: {'yes' if t['same_policy'] else 'NO'}.", ""]
     lines += ["| ratio of paired rounds | median | each |", "|---|---|---|"]
     for title, group in (
+        ("speed-up by processors", t["speedup_by_processors"]),
         ("speed-up by the clock", t["speedup_by_clock"]),
-        ("time by the clock", t["relative_time_by_clock"]),
-        ("processor time", t["relative_processor_time"]),
+        ("time by processors", t["time_by_processors"]),
+        ("time by the clock", t["time_by_clock"]),
     ):
         for name, row in group.items():
             lines.append(f"| {title}: {name} | {row['median']:.2f} | {', '.join(f'{v:.2f}' for v in row['all'])} |")
-    lines += ["", result["note"], "", "## Model", ""]
+    lines += ["", "## Model", ""]
     lines += [
         "A round is sent piece by piece by the main process, trained by workers that take the next piece when they are free, "
         "received piece by piece, and followed by an update in the main process. Each number is measured on this machine:",
@@ -428,7 +454,12 @@ def main() -> int:
     measured = {"num_scenarios": training["num_scenarios"], "num_windows": training["num_windows"]}
     one, two = (round_s(costs, n, given.students, given.students // 2, **measured) for n in (1, 2))
     load = max(row["load"] for found in training["rounds"].values() for row in found)
-    note = f"Other work ran on the machine: load up to {load:.1f} on {os.cpu_count()} processors. Read the ratios."
+    note = (
+        f"Two scenarios of {given.students} students, {WINDOWS} windows of 10 steps, in four pieces; seconds are those of a round "
+        f"(rollouts and update) after the first. Other work ran on the machine, with a load up to {load:.0f} on "
+        f"{os.cpu_count()} processors, so the clock says little: by processors means the processor seconds of the main process and "
+        "of its busiest worker, one after the other, which is what a round takes on idle processors but for waiting."
+    )
     result = {
         "command": "python " + " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
