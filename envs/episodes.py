@@ -6,6 +6,7 @@ same batches and are scored alike. Controls are set by unit controls u (`rlkd.en
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from rlkd.students import Controls, Metrics, Population, Students, Telemetry
 from rlkd.teachers.landmarks import LANDMARKS
 
 CAUTION = 0.5  # standard errors; see `cautious`
+SURE = 1.0  # standard errors; see `Episodes.confirm`
 LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
 
 
@@ -42,6 +44,15 @@ class Outcome:
     telemetry: Telemetry
 
 
+class Confirmed(NamedTuple):
+    """What students reach on the samples that confirm a window, [N] each."""
+
+    accuracy: Tensor
+    score: Tensor
+    floor: Tensor  # raised by CAUTION standard errors
+    sure_floor: Tensor  # raised by SURE standard errors
+
+
 def merge_rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Return the training state `old` with the students at `rows` ([N] bool) from `new`, or `new` if `old` is empty.
 
@@ -52,19 +63,20 @@ def merge_rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Tenso
     return {name: torch.where(rows.view(-1, *(1,) * (t.ndim - 1)), new[name], t) for name, t in old.items()}
 
 
-def cautious(floors: Tensor, num_samples: int) -> Tensor:
-    """Raise the validation floors by CAUTION standard errors of an accuracy on `num_samples` samples.
+def cautious(floors: Tensor, num_samples: int, caution: float = CAUTION) -> Tensor:
+    """Raise the validation floors by `caution` standard errors of an accuracy on `num_samples` samples.
 
     A student that exactly reaches a floor on validation misses it on test half of the time. No floor is raised above 1.
 
     Args:
         floors: [N, 2], on validation and test; 0 for no floor.
         num_samples: of the validation split that are evaluated.
+        caution: number of standard errors.
     """
     reached = floors[:, 0].clamp(0.0, 1.0)
     error = (reached * (1.0 - reached) / num_samples).sqrt()  # [N]
     highest = floors[:, 0].clamp_min(1.0)  # a floor that can be met stays so
-    return torch.stack([torch.minimum(floors[:, 0] + CAUTION * error, highest), floors[:, 1]], dim=-1)
+    return torch.stack([torch.minimum(floors[:, 0] + caution * error, highest), floors[:, 1]], dim=-1)
 
 
 class Episodes:
@@ -295,8 +307,8 @@ class Episodes:
         cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
         return metrics, cost, self._scored(metrics.accuracy, cost, 1 if split == "test" else 0)
 
-    def confirm(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return accuracy, floor and score [N] on more validation samples than windows end with; None: there are none.
+    def confirm(self) -> Confirmed | None:
+        """Look at the students on the samples that confirm a window; None for students that have no such samples.
 
         A window that is the best of many on few samples owes part of that to chance.
         """
@@ -305,9 +317,11 @@ class Episodes:
             return None
         metrics, num_samples = confirmed
         keep = torch.tensor([task.keep for task in self.tasks])  # [N]
-        floor = cautious((self.reference[:, 2:] * keep[:, None]).expand(-1, 2), num_samples)[:, 0]
+        floors = (self.reference[:, 2:] * keep[:, None]).expand(-1, 2)  # [N, 2]
+        floor, sure = (cautious(floors, num_samples, caution)[:, 0] for caution in (CAUTION, SURE))
         cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
-        return metrics.accuracy, floor, score(metrics.accuracy, cost, self._features.preference, floor)
+        value = score(metrics.accuracy, cost, self._features.preference, floor)
+        return Confirmed(metrics.accuracy, value, floor, sure)
 
     def _probes(self, metrics: Metrics) -> dict[str, Tensor]:
         """Return the accuracy that each student would lose now, by the names of PROBES; [N] each."""

@@ -1,9 +1,9 @@
 """Guards: ship the best window of a training, and undo windows that break a goal which was met before.
 
 A window meets its goal if its validation accuracy is at least the floor; a task without a floor is always met. The best
-window has the highest J among those that meet the goal; if none does, the most accurate one is the best. Where windows
-end with an evaluation on part of the validation split, a window that would become the best must meet the goal on more
-of it, too: the best of many on few samples owes part of that to chance.
+window has the highest J among those that meet the goal; if none does, the most accurate one is the best. A window of a
+real student that could become the best is looked at on more of the validation split: the best of many on few samples
+owes part of that to chance. Windows that meet the goal there with a standard error to spare go before the others.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rlkd.envs.episodes import Episodes, Outcome, merge_rows
 from rlkd.errors import UserError
+
+MISSED, MET, SURE = 0, 1, 2  # levels of a window
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Guard:
         self._config.check()
         n = episodes.num_students
         self.best_window = torch.zeros(n, dtype=torch.int64)  # [N], counted from 1; 0: none yet
-        self.met = torch.zeros(n, dtype=torch.bool)  # [N], whether the best window met the goal on validation
+        self._level = torch.zeros(n, dtype=torch.int64)  # [N], of the best window: MISSED, MET or SURE
         self.num_undone = torch.zeros(n, dtype=torch.int64)  # [N]
         self._value = torch.full((n,), -torch.inf)  # [N], of the best window: J if it met the goal, else accuracy
         self._best: dict[str, Tensor] = {}
@@ -57,20 +59,13 @@ class Guard:
         """Keep the best window and undo what must be undone; returns the observation [N, O] to act on next."""
         episodes, accuracy = self._episodes, outcome.metrics.accuracy
         floor = episodes.floors[:, 0]  # [N]
-        met = meets_goal(accuracy, floor)
-        value = torch.where(met, outcome.score, accuracy).to(self._value)
-        better = torch.where(met == self.met, value >= self._value, met) & ~outcome.diverged  # [N]
-        confirmed = episodes.confirm() if (better & met).any() else None
-        if confirmed is not None:
-            reached, least, score = confirmed  # [N] each
-            met = met & meets_goal(reached, least)
-            value = torch.where(met, score, reached).to(self._value)
-            better = better & torch.where(met == self.met, value >= self._value, met)
+        level, value = self._judge(outcome)
+        better = torch.where(level == self._level, value >= self._value, level > self._level) & ~outcome.diverged  # [N]
         had_met = self.met
         if better.any():
             self._best = merge_rows(self._best, episodes.training_state(), better)
             self.best_window = torch.where(better, episodes.window.long(), self.best_window)
-            self.met = torch.where(better, met, self.met)
+            self._level = torch.where(better, level, self._level)
             self._value = torch.where(better, value, self._value)
         self._is_current = better
         observation = outcome.observation
@@ -84,6 +79,25 @@ class Guard:
             self._before = episodes.training_state()
         return observation
 
+    def _judge(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        """Return the level and the value [N] of the last window; only one that could become the best is confirmed."""
+        accuracy = outcome.metrics.accuracy
+        met = meets_goal(accuracy, self._episodes.floors[:, 0])
+        level, value = met.long(), torch.where(met, outcome.score, accuracy)
+        hopeful = met & ((self._level < SURE) | (value.to(self._value) >= self._value)) & ~outcome.diverged
+        confirmed = self._episodes.confirm() if hopeful.any() else None
+        if confirmed is not None:
+            reached = confirmed.accuracy
+            met = met & meets_goal(reached, confirmed.floor)
+            level = torch.where(hopeful, met.long() + (met & meets_goal(reached, confirmed.sure_floor)), level)
+            value = torch.where(hopeful, torch.where(met, confirmed.score, reached), value)
+        return level, value.to(self._value)
+
+    @property
+    def met(self) -> Tensor:
+        """[N] bool, whether the best window met the goal on validation."""
+        return self._level > MISSED
+
     def finish(self) -> Tensor:
         """Bring the best window back where the last one is not it; returns its number [N], 0 for none."""
         behind = ~self._is_current & (self.best_window > 0)
@@ -96,7 +110,7 @@ class Guard:
         """Return copies of all that `load_state` needs, for a training that is stopped and resumed."""
         own = {
             "best_window": self.best_window,
-            "met": self.met,
+            "level": self._level,
             "num_undone": self.num_undone,
             "value": self._value,
             "is_current": self._is_current,
@@ -106,7 +120,7 @@ class Guard:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state` of a guard over the same episodes."""
-        self.best_window, self.met = state["best_window"].clone(), state["met"].clone()
+        self.best_window, self._level = state["best_window"].clone(), state["level"].clone()
         self.num_undone, self._value = state["num_undone"].clone(), state["value"].clone()
         self._is_current = state["is_current"].clone()
         self._best, self._before = (

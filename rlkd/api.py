@@ -114,9 +114,9 @@ def distil(
             model, or its folder; or None for the teacher of a data set that rlkd knows.
         student: a smaller model of the same kind, or its folder; by default half of the blocks of a transformers model,
             or a copy of your own module, which the controls prune.
-        data: for your own module `(inputs, labels)`, a mapping from train, validation and test to such pairs, or
-            map-style datasets; for a transformers model a file or folder (docs/data.md), a `datasets.Dataset` or
-            `DatasetDict`; without a teacher the name of a data set (`rlkd list`).
+        data: for your own module `(inputs, labels)`, a mapping from train, validation and test to such pairs,
+            map-style datasets, or an .npz file; for a transformers model a file or folder (docs/data.md), a
+            `datasets.Dataset` or `DatasetDict`; without a teacher the name of a data set (`rlkd list`).
         goal: what the student must reach; by default the weights of the policy's preference.
         policy: a name of `rlkd policies`, a run folder of `rlkd train`, or the folder of a policy.
         processor: tokenizer or image processor of a transformers model that is given as a module.
@@ -177,9 +177,10 @@ def _distil(
     progress = _Quiet()
     if teacher is None:
         if student is not None or not (isinstance(data, str) and is_dataset(data)):
+            given = repr(data[:60]) if isinstance(data, str) else f"of type {type(data).__name__}"
             raise UserError(
-                f"teacher: got none with data {str(data)[:60]!r}; allowed: a teacher with its data, or a data set of "
-                f"{', '.join(DATASETS)}"
+                f"teacher: got none with data {given}; allowed: a teacher with its data, or a data set of "
+                f"{', '.join(DATASETS)} (rlkd.register_dataset adds your own arrays)"
             )
         chain = with_settings(DistilConfig(), {"task.dataset": data, **settings})
         chain.check()

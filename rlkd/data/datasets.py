@@ -148,16 +148,8 @@ def register_dataset(name: str, source: Callable[[], DataSet] | Path | str | Any
 
 def _of_arrays(name: str, source: Any) -> Callable[[], DataSet]:
     """Return a function that gives the data set of an .npz file or of arrays."""
-    from rlkd.data.arrays import read_arrays
     from rlkd.data.memory import data_set_of, read_parts  # here, because a student is loaded without readers of files
 
-    if isinstance(source, str | Path):
-        arrays = read_arrays(Path(source))
-        if arrays.splits is None:
-            source = (arrays.inputs, arrays.labels)
-        else:
-            rows = {s: [i for i, own in enumerate(arrays.splits) if own == s] for s in dict.fromkeys(arrays.splits)}
-            source = {s: (arrays.inputs[i], [arrays.labels[k] for k in i]) for s, i in rows.items()}
     data = data_set_of(name, read_parts(source))
     return lambda: data
 

@@ -2,13 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlkd.data.arrays import read_arrays
 from rlkd.data.examples import Examples
 from rlkd.data.labels import describe_matches, match_labels
+from rlkd.data.layout import split_named
 from rlkd.data.samples import DataSet
 from rlkd.data.tables import SPLITS, Table, make_splits
 from rlkd.errors import UserError
@@ -18,12 +21,15 @@ def read_parts(data: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Read inputs [S, ...] and labels [S] of every split, or of "" where no split is named.
 
     Args:
-        data: `(inputs, labels)`, a mapping from train, validation and test to such pairs, or a map-style dataset of
-            `(input, label)` samples or a mapping to such datasets.
+        data: `(inputs, labels)`, a mapping from train, validation and test to such pairs, a map-style dataset of
+            `(input, label)` samples or a mapping to such datasets, or an .npz file of `inputs`, `labels` and perhaps
+            `split`.
 
     Raises:
         UserError: the data are none of these, or hold values that cannot be used.
     """
+    if isinstance(data, str | Path):
+        data = _of_file(Path(data))
     if isinstance(data, Mapping):
         unknown = sorted(set(map(str, data)) - set(SPLITS))
         if unknown or not data:
@@ -106,6 +112,19 @@ def _pair(given: Any, split: str) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(inputs.float()).all()):
         raise UserError(f"data: {split}: an input is not finite; remove or replace it")
     return inputs, labels.long()
+
+
+def _of_file(path: Path) -> Any:
+    """Return inputs and labels of an .npz file, by splits where it names them."""
+    if path.suffix.lower() != ".npz":
+        raise UserError(f"data: got {path}; allowed for a module of your own: arrays in memory, or an .npz file")
+    arrays = read_arrays(path)
+    if arrays.splits is None:
+        return arrays.inputs, arrays.labels
+    rows: dict[str, list[int]] = {}
+    for row, own in enumerate(arrays.splits):
+        rows.setdefault(split_named(own) or str(own), []).append(row)
+    return {split: (arrays.inputs[some], [arrays.labels[row] for row in some]) for split, some in rows.items()}
 
 
 def _of_dataset(dataset: Any, split: str) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,10 @@ class Students(Protocol):
         """Count the samples of a split that `evaluate` answers."""
 
     def confirm(self) -> tuple[Metrics, int] | None:
-        """Return metrics on more validation samples than `evaluate` answers, and their number; None: there are none."""
+        """Return metrics on the validation samples that confirm a window, and their number.
+
+        They are those of `evaluate` and mostly more; None for tiny students, whose windows ship as `evaluate` saw them.
+        """
 
     def set_controls(self, controls: Controls) -> None:
         """Select inputs and units and set the exit threshold without training."""

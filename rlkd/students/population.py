@@ -169,7 +169,7 @@ class Population:
 
     @torch.no_grad()
     def confirm(self) -> None:
-        """Return nothing: `evaluate` answers the whole validation split."""
+        """Return nothing: windows of tiny students need no further look."""
 
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""

@@ -91,7 +91,7 @@ class SoloStudent:
 
     @torch.no_grad()
     def confirm(self) -> None:
-        """Return nothing: `evaluate` answers the whole validation split."""
+        """Return nothing: windows of tiny students need no further look."""
 
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""

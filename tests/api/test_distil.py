@@ -17,6 +17,7 @@ from rlkd.agents.policy.bundle import load_bundle, save_bundle
 from rlkd.agents.policy.policy import unchanged
 from rlkd.cli.main import main
 from rlkd.data.datasets import DATASETS
+from rlkd.data.memory import read_parts
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
 from rlkd.losses import registry
@@ -145,6 +146,7 @@ def test_a_folder_of_ones_own_class_asks_for_a_module(
     ("teacher", "data", "message"),
     [
         (None, "digit", "teacher: got none with data 'digit'"),
+        (None, (torch.zeros(3, 2), torch.zeros(3).long()), "teacher: got none with data of type tuple; allowed"),
         ("own", (torch.zeros(3, 6), torch.zeros(2, dtype=torch.long)), "got inputs \\[3, 6\\] and labels \\[2\\]"),
         ("own", (torch.full((3, 6), torch.nan), torch.zeros(3, dtype=torch.long)), "not finite"),
         ("own", {"trian": points()}, "got the splits \\['trian'\\]; allowed: train, validation, test"),
@@ -263,6 +265,25 @@ def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path
 
 
 @pytest.mark.usefixtures("own_names")
+def test_arrays_of_a_file_have_the_splits_that_it_names(tmp_path: Path) -> None:
+    inputs, labels = np.arange(12, dtype=np.float32)[:, None], np.arange(12) % 2
+    np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels, split=["train"] * 6 + ["val"] * 3 + ["test"] * 3)
+    parts = read_parts(tmp_path / "mine.npz")
+    assert {split: part[0][:, 0].tolist() for split, part in parts.items()} == {
+        "train": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+        "validation": [6.0, 7.0, 8.0],
+        "test": [9.0, 10.0, 11.0],
+    }
+    assert parts["test"][1].tolist() == [1, 0, 1]
+    np.savez(tmp_path / "whole.npz", inputs=inputs, labels=labels)
+    assert list(read_parts(str(tmp_path / "whole.npz"))) == [""]
+    np.savez(tmp_path / "odd.npz", inputs=inputs, labels=labels, split=["fold 1"] * 12)
+    with pytest.raises(UserError, match=r"data: got the splits \['fold 1'\]; allowed: train"):
+        read_parts(tmp_path / "odd.npz")
+    with pytest.raises(UserError, match=r"data: got .*mine.csv; allowed for a module of your own: arrays in memory"):
+        read_parts("mine.csv")
+
+
 def test_a_loss_term_of_ones_own_trains_a_student(profile_file: Path, policy: Path) -> None:
     calls = []
 

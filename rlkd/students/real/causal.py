@@ -225,11 +225,10 @@ class CausalStudent(ModuleStudent):
         """How many counted tokens `evaluate` looks at."""
         return self._num_tokens(self._evaluated(split))
 
-    def confirm(self) -> tuple[Metrics, int] | None:
+    def confirm(self) -> tuple[Metrics, int]:
         """As `Students.confirm`, on `confirm_size` texts; the number is of counted tokens."""
         index = confirming_samples(self._data.splits["validation"], self._config)
-        num_tokens = self._num_tokens(index)
-        return (self._metrics(index), num_tokens) if num_tokens > self.num_evaluated("validation") else None
+        return self._metrics(index), self._num_tokens(index)
 
     def _num_tokens(self, index: Tensor) -> int:
         return int(self._texts.counted[index].sum())

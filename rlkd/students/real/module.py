@@ -324,11 +324,9 @@ class ModuleStudent:
         index = self._evaluated(split)
         return self._remember(split, index, self._metrics(index))
 
-    def confirm(self) -> tuple[Metrics, int] | None:
+    def confirm(self) -> tuple[Metrics, int]:
         """As `Students.confirm`, on `confirm_size` samples."""
         index = confirming_samples(self._data.splits["validation"], self._config)
-        if len(index) <= self.num_evaluated("validation"):
-            return None
         scores = self._token_scores  # what is confirmed must not steer what is learned
         metrics = self._metrics(index)
         self._token_scores = scores
