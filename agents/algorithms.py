@@ -101,7 +101,8 @@ class AgentPolicy:
         def act(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
             nonlocal state
             begins = np.full(len(observation), window == 0)
-            scaled = standardise(observation.numpy(), self.mean, self.deviation)
+            unknown = episodes.unknown.numpy()
+            scaled = standardise(observation.numpy(), self.mean, self.deviation, unknown=unknown)
             action, state = self.agent.predict(
                 scaled, None if window == 0 else state, episode_start=begins, deterministic=True
             )

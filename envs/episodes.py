@@ -16,7 +16,7 @@ from rlkd.cost import Cost
 from rlkd.data import Split, Task, TaskDistribution, draw_task
 from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, decode, exit_kind
 from rlkd.envs.limits import must_leave_first, within_limits
-from rlkd.envs.observation import PROBES, REFERENCES, Snapshot, TaskFeatures, observe
+from rlkd.envs.observation import PROBES, REFERENCES, Snapshot, TaskFeatures, observe, unknown_observations
 from rlkd.envs.reward import score, worst_score
 from rlkd.envs.scenario import EpisodeScenario
 from rlkd.errors import UserError
@@ -122,6 +122,11 @@ class Episodes:
         self._score = self._score.clone()
         self._score[where] = now[where]  # scores of the others stay: their next reward begins there
         return self._observe(metrics, cost, torch.zeros(self.num_students), None)
+
+    @property
+    def unknown(self) -> Tensor:
+        """[O] bool, see `unknown_observations`."""
+        return unknown_observations(self.scenario.num_exits, self.scenario.group_sizes)
 
     @property
     def start(self) -> Tensor:

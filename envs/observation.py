@@ -88,6 +88,16 @@ OBSERVATIONS = tuple(_BOUNDS)
 LOW, HIGH = (np.array(side, dtype=np.float32) for side in zip(*_BOUNDS.values(), strict=True))
 
 
+def unknown_observations(num_exits: int, group_sizes: tuple[int, ...]) -> Tensor:
+    """[O] bool, the savings that a student lacks the control for: without early exits, or with inputs that all stay.
+
+    Their values say nothing of what can be saved. A policy reads the training mean in place of them: on own modules
+    without exits, values that no training had shown made it prune on and on below the floor.
+    """
+    lacking = [n for n in SAVINGS if num_exits == 1 or (n.endswith("quarter_inputs") and group_sizes[0] == 1)]
+    return torch.tensor([name in lacking for name in OBSERVATIONS])
+
+
 def observation_space() -> spaces.Box:
     """Return the box of the bounds of `OBSERVATIONS`."""
     return spaces.Box(LOW, HIGH, dtype=np.float32)

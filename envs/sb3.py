@@ -23,10 +23,16 @@ OBSERVED = 16  # students whose observations tell what to standardise by
 
 
 def standardise(
-    observation: NDArray[np.float32], mean: NDArray[np.float32], deviation: NDArray[np.float32]
+    observation: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    deviation: NDArray[np.float32],
+    *,
+    unknown: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
-    """(observation - mean) / deviation, clipped at 5 either way. [N, O] in and out."""
+    """(observation - mean) / deviation, clipped at 5 either way; 0 where `unknown` [O] is true. [N, O] in and out."""
     scaled: NDArray[np.float32] = ((observation - mean) / deviation).clip(-CLIP, CLIP).astype(np.float32)
+    if unknown is not None:
+        scaled[:, unknown] = 0.0
     return scaled
 
 
@@ -109,7 +115,7 @@ class SB3VecEnv(VecEnv):
         self._waiting = [env.reset(seed=self._first_seed + k * n)[0] for k, env in enumerate(self.envs)]
         self._turn, self._window = 0, 0
         self._returns[:], self._lengths[:] = 0.0, 0
-        return standardise(self._waiting[0], self.mean, self.deviation)
+        return self._scaled(self._waiting[0])
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
         """Keep the actions for `step_wait`."""
@@ -124,7 +130,7 @@ class SB3VecEnv(VecEnv):
         self._lengths += 1
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for i, ending in ended_students(info, truncated, self._returns, self._lengths).items():
-            ending["terminal_observation"] = standardise(info["final_obs"][i][None], self.mean, self.deviation)[0]
+            ending["terminal_observation"] = self._scaled(info["final_obs"][i][None])[0]
             ending["episode"]["t"] = time.time() - self._began
             infos[i] = {**ending, "scenario": self._turn}
         self._returns[done], self._lengths[done] = 0.0, 0
@@ -132,8 +138,13 @@ class SB3VecEnv(VecEnv):
         self._window += 1
         if self._window == env.scenario.config.num_windows:
             self._turn, self._window = (self._turn + 1) % len(self.envs), 0
-        scaled = standardise(self._waiting[self._turn], self.mean, self.deviation)
+        scaled = self._scaled(self._waiting[self._turn])
         return scaled, reward.astype(np.float32), done, infos
+
+    def _scaled(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return observations [N, O] of the population that trains, as the agent reads them."""
+        unknown = self.envs[self._turn].episodes.unknown.numpy()
+        return standardise(observation, self.mean, self.deviation, unknown=unknown)
 
     def training_state(self) -> dict[str, Tensor]:
         """Return copies of all that `load_training_state` needs to go on from here; call it between two steps."""

@@ -43,9 +43,14 @@ class Policy:
         """
 
         def controller(observation: Tensor, episodes: Episodes, window: int) -> Tensor:
-            return change(episodes.u, self.act(observation), episodes.start, self.controls)
+            known = self.readable(observation, episodes.unknown)
+            return change(episodes.u, self.act(known), episodes.start, self.controls)
 
         return controller if self.teacher_weights is None else weighing(controller, self.teacher_weights)
+
+    def readable(self, observation: Tensor, unknown: Tensor) -> Tensor:
+        """Return observations [N, O] with the training mean where `unknown` [O] is true."""
+        return torch.where(unknown, self.mean, observation)
 
     def spread_of(self, observation: Tensor) -> Tensor:
         """[N], largest distance of an observation from the training mean, in training deviations."""

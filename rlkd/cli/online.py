@@ -60,7 +60,7 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
         scenario = build_scenario(config.env(controls), start)
         save_profile(scenario.profile, folder / "cost_profile.json")
         bar.phase("distilling while the agent learns", 1, config.num_windows)
-        watch = RunLog(folder, bundle, bar, journal)
+        watch = RunLog(folder, bundle, bar, journal, scenario=scenario)
 
         def on_window(row: dict[str, float], observation: torch.Tensor, episodes: Episodes) -> None:
             watch.window(row, observation)

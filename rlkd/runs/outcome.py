@@ -15,7 +15,7 @@ from rlkd.agents.policy.bundle import Bundle
 from rlkd.data import Goal
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import cautious
-from rlkd.envs.observation import OBSERVATIONS
+from rlkd.envs.observation import OBSERVATIONS, unknown_observations
 from rlkd.envs.scenario import EpisodeScenario
 from rlkd.io.journal import Journal
 from rlkd.io.records import JsonLines, plain, write_json
@@ -111,7 +111,15 @@ def check_goal(
 class RunLog:
     """What is written of every window while a student trains."""
 
-    def __init__(self, folder: Path, bundle: Bundle | None, progress: Progress, journal: Journal) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bundle: Bundle | None,
+        progress: Progress,
+        journal: Journal,
+        *,
+        scenario: EpisodeScenario,
+    ) -> None:
         self.u: list[list[float]] = []
         self.rows: list[dict[str, float]] = []
         self.far: dict[int, float] = {}
@@ -119,6 +127,7 @@ class RunLog:
         self._metrics = JsonLines(folder / "metrics.jsonl", journal)
         self.logger = tb.new_logger(folder / "tensorboard")
         self._bundle, self._progress = bundle, progress
+        self._unknown = unknown_observations(scenario.num_exits, scenario.group_sizes)
 
     def window(self, row: dict[str, float], observation: Tensor) -> None:
         """Write one window's row, and how far its observation [1, O] is from the policy's training."""
@@ -145,8 +154,9 @@ class RunLog:
         if self._bundle is None:
             return 0.0, ""
         policy = self._bundle.policy
-        apart = ((observation[0] - policy.mean) / policy.deviation).abs()
-        return float(policy.spread_of(observation)[0]), OBSERVATIONS[int(apart.argmax())]
+        read = policy.readable(observation, self._unknown)
+        apart = ((read[0] - policy.mean) / policy.deviation).abs()
+        return float(policy.spread_of(read)[0]), OBSERVATIONS[int(apart.argmax())]
 
     def close(self, config: Any, seed: int, figures: Mapping[str, Any]) -> None:
         """End the event file with the config and how the student did."""

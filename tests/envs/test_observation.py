@@ -11,7 +11,17 @@ from rlkd.data import TaskDistribution
 from rlkd.envs import CONTROLS, OBSERVATIONS, Scenario
 from rlkd.envs.action import decode
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.observation import HIGH, LOW, PROBES, TABLE, Snapshot, TaskFeatures, observe
+from rlkd.envs.observation import (
+    HIGH,
+    LOW,
+    PROBES,
+    SAVINGS,
+    TABLE,
+    Snapshot,
+    TaskFeatures,
+    observe,
+    unknown_observations,
+)
 from rlkd.students import Metrics, SoloStudent, Telemetry
 from rlkd.students.interface import probed_samples
 from rlkd.teachers.landmarks import LANDMARKS
@@ -194,3 +204,13 @@ def test_probes_change_nothing(scenario: Scenario, num_students: int) -> None:
     first, second = one.step(one.start), two.step(two.start)
     assert torch.equal(first.observation, second.observation)
     assert torch.equal(first.reward, second.reward)
+
+
+def test_savings_without_their_control_are_unknown() -> None:
+    def names(num_exits: int, *sizes: int) -> set[str]:
+        unknown = unknown_observations(num_exits, sizes)
+        return {name for name, lacking in zip(OBSERVATIONS, unknown.tolist(), strict=True) if lacking}
+
+    assert names(2, 64, 48, 48) == set()
+    assert names(1, 64, 48, 48) == set(SAVINGS)  # no early exit
+    assert names(3, 1, 48) == {"latency_saving_exit_quarter_inputs", "energy_saving_exit_quarter_inputs"}

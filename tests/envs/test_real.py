@@ -14,7 +14,7 @@ from rlkd.data import Goal, Preference
 from rlkd.envs import ControlConfig
 from rlkd.envs.action import decode, published_setting, with_values
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.guard import Guard
+from rlkd.envs.guard import MET, MISSED, SURE, Guard
 from rlkd.envs.limits import largest_cost
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
 from rlkd.errors import UserError
@@ -149,24 +149,28 @@ def test_a_window_that_is_lucky_on_few_samples_does_not_meet_the_goal(real: Real
     right = torch.tensor([float(student._exit_accuracy(row[None])[0, -1]) for row in index]) == 1.0
     assert 0 < int(right.sum()) < 0.9 * len(index)
     splits = {**real.data.splits, "validation": torch.cat([index[right], index[~right]])}
-    met = {}
-    for confirm_size in (0, 1):  # all of validation, or the one sample that windows end with
+    share = float(right.float().mean())
+    error = (share * (1 - share) / len(index)) ** 0.5  # standard error of that accuracy
+    levels = {}
+    # all of validation, or the one sample that windows end with; floors out of reach, just below, and well below
+    for confirm_size, floor in ((0, 0.9), (1, 0.9), (0, share - 0.7 * error), (0, share - 2 * error)):
         train = dataclasses.replace(
             real.config.train, validation_size=1, confirm_size=confirm_size, learning_rate=1e-12, weight_decay=0.0
         )
         lucky = dataclasses.replace(
-            scenario,
+            with_goal(real, Goal(accuracy=floor), Preference()),
             data=dataclasses.replace(real.data, splits=splits),
-            config=dataclasses.replace(scenario.config, train=train),
         )
+        lucky = dataclasses.replace(lucky, config=dataclasses.replace(lucky.config, train=train))
         episodes = Episodes(lucky, 1)
         episodes.reset([0])
         guard = Guard(episodes)
         outcome = episodes.step(published_setting(ControlConfig())[None])
         assert float(outcome.metrics.accuracy) == 1.0
         guard.after_window(outcome)
-        met[confirm_size] = bool(guard.met)
-    assert met == {0: False, 1: True}
+        levels[confirm_size, floor] = int(guard.state()["level"])
+        assert bool(guard.met) == (levels[confirm_size, floor] > MISSED)
+    assert list(levels.values()) == [MISSED, SURE, MET, SURE]
 
 
 def test_references_are_read_on_the_samples_that_confirm_a_window(real: RealScenario) -> None:

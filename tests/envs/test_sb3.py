@@ -7,10 +7,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, DistillationVectorEnv, Scenario
+from rlkd.envs import CONTROLS, OBSERVATIONS, ControlConfig, DistillationVectorEnv, EnvConfig, Scenario
 from rlkd.envs.action import published_setting
+from rlkd.envs.observation import SAVINGS
 from rlkd.envs.references import References
-from rlkd.envs.sb3 import SB3VecEnv, standardise
+from rlkd.envs.sb3 import SB3VecEnv, make_sb3_env, standardise
+from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
 
 NO_MEAN, NO_SCALE = np.zeros(len(OBSERVATIONS), np.float32), np.ones(len(OBSERVATIONS), np.float32)
@@ -142,3 +144,15 @@ def test_observations_are_standardised_and_clipped() -> None:
     mean, deviation = np.array([1.0, 0.0], np.float32), np.array([2.0, 1e30], np.float32)
     found = standardise(np.array([[2.0, 1.0], [100.0, -1.0]], np.float32), mean, deviation)
     np.testing.assert_allclose(found, [[0.5, 0.0], [5.0, 0.0]], atol=1e-6)
+
+
+def test_agents_read_nothing_from_savings_that_a_student_has_no_control_for(config: EnvConfig) -> None:
+    whole = dataclasses.replace(config, student=StudentConfig(widths=(8, 8), exits=()))
+    count = len(OBSERVATIONS)
+    env = make_sb3_env(whole, num_students=2, scale=(np.full(count, 0.3, np.float32), np.ones(count, np.float32)))
+    columns = [OBSERVATIONS.index(name) for name in SAVINGS]
+    first = env.reset()
+    second = env.step(np.zeros((2, len(CONTROLS)), np.float32))[0]
+    for observation in (first, second):
+        assert (observation[:, columns] == 0.0).all()
+        assert np.abs(observation).sum() > 0.0

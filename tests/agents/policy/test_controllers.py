@@ -6,12 +6,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlkd.agents.policy.bundled import find_policy
 from rlkd.agents.policy.controllers import EXIT_GRID, RunOptions, hold_start, run
 from rlkd.data import Range
 from rlkd.envs import ControlConfig, EnvConfig, Scenario, build_scenario
 from rlkd.envs.action import CONTROLS, with_exit_kind
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.guard import GuardConfig
+from rlkd.envs.observation import OBSERVATIONS, SAVINGS
 
 UNITS = CONTROLS.index("unit_keep")
 
@@ -118,3 +120,19 @@ def test_an_exit_tuned_afterwards_is_the_best_of_the_grid_on_validation(scenario
     np.testing.assert_allclose(tuned.score, best, atol=1e-6)
     fixed = run(scenario, never_exits, seeds, scenario.config.task, final_split="validation")
     assert (tuned.score > fixed.score).any()
+
+
+def test_a_policy_reads_its_training_mean_for_savings_without_a_control(config: EnvConfig) -> None:
+    policy = find_policy(None).policy
+    columns = [OBSERVATIONS.index(name) for name in SAVINGS]
+    moved = {}
+    for exits in ((), (1,)):
+        student = dataclasses.replace(config.student, exits=exits)
+        scenario = build_scenario(dataclasses.replace(config, student=student, controls=policy.controls), policy.start)
+        episodes = Episodes(scenario, 1)
+        observation = episodes.reset([1])
+        other = observation.clone()
+        other[:, columns] -= 0.5
+        first, second = (policy.controller()(o, episodes, 0) for o in (observation, other))
+        moved[exits] = not torch.equal(first, second)
+    assert moved == {(): False, (1,): True}
