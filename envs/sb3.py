@@ -27,12 +27,11 @@ def standardise(
     mean: NDArray[np.float32],
     deviation: NDArray[np.float32],
     *,
-    unknown: NDArray[np.bool_] | None = None,
+    unknown: NDArray[np.bool_],
 ) -> NDArray[np.float32]:
     """(observation - mean) / deviation, clipped at 5 either way; 0 where `unknown` [O] is true. [N, O] in and out."""
     scaled: NDArray[np.float32] = ((observation - mean) / deviation).clip(-CLIP, CLIP).astype(np.float32)
-    if unknown is not None:
-        scaled[:, unknown] = 0.0
+    scaled[:, unknown] = 0.0
     return scaled
 
 

@@ -177,9 +177,9 @@ def _distil(
     progress = _Quiet()
     if teacher is None:
         if student is not None or not (isinstance(data, str) and is_dataset(data)):
-            given = repr(data[:60]) if isinstance(data, str) else f"of type {type(data).__name__}"
+            what = repr(data[:60]) if isinstance(data, str) else f"of type {type(data).__name__}"
             raise UserError(
-                f"teacher: got none with data {given}; allowed: a teacher with its data, or a data set of "
+                f"teacher: got none with data {what}; allowed: a teacher with its data, or a data set of "
                 f"{', '.join(DATASETS)} (rlkd.register_dataset adds your own arrays)"
             )
         chain = with_settings(DistilConfig(), {"task.dataset": data, **settings})

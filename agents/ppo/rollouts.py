@@ -99,9 +99,10 @@ class Collector:
         num_students, num_windows = len(streams), self.scenario.config.num_windows
         env = self._env(num_students)
         observation, steps = env.begin(streams), list[tuple[Any, ...]]()
+        unknown = env.episodes.unknown.numpy()
         returns, lengths = np.zeros(num_students), np.zeros(num_students, dtype=np.int64)
         for window in range(num_windows):
-            scaled = standardise(observation, self._mean, self._deviation)
+            scaled = standardise(observation, self._mean, self._deviation, unknown=unknown)
             actions, values, log_probs = (t.numpy() for t in actor.act(torch.from_numpy(scaled), noise[window]))
             outcome = env.episodes.step(env.moved(actions.clip(-1.0, 1.0)))
             unit_controls = env.episodes.u.numpy().copy()
@@ -110,7 +111,8 @@ class Collector:
             lengths += 1
             infos: list[dict[str, Any]] = [{} for _ in range(num_students)]
             for i, ending in ended_students(info, truncated, returns, lengths).items():
-                terminal = standardise(info["final_obs"][i][None], self._mean, self._deviation)[0]
+                last = info["final_obs"][i][None]
+                terminal = standardise(last, self._mean, self._deviation, unknown=unknown)[0]
                 infos[i] = {**ending, "terminal_observation": terminal}
             done = terminated | truncated
             returns[done], lengths[done] = 0.0, 0

@@ -142,8 +142,10 @@ def test_a_restored_environment_goes_on_to_the_same_bytes(
 
 def test_observations_are_standardised_and_clipped() -> None:
     mean, deviation = np.array([1.0, 0.0], np.float32), np.array([2.0, 1e30], np.float32)
-    found = standardise(np.array([[2.0, 1.0], [100.0, -1.0]], np.float32), mean, deviation)
+    given = np.array([[2.0, 1.0], [100.0, -1.0]], np.float32)
+    found = standardise(given, mean, deviation, unknown=np.array([False, False]))
     np.testing.assert_allclose(found, [[0.5, 0.0], [5.0, 0.0]], atol=1e-6)
+    assert (standardise(given, mean, deviation, unknown=np.array([True, False]))[:, 0] == 0.0).all()
 
 
 def test_agents_read_nothing_from_savings_that_a_student_has_no_control_for(config: EnvConfig) -> None:
