@@ -44,13 +44,6 @@ from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
 from rlkd.workers import Work, Workers, WorkersConfig, open_workers
 
-WAYS = {
-    "no workers": WorkersConfig(),
-    "processes, 1": WorkersConfig("processes", 1),
-    "processes, 2": WorkersConfig("processes", 2),
-    "Ray, 1": WorkersConfig("ray", 1),
-    "Ray, 2": WorkersConfig("ray", 2),
-}
 WINDOWS = 4  # of a measured episode
 CHUNKS = (4, 8, 16, 32)
 ROWS = (1000, 4000)
@@ -122,32 +115,33 @@ def timed_training(
     }
 
 
-def measure_training(num_students: int, num_rounds: int) -> dict[str, Any]:
-    """Train with every way in turns."""
-    import ray
-
+def measure_training(num_students: int, num_rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """Train without workers and with 1 and 2 workers of each kind, in turns."""
+    ways = {"no workers": WorkersConfig(), **{f"{k}, {n}": WorkersConfig(k, n) for k in kinds for n in (1, 2)}}
     config = job(num_students)
     scenarios = [build_scenario(env) for env in config.envs(config.scenarios)]
-    table: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+    table: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     weights = set()
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)  # one for all
+    if "ray" in kinds:
+        import ray
+
+        ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)  # one for both
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(open_workers(way)) for name, way in WAYS.items()}
-        for name in WAYS:
-            timed_training(scenarios, config, workers[name], WAYS[name].num_workers)  # warm
+        workers = {name: stack.enter_context(open_workers(way)) for name, way in ways.items()}
+        for name in ways:
+            timed_training(scenarios, config, workers[name], ways[name].num_workers)  # warm
         for number in range(num_rounds):
-            for name in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
-                row = timed_training(scenarios, config, workers[name], WAYS[name].num_workers)
+            for name in list(ways)[:: 1 if number % 2 == 0 else -1]:
+                row = timed_training(scenarios, config, workers[name], ways[name].num_workers)
                 weights.add(row.pop("weights"))
                 table[name].append({**row, "load": os.getloadavg()[0]})
                 print(number, name, json.dumps(table[name][-1]), flush=True)
-    ray.shutdown()
 
     def ratio(way: str, base: str, what: str) -> dict[str, Any]:
         pairs = [b[what] / a[what] for a, b in zip(table[way], table[base], strict=True)]
         return {"median": statistics.median(pairs), "all": pairs}
 
-    pairs = (("processes, 2", "processes, 1"), ("Ray, 2", "Ray, 1"))
+    pairs, ones = [(f"{k}, 2", f"{k}, 1") for k in kinds], [f"{k}, 1" for k in kinds]
     return {
         "num_students": num_students,
         "num_scenarios": len(scenarios),
@@ -156,12 +150,8 @@ def measure_training(num_students: int, num_rounds: int) -> dict[str, Any]:
         "same_policy": len(weights) == 1,
         "speedup_by_processors": {f"{two} over 1": ratio(two, one, "path_s") for two, one in pairs},
         "speedup_by_clock": {f"{two} over 1": ratio(two, one, "wall_s") for two, one in pairs},
-        "time_by_processors": {
-            f"{way} to no workers": ratio("no workers", way, "path_s") for way in ("processes, 1", "Ray, 1")
-        },
-        "time_by_clock": {
-            f"{way} to no workers": ratio("no workers", way, "wall_s") for way in ("processes, 1", "Ray, 1")
-        },
+        "time_by_processors": {f"{way} to no workers": ratio("no workers", way, "path_s") for way in ones},
+        "time_by_clock": {f"{way} to no workers": ratio("no workers", way, "wall_s") for way in ones},
     }
 
 
@@ -180,7 +170,7 @@ class Costs:
     update_window_s: float  # of an update, for every window of the rollout
 
 
-def measure_costs(num_repeats: int) -> tuple[Costs, dict[str, Any]]:
+def measure_costs(num_repeats: int, kinds: Sequence[str]) -> tuple[Costs, dict[str, Any]]:
     """Measure pieces, transfers and updates in this process by processor time, transfers by the clock of idle pipes."""
     config = job(64)
     scenario = build_scenario(config.envs(config.scenarios)[0])
@@ -205,8 +195,8 @@ def measure_costs(num_repeats: int) -> tuple[Costs, dict[str, Any]]:
     scatter = statistics.mean(float(np.std(np.log(times), ddof=1)) for times in pieces.values())
     updates = _measure_updates(num_repeats)
     per_window, update_fixed = np.polyfit(ROWS, [updates[n] for n in ROWS], 1)
-    transfers = {kind: _measure_transfer(kind, num_repeats) for kind in ("processes", "ray")}
-    slowest = transfers["ray"]
+    transfers = {kind: _measure_transfer(kind, num_repeats) for kind in kinds}
+    slowest = transfers[kinds[-1]]
     costs = Costs(
         piece_fixed_s=max(0.0, float(fixed)),
         piece_student_s=float(slope),
@@ -364,6 +354,7 @@ def table_of(costs: Costs, num_scenarios: int, num_windows: int) -> list[dict[st
 
 def page(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
+    kind = "pipes between processes" if result["kinds"][-1] == "processes" else "Ray's object store"
     t, costs, rows = result["training"], result["costs"], result["table"]
     lines = ["# Many workers", "", "## Measured: policy training with 1 and 2 workers", "", result["note"], ""]
     lines += [
@@ -414,7 +405,7 @@ def page(result: dict[str, Any]) -> str:
         result["reading"],
         "",
         "Assumptions: every worker is as fast as this machine's, with a processor of its own; the network moves a piece's arrays "
-        "as fast as Ray's object store here; no worker is lost (a loss costs at most one piece time more in its round); times "
+        f"as fast as {kind} here; no worker is lost (a loss costs at most one piece time more in its round); times "
         "of pieces scatter log-normally as those measured here; evaluations and the search are left out; the main process "
         "receives one piece at a time.",
         "",
@@ -446,10 +437,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of every way")
     parser.add_argument("--students", type=int, default=32, help="of every scenario")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of every cost")
+    parser.add_argument("--kinds", default="processes,ray", help="of workers; the model has the transfers of the last")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    training = measure_training(given.students, given.rounds)
-    costs, raw = measure_costs(given.repeats)
+    kinds = given.kinds.split(",")
+    training = measure_training(given.students, given.rounds, kinds)
+    costs, raw = measure_costs(given.repeats, kinds)
     rows = table_of(costs, training["num_scenarios"], 12)
     measured = {"num_scenarios": training["num_scenarios"], "num_windows": training["num_windows"]}
     one, two = (round_s(costs, n, given.students, given.students // 2, **measured) for n in (1, 2))
@@ -464,6 +457,7 @@ def main() -> int:
         "command": "python " + " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {torch.__version__}",
+        "kinds": kinds,
         "training": training,
         "costs": asdict(costs),
         "measured_costs": raw,

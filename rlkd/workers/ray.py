@@ -151,6 +151,11 @@ def _connect(ray: Any, num_workers: int | None, address: str | None) -> None:
         with _own_sigterm():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **given)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if "AuthToken" in f"{error} {error.__cause__}":
+            raise UserError(
+                f"--ray_address: the cluster at {address} asks for a token; set RAY_AUTH_MODE=token, with the cluster's "
+                "~/.ray/auth_token on this machine"
+            ) from error
         words = " ".join(str(error).split())
         where = f"--ray_address: no cluster answers at {address!r}" if address else "--workers ray: Ray does not start"
         raise UserError(f"{where} ({words:.200}); start one by `ray start --head`") from error
