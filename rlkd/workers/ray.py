@@ -153,7 +153,7 @@ def _connect(ray: Any, num_workers: int | None, address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         if "AuthToken" in f"{error} {error.__cause__}":
             raise UserError(
-                f"--ray_address: the cluster at {address} asks for a token; set RAY_AUTH_MODE=token, with the cluster's "
+                f"--ray_address: the cluster at {address} asks for a token; set RAY_AUTH_MODE=token, with its "
                 "~/.ray/auth_token on this machine"
             ) from error
         words = " ".join(str(error).split())
