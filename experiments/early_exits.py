@@ -159,20 +159,43 @@ def row_of(scenario: RealScenario, folder: Path, seed: int) -> dict[str, Any]:
     }
     traced = data.batch(data.splits["validation"][:7])
     forms = forms_of(student, {tolerance: choice.threshold for tolerance, choice in chosen.items()}, traced)
+    thresholds = {f"{tolerance:g}": choice.threshold for tolerance, choice in chosen.items()}
     return {
         "validation_accuracy": accuracy,
-        "thresholds": {f"{tolerance:g}": choice.threshold for tolerance, choice in chosen.items()},
+        "thresholds": thresholds,
+        "discordant": discordant(student, data, thresholds),
         "forms": measure(forms, scenario),
     }
 
 
+def discordant(student: ShippedStudent, data: Any, thresholds: dict[str, float]) -> dict[str, tuple[int, int]]:
+    """Count the test samples that the student answers rightly only without, and only with early exits.
+
+    Args:
+        student: with its exits.
+        data: has `batch`, `labels` and `splits`.
+        thresholds: by name.
+    """
+    index = data.splits["test"]
+    whole = right_answers(with_threshold(student, 1.0), data, index)
+    counts = {}
+    for name, threshold in thresholds.items():
+        exiting = right_answers(with_threshold(student, threshold), data, index)
+        counts[name] = int((whole & ~exiting).sum()), int((exiting & ~whole).sum())
+    return counts
+
+
 @torch.inference_mode()
+def right_answers(student: ShippedStudent, data: Any, index: Tensor) -> Tensor:
+    """Return which of the samples at `index` [B] are answered rightly, [B] bool."""
+    parts = [student(**data.batch(rows)).argmax(-1) == data.labels[rows] for rows in torch.split(index, 64)]
+    return torch.cat(parts)
+
+
 def accuracy_without(student: ShippedStudent, scenario: RealScenario) -> float:
     """Return the accuracy on validation of the student without early exits."""
-    whole, data = with_threshold(student, 1.0), scenario.data
-    index = data.splits["validation"]
-    right = [(whole(**data.batch(rows)).argmax(-1) == data.labels[rows]).double() for rows in torch.split(index, 64)]
-    return float(torch.cat(right).mean())
+    right = right_answers(with_threshold(student, 1.0), scenario.data, scenario.data.splits["validation"])
+    return float(right.double().mean())
 
 
 def page(rows: list[dict[str, Any]], scenario_facts: dict[str, Any], command: str) -> str:
@@ -204,8 +227,8 @@ def page(rows: list[dict[str, Any]], scenario_facts: dict[str, Any], command: st
         "Bar: at least 25 % less mean time at no more than 0.5 points, read on `parts` at tolerance "
         f"{100 * MAIN:g} points: {'reached' if is_reached else 'missed'}.",
         "",
-        "| form | tolerance, points | mean time saved, processor | wall | points lost on test | leave at exits 1, 2, 3, end |",
-        "|---|---|---|---|---|---|",
+        "| form | tolerance, points | mean time saved, processor | wall | points lost on test | 95 % over samples | leave at exits 1, 2, 3, end |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in names:
         rates = np.mean([row["forms"][name]["exit_rates"] for row in rows], axis=0)
@@ -213,7 +236,8 @@ def page(rows: list[dict[str, Any]], scenario_facts: dict[str, Any], command: st
         left = "as parts" if name == "if" else ", ".join(f"{100 * rate:.0f} %" for rate in rates)
         lines.append(
             f"| {name.split()[0]} | {100 * tolerance:g} | {percent(saved(name, 'mean_processor_s'))} | "
-            f"{percent(saved(name, 'mean_wall_s'))} | {interval(lost(name))} | {left} |"
+            f"{percent(saved(name, 'mean_wall_s'))} | {interval(lost(name))} | "
+            f"{over_samples(rows, f'{tolerance:g}', scenario_facts['num_test'])} | {left} |"
         )
     lines += [
         "",
@@ -227,6 +251,15 @@ def page(rows: list[dict[str, Any]], scenario_facts: dict[str, Any], command: st
             f"{1e6 * own['mean_processor_s']:.0f} |"
         )
     return "\n".join([*lines, ""])
+
+
+def over_samples(rows: list[dict[str, Any]], tolerance: str, num_samples: int) -> str:
+    """Return the 95 % interval of the points lost that the choice of test samples gives, paired, all seeds together."""
+    lost, gained = (sum(row["discordant"][tolerance][side] for row in rows) for side in (0, 1))
+    total = num_samples * len(rows)
+    mean = (lost - gained) / total
+    half = 1.96 * ((lost + gained) / total - mean**2) ** 0.5 / total**0.5
+    return f"{100 * (mean - half):.2f} to {100 * (mean + half):.2f}"
 
 
 def percent(values: list[float]) -> str:
