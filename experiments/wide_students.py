@@ -102,7 +102,7 @@ def speedups(rows: list[dict[str, Any]], kind: str, size: int, clock: str) -> li
     ]
 
 
-def page(rows: dict[str, list[dict[str, Any]]], command: str) -> str:
+def page(rows: dict[str, list[dict[str, Any]]], command: str, policy: str) -> str:
     """Write the page."""
     num_seeds = len(next(iter(rows.values())))
     lines = [
@@ -110,7 +110,7 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str) -> str:
         "",
         f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}; {num_seeds} seeds a data set,",
         "means with 95 % t-intervals over seeds. Students: 512-512-256 linear units, `rlkd distil --goal.keep 0.98",
-        f"--goal.reference dense`. All forms of a seed are timed in turns ({NUM_ROUNDS} rounds, medians). *Processor* is the time of the",
+        f"--goal.reference dense`, policy {policy}. All forms of a seed are timed in turns ({NUM_ROUNDS} rounds, medians). *Processor* is the time of the",
         "thread, which other work on the machine does not lengthen. Accuracies are on test data.",
         "",
         f"Bar: at least {BAR} times faster at batch 1 or 32 and at least 40 % fewer MACs at 98 % of the dense student's accuracy, read on",
@@ -167,11 +167,15 @@ def main() -> None:
                 write_json(folder / "wide.json", row_of(folder))
             rows.setdefault(name, []).append(json.loads((folder / "wide.json").read_text()))
             print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
+    cards = options.out.glob("*/student/student.json")
+    policies = {json.loads(card.read_text())["policy_sha256"] for card in cards}
     command = f"python experiments/wide_students.py --out runs/wide --seeds {options.seeds}"
     write_json(
         options.docs / "wide_students.json", {"command": command, "date": time.strftime("%Y-%m-%d"), "rows": rows}
     )
-    (options.docs / "wide_students.md").write_text(page(rows, command))
+    (options.docs / "wide_students.md").write_text(
+        page(rows, command, ", ".join(sorted(policy[:12] for policy in policies)))
+    )
 
 
 if __name__ == "__main__":
