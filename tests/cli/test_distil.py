@@ -23,10 +23,10 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def quick(profile_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of a run of a second."""
-    policy = tmp_path_factory.mktemp("policy")
-    tiny_models.save_policy(policy)
+    run = tmp_path_factory.mktemp("run")
+    tiny_models.save_policy(run / "policy")
     return [
-        *("--policy", str(policy), "--cost.profile", str(profile_file), "--num_windows", "3"),
+        *("--policy", str(run), "--cost.profile", str(profile_file), "--num_windows", "3"),
         *("--teacher.num_steps", "60", "--train.steps_per_window", "3"),
     ]
 
@@ -82,7 +82,8 @@ def test_a_floor_with_limits_from_the_table_to_the_outcome(quick: list[str], cap
 
 
 def test_the_best_window_ships(quick: list[str]) -> None:
-    assert main(["distil", *quick, "--num_windows", "5", "--seed", "3", "--out", "a"]) == 0
+    old_name = "replay"
+    assert main([old_name, *quick, "--num_windows", "5", "--seed", "3", "--out", "a"]) == 0
     rows, figures = rows_of("a"), result_of("a")["methods"]["policy"]
     best = rows[figures["best_window"] - 1]
     assert best["score"] == max(row["score"] for row in rows)
