@@ -54,6 +54,7 @@ MAY_BE_SEEN = (
     "too high; name the splits to be sure"
 )
 SPLITS: tuple[Split, Split] = ("validation", "test")
+RESPONSES = {"forward": "the forward KL", "reverse": "the reverse KL", "js": "the Jensen-Shannon divergence"}
 NUM_LINES = 20  # of the report on the data that are printed
 
 
@@ -139,6 +140,10 @@ class RealConfig:
         check_sections(self, "cut", "columns", "attach", "train", "loss", "tokens", "cost", "goal", "guard")
         self.goal.weights(self.preference)
         self.channel_multiple()
+        if self.tokens.teacher_in_memory and self.teacher_device_map is not None:
+            raise UserError(
+                "tokens.teacher_in_memory: got a teacher with teacher_device_map, which answers once; leave one out"
+            )
 
     def channel_multiple(self) -> int:
         """Return the number of channels that layers of the target should have multiples of.
@@ -176,7 +181,7 @@ class RealScenario:
     processor: Any  # tokenizer or image processor of the student; None for arrays
     tables: str  # what was mapped to what, and which controls there are
     report: str  # of the data: what was used, and the class that each label means
-    is_reverse: bool = False  # of a language model's response term
+    tokens: TokenConfig = field(default_factory=TokenConfig)  # of a language model
     teacher: nn.Module | None = None  # to be timed beside the student; None where it is spread over devices
     teacher_data: Examples | None = None  # the samples with the teacher's own inputs
     known: References = field(default_factory=References)
@@ -278,14 +283,16 @@ class RealScenario:
         c = self.config
         if isinstance(self.signals, TokenSignals):
             assert isinstance(self.data, TokenExamples)
+            beside = self.teacher if self.tokens.teacher_in_memory else None
             return CausalStudent(
                 self.student,
                 self.data,
                 self.signals,
                 c.train,
                 c.num_windows,
-                self.is_reverse,
+                self.tokens.divergence,
                 c.loss,
+                teacher=beside,
                 channel_multiple=self.channel_multiple,
                 start_rate=self._start_rate,
             )
@@ -400,7 +407,7 @@ def scenario_of_sides(
         student.processor,
         f"{link_table(links)}\n\n{control_table(student.plan)}\n{_about_tokens(config, signals)}",
         f"{student.data.report}{quality}",
-        config.tokens.divergence == "reverse",
+        config.tokens,
         teacher.model if is_whole else None,
         teacher.data if is_whole else None,
         has_given_splits=has_given_splits,
@@ -446,10 +453,12 @@ def _about_tokens(config: RealConfig, signals: Signals) -> str:
     if not isinstance(signals, TokenSignals):
         return ""
     a, k = signals.anchors, signals.tokens.values.shape[-1]
+    beside = config.tokens.teacher_in_memory
+    compared = "whole vocabulary" if beside else f"{k} likeliest tokens and all others as one"
     return (
         f"\naccuracy is (log {a.worst:g} - cross entropy) / (log {a.worst:g} - log {a.best:g}) of the next token: "
         f"perplexity {a.worst:g} counts as 0, {a.best:g} as 1\n"
-        f"response is the {config.tokens.divergence} KL over the teacher's {k} likeliest tokens and all others as one\n"
+        f"response is {RESPONSES[config.tokens.divergence]} over the teacher's {compared}\n"
     )
 
 

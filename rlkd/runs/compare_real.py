@@ -172,7 +172,7 @@ def _time_together(rows: Mapping[str, dict[str, Any]], seed: int, scenarios: _Sc
                 name: partial(student, **scenario.data.batch(index)) for name, student in students.items()
             }
             if scenario.teacher is not None and scenario.teacher_data is not None:
-                calls["teacher"] = partial(scenario.teacher.eval(), **scenario.teacher_data.batch(index))
+                calls["teacher"] = partial(scenario.teacher.cpu().eval(), **scenario.teacher_data.batch(index))
             with torch.inference_mode():
                 timed = dict(zip(calls, time_calls(list(calls.values()), TIMED_ROUNDS), strict=True))
             for name in rows:

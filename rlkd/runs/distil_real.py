@@ -209,5 +209,5 @@ def _timed(
     inputs = scenario.data.batch(rows)
     teacher = None
     if scenario.teacher is not None and scenario.teacher_data is not None:
-        teacher = partial(scenario.teacher.eval(), **scenario.teacher_data.batch(rows))
+        teacher = partial(scenario.teacher.cpu().eval(), **scenario.teacher_data.batch(rows))
     return compare_latency(partial(small, **inputs), partial(dense, **inputs), batch_size, teacher)

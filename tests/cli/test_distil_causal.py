@@ -106,6 +106,18 @@ def test_a_student_from_a_configuration_on_prompts_and_reverse(place: Path, tmp_
     assert load_module_student(tmp_path / "a" / "student").model.config.hidden_size == 16  # type: ignore[union-attr]
 
 
+def test_a_teacher_beside_the_student(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(place / "texts.jsonl"), "--student", str(place / "small.json")]
+    beside = [*data, "--tokens.divergence", "js", "--tokens.teacher_in_memory", "true"]
+    assert distil(place, tmp_path / "a", *beside) == 0
+    assert (
+        "response is the Jensen-Shannon divergence over the teacher's whole vocabulary"
+        in (tmp_path / "a" / "mapping.txt").read_text()
+    )
+    assert distil(place, tmp_path / "b", *beside, "--teacher_device_map", "auto") == 2
+    assert "teacher_device_map, which answers once; leave one out" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Path) -> None:
     data = ["--data", str(place / "novel.txt"), "--columns.max_length", "8", "--student", str(place / "small.json")]
@@ -134,6 +146,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "arrays": (["--data", str(place / "small.json"), "--columns.text", "review"], ["no column 'review'"]),
         "top_k": ([*data, "--tokens.top_k", "99"], ["tokens.top_k: got 99", f"1 to {V}"]),
         "anchor": ([*data, "--tokens.best_perplexity", "50"], ["tokens.best_perplexity: got 50"]),
+        "cached js": ([*data, "--tokens.divergence", "js"], ["tokens.divergence: got js with cached answers"]),
         "exits": ([*data, "--attach.exits", "[7]"], ["attach.exits"]),
     }
     for name, (options, words) in cases.items():

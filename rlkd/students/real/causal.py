@@ -1,28 +1,33 @@
 """A causal language model as the student: every counted token is a sample.
 
 It differs from other real students in three ways. Hard label and response are token-level losses on the teacher's top-k
-next tokens (`rlkd.losses.tokens`). Accuracy is the quality (`Anchors`) of the cross entropy of the next token, each
+next tokens (`rlkd.losses.tokens`), or on its whole vocabulary, with the teacher beside the student in memory
+(`rlkd.losses.chunked`). Accuracy is the quality (`Anchors`) of the cross entropy of the next token, each
 predicted at the exit where it leaves, and so is every exit's. Evaluation adds up batch by batch: logits of a whole
 split over a vocabulary would not fit.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlkd.compression.selection import exits_taken, spread
 from rlkd.data import Split, Task
 from rlkd.data.anchors import Anchors
-from rlkd.data.examples import TokenExamples
+from rlkd.data.examples import TokenExamples, to_device
 from rlkd.errors import UserError
 from rlkd.io.memory import enough_memory
 from rlkd.losses import FAMILIES, LossConfig
+from rlkd.losses.chunked import Divergence, chunked_losses
 from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
+from rlkd.models.real.attachment import logits_of
+from rlkd.models.real.hooks import forward
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.interface import Metrics
+from rlkd.students.real.headless import check_head, headless, hidden_head
 from rlkd.students.real.module import (
     EVALUATE_LESS,
     PUBLISHED_RATE,
@@ -39,9 +44,12 @@ class TokenConfig:
 
     top_k: int = 32
     """The teacher's likeliest next tokens that are kept a position; all others together are one more outcome."""
-    divergence: Literal["forward", "reverse"] = "forward"
+    divergence: Divergence = "forward"
     """forward: KL(teacher || student), covers all that the teacher may say; reverse: KL(student || teacher), stays
-    where the teacher is."""
+    where the teacher is; js: Jensen-Shannon, with teacher_in_memory."""
+    teacher_in_memory: bool = False
+    """The response term compares whole vocabularies with the teacher, which stays beside the student in training;
+    logits exist one block of the vocabulary at a time. Evaluation reads the cached top_k as before."""
     worst_perplexity: float | None = None
     """Perplexity that counts as accuracy 0 in the score; by default the vocabulary's size, a guess."""
     best_perplexity: float = 1.0
@@ -53,6 +61,11 @@ class TokenConfig:
             raise UserError(f"tokens.top_k: got {self.top_k}; allowed: at least 1")
         if not self.best_perplexity >= 1.0:
             raise UserError(f"tokens.best_perplexity: got {self.best_perplexity:g}; allowed: at least 1")
+        if self.divergence == "js" and not self.teacher_in_memory:
+            raise UserError(
+                "tokens.divergence: got js with cached answers; allowed: forward, reverse, or js with "
+                "--tokens.teacher_in_memory true"
+            )
         if self.worst_perplexity is not None and not self.worst_perplexity > self.best_perplexity:
             raise UserError(
                 f"tokens.worst_perplexity: got {self.worst_perplexity:g}; allowed: above best_perplexity, "
@@ -136,12 +149,13 @@ class CausalStudent(ModuleStudent):
         signals: of one teacher with the same tokenizer.
         config: checked here.
         num_windows: as in `ModuleStudent`.
-        reverse: the response term is KL(student || teacher).
+        divergence: of the response term.
         loss: terms of the objective; hard label and response have those of tokens alone.
+        teacher: of the same tokens and vocabulary; the response term compares whole vocabularies with it.
         start_rate: as in `ModuleStudent`.
 
     Raises:
-        UserError: another hard-label or response term.
+        UserError: another hard-label or response term; a model whose logits are not its output layer's.
     """
 
     def __init__(
@@ -151,9 +165,10 @@ class CausalStudent(ModuleStudent):
         signals: TokenSignals,
         config: ModuleTrainConfig,
         num_windows: int,
-        reverse: bool,
+        divergence: Divergence = "forward",
         loss: LossConfig | None = None,
         *,
+        teacher: nn.Module | None = None,
         channel_multiple: int = 1,
         start_rate: float = PUBLISHED_RATE,
     ) -> None:
@@ -173,7 +188,12 @@ class CausalStudent(ModuleStudent):
                 f"loss.terms: got {', '.join(by_token)} for a language model; allowed: cross_entropy and kl, which are "
                 "computed for each token, with terms of features or attention"
             )
-        self._texts, self._teacher, self._reverse = data, signals, reverse
+        self._texts, self._teacher, self._divergence = data, signals, divergence
+        self._beside = None if teacher is None else teacher.to(self._device).eval()
+        if self._beside is not None:
+            few = to_device(data.batch(data.few()), self._device)
+            check_head(self._beside, few, "the teacher")
+            check_head(self.student.model, few, "the student")
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """As of any real student; the exits' norms begin at one."""
@@ -190,6 +210,8 @@ class CausalStudent(ModuleStudent):
 
     def _losses(self, positions: Tensor, temperature: Tensor) -> Tensor:
         samples = self._task.samples[positions]  # [B]
+        if self._beside is not None:
+            return self._whole_losses(self._beside, samples, temperature)
         device = self._device
         outputs = self._forward(samples)
         logits = tuple(z.float() for z in outputs.logits)  # [B, L, V] each
@@ -199,11 +221,33 @@ class CausalStudent(ModuleStudent):
         teacher = TopK(*(values.to(device) for values in self._teacher.top(samples, length)))
         zero = logits[0].new_zeros(())
         hard = sum((token_cross_entropy(z, tokens, counted) for z in logits), start=zero) / len(logits)
-        soft = (
-            token_response_top_k(z, teacher, counted, temperature=temperature, reverse=self._reverse) for z in logits
-        )
+        is_reverse = self._divergence == "reverse"
+        soft = (token_response_top_k(z, teacher, counted, temperature=temperature, reverse=is_reverse) for z in logits)
         ready = {"hard_label": hard, "response": sum(soft, start=zero) / len(logits)}
         return self._objective({"exit_logits": logits, **self._hidden(samples, outputs)}, self.student.terms, ready)
+
+    def _whole_losses(self, teacher: nn.Module, samples: Tensor, temperature: Tensor) -> Tensor:
+        """[4], of the texts `samples` [B], with hidden states in the place of logits."""
+        device = self._device
+        with headless(self.student.model):
+            outputs = self._forward(samples)
+        inputs = to_device(self._data.batch(samples), device)
+        length = inputs["input_ids"].shape[1]
+        counted = self._texts.counted_of(samples, length).to(device)
+        is_half = self._config.precision == "bfloat16"
+        with torch.no_grad(), headless(teacher), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half):
+            theirs = logits_of(forward(teacher, inputs))[:, :-1][counted]  # [M, E]
+        targets = inputs["input_ids"][:, 1:][counted]  # [M]
+        zero = outputs.logits[-1].new_zeros((), dtype=torch.float32)
+        hard, soft = zero, zero
+        for hidden in outputs.logits if len(targets) else ():  # [B, L, D] each
+            student = hidden_head(self.student.model, hidden[:, :-1][counted])
+            losses = chunked_losses(
+                student, hidden_head(teacher, theirs), targets, temperature=temperature, kind=self._divergence
+            )
+            hard, soft = hard + losses[0] / len(outputs.logits), soft + losses[1] / len(outputs.logits)
+        given = {"exit_logits": outputs.logits, **self._hidden(samples, outputs)}
+        return self._objective(given, self.student.terms, {"hard_label": hard, "response": soft})
 
     @torch.no_grad()
     def _metrics(self, index: Tensor) -> Metrics:

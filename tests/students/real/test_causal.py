@@ -19,10 +19,12 @@ from rlkd.cost.real_work import count_work
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import TokenExamples, next_token_mask
 from rlkd.errors import UserError
+from rlkd.losses.chunked import Divergence
 from rlkd.models.real.attachment import AttachConfig, control_table, make_plan
 from rlkd.models.real.hooks import link_places
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.real.causal import CausalStudent, TokenConfig
+from rlkd.students.real.headless import check_head
 from rlkd.students.real.module import ModuleTrainConfig
 from rlkd.teachers.real.token_signals import token_signals
 
@@ -55,8 +57,9 @@ def student_of(
     config: ModuleTrainConfig = TRAIN,
     attach: AttachConfig | None = None,
     k: int = 5,
-    reverse: bool = False,
+    divergence: Divergence = "forward",
     layers: int = 2,
+    beside: bool = False,
 ) -> CausalStudent:
     data = data or texts()
     student, teacher = tiny_models.tiny(family, layers=layers), tiny_models.tiny(family, seed=1, layers=3)
@@ -65,7 +68,9 @@ def student_of(
     links = link_places(student, teacher, plan.blocks[-1:], theirs.blocks, inputs, inputs)
     places = [link.teacher for link in links]
     signals = token_signals(teacher, theirs, places, data, k, Anchors(V, 1.0))
-    made = CausalStudent(Instrumented(student, plan, links), data, signals, config, 4, reverse)
+    made = CausalStudent(
+        Instrumented(student, plan, links), data, signals, config, 4, divergence, teacher=teacher if beside else None
+    )
     made.reset([task(data)])
     return made
 
@@ -93,11 +98,12 @@ def test_a_probe_gives_the_quality_of_every_exit_under_other_masks() -> None:
     assert student.num_evaluated("validation") == int(texts().counted[32:40].sum())
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_token_losses_by_hand(reverse: bool) -> None:
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_token_losses_by_hand(divergence: Divergence, beside: bool) -> None:
     """At k = V the cached teacher is the full one; means are over counted tokens of both exits."""
     data = texts()
-    student = student_of(data, k=V, reverse=reverse)
+    student = student_of(data, k=5 if beside else V, divergence=divergence, beside=beside)
     rows = torch.arange(8)
     inputs, counted = data.batch(rows), data.counted[rows]
     target = inputs["input_ids"][:, 1:][counted]
@@ -111,12 +117,35 @@ def test_token_losses_by_hand(reverse: bool) -> None:
     soft = torch.zeros(())
     for z in exits:
         p, q = (theirs / 2).softmax(-1), (z / 2).softmax(-1)
-        gap = q * (q.log() - p.log()) if reverse else p * (p.log() - q.log())
+        gap = q * (q.log() - p.log()) if divergence == "reverse" else p * (p.log() - q.log())
         soft += 4 * gap.sum(-1).mean() / 2
     losses = losses_of(student)
     torch.testing.assert_close(losses[0], torch.as_tensor(hard), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(losses[1], soft, atol=1e-5, rtol=1e-4)
     assert (losses[2:] > 0).all()
+
+
+def test_a_step_with_the_teacher_in_memory_is_that_of_the_whole_cache() -> None:
+    """Logits of student and teacher never stand whole; losses, gradients and steps are the same."""
+    cached, beside = student_of(k=V), student_of(k=3, beside=True)
+    for _ in range(2):
+        a, b = (s.train_window(controls(unit_keep=0.5)) for s in (cached, beside))
+        torch.testing.assert_close(a.losses, b.losses, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.gradient_norms, b.gradient_norms, rtol=1e-3, atol=1e-5)
+    assert distance(cached.state_dict(), beside.state_dict()) < 2e-4
+    assert not any("teacher" in name for name in beside.training_state())
+    assert "forward" not in vars(beside.student.model.get_output_embeddings())  # type: ignore[operator]
+
+
+def test_a_model_that_scales_its_logits_is_refused_beside_the_student() -> None:
+    teacher = tiny_models.tiny("llama")
+    check_head(teacher, texts().batch(torch.arange(2)), "it")
+    calls = teacher.forward
+    teacher.forward = lambda **given: {"logits": 30 * torch.tanh(calls(**given).logits / 30)}  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="it scales or caps them"):
+        check_head(teacher, texts().batch(torch.arange(2)), "it")
+    with pytest.raises(UserError, match=r"the output layer of it is NoneType; allowed: nn\.Linear"):
+        check_head(tiny_models.tiny("bert"), texts().batch(torch.arange(2)), "it")
 
 
 def test_fewer_tokens_kept_can_only_lower_the_divergence() -> None:
@@ -192,8 +221,9 @@ def test_a_student_learns_from_labels_and_from_its_teacher() -> None:
     before = float(student.evaluate("train").accuracy)
     student.train_window(controls(weights=[1.0, 0.0, 0.0, 0.0]))
     assert float(student.evaluate("train").accuracy) > before + 0.2
-    for reverse in (False, True):
-        follower = student_of(config=config, reverse=reverse)
+    kinds: tuple[tuple[Divergence, bool], ...] = (("forward", False), ("reverse", False), ("js", True))
+    for kind, beside in kinds:
+        follower = student_of(config=config, divergence=kind, beside=beside)
         divergence = float(follower.evaluate("train").divergence)
         follower.train_window(controls(weights=[0.0, 1.0, 0.0, 0.0], temperature=1.0))
         assert float(follower.evaluate("train").divergence) < 0.8 * divergence
