@@ -41,7 +41,7 @@ from rlkd.models.real.sides import Side, Sources, load_student, load_teacher
 from rlkd.students import Students
 from rlkd.students.real.causal import CausalStudent, TokenConfig
 from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, confirming_samples, evaluated_samples
-from rlkd.students.real.processes import first_alone
+from rlkd.students.real.processes import first_alone, from_first
 from rlkd.teachers import Signals
 from rlkd.teachers.real.module_signals import describe_quality, module_signals
 from rlkd.teachers.real.several import Weighting, combine_teachers, further_answers
@@ -372,7 +372,7 @@ def scenario_of_sides(
         if student.plan.has_features and teacher.plan.has_features
         else []
     )
-    student = dataclasses.replace(student, plan=_rehearsed(student, links, kind))
+    student = dataclasses.replace(student, plan=from_first(lambda: _rehearsed(student, links, kind)))
     places = [link.teacher for link in links]
     if config.teacher_device_map is None:
         teacher.model.to(device)
@@ -386,7 +386,7 @@ def scenario_of_sides(
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
-    profile = _profile(config, student, one, kind)
+    profile = from_first(lambda: _profile(config, student, one, kind))  # observations and limits follow from it
     teacher_work = count_work(teacher.model, _typical(teacher.data), teacher.plan)
     task = TaskDistribution(
         dataset=student.data.name,

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlkd.envs.real import RealConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.single import distil_scenario, pretrained_scenario
+from rlkd.runs.single import distil_scenario, pretrained_scenario, train_scenario
 from rlkd.students.real import processes
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,15 @@ def run(argv: list[str]) -> int:
     processes.join(config.train.device)
     config.check()
     use_one_thread()
-    if processes.num_processes() > 1 and options.resume is not None:
-        raise UserError("--resume: got several processes; allowed: one, which goes on where they stopped")
-    if processes.index():  # the first process alone writes and speaks
-        with tempfile.TemporaryDirectory() as scratch, _silent():
-            return _distil(config, bundle, options, Path(scratch))
-    with resumable_folder(options, "distil", options.out) as folder:
-        return _distil(config, bundle, options, folder)
+    try:
+        if processes.index():  # the first process alone writes and speaks
+            with tempfile.TemporaryDirectory() as scratch, _silent():
+                return _follow(config, bundle, options, Path(scratch))
+        with resumable_folder(options, "distil", options.out) as folder:
+            processes.wait()
+            return _distil(config, bundle, options, folder)
+    finally:
+        processes.leave()
 
 
 def _parser() -> ArgumentParser:
@@ -65,6 +68,21 @@ def _silent() -> Iterator[None]:
     """Nothing is printed inside the block; what it raises is."""
     with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         yield
+
+
+def _follow(config: RealConfig, bundle: Bundle, options: Namespace, scratch: Path) -> int:
+    """Train beside the first process, from a copy of what a run that goes on has written; returns the exit code."""
+    if options.resume is not None:
+        if not options.resume.is_dir():
+            raise UserError(f"--resume: {options.resume} is not here; allowed: a folder that every process can read")
+        shutil.copytree(options.resume, scratch, dirs_exist_ok=True)
+    processes.wait()  # from here on the first process writes to its folder
+    journal = Journal(scratch, options.resume is not None, config.keep_checkpoints)
+    if not journal.finished:
+        scenario = pretrained_scenario(config, bundle, scratch, options.seed, journal=journal)
+        with Bar(config.train.steps_per_window) as bar:
+            train_scenario(scenario, config, bundle, scratch, options.seed, progress=bar, journal=journal)
+    return 0
 
 
 def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:

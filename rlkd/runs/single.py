@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.compression.real.cut import save_module_student
@@ -14,7 +16,7 @@ from rlkd.envs.scenario import build_scenario
 from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal
 from rlkd.io.records import plain
-from rlkd.runs.distil import check_shipped, distil, run_windows, student_card, write_student
+from rlkd.runs.distil import TrainedStudent, check_shipped, distil, run_windows, student_card, write_student
 from rlkd.runs.distil_real import check_shipped_module, ship_module
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import dense_accuracies, with_goal
@@ -22,6 +24,16 @@ from rlkd.runs.outcome import Outcome, RunLog, Show, check_goal, write_outcome
 from rlkd.runs.resume import PROFILE, describe, remember, with_own_profile
 
 logger = logging.getLogger(__name__)
+
+
+class TrainedScenario(NamedTuple):
+    """A student at the end of its training."""
+
+    scenario: RealScenario  # under the goal
+    trained: TrainedStudent
+    watch: RunLog
+    dense: Tensor | None  # [2], as of `check_goal`
+
 
 PACKAGES = ("transformers", "tokenizers", "pyarrow")  # that a run on a transformers model uses
 
@@ -91,6 +103,31 @@ def pretrained_scenario(
     return build_real_scenario(with_own_profile(config, folder), controls, start, seed)
 
 
+def train_scenario(
+    scenario: RealScenario,
+    config: RealConfig,
+    bundle: Bundle,
+    folder: Path,
+    seed: int,
+    *,
+    progress: Progress,
+    journal: Journal,
+    show: Show = lambda found: None,
+) -> TrainedScenario:
+    """Train the student of a scenario whose models are loaded; arguments and errors as of `distil_chain`."""
+    scenario = with_goal(scenario, config.goal, config.preference)
+    write_whole(folder / "mapping.txt", f"{scenario.tables}\n{scenario.report}")
+    logger.info(scenario.tables)
+    if not (folder / f"{PROFILE}.json").exists():
+        scenario.profile.save(folder / f"{PROFILE}.json")
+    remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)
+    dense = check_goal(scenario, config.goal, seed, journal, show)
+    progress.phase("distilling", 1, config.num_windows)
+    watch = RunLog(folder, bundle, progress, journal, scenario=scenario)
+    trained = run_windows(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
+    return TrainedScenario(scenario, trained, watch, dense)
+
+
 def distil_scenario(
     scenario: RealScenario,
     config: RealConfig,
@@ -102,17 +139,10 @@ def distil_scenario(
     journal: Journal,
     show: Show = lambda found: None,
 ) -> Outcome:
-    """Distil the student of a scenario whose models are loaded; arguments and errors as of `distil_chain`."""
-    scenario = with_goal(scenario, config.goal, config.preference)
-    write_whole(folder / "mapping.txt", f"{scenario.tables}\n{scenario.report}")
-    logger.info(scenario.tables)
-    if not (folder / f"{PROFILE}.json").exists():
-        scenario.profile.save(folder / f"{PROFILE}.json")
-    remember(journal, "distil --data", scenario.tensors(), policy=bundle.digest)
-    dense = check_goal(scenario, config.goal, seed, journal, show)
-    progress.phase("distilling", 1, config.num_windows)
-    watch = RunLog(folder, bundle, progress, journal, scenario=scenario)
-    trained = run_windows(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
+    """`train_scenario`, then evaluate, cut, time and write the student; arguments and errors as of `distil_chain`."""
+    scenario, trained, watch, dense = train_scenario(
+        scenario, config, bundle, folder, seed, progress=progress, journal=journal, show=show
+    )
     done = ship_module(scenario, trained)
     watch.close(config, seed, done.figures)
     weights = config.goal.weights(config.preference)

@@ -8,7 +8,8 @@ later blocks compute fewer positions, in training as at inference. The first tok
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -72,6 +73,8 @@ class Instrumented(nn.Module):
         cut = [g if g.kind == "heads" and "heads" in plan.cuts else None for g in plan.groups]
         self._cut_heads = {group.block + 1: index for index, group in enumerate(cut) if group is not None}
         self._pass: _Pass | None = None
+        self._replayed: _Pass | None = None  # the last pass, whose blocks a backward pass computes again
+        self._is_replayed = False
         self._handles: list[RemovableHandle] = []
         linked = {plan.blocks.index(link.student) + 1 for link in links}
         read = {*plan.exits, *linked, *([len(plan.blocks)] if plan.is_conv else [])}
@@ -82,10 +85,24 @@ class Instrumented(nn.Module):
             if number in read:
                 self._handles.append(block.register_forward_hook(self._keeper(number, "hidden", 0, path)))
         for number, place in enumerate(plan.attention, start=1):
+            if number not in (len(plan.blocks), plan.select_after):
+                continue
             module = model.get_submodule(place.partition(":")[0])
             self._handles.append(module.register_forward_hook(self._keeper(number, "weights", 1, place)))
         ones = tuple(torch.ones(group.size) for group in plan.groups)
-        self._handles += mask_groups(model, plan.groups, lambda: self._pass.masks if self._pass else ones)
+        self._handles += mask_groups(model, plan.groups, lambda: now.masks if (now := self._now()) else ones)
+
+    def _now(self) -> _Pass | None:
+        return self._pass or self._replayed
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within the block, a backward pass may compute blocks again (gradient checkpointing), as the last pass did."""
+        self._is_replayed = True
+        try:
+            yield
+        finally:
+            self._is_replayed, self._replayed = False, None
 
     def detach(self) -> None:
         """Take all hooks off the model, which is then as it was before; this module can no longer be called."""
@@ -126,7 +143,7 @@ class Instrumented(nn.Module):
         try:
             last = logits_of(forward(self.model, inputs))
         finally:
-            self._pass = None
+            self._pass, self._replayed = None, now if self._is_replayed else None
         plan = self.plan
         valid = {b: now.valid if self._selected(now, b) else all_valid for b in now.hidden}
         early = [
@@ -174,7 +191,7 @@ class Instrumented(nn.Module):
 
     def _selector(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            now, after = self._pass, self.plan.select_after
+            now, after = self._now(), self.plan.select_after
             if now is None or after is None or number <= after or now.keep >= 1.0:
                 return None
             bound = inspect.signature(module.forward).bind(*args, **kwargs)

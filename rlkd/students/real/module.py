@@ -6,11 +6,11 @@ and decay inside the policy's learning rate, accumulation, clipping, bfloat16, a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlkd.compression.real.choice import keep_top_units
 from rlkd.data import Split, Task, task_generator
@@ -70,6 +70,8 @@ class ModuleTrainConfig(TrainConfig):
     """Gradients of a larger norm are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products (autocast); parameters and losses stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep blocks' inputs alone for the backward pass, which computes the blocks again: less memory, more time."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
     evaluation_batch_size: int = 64
@@ -133,6 +135,22 @@ def _spread_out(index: Tensor, count: int) -> Tensor:
     return index[torch.arange(count) * len(index) // count] if 0 < count < len(index) else index
 
 
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let a model of transformers compute its blocks again in backward passes of training.
+
+    Raises:
+        UserError: another model, or one that has no gradient checkpointing.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"train.gradient_checkpointing: {type(model).__name__} has none; allowed: models of transformers that "
+            "support it, or --train.micro_batches"
+        )
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the newer name first
+    enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
 class ModuleStudent:
     """Implements `Students` for one real student.
 
@@ -185,6 +203,8 @@ class ModuleStudent:
             {"student_width": width, "teacher_width": width, "num_classes": num_classes}
         )
         self.student = student.to(self._device)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(student.model)
         self._unit_masks: Masks = tuple(torch.ones(group.size) for group in self.plan.groups)
         self._keep, self._threshold = 1.0, torch.ones(1)
         self._token_scores = torch.ones(self.plan.num_positions)
@@ -284,8 +304,9 @@ class ModuleStudent:
                     losses, norm = self._train_step(positions[step], weights, temperature, scale)
                     total += losses
                     worst_norm = torch.maximum(worst_norm, norm)  # keeps one that is no number
+            self.student.train(self._config.gradient_checkpointing)  # blocks are computed again in training alone
+            norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
         self.student.eval()
-        norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
         parameters = (p.detach()[None] for p in self.student.parameters())
         on_device = divergence_free(worst_norm[None], *parameters, *moments(self._optimizer))
         finite = on_device.cpu() & divergence_free(total[None], norms[None])
@@ -310,8 +331,9 @@ class ModuleStudent:
         total = torch.zeros(len(FAMILIES), device=self._device)
         for part in processes.share(positions).tensor_split(config.micro_batches):
             shares = self._shares(part, positions)  # [4]
-            losses = self._losses(part, temperature)
-            (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            with self.student.replayed():
+                losses = self._losses(part, temperature)
+                (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
             total += shares * losses.detach()
         processes.add_up([total, *(parameter.grad for parameter in self.student.parameters())])
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
@@ -495,7 +517,10 @@ class ModuleStudent:
 
     def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """Norms [4] of each family's gradient on model and exits, and the cosine of the first two, on the CPU."""
-        losses = self._losses(positions, temperature)
+        with self.student.replayed():
+            return self._norms_of(self._losses(positions, temperature))
+
+    def _norms_of(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         own = [*self.student.model.parameters(), *self.student.heads.parameters()]
         parameters = [p for p in own if p.requires_grad]
         norms, first, product = torch.zeros(len(FAMILIES)), [], torch.zeros(())

@@ -9,15 +9,19 @@ everything here leaves its arguments as they are.
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from rlkd.errors import UserError
 from rlkd.students.interface import Controls
+
+LONGEST_WAIT = timedelta(days=1)  # others wait while the first process lets the teacher answer or times the student
+T = TypeVar("T")
 
 
 def join(device: str) -> None:
@@ -29,8 +33,19 @@ def join(device: str) -> None:
     Raises:
         UserError: the extra is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+    if is_started() and not distributed.is_initialized():
         _accelerate(cpu=device == "cpu")
+
+
+def is_started() -> bool:
+    """Whether torchrun started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave() -> None:
+    """End the group of processes, if there is one; each goes on alone."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def placed() -> torch.device:
@@ -49,7 +64,7 @@ def _accelerate(cpu: bool) -> Any:
         raise UserError(
             "several processes and `auto` need the package accelerate; run `pip install 'rlkd[hf]'`"
         ) from error
-    return accelerate.PartialState(cpu=cpu)
+    return accelerate.PartialState(cpu=cpu, **({"timeout": LONGEST_WAIT} if is_started() else {}))
 
 
 def num_processes() -> int:
@@ -72,6 +87,22 @@ def first_alone() -> Any:
     finally:
         if num_processes() > 1 and not index():
             distributed.barrier()
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if num_processes() > 1:
+        distributed.barrier()
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """Return what `compute` returns in the first process, which alone calls it."""
+    if num_processes() == 1:
+        return compute()
+    values: list[Any] = [None if index() else compute()]
+    distributed.broadcast_object_list(values, src=0)
+    found: T = values[0]
+    return found
 
 
 def share(positions: Tensor) -> Tensor:

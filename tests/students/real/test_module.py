@@ -349,3 +349,24 @@ def test_hints_of_deeper_blocks_join_in_stages() -> None:
 def test_a_term_that_a_real_pair_cannot_have_is_refused() -> None:
     with pytest.raises(UserError, match="jacobian needs student_input_gradient, teacher_input_gradient"):
         student_of(loss=LossConfig(("cross_entropy", "jacobian")))
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama_classifier"])
+def test_gradient_checkpointing_changes_no_step(family: str) -> None:
+    """Blocks that are computed again have the masks and the tokens of the pass before."""
+    told = controls(unit_keep=0.5, feature_keep=0.6)
+    states, losses = [], []
+    for is_on in (False, True):
+        student = student_of(family, replace(TRAIN, micro_batches=2, gradient_checkpointing=is_on))
+        telemetry = [student.train_window(told) for _ in range(2)]
+        losses.append(torch.cat([t.losses for t in telemetry] + [t.gradient_norms for t in telemetry]))
+        states.append(student.state_dict())
+        blocks = [m for m in student.student.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        assert bool(blocks) == is_on
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert distance(*states) < 1e-5
+
+
+def test_gradient_checkpointing_of_a_model_without_it_is_refused() -> None:
+    with pytest.raises(UserError, match="MobileNetV2ForImageClassification has none; allowed: models of transformers"):
+        student_of("mobilenet", replace(TRAIN, gradient_checkpointing=True))
