@@ -34,17 +34,22 @@ from rlkd.models.real.hooks import Link, link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import (
     Kind,
+    as_user_error,
     kind_of,
     load_config,
 )
-from rlkd.models.real.sides import Side, Sources, load_student, load_teacher
+from rlkd.models.real.sides import Side, Sources, absent_teacher, load_student, load_teacher
 from rlkd.students import Students
 from rlkd.students.real.causal import CausalStudent, TokenConfig
 from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, confirming_samples, evaluated_samples
 from rlkd.students.real.processes import first_alone, from_first
 from rlkd.teachers import Signals
+from rlkd.teachers.real.answering import asked_folder, class_names_of
 from rlkd.teachers.real.module_signals import describe_quality, module_signals
+from rlkd.teachers.real.server import Server
 from rlkd.teachers.real.several import Weighting, combine_teachers, further_answers
+from rlkd.teachers.real.shards import names_digest
+from rlkd.teachers.real.stored import stored_signals
 from rlkd.teachers.real.token_signals import TokenSignals, token_signals
 
 logger = logging.getLogger(__name__)
@@ -96,6 +101,15 @@ class RealConfig:
     teacher_device_map: str | None = None
     """Spread a teacher that fits on no single device: auto or balanced (accelerate), or a JSON file of module paths and
     devices, among them cpu and disk. Its signals are computed once, before any training."""
+    teacher_signals: str | None = None
+    """Folder of rlkd signals with the teacher's answers; of `teacher`, its configuration and its tokenizer or image
+    processor alone are read."""
+    teacher_url: str | None = None
+    """A completion server with log-probabilities of prompts that answers for a language model, such as vLLM's
+    http://localhost:8000/v1; of `teacher`, its configuration and tokenizer alone are read. The environment variable
+    RLKD_TEACHER_KEY may hold the server's key."""
+    teacher_served: str = ""
+    """Name of the model at teacher_url; by default the only one that it serves."""
     more_teachers: tuple[str, ...] = ()
     """Folders or hub ids of further classifiers of the same classes, of any architecture. Their answers are combined
     with those of `teacher` once, before any training; hidden features and attention come from `teacher`."""
@@ -140,10 +154,22 @@ class RealConfig:
         check_sections(self, "cut", "columns", "attach", "train", "loss", "tokens", "cost", "goal", "guard")
         self.goal.weights(self.preference)
         self.channel_multiple()
+        if self.is_absent and (self.more_teachers or self.teacher_device_map or self.tokens.teacher_in_memory):
+            raise UserError(
+                "teacher_signals, teacher_url: got more_teachers, teacher_device_map or tokens.teacher_in_memory, "
+                "which need the teacher's weights; leave them out"
+            )
+        if self.teacher_signals is not None and self.teacher_url is not None:
+            raise UserError("teacher_signals, teacher_url: got both; allowed: one, where the answers come from")
         if self.tokens.teacher_in_memory and self.teacher_device_map is not None:
             raise UserError(
                 "tokens.teacher_in_memory: got a teacher with teacher_device_map, which answers once; leave one out"
             )
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the teacher's answers come from elsewhere, so that its weights are not read."""
+        return self.teacher_signals is not None or self.teacher_url is not None
 
     def channel_multiple(self) -> int:
         """Return the number of channels that layers of the target should have multiples of.
@@ -328,7 +354,7 @@ def build_real_scenario(
     config.check()
     kind = kind_of(load_config(config.teacher), config.teacher)
     sources = config.sources()
-    teacher = load_teacher(sources, kind)
+    teacher = absent_teacher(sources, kind) if config.is_absent else load_teacher(sources, kind)
     logger.info(_beginning(teacher.data.report))
     student, teacher = load_student(sources, kind, teacher, seed)
     _check_smaller(config, student, teacher)
@@ -374,11 +400,12 @@ def scenario_of_sides(
     )
     student = dataclasses.replace(student, plan=from_first(lambda: _rehearsed(student, links, kind)))
     places = [link.teacher for link in links]
-    if config.teacher_device_map is None:
+    is_whole = config.teacher_device_map is None and not teacher.is_absent
+    if is_whole:
         teacher.model.to(device)
     with first_alone():
-        signals = _signals(config, teacher, places)
-    if config.teacher_device_map is None:
+        signals = _stored(config, teacher, kind) if teacher.is_absent else _signals(config, teacher, places)
+    if is_whole:
         teacher.model.cpu()
     quality = describe_quality(signals, teacher.data)
     if quality:
@@ -387,13 +414,12 @@ def scenario_of_sides(
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
     profile = from_first(lambda: _profile(config, student, one, kind))  # observations and limits follow from it
-    teacher_work = count_work(teacher.model, _typical(teacher.data), teacher.plan)
+    teacher_work = _teacher_work(teacher)
     task = TaskDistribution(
         dataset=student.data.name,
         label_noise=Range(0.0, 0.0),
         num_labels=Range(len(student.data.splits["train"]), len(student.data.splits["train"])),
     )
-    is_whole = config.teacher_device_map is None
     scenario = RealScenario(
         RealEpisodeConfig(config.num_windows, task, config.train, controls, config.loss),
         student.data,
@@ -446,6 +472,32 @@ def _signals(config: RealConfig, teacher: Side, places: list[str]) -> Signals:
         raise UserError("more_teachers: got a language model; allowed: with classifiers")
     anchors = config.tokens.anchors(data.num_classes)
     return token_signals(model, plan, places, data, config.tokens.top_k, anchors, size)
+
+
+def _stored(config: RealConfig, teacher: Side, kind: Kind) -> Signals:
+    """Return the signals of a teacher without weights, from a folder or a server."""
+    if config.teacher_url is not None:
+        server = Server(config.teacher_url, config.teacher_served, batch_size=config.train.evaluation_batch_size)
+        folder = asked_folder(teacher, kind, config.teacher, config.tokens.top_k, server)
+    else:
+        folder = Path(str(config.teacher_signals))
+    anchors = config.tokens.anchors(teacher.data.num_classes) if kind == "causal_lm" else None
+    return stored_signals(
+        folder, teacher.data, kind, names_digest(teacher.processor, class_names_of(teacher, kind)), anchors
+    )
+
+
+def _teacher_work(teacher: Side) -> ModuleWork:
+    """Count the work of a teacher, whose weights may be elsewhere: shapes are enough."""
+    one = _typical(teacher.data)
+    if not teacher.is_absent:
+        return count_work(teacher.model, one, teacher.plan)
+    inputs = {name: values.to("meta") for name, values in one.items() if name != PADDING_MASK}
+    if teacher.plan.per_token:  # a mask that is ready, for one that is made would read values
+        length = one["input_ids"].shape[1]
+        inputs[PADDING_MASK] = torch.empty(1, 1, length, length, device="meta")
+    with as_user_error("teacher: its work cannot be counted without its weights"):
+        return count_work(teacher.model, inputs, teacher.plan)
 
 
 def _about_tokens(config: RealConfig, signals: Signals) -> str:

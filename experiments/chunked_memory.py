@@ -116,15 +116,15 @@ def page(rows: list[dict[str, Any]], command: str, date: str) -> str:
         "*Term* is rlkd's own loss term `kl` on whole logits, *kl_div* the leanest plain form (`F.kl_div` on two `log_softmax`), *blocks*",
         f"`rlkd.losses.chunked`, {BLOCK} tokens of the vocabulary at a time. Peaks hold the gradients that every form returns.",
         "",
-        "| positions | head | term | kl_div | blocks | of these: gradients | share of term | share of kl_div | differences of gradients, relative to the largest |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| positions | head | term | kl_div | blocks | of these: gradients | share of term | share of kl_div | largest difference of gradients | relative to the largest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mib = {form: f"{row['peak_bytes'][form] / 2**20:.0f} MiB, {row['seconds'][form]:.1f} s" for form in FORMS}
         lines.append(
             f"| {row['positions']:,} | {row['head']} | {mib['term']} | {mib['kl_div']} | {mib['chunked']} | "
             f"{row['gradient_bytes'] / 2**20:.0f} MiB | {row['share']['term']:.0%} | {row['share']['kl_div']:.0%} | "
-            f"{row['largest_gradient_difference'] / row['largest_gradient']:.1e} |"
+            f"{row['largest_gradient_difference']:.1e} | {row['largest_gradient_difference'] / row['largest_gradient']:.1e} |"
         )
     first = rows[0]
     least = first["gradient_bytes"] / first["peak_bytes"]["kl_div"]

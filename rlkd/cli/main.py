@@ -19,6 +19,7 @@ VERBS = {
     "policies": "the policies that come with rlkd, with their cards",
     "compare": "train the same tasks under several controllers, paired",
     "evaluate": "metrics of a distilled student beside its teacher: agreement, calibration, robustness, classes",
+    "signals": "write a teacher's answers to data as shards, computed here, asked of a server, or imported",
     "inspect-teacher": "whether a teacher suits a student, before any distillation",
     "verify": "compute a run's final table again from what it saved, and compare",
     "export": "write a student as ONNX, torch or transformers, checked against PyTorch on real samples",

@@ -170,6 +170,29 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
     )
 
 
+def bare_plan(num_classes: int, per_token: bool) -> Plan:
+    """Return the plan of a model that is not looked into: no blocks, no features."""
+    return Plan(
+        blocks=(),
+        widths=(),
+        exits=(),
+        groups=(),
+        attention=(),
+        select_after=None,
+        num_positions=1,
+        num_classes=num_classes,
+        is_conv=False,
+        patience=0,
+        controls={},
+        per_token=per_token,
+        drops_rows=False,
+        has_features=False,
+        cuts=(),
+        cuts_depth=False,
+        after=(),
+    )
+
+
 def without(plan: Plan, control: str, reason: str) -> Plan:
     """Return the plan with one control switched off: `unit_keep`, `feature_keep` or `exit_threshold`."""
     controls = {**plan.controls, control: f"not available: {reason}"}

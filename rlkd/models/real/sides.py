@@ -16,7 +16,7 @@ from rlkd.data.loading import load_examples, load_table
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import Table
 from rlkd.errors import UserError
-from rlkd.models.real.attachment import AttachConfig, Plan, logits_of, make_plan
+from rlkd.models.real.attachment import AttachConfig, Plan, bare_plan, logits_of, make_plan
 from rlkd.models.real.cutting import StudentCut, student_from_teacher
 from rlkd.models.real.hooks import forward
 from rlkd.models.real.pretrained import (
@@ -28,6 +28,7 @@ from rlkd.models.real.pretrained import (
     load_model,
     load_processor,
     new_model,
+    on_meta,
     quiet,
     share_padding,
     vocabulary_differences,
@@ -62,6 +63,7 @@ class Side:
     processor: Any  # tokenizer or image processor; None for arrays
     table: Table  # what `data` was made of
     columns: ColumnConfig  # how; its max_length is what the model takes
+    is_absent: bool = False  # a teacher without weights, on the device `meta`, whose answers come from elsewhere
 
 
 def load_teacher(sources: Sources, kind: Kind) -> Side:
@@ -72,13 +74,7 @@ def load_teacher(sources: Sources, kind: Kind) -> Side:
     """
     name = sources.teacher
     model = load_model(name, kind, sources.allow_pickle, device_map=sources.device_map)
-    described: Any = model.config
-    if kind != "causal_lm" and described.id2label is None:  # some families keep the number of classes alone
-        described.id2label = {i: f"LABEL_{i}" for i in range(int(described.num_labels))}
-        described.label2id = {name: i for i, name in described.id2label.items()}
-    if kind != "causal_lm":  # one spelling of the classes, which the student takes over
-        names = class_names(described, name)
-        described.id2label, described.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    described = _named_classes(model.config, kind, name)
     table = load_table(Path(sources.data), kind, sources.columns, name)
     processor = None if table.kind == "array" else load_processor(name, kind)
     share_padding(model, processor)
@@ -86,6 +82,38 @@ def load_teacher(sources: Sources, kind: Kind) -> Side:
     plan = _plan(model, data, AttachConfig(exits=()), name)
     _check_answers(name, plan, data)
     return Side(model, data, plan, processor, table, columns)
+
+
+def absent_teacher(sources: Sources, kind: Kind) -> Side:
+    """Load the data of a teacher whose weights are elsewhere, from its configuration and processor alone.
+
+    Raises:
+        UserError: a configuration, a processor or data that cannot be used.
+    """
+    name = sources.teacher
+    described = _named_classes(load_config(name), kind, name)
+    model = on_meta(described, kind)
+    if model is None:
+        raise UserError(f"{name}: no model can be made of its config.json")
+    table = load_table(Path(sources.data), kind, sources.columns, name)
+    processor = None if table.kind == "array" else load_processor(name, kind)
+    share_padding(model, processor)
+    data = load_examples(table, processor, described, columns=sources.columns, model=name)
+    if PADDING_MASK in data.inputs:
+        _check_tokens(name, model, data)
+    plan = bare_plan(data.num_classes, kind == "causal_lm")
+    return Side(model, data, plan, processor, table, sources.columns, is_absent=True)
+
+
+def _named_classes(described: Any, kind: Kind, name: str) -> Any:
+    """Give a configuration one spelling of its classes, which the student takes over."""
+    if kind != "causal_lm" and described.id2label is None:  # some families keep the number of classes alone
+        described.id2label = {i: f"LABEL_{i}" for i in range(int(described.num_labels))}
+        described.label2id = {name: i for i, name in described.id2label.items()}
+    if kind != "causal_lm":
+        names = class_names(described, name)
+        described.id2label, described.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    return described
 
 
 def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tuple[Side, Side]:
@@ -100,6 +128,8 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
     """
     name, described = sources.student or "student", teacher.model.config
     processor = teacher.processor
+    if not sources.student and teacher.is_absent:
+        raise UserError("student: got none with a teacher without weights, from which it cannot be cut; give --student")
     if not sources.student:
         model, _ = student_from_teacher(teacher.model, kind, sources.cut)
     elif Path(sources.student).suffix == ".json":
@@ -140,7 +170,8 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
 
         data, columns = _fitted(model, teacher.data, teacher.columns, remake, name=name)
         if data is not teacher.data:
-            plan = _plan(teacher.model, data, AttachConfig(exits=()), sources.teacher)
+            absent = teacher.is_absent
+            plan = teacher.plan if absent else _plan(teacher.model, data, AttachConfig(exits=()), sources.teacher)
             teacher = dataclasses.replace(teacher, data=data, columns=columns, plan=plan)
     plan = _plan(model, data, sources.attach, name)
     _check_answers(name, plan, data)
