@@ -218,7 +218,7 @@ def times(folder: Path) -> dict[str, Any]:
     }
 
 
-def page(equal: dict[str, Any], timed: dict[str, Any], command: str, date: str) -> str:
+def page(equal: dict[str, Any], timed: dict[str, Any] | None, command: str, date: str) -> str:
     """The page of results."""
     lines = [
         "# Two processes against one",
@@ -240,6 +240,15 @@ def page(equal: dict[str, Any], timed: dict[str, Any], command: str, date: str) 
     lines += [
         "",
         f"`metrics.jsonl` of the resumed run has {'the same' if equal['same_bytes'] else 'other'} bytes as the undisturbed one's.",
+    ]
+    return (
+        "\n".join([*lines, *(["", "Time per step was not measured."] if timed is None else _times_table(timed))]) + "\n"
+    )
+
+
+def _times_table(timed: dict[str, Any]) -> list[str]:
+    """Lines on the time of a step."""
+    lines = [
         "",
         f"Time of one step, a LLaMA of 6 blocks, width 256, batches of 16 texts of 96 tokens; {ROUNDS} rounds in turns of {WINDOW - 1} steps.",
         "",
@@ -252,7 +261,7 @@ def page(equal: dict[str, Any], timed: dict[str, Any], command: str, date: str) 
         lines.append(
             f"| {name} | {row['median_s']:.3f} s | {low:.3f} to {high:.3f} s | {row['median_s'] / first:.2f} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> int:
@@ -260,6 +269,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--time", choices=("0", "1"), default=None, help="time one window here, with gradient checkpointing or not"
+    )
+    parser.add_argument(
+        "--without_times", action="store_true", help="compare curves alone, as on a machine that is not idle"
     )
     parser.add_argument("--out", type=Path, default=None, help="path without .md and .json; of --time, the file")
     options = parser.parse_args()
@@ -269,7 +281,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build(folder)
-        equal, timed = equality(folder), times(folder)
+        equal, timed = equality(folder), None if options.without_times else times(folder)
     command, date = shlex.join(["python", *sys.argv]), time.strftime("%Y-%m-%d")
     text = page(equal, timed, command, date)
     print(text)

@@ -60,7 +60,8 @@ class Description:
         }
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One file of a folder."""
 
     file: str
@@ -129,7 +130,7 @@ def write_shard(folder: Path, described: Description, number: int, total: int, a
     name = f"answers-{number + 1:05d}-of-{total:05d}.safetensors"
     shard = Shard(name, int(rows[0]) if len(rows) else 0, len(rows), hashlib.sha256(blob).hexdigest())
     write_whole(folder / name, blob)
-    card = {"format": FORMAT, "version": VERSION, **asdict(described), "shard": shard._asdict(), "num_shards": total}
+    card = {"format": FORMAT, "version": VERSION, **asdict(described), "shard": asdict(shard), "num_shards": total}
     write_whole((folder / name).with_suffix(".json"), json.dumps(card, indent=1) + "\n")
     _write_index(folder, described, total)
 
@@ -152,7 +153,7 @@ def _write_index(folder: Path, described: Description, total: int) -> None:
     for path, (found, _) in zip(paths, cards, strict=True):
         if found != described:
             raise UserError(f"{path}: {differences(found, described)}; give every answer set a folder of its own")
-    shards = [shard._asdict() for _, (shard,) in cards]
+    shards = [asdict(shard) for _, (shard,) in cards]
     text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(described), "shards": shards}, indent=1)
     write_whole(folder / INDEX, text + "\n")
 
@@ -255,5 +256,5 @@ def mapped_answers(folder: Path) -> tuple[Description, Answers]:
             for name, tensor in answers._asdict().items():
                 arrays[name][shard.first : shard.first + shard.count] = tensor.numpy()
 
-    key = {"index": json.dumps([asdict(described), [list(shard) for shard in shards]])}
+    key = {"index": json.dumps([asdict(described), [asdict(shard) for shard in shards]])}
     return described, Answers(**cached_arrays("answers", key, specs, fill))
