@@ -31,7 +31,7 @@ from rlkd.runs.folder import describe_run, run_folder, use_one_thread
 from rlkd.runs.given import write_data, write_model
 from rlkd.runs.outcome import Outcome
 from rlkd.runs.resume import with_own_profile
-from rlkd.runs.single import distil_chain, distil_scenario, pretrained_scenario
+from rlkd.runs.single import distil_chain, pretrained_scenario, ship_scenario, train_scenario
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,8 @@ def _distil(
     config.check()
     journal = Journal(folder, False, config.keep_checkpoints)
     scenario = pretrained_scenario(config, bundle, folder, seed, journal=journal, command=COMMAND)
-    return distil_scenario(scenario, config, bundle, folder, seed, progress=progress, journal=journal)
+    learned = train_scenario(scenario, config, bundle, folder, seed, progress=progress, journal=journal)
+    return ship_scenario(learned, config, bundle, folder, seed)
 
 
 def _distil_own(
@@ -238,7 +239,8 @@ def _distil_own(
             start=bundle.policy.start,
             seed=seed,
         )
-        return distil_scenario(scenario, config, bundle, folder, seed, progress=_Quiet(), journal=journal)
+        learned = train_scenario(scenario, config, bundle, folder, seed, progress=_Quiet(), journal=journal)
+        return ship_scenario(learned, config, bundle, folder, seed)
 
 
 def load_policy(policy: Path | str = "default") -> Bundle:

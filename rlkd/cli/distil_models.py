@@ -22,7 +22,7 @@ from rlkd.envs.real import RealConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import use_one_thread
-from rlkd.runs.single import distil_scenario, pretrained_scenario, train_scenario
+from rlkd.runs.single import pretrained_scenario, ship_scenario, train_scenario
 from rlkd.students.real import processes
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
         seed, remembered = options.seed, policy_option(options)
         scenario = pretrained_scenario(config, bundle, folder, seed, journal=journal, options=remembered)
         with tracking(parse_names(options.track), folder, config):
-            outcome = distil_scenario(
+            learned = train_scenario(
                 scenario, config, bundle, folder, seed, progress=bar, journal=journal, show=show_goal
             )
+            outcome = ship_scenario(learned, config, bundle, folder, seed)
     return print_outcome(outcome)

@@ -97,7 +97,7 @@ def pretrained_scenario(
     options: Mapping[str, Any] | None = None,
     command: str | None = None,
 ) -> RealScenario:
-    """Load the models and data of a config for `distil_scenario`; arguments and errors as of `distil_chain`."""
+    """Load the models and data of a config for `train_scenario`; arguments and errors as of `distil_chain`."""
     describe(journal, folder, config, seed, PACKAGES, options, command)
     controls, start = bundle.policy.controls, bundle.policy.start
     return build_real_scenario(with_own_profile(config, folder), controls, start, seed)
@@ -128,21 +128,9 @@ def train_scenario(
     return TrainedScenario(scenario, trained, watch, dense)
 
 
-def distil_scenario(
-    scenario: RealScenario,
-    config: RealConfig,
-    bundle: Bundle,
-    folder: Path,
-    seed: int,
-    *,
-    progress: Progress,
-    journal: Journal,
-    show: Show = lambda found: None,
-) -> Outcome:
-    """`train_scenario`, then evaluate, cut, time and write the student; arguments and errors as of `distil_chain`."""
-    scenario, trained, watch, dense = train_scenario(
-        scenario, config, bundle, folder, seed, progress=progress, journal=journal, show=show
-    )
+def ship_scenario(learned: TrainedScenario, config: RealConfig, bundle: Bundle, folder: Path, seed: int) -> Outcome:
+    """Evaluate, cut, time and write the student of `train_scenario`; further arguments as there."""
+    scenario, trained, watch, dense = learned
     done = ship_module(scenario, trained)
     watch.close(config, seed, done.figures)
     weights = config.goal.weights(config.preference)
