@@ -163,7 +163,6 @@ def row_of(scenario: RealScenario, folder: Path, seed: int) -> dict[str, Any]:
     return {
         "validation_accuracy": accuracy,
         "thresholds": thresholds,
-        "discordant": discordant(student, data, thresholds),
         "forms": measure(forms, scenario),
     }
 
@@ -289,6 +288,10 @@ def main() -> int:
         file = options.out / f"{seed}" / "row.json"
         if not file.exists():
             write_json(file, row_of(scenario, file.parent, seed))
+        row = json.loads(file.read_text())
+        if "discordant" not in row:
+            student = load_module_student(file.parent / "student")
+            write_json(file, row | {"discordant": discordant(student, scenario.data, row["thresholds"])})
         rows.append(json.loads(file.read_text()))
         print(f"seed {seed}: {rows[-1]}", flush=True)
     command = shlex.join(["python", *sys.argv])
