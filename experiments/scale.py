@@ -128,8 +128,6 @@ def measure_training(num_students: int, num_rounds: int, kinds: Sequence[str]) -
         ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)  # one for both
     with ExitStack() as stack:
         workers = {name: stack.enter_context(open_workers(way)) for name, way in ways.items()}
-        for name in ways:
-            timed_training(scenarios, config, workers[name], ways[name].num_workers)  # warm
         for number in range(num_rounds):
             for name in list(ways)[:: 1 if number % 2 == 0 else -1]:
                 row = timed_training(scenarios, config, workers[name], ways[name].num_workers)
@@ -441,8 +439,9 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     kinds = given.kinds.split(",")
-    training = measure_training(given.students, given.rounds, kinds)
     costs, raw = measure_costs(given.repeats, kinds)
+    print(json.dumps([asdict(costs), raw]), flush=True)
+    training = measure_training(given.students, given.rounds, kinds)
     rows = table_of(costs, training["num_scenarios"], 12)
     measured = {"num_scenarios": training["num_scenarios"], "num_windows": training["num_windows"]}
     one, two = (round_s(costs, n, given.students, given.students // 2, **measured) for n in (1, 2))
