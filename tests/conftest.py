@@ -10,8 +10,10 @@ import torch
 
 from rlkd.cost import CostConfig, CostProfile, save_profile
 from rlkd.cost.profile import ENERGY_MODEL
+from rlkd.data.datasets import DATASETS
 from rlkd.envs import EnvConfig, Scenario, build_scenario
 from rlkd.envs.references import References
+from rlkd.losses import registry
 from rlkd.models import StudentConfig
 from rlkd.students import TrainConfig
 from rlkd.teachers import TeacherConfig
@@ -31,6 +33,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLKD_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_names() -> Iterator[None]:
+    """Take names that a test registers away again, so that other tests find what comes with rlkd."""
+    terms, datasets = dict(registry._TERMS), dict(DATASETS)
+    yield
+    for table, before in ((registry._TERMS, terms), (DATASETS, datasets)):
+        table.clear()
+        table.update(before)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

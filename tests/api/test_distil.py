@@ -3,7 +3,6 @@ import dataclasses
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,9 @@ import rlkd
 from rlkd.agents.policy.bundle import load_bundle, save_bundle
 from rlkd.agents.policy.policy import unchanged
 from rlkd.cli.main import main
-from rlkd.data.datasets import DATASETS
 from rlkd.data.memory import read_parts
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
-from rlkd.losses import registry
 
 SHORT = {"num_windows": 2, "train.steps_per_window": 4}
 
@@ -225,17 +222,6 @@ def test_importing_rlkd_loads_no_torch_and_every_public_name_exists() -> None:
         rlkd.distill  # noqa: B018
 
 
-@pytest.fixture
-def own_names() -> Iterator[None]:
-    """Take names that a test registers away again, so that other tests find what comes with rlkd."""
-    terms, datasets = dict(registry._TERMS), dict(DATASETS)
-    yield
-    for table, before in ((registry._TERMS, terms), (DATASETS, datasets)):
-        table.clear()
-        table.update(before)  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("own_names")
 def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path) -> None:
     inputs, labels = points()
     rlkd.register_dataset("two_halves", (inputs, labels))
@@ -264,7 +250,6 @@ def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path
         load_dataset("broken")
 
 
-@pytest.mark.usefixtures("own_names")
 def test_arrays_of_a_file_have_the_splits_that_it_names(tmp_path: Path) -> None:
     inputs, labels = np.arange(12, dtype=np.float32)[:, None], np.arange(12) % 2
     np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels, split=["train"] * 6 + ["val"] * 3 + ["test"] * 3)

@@ -68,7 +68,9 @@ def test_the_untrained_policy_holds_the_start_and_equals_sb3s_actor(scenario: Sc
     assert np.array_equal(actions(), np.zeros((20, len(CONTROLS))))
     for parameter in agent.policy.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
-    expected, _ = agent.predict(standardise(seen.numpy(), mean, deviation), deterministic=True)
+    unknown = np.zeros(len(OBSERVATIONS), dtype=bool)
+    scaled = standardise(seen.numpy(), mean, deviation, unknown=unknown)
+    expected, _ = agent.predict(scaled, deterministic=True)
     np.testing.assert_allclose(actions(), expected, atol=1e-5)
     assert np.abs(expected).max() > 0.1
 
