@@ -68,7 +68,8 @@ class SB3VecEnv(VecEnv):
 
     Args:
         envs: the populations, of N students each, with `restart_together`.
-        mean, deviation: [O] each, fixed for the whole training, so that a policy means the same at every moment.
+        mean: [O], of the observations, fixed for the whole training, so that a policy means the same at every moment.
+        deviation: [O], likewise.
         seed: of the task streams; student i of population k draws from stream seed + k N + i.
     """
 
