@@ -143,7 +143,7 @@ def _import_ray() -> Any:
 
 
 def _connect(ray: Any, num_workers: int | None, address: str | None) -> None:
-    own: dict[str, Any] = {"include_dashboard": False}
+    own: dict[str, Any] = {"address": "local", "include_dashboard": False}  # else Ray joins a cluster that runs here
     if address is None and num_workers is not None:
         own["num_cpus"] = num_workers
     given = own if address is None else {"address": address}

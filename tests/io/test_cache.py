@@ -186,7 +186,6 @@ def test_two_processes_that_want_the_same_arrays_never_see_a_torn_entry(
     for run in runs:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
-    writers = set()
     for entry in range(25):
         if broken:
             cached_arrays("raced", {"entry": str(entry)}, specs, lambda arrays: None)
@@ -202,9 +201,7 @@ def test_two_processes_that_want_the_same_arrays_never_see_a_torn_entry(
             values = run.stdout.readline().split()
             assert len(values) == 1, values  # of one writer, whole
             assert values[0] in ("1.0", "2.0")
-            writers.add(values[0])
     for run in runs:
         run.communicate()
         assert run.returncode == 0
     assert len(list((tmp_path / "cache").iterdir())) == 25
-    assert writers == {"1.0", "2.0"}  # both did write
