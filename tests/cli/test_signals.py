@@ -62,6 +62,7 @@ def result_of(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "result.json").read_text())["methods"]["policy"])
 
 
+@pytest.mark.slow
 def test_a_student_of_stored_answers_and_of_a_server(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

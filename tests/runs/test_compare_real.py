@@ -96,6 +96,7 @@ def test_rows_that_are_there_are_not_trained_again(files: Path, tmp_path: Path) 
     assert second["seeds"]["smaller"][0]["accuracy"] == first["seeds"]["smaller"][0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_searches_and_patient_exits_are_compared(files: Path, tmp_path: Path) -> None:
     config = RealCompareConfig(
         teacher=str(files / "vit"),

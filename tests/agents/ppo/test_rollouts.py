@@ -125,6 +125,7 @@ def alone(goal_scenario: Scenario, other_scenario: Scenario) -> tuple[Learned, l
     return learned([goal_scenario, other_scenario], [other_scenario], RunOptions(num_parallel=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_workers", "kill"),
     [
