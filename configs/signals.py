@@ -14,18 +14,18 @@ class SignalsConfig:
     """Folder or hub id of the teacher; with import_file or teacher_url its configuration and its tokenizer or image
     processor are enough."""
     data: str
-    """As in `rlkd distil`."""
+    """Files or folder with the samples, as `rlkd distil` takes them."""
     top_k: int = 32
     """Likeliest tokens, or classes, of every position that are kept."""
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     import_file: str | None = None
     """Top-k log-probabilities that another tool stored: .safetensors or .parquet (docs/large.md has their form)."""
     teacher_url: str | None = None
-    """As in `rlkd distil`."""
+    """Completion server that answers in place of the weights, as `rlkd distil` takes it."""
     teacher_served: str = ""
-    """As in `rlkd distil`."""
+    """Name of the model at teacher_url, as `rlkd distil` takes it."""
     teacher_device_map: str | None = None
-    """As in `rlkd distil`."""
+    """Devices that the teacher is spread over, as `rlkd distil` takes them."""
     device: str = "cpu"
     """Where the teacher answers."""
     batch_size: int = 8

@@ -100,7 +100,7 @@ class SB3VecEnv(VecEnv):
 
     @property
     def num_scenarios(self) -> int:
-        """How many scenarios take turns."""
+        """Count the scenarios that take turns."""
         return len(self.envs)
 
     @property

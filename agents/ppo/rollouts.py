@@ -64,7 +64,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Episode:
-    """What n students of one scenario did in W windows."""
+    """Hold what n students of one scenario did in W windows."""
 
     observations: NDArray[np.float32]  # [W, n, O], standardised
     actions: NDArray[np.float32]  # [W, n, 12], not clipped
@@ -178,7 +178,7 @@ class RolloutEnv(VecEnv):
 
     @property
     def num_scenarios(self) -> int:
-        """How many scenarios take turns."""
+        """Count the scenarios that take turns."""
         return len(self._windows)
 
     @property
@@ -226,7 +226,7 @@ class RolloutEnv(VecEnv):
         return np.zeros((self.num_envs, len(OBSERVATIONS)), dtype=np.float32)
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Not possible: whole rollouts are collected."""
+        """Refuse: whole rollouts are collected."""
         raise NotImplementedError("a RolloutEnv collects whole rollouts; for single steps use rlkd.make_sb3_env")
 
     def step_wait(self) -> Any:
@@ -241,13 +241,13 @@ class RolloutEnv(VecEnv):
         return [getattr(self, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Not possible: students share their attributes."""
+        """Refuse: students share their attributes."""
         raise NotImplementedError("students of a rollout share their attributes")
 
     def env_method(
         self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """Not possible: there is no environment for a single student."""
+        """Refuse: there is no environment for a single student."""
         raise NotImplementedError("students of a rollout have no environments of their own")
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None) -> list[bool]:
