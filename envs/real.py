@@ -41,8 +41,9 @@ from rlkd.models.real.pretrained import (
 from rlkd.models.real.sides import Side, Sources, absent_teacher, load_student, load_teacher
 from rlkd.students import Students
 from rlkd.students.real.causal import CausalStudent, TokenConfig
-from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig, confirming_samples, evaluated_samples
+from rlkd.students.real.module import ModuleStudent
 from rlkd.students.real.processes import first_alone, from_first
+from rlkd.students.real.train_config import ModuleTrainConfig, confirming_samples, evaluated_samples
 from rlkd.teachers import Signals
 from rlkd.teachers.real.answering import asked_folder, class_names_of
 from rlkd.teachers.real.module_signals import describe_quality, module_signals

@@ -36,7 +36,7 @@ from rlkd.models.real.attachment import Plan
 from rlkd.models.real.pretrained import quiet, transformers
 from rlkd.runs.distil_real import distil_module
 from rlkd.runs.folder import use_one_thread
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 NUM_CLASSES, NUM_WORDS, NUM_BLOCKS, IMAGE_SIZE, MOST_WEIGHTS = 3, 30, 4, 32, 300_000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -42,7 +42,7 @@ from rlkd.models.real.attachment import AttachConfig
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.export import write_parts
 from rlkd.runs.folder import git_state, use_one_thread
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 LAYERS, EXITS = 4, (1, 2, 3)
 NUM_WINDOWS, STEPS, BATCH_SIZE = 12, 30, 16

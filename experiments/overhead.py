@@ -46,7 +46,7 @@ from rlkd.models.real.pretrained import new_model, quiet, transformers
 from rlkd.runs.distil import run_windows
 from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 # steps of a window, validation samples; the first is the bar's
 SETTINGS = ((100, 128), (15, 512))

@@ -42,7 +42,7 @@ from rlkd.runs.compare_real import compare_real
 from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.runs.real_methods import REAL_METHODS, RealCompareConfig
 from rlkd.students.optimizers import new_optimizer, schedule
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"

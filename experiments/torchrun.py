@@ -166,7 +166,7 @@ def timed_window(checkpointing: bool, out: Path) -> None:
     from rlkd.models.real.instrumented import Instrumented
     from rlkd.students.real import processes
     from rlkd.students.real.causal import CausalStudent
-    from rlkd.students.real.module import ModuleTrainConfig
+    from rlkd.students.real.train_config import ModuleTrainConfig
     from rlkd.teachers.real.token_signals import token_signals
 
     torch.set_num_threads(1)

@@ -13,7 +13,8 @@ from rlkd.models.real.attachment import AttachConfig, make_plan
 from rlkd.models.real.hooks import link_places
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students import Controls
-from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.module import ModuleStudent
+from rlkd.students.real.train_config import ModuleTrainConfig
 from rlkd.teachers.real.module_signals import module_signals
 
 TRAIN = ModuleTrainConfig(steps_per_window=3, batch_size=12, learning_rate=1e-3, warmup=0.0, rate_exponent=1.0)

@@ -12,7 +12,8 @@ from rlkd.envs import ControlConfig, rate
 from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
 from rlkd.errors import UserError
 from rlkd.models.real.cutting import StudentCut
-from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.module import ModuleStudent
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from rlkd.hardware import FOLDER
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.goals import reference_accuracies, task_of, with_goal
 from rlkd.students.interface import probed_samples
-from rlkd.students.real.module import ModuleStudent, ModuleTrainConfig
+from rlkd.students.real.module import ModuleStudent
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from rlkd.io.records import write_json
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.compare_real import compare_real, summary
 from rlkd.runs.real_methods import REAL_METHODS, RealCompareConfig
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.real.train_config import ModuleTrainConfig
 
 
 class Counted:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rlkd.errors import UserError
 from rlkd.models.chain import Masks
 
 KINDS = ("units", "heads", "channels")  # of groups
@@ -265,3 +266,19 @@ def mask_groups(
 
         handles.append(reader.register_forward_pre_hook(hook))
     return handles
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let a model of transformers compute its blocks again in backward passes of training.
+
+    Raises:
+        UserError: another model, or one that has no gradient checkpointing.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"train.gradient_checkpointing: {type(model).__name__} has none; allowed: models of transformers that "
+            "support it, or --train.micro_batches"
+        )
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the newer name first
+    enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})

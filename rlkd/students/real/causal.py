@@ -28,13 +28,8 @@ from rlkd.models.real.hooks import forward
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.interface import Metrics
 from rlkd.students.real.headless import check_head, headless, hidden_head
-from rlkd.students.real.module import (
-    EVALUATE_LESS,
-    PUBLISHED_RATE,
-    ModuleStudent,
-    ModuleTrainConfig,
-    confirming_samples,
-)
+from rlkd.students.real.module import EVALUATE_LESS, PUBLISHED_RATE, ModuleStudent
+from rlkd.students.real.train_config import ModuleTrainConfig, confirming_samples
 from rlkd.teachers.real.token_signals import TokenSignals
 
 

@@ -25,7 +25,7 @@ from rlkd.models.real.hooks import link_places
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.real.causal import CausalStudent, TokenConfig
 from rlkd.students.real.headless import check_head
-from rlkd.students.real.module import ModuleTrainConfig
+from rlkd.students.real.train_config import ModuleTrainConfig
 from rlkd.teachers.real.token_signals import token_signals
 
 TRAIN = ModuleTrainConfig(steps_per_window=3, batch_size=8, learning_rate=1e-3, warmup=0.0)
