@@ -36,7 +36,8 @@ from rlkd.cost.timing import time_calls
 from rlkd.data import draw_task
 from rlkd.data.distribution import task_generator
 from rlkd.envs.action import ControlConfig
-from rlkd.envs.real import RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
 from rlkd.io.records import write_json
 from rlkd.losses.hard_label import cross_entropy
 from rlkd.losses.response import response

@@ -29,7 +29,8 @@ from torch import nn
 
 from rlkd.compression.real.cut import load_module_student, save_module_student
 from rlkd.envs import CONTROLS, ControlConfig
-from rlkd.envs.real import RealConfig, RealCostConfig, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.files import write_whole
 from rlkd.models.real.attachment import Plan

@@ -31,7 +31,9 @@ from rlkd.compression.real.cut import load_module_student, save_module_student, 
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.data import draw_task
 from rlkd.envs.action import ControlConfig, decode, published_setting
-from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.export import surgery
 from rlkd.export.exits import MIDDLE, calibrate, with_threshold
 from rlkd.export.flat import num_early_exits

@@ -35,7 +35,9 @@ from rlkd.agents.policy.bundle import load_bundle
 from rlkd.agents.policy.controllers import Controller
 from rlkd.data import draw_task, task_generator
 from rlkd.envs.action import decode, published_setting
-from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.files import write_whole
 from rlkd.io.records import write_json

@@ -31,7 +31,7 @@ from rlkd.data import Goal
 from rlkd.data.examples import Examples
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import make_examples, read_table
-from rlkd.envs.real import RealCostConfig
+from rlkd.envs.real_config import RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.files import write_whole
 from rlkd.io.records import write_json

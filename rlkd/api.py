@@ -21,7 +21,8 @@ from rlkd.compression.loading import load_student
 from rlkd.configs import DistilConfig
 from rlkd.data import Goal
 from rlkd.data.datasets import DATASETS, is_dataset
-from rlkd.envs.real import RealConfig, RealCostConfig, scenario_of_sides
+from rlkd.envs.build_real import scenario_of_sides
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.io.settings import with_settings

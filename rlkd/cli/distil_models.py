@@ -18,7 +18,7 @@ from rlkd.cli.distil import POLICY_HELP, policy_option
 from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
-from rlkd.envs.real import RealConfig
+from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import use_one_thread

@@ -54,7 +54,7 @@ def _rows(folder: Path, policy: Path | None) -> list[Row]:
     read_result(folder)
     tree = _config_tree(folder)
     if "data" in tree:
-        from rlkd.envs.real import RealConfig  # the extra hf
+        from rlkd.envs.real_config import RealConfig  # the extra hf
 
         return verify_real_distil(folder, config_of_run(folder, RealConfig)[0])
     if "methods" in tree:

@@ -23,7 +23,8 @@ from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.compression.real.cut import load_module_student, save_module_student
 from rlkd.cost import time_calls
-from rlkd.envs.real import RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
 from rlkd.envs.reward import weighed
 from rlkd.errors import UserError
 from rlkd.io.files import read_json

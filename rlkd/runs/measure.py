@@ -125,7 +125,7 @@ def open_against(given: str, opened: ShippedData, config_of: Any) -> ShippedData
         teacher = load_teachers(config.teacher, load_dataset(opened.data_name))[-1]
         student = compact(teacher, teacher.full_masks(), 1.0).eval()
         return dataclasses.replace(opened, folder=run / TEACHER, student=student)
-    from rlkd.envs.real import RealConfig
+    from rlkd.envs.real_config import RealConfig
 
     config = config_of(run, RealConfig)[0]
     return _real_teacher(config.teacher if given == TEACHER else given, opened, config)

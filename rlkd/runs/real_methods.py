@@ -17,7 +17,7 @@ from rlkd.agents.baselines.search import axes, first_settings, named, new_study
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.controllers import Controller, hold_start
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS, ControlConfig, published_setting, with_exit_kind, with_values
-from rlkd.envs.real import RealConfig
+from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
 from rlkd.losses import FAMILIES
 

@@ -131,7 +131,7 @@ def _open_chain(folder: Path, config: DistilConfig | None, given: str | None) ->
 
 def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None) -> ShippedData:
     from rlkd.compression.real.cut import load_module_student
-    from rlkd.envs.real import RealConfig  # the extra hf
+    from rlkd.envs.real_config import RealConfig  # the extra hf
 
     student = load_module_student(folder)
     columns, where = _columns_of(run, config_of, data, RealConfig)

@@ -11,7 +11,9 @@ from rlkd.agents.policy.bundle import Bundle
 from rlkd.compression.real.cut import save_module_student
 from rlkd.configs import DistilConfig
 from rlkd.cost import save_profile
-from rlkd.envs.real import RealConfig, RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
+from rlkd.envs.real_config import RealConfig
 from rlkd.envs.scenario import build_scenario
 from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal

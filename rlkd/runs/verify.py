@@ -118,7 +118,7 @@ def verify_real_distil(folder: Path, config: Any) -> list[Row]:
 
     Args:
         folder: of the run.
-        config: its `rlkd.envs.real.RealConfig`; the data must still be where it says.
+        config: its `rlkd.envs.real_config.RealConfig`; the data must still be where it says.
 
     Raises:
         UserError: there is no result, or the data cannot be read.

@@ -9,7 +9,7 @@ from rlkd.configs import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.configs.schema import ScenarioConfig
 from rlkd.data import Range, TaskDistribution
 from rlkd.envs import ControlConfig
-from rlkd.envs.real import RealConfig
+from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
 from rlkd.io.records import plain
 from rlkd.runs.folder import describe_run

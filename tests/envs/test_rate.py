@@ -9,7 +9,9 @@ import tiny_models
 import torch
 
 from rlkd.envs import ControlConfig, rate
-from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.models.real.cutting import StudentCut
 from rlkd.students.real.module import ModuleStudent

@@ -13,11 +13,12 @@ from torch import Tensor
 from rlkd.data import Goal, Preference
 from rlkd.envs import ControlConfig
 from rlkd.envs.action import decode, published_setting, with_values
+from rlkd.envs.build_real import build_real_scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.guard import MET, MISSED, SURE, Guard
 from rlkd.envs.limits import largest_cost
-from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
-from rlkd.errors import UserError
+from rlkd.envs.real import RealScenario
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.hardware import FOLDER
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.goals import reference_accuracies, task_of, with_goal
@@ -118,11 +119,6 @@ def test_kept_units_are_rounded_as_the_hardware_profile_says(real: RealScenario,
     assert any(count % 12 for count in kept[1])
 
 
-def test_a_profile_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match=r"hardware: got 'gpuu'; allowed: .*did you mean gpu"):
-        RealConfig("teacher", "data", hardware="gpuu").check()
-
-
 def trained(real: RealScenario, start_rate: float, rate: float) -> dict[str, Tensor]:
     """Return the weights after a window under the control `rate`, where the controls start at `start_rate`."""
     config = ControlConfig()
@@ -202,42 +198,6 @@ def test_size_counts_every_parameter_of_the_model(real: RealScenario) -> None:
     assert float(dense.parameters) == sum(p.numel() for p in real.student.model.parameters())
     first = real.cost(sizes, torch.eye(real.num_exits)[:1], torch.full((1,), 0.5))
     assert float(first.size_ratio) < 1.0
-
-
-def test_answers_of_several_teachers_are_combined(tmp_path: Path) -> None:
-    folder = tmp_path
-    for name, family, seed in (("first", "bert", 0), ("second", "distilbert", 1), ("other", "bert", 2)):
-        model = tiny_models.tiny(family, seed=seed)
-        names = ["neg", "pos"] if name != "other" else ["pos", "neg"]
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {label: i for i, label in enumerate(names)}
-        model.save_pretrained(folder / name)
-        tiny_models.save_tokenizer(folder / name)
-    with (folder / "reviews.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "label", "source"])
-        rows.writerows(
-            ("good film" if i % 2 else "bad plot", "pos" if i % 2 else "neg", f"review {i // 2}") for i in range(60)
-        )
-
-    def built(*more: str) -> RealScenario:
-        config = RealConfig(
-            teacher=str(folder / "first"),
-            data=str(folder / "reviews.csv"),
-            more_teachers=tuple(str(folder / name) for name in more),
-            num_windows=1,
-            cut=StudentCut(layers=1),
-            train=ModuleTrainConfig(steps_per_window=1, batch_size=8),
-            cost=RealCostConfig(batch_size=4),
-        )
-        return build_real_scenario(config, ControlConfig())
-
-    alone, both, twice = built(), built("second"), built("first")
-    torch.testing.assert_close(twice.signals.logits, alone.signals.logits)
-    assert not torch.allclose(both.signals.logits, alone.signals.logits)
-    assert torch.equal(both.signals.features, alone.signals.features)
-    with pytest.raises(UserError, match=r"more_teachers: .*other has the classes"):
-        built("other")
 
 
 def test_the_step_size_is_the_control_in_the_units_of_the_optimizer(real: RealScenario) -> None:

@@ -13,7 +13,7 @@ import torch
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.main import main
 from rlkd.data import Goal
-from rlkd.envs.real import RealCostConfig
+from rlkd.envs.real_config import RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
 from rlkd.models.real.cutting import StudentCut

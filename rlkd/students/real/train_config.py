@@ -8,9 +8,7 @@ from torch import Tensor
 
 from rlkd.data import Split
 from rlkd.errors import UserError
-from rlkd.students.interface import (
-    TrainConfig,
-)
+from rlkd.students.interface import TrainConfig
 from rlkd.students.real import processes
 
 

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 
 from rlkd.data.rows import ColumnConfig
 from rlkd.envs import ControlConfig
-from rlkd.envs.real import RealConfig, RealCostConfig, RealScenario, build_real_scenario
+from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.real import RealScenario
+from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 
 C, ROWS = 12, 240
