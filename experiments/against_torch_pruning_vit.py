@@ -41,7 +41,8 @@ from rlkd.envs.real import RealScenario
 from rlkd.io.records import write_json
 from rlkd.losses.hard_label import cross_entropy
 from rlkd.losses.response import response
-from rlkd.models.real.attachment import AttachConfig, logits_of
+from rlkd.models.real.attachment import AttachConfig
+from rlkd.models.real.hooks import logits_of
 from rlkd.runs.folder import git_state, use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
 

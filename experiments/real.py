@@ -35,8 +35,8 @@ from rlkd.envs.real_config import RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.files import write_whole
 from rlkd.io.records import write_json
-from rlkd.models.real.attachment import logits_of
 from rlkd.models.real.cutting import StudentCut
+from rlkd.models.real.hooks import logits_of
 from rlkd.models.real.pretrained import load_model, load_processor, new_model, quiet, transformers
 from rlkd.runs.compare_real import compare_real
 from rlkd.runs.folder import git_state, use_one_thread

@@ -18,8 +18,7 @@ from rlkd.compression.real import shipped
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.compression.selection import exit_ends
 from rlkd.data.examples import PADDING_MASK
-from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.instrumented import exit_answer, received
 
 Student = CompactStudent | ShippedStudent

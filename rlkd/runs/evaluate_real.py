@@ -15,9 +15,9 @@ from rlkd.io.files import read_json
 from rlkd.losses import gradient_cosine
 from rlkd.metrics import fgsm, pgd
 from rlkd.metrics.transfer import flops_per_sample
-from rlkd.models.real.attachment import AttachConfig, logits_of
+from rlkd.models.real.attachment import AttachConfig
 from rlkd.models.real.cutting import StudentCut
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.sides import Sources, load_teacher
 from rlkd.runs.evaluate import MAX_ATTACKED, accuracy, answer_metrics, loss_gradient
 from rlkd.runs.shipped import examples_of

@@ -353,8 +353,7 @@ def check_plain(folder: Path) -> None:
 def _to_transformers(opened: ShippedData, options: ExportOptions, out: Path) -> ExportedForm:
     """Copy the model's folder, which transformers loads as it is, and check what it answers there."""
     from rlkd.compression.real.shipped import ShippedStudent
-    from rlkd.models.real.attachment import logits_of
-    from rlkd.models.real.hooks import forward
+    from rlkd.models.real.hooks import forward, logits_of
     from rlkd.models.real.pretrained import AUTO_CLASSES, Kind, load_model
 
     student = opened.student

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_map
 
 from rlkd.compression.selection import exit_ends, exits_at
 from rlkd.data.examples import PADDING_MASK
-from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.hooks import forward, pool, tensor_at
+from rlkd.models.real.hooks import forward, logits_of, pool, tensor_at
 from rlkd.models.real.instrumented import choose_tokens, exit_answer
 from rlkd.models.real.pretrained import Kind
 

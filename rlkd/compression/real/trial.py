@@ -22,9 +22,9 @@ from rlkd.compression.selection import exits_taken
 from rlkd.data.examples import PADDING_MASK
 from rlkd.errors import UserError
 from rlkd.models.chain import Masks
-from rlkd.models.real.attachment import Plan, keep_zeros, logits_of, without
+from rlkd.models.real.attachment import Plan, keep_zeros, without
 from rlkd.models.real.blocks import group_importance
-from rlkd.models.real.hooks import Link, forward
+from rlkd.models.real.hooks import Link, forward, logits_of
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind, as_user_error
 

@@ -205,6 +205,13 @@ def _channel_groups(model: nn.Module, blocks: Sequence[str]) -> list[Group]:
     return groups
 
 
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return a language model's output layer, which its exits answer through; None where it has none."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    layer: nn.Module | None = get() if get is not None else None
+    return layer
+
+
 def linear(model: nn.Module, path: str) -> nn.Linear:
     """Return the linear layer at `path`."""
     layer = model.get_submodule(path)

@@ -117,6 +117,17 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> Any:
     return model(**accepted, **({"use_cache": False} if "use_cache" in names else {}))
 
 
+def logits_of(output: Any) -> Tensor:
+    """Logits [B, C], or [B, L, V] a token, of a model's output: its `logits`, or itself.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(output, Tensor) and "logits" not in output:
+        raise UserError(f"student: got an output with {', '.join(output)}; allowed: one with logits")
+    return torch.as_tensor(output if isinstance(output, Tensor) else output["logits"])
+
+
 @torch.no_grad()
 def dry_pass(model: nn.Module, patterns: Sequence[str], inputs: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
     """Return the tensors at the places for `inputs`, in evaluation mode; restore the model's mode."""

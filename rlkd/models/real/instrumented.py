@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from rlkd.data.examples import PADDING_MASK
 from rlkd.models.attention_map import attention_map
 from rlkd.models.chain import Masks
-from rlkd.models.real.attachment import Plan, logits_of
+from rlkd.models.real.attachment import Plan
 from rlkd.models.real.blocks import mask_groups
-from rlkd.models.real.hooks import Link, build_adapters, forward, pool, tensor_at
+from rlkd.models.real.hooks import Link, build_adapters, forward, logits_of, pool, tensor_at
 from rlkd.models.real.shrink import kept_units
 
 NUM_PIXELS = 16  # positions of a convolutional attention map

@@ -15,7 +15,8 @@ from rlkd.data.memory import examples_of, read_parts
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import Table
 from rlkd.errors import UserError
-from rlkd.models.real.attachment import AttachConfig, Plan, logits_of, make_plan
+from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
+from rlkd.models.real.hooks import logits_of
 from rlkd.models.real.pretrained import as_user_error, device_of
 from rlkd.models.real.sides import Side
 

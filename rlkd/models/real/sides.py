@@ -16,9 +16,9 @@ from rlkd.data.loading import load_examples, load_table
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import Table
 from rlkd.errors import UserError
-from rlkd.models.real.attachment import AttachConfig, Plan, bare_plan, logits_of, make_plan
+from rlkd.models.real.attachment import AttachConfig, Plan, bare_plan, make_plan
 from rlkd.models.real.cutting import StudentCut, student_from_teacher
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.pretrained import (
     Kind,
     as_user_error,

@@ -23,8 +23,7 @@ from rlkd.io.memory import enough_memory
 from rlkd.losses import FAMILIES, LossConfig
 from rlkd.losses.chunked import Divergence, chunked_losses
 from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
-from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.students.interface import Metrics
 from rlkd.students.real.headless import check_head, headless, hidden_head

@@ -2,27 +2,25 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlkd.errors import UserError
 from rlkd.losses.chunked import Head
-from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.blocks import output_layer
+from rlkd.models.real.hooks import forward, logits_of
 
 SAME = 1e-4  # of the largest logit: what sums in another order may differ by
 
 
-def output_layer(model: nn.Module, name: str) -> nn.Linear:
+def linear_output(model: nn.Module, name: str) -> nn.Linear:
     """Return the output layer of a language model.
 
     Raises:
         UserError: it is no `nn.Linear`.
     """
-    get: Any = getattr(model, "get_output_embeddings", None)
-    layer = get() if get is not None else None
+    layer = output_layer(model)
     if not isinstance(layer, nn.Linear):
         raise UserError(
             f"tokens.teacher_in_memory: the output layer of {name} is {type(layer).__name__}; allowed: nn.Linear"
@@ -33,7 +31,7 @@ def output_layer(model: nn.Module, name: str) -> nn.Linear:
 @contextmanager
 def headless(model: nn.Module) -> Iterator[None]:
     """Within the block, the model's output layer returns what it is given: hidden states [B, L, D] for logits."""
-    layer = output_layer(model, type(model).__name__)
+    layer = linear_output(model, type(model).__name__)
     setattr(layer, "forward", lambda hidden: hidden)  # noqa: B010, an instance's own forward hides the class's
     try:
         yield
@@ -43,14 +41,14 @@ def headless(model: nn.Module) -> Iterator[None]:
 
 def hidden_head(model: nn.Module, hidden: Tensor) -> Head:
     """Return hidden states [M, D] with the output layer that answers them."""
-    layer = output_layer(model, type(model).__name__)
+    layer = linear_output(model, type(model).__name__)
     return Head(hidden, layer.weight, layer.bias)
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> None:
     """Raise UserError for a model whose logits are not its output layer's answers: scaled, capped, or none of them."""
-    layer = output_layer(model, name)
+    layer = linear_output(model, name)
     if "forward" in vars(layer):
         raise UserError(f"tokens.teacher_in_memory: the output layer of {name} is spread over devices; allowed: one")
     logits = logits_of(forward(model.eval(), inputs))

@@ -14,8 +14,7 @@ from rlkd.data.examples import PADDING_MASK, TokenExamples, to_device
 from rlkd.errors import UserError
 from rlkd.io.cache import cache_dir, digest_tensors
 from rlkd.io.memory import enough_memory
-from rlkd.models.real.attachment import logits_of
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.pretrained import Kind, device_of, state_of
 from rlkd.models.real.sides import Side
 from rlkd.teachers.real.module_signals import TEACHER_LESS

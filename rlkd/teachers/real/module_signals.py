@@ -16,8 +16,8 @@ from rlkd.errors import UserError
 from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.io.memory import enough_memory
 from rlkd.models.attention_map import attention_map
-from rlkd.models.real.attachment import Plan, logits_of
-from rlkd.models.real.hooks import capture, forward, pool
+from rlkd.models.real.attachment import Plan
+from rlkd.models.real.hooks import capture, forward, logits_of, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
 from rlkd.models.real.pretrained import device_of, state_of, transformers
 from rlkd.models.real.traced import is_own_module

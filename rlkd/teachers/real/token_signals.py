@@ -21,8 +21,8 @@ from rlkd.errors import UserError
 from rlkd.io.cache import Arrays, Spec, cached_arrays
 from rlkd.io.memory import enough_memory
 from rlkd.losses.tokens import TopK, masked_mean, top_k
-from rlkd.models.real.attachment import Plan, logits_of
-from rlkd.models.real.hooks import capture, forward, pool
+from rlkd.models.real.attachment import Plan
+from rlkd.models.real.hooks import capture, forward, logits_of, pool
 from rlkd.models.real.pretrained import device_of
 from rlkd.teachers.landmarks import LANDMARKS
 from rlkd.teachers.real.module_signals import TEACHER_LESS, attention_maps, scale_features, signals_key

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from rlkd.errors import UserError
-from rlkd.models.real.attachment import logits_of
 from rlkd.models.real.blocks import block_paths
 from rlkd.models.real.cutting import StudentCut, drop_blocks, student_from_teacher
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.pretrained import Kind
 
 tiny_models.need_transformers()

@@ -7,9 +7,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from rlkd.models.real.attachment import logits_of
 from rlkd.models.real.blocks import Group, block_paths, find_groups, layout_of, mask_groups
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.shrink import cut_group, cut_to_shapes, kept_units, take_out
 
 FAMILIES = [

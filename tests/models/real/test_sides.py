@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from rlkd.data.rows import ColumnConfig
 from rlkd.errors import UserError
-from rlkd.models.real.attachment import AttachConfig, logits_of
+from rlkd.models.real.attachment import AttachConfig
 from rlkd.models.real.cutting import StudentCut
-from rlkd.models.real.hooks import forward
+from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.pretrained import Kind, kind_of, load_config, load_model, load_processor
 from rlkd.models.real.sides import Side, Sources, load_student, load_teacher
 
