@@ -182,8 +182,8 @@ def examples_of(student: Any, model: Path, columns: Any, data: Path, card: Mappi
         UserError: the data cannot be read.
     """
     from rlkd.data.loading import load_table
+    from rlkd.models.real.inputs import examples_for
     from rlkd.models.real.pretrained import load_processor
-    from rlkd.models.real.sides import examples_for
 
     kind, name = student.shipment.kind, str(model)
     table = load_table(data, kind, columns, name)
