@@ -31,7 +31,7 @@ from real import fashion
 from ships import interval
 from torch import Tensor, nn
 
-from rlkd.compression.real.cut import load_module_student
+from rlkd.compression.real.student_folder import load_module_student
 from rlkd.cost.timing import time_calls
 from rlkd.data import draw_task
 from rlkd.data.distribution import task_generator

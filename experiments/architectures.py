@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlkd.compression.real.cut import load_module_student, save_module_student
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.envs import CONTROLS, ControlConfig
 from rlkd.envs.build_real import build_real_scenario
 from rlkd.envs.real_config import RealConfig, RealCostConfig

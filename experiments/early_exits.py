@@ -27,8 +27,9 @@ from real import reviews
 from ships import interval
 from torch import Tensor
 
-from rlkd.compression.real.cut import load_module_student, save_module_student, ship
+from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.data import draw_task
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.envs.build_real import build_real_scenario

@@ -80,7 +80,8 @@ def make(folder: Path) -> None:
 def _make_student(folder: Path) -> None:
     import transformers
 
-    from rlkd.compression.real.cut import save_module_student, ship
+    from rlkd.compression.real.cut import ship
+    from rlkd.compression.real.student_folder import save_module_student
     from rlkd.models.real.attachment import AttachConfig, make_plan
     from rlkd.models.real.instrumented import Instrumented
 
@@ -181,7 +182,7 @@ def fuzz_signals(r: random.Random, s: Samples) -> Callable[[], None]:
 
 def fuzz_real_student(r: random.Random, s: Samples) -> Callable[[], None]:
     """The shipped student of a real model: its card, its exits, its weights or its configuration; often signed anew."""
-    from rlkd.compression.real.cut import CUT, EXITS, PLAIN, load_module_student
+    from rlkd.compression.real.student_folder import CUT, EXITS, PLAIN, load_module_student
 
     folder = s.place("real")
     weights = CUT if (folder / CUT).exists() else PLAIN

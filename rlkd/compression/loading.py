@@ -32,6 +32,6 @@ def load_student(folder: Path | str, model: nn.Module | None = None) -> nn.Modul
     card = read_json(inside(path, "student.json"), "a student's card")
     if "shipment" not in card:
         return load_chain(path)
-    from rlkd.compression.real.cut import load_module_student
+    from rlkd.compression.real.student_folder import load_module_student
 
     return load_module_student(path, model)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rlkd.agents.evaluation.comparison import paired, summarise
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.controllers import Controller, Results
-from rlkd.compression.real.cut import load_module_student, save_module_student
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.cost import time_calls
 from rlkd.envs.build_real import build_real_scenario
 from rlkd.envs.real import RealScenario

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkd.compression.real.cut import load_module_student
+from rlkd.compression.real.student_folder import load_module_student
 from rlkd.configs.knowledge import RealEvaluateConfig
 from rlkd.data.examples import Examples
 from rlkd.errors import UserError

@@ -341,7 +341,7 @@ def _to_torch(opened: ShippedData, options: ExportOptions, out: Path) -> Exporte
 
 def check_plain(folder: Path) -> None:
     """Raise UserError for a real student whose `model/` is no plain folder of transformers."""
-    from rlkd.compression.real.cut import PLAIN
+    from rlkd.compression.real.student_folder import PLAIN
 
     if not (folder / PLAIN).exists():
         raise UserError(

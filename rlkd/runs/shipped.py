@@ -130,7 +130,7 @@ def _open_chain(folder: Path, config: DistilConfig | None, given: str | None) ->
 
 
 def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None) -> ShippedData:
-    from rlkd.compression.real.cut import load_module_student
+    from rlkd.compression.real.student_folder import load_module_student
     from rlkd.envs.real_config import RealConfig  # the extra hf
 
     student = load_module_student(folder)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rlkd.agents.policy.bundle import Bundle
-from rlkd.compression.real.cut import save_module_student
+from rlkd.compression.real.student_folder import save_module_student
 from rlkd.configs import DistilConfig
 from rlkd.cost import save_profile
 from rlkd.envs.build_real import build_real_scenario

@@ -123,7 +123,7 @@ def verify_real_distil(folder: Path, config: Any) -> list[Row]:
     Raises:
         UserError: there is no result, or the data cannot be read.
     """
-    from rlkd.compression.real.cut import load_module_student
+    from rlkd.compression.real.student_folder import load_module_student
     from rlkd.data.examples import TokenExamples
     from rlkd.runs.distil_real import shipped_accuracy, shipped_perplexity  # the extra hf
 

@@ -12,7 +12,7 @@ import torch
 
 from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import main
-from rlkd.compression.real.cut import load_module_student
+from rlkd.compression.real.student_folder import load_module_student
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.texts import make_token_examples, read_texts
 

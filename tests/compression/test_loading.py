@@ -13,9 +13,11 @@ from rlkd.compression.{module} import {function}
 """
 
 
-@pytest.mark.parametrize(("module", "function"), [("compact", "load_student"), ("real.cut", "load_module_student")])
+@pytest.mark.parametrize(
+    ("module", "function"), [("compact", "load_student"), ("real.student_folder", "load_module_student")]
+)
 def test_a_student_is_loaded_without_the_libraries_that_trained_it(module: str, function: str) -> None:
-    if module == "real.cut":
+    if module == "real.student_folder":
         pytest.importorskip("transformers")
     code = CODE.format(module=module, function=function)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

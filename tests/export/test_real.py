@@ -11,8 +11,9 @@ from torch import Tensor, nn
 pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
 pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
 
-from rlkd.compression.real.cut import save_module_student, ship
+from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.compression.real.student_folder import save_module_student
 from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits

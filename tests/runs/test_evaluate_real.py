@@ -9,7 +9,8 @@ import tiny_models
 import torch
 
 from rlkd.cli.main import main
-from rlkd.compression.real.cut import save_module_student, ship
+from rlkd.compression.real.cut import ship
+from rlkd.compression.real.student_folder import save_module_student
 from rlkd.configs.knowledge import RealEvaluateConfig
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, make_plan

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed: pip i
 import onnxruntime
 
 from rlkd.cli.main import main
-from rlkd.compression.real.cut import PLAIN
+from rlkd.compression.real.student_folder import PLAIN
 
 pytestmark = pytest.mark.slow
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkd.compression.real.cut import load_module_student, save_module_student, ship
+from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.compression.selection import exits_taken
 from rlkd.data.examples import PADDING_MASK
 from rlkd.errors import UserError

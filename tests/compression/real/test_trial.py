@@ -9,7 +9,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from rlkd.compression.real.cut import load_module_student, save_module_student, ship
+from rlkd.compression.real.cut import ship
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.compression.real.trial import TOLERANCE, largest_difference, try_out
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, Plan, make_plan

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 from rlkd.cli.main import main
-from rlkd.compression.real.cut import load_module_student
+from rlkd.compression.real.student_folder import load_module_student
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import PADDING_MASK, TokenExamples
 from rlkd.data.rows import ColumnConfig

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from module_students import controls, distance, task
 from torch import Tensor
 
-from rlkd.compression.real.cut import load_module_student, save_module_student, ship
+from rlkd.compression.real.cut import ship
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.cost.profile import ENERGY_MODEL
 from rlkd.cost.real import ModuleProfile
 from rlkd.cost.real_work import count_work
