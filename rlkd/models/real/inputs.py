@@ -13,6 +13,7 @@ from rlkd.data.loading import load_examples
 from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import Table
 from rlkd.errors import UserError
+from rlkd.io.memory import enough_memory
 from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.pretrained import as_user_error, device_of
 
@@ -147,32 +148,54 @@ def most_tokens(model: nn.Module, data: Examples, name: str) -> int:
     """Return the length of the longest text, or of the longest beginning of it that the model takes.
 
     Raises:
-        UserError: it takes none.
+        UserError: it takes none, or fails for another reason than the length.
     """
     mask = data.inputs[PADDING_MASK]
     row = data.batch(mask.sum(1).argmax()[None])
     length = row[PADDING_MASK].shape[1]
 
-    def run(count: int) -> None:
+    def refusal(count: int) -> Exception | None:
+        """Return the error that says that a beginning of `count` tokens is too long; None where the model takes it."""
         shorter = {k: v[:, :count].to(device_of(model)) for k, v in row.items()}
-        forward(model.eval(), shorter)
-
-    try:
-        run(length)
-        return length
-    except Exception as error:  # positions end in errors of every kind
-        fits, beyond = 0, length
-        while beyond - fits > 1:
-            middle = (fits + beyond) // 2
+        with (
+            as_user_error(not_taken(model, data, name)),
+            enough_memory(f"{name} on a text of {count} tokens", "lower --columns.max_length"),
+        ):
             try:
-                run(middle)
-                fits = middle
-            except Exception:
-                beyond = middle
-        if fits < 2:
-            with as_user_error(not_taken(model, data, name)):
-                raise error
-        return fits
+                forward(model.eval(), shorter)
+            except Exception as error:
+                if not _is_too_long(error):
+                    raise
+                return error
+        return None
+
+    refused = refusal(length)
+    if refused is None:
+        return length
+    fits, beyond = 0, length
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        if refusal(middle) is None:
+            fits = middle
+        else:
+            beyond = middle
+    if fits < 2:
+        with as_user_error(not_taken(model, data, name)):
+            raise refused
+    return fits
+
+
+def _is_too_long(error: Exception) -> bool:
+    """Whether an error of a forward pass says that the text has more tokens than the model has positions.
+
+    A learned embedding of positions raises IndexError. A stored range of positions that the text is longer than raises
+    RuntimeError, because sizes differ (BERT, DeBERTa) or an index is out of bounds (CamemBERT). A model that checks the
+    length itself raises ValueError and names its maximum (CLIP).
+    """
+    words = str(error)
+    if isinstance(error, RuntimeError):
+        return "out of bounds" in words or ("size of" in words and "must match" in words)
+    return isinstance(error, IndexError) or (isinstance(error, ValueError) and "max" in words.lower())
 
 
 @torch.no_grad()

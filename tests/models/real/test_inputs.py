@@ -8,9 +8,11 @@ import pytest
 import tiny_models
 import torch
 from real_sides import TEXT, both, saved, sources, write_texts
+from torch import nn
 
 from rlkd.errors import UserError
 from rlkd.models.real.hooks import forward, logits_of
+from rlkd.models.real.inputs import most_tokens
 from rlkd.models.real.pretrained import Kind
 from rlkd.models.real.sides import load_teacher
 
@@ -33,6 +35,52 @@ def test_a_student_with_fewer_positions_shortens_the_teachers_texts_too(tmp_path
     student, side = both(sources(teacher, write_texts(tmp_path), str(tmp_path / "small.json")))
     assert student.data is side.data
     assert side.data.inputs["input_ids"].shape[1] == 9
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "most"),
+    [
+        ("Bert", "max_position_embeddings", 8),  # sizes that differ
+        ("Deberta", "max_position_embeddings", 8),
+        ("Camembert", "max_position_embeddings", 7),  # an index out of bounds; one position stands ahead
+        ("GPT2", "n_positions", 8),  # an index out of range
+    ],
+)
+def test_every_way_of_refusing_a_long_text_is_read(family: str, size: str, most: int, tmp_path: Path) -> None:
+    data = load_teacher(sources(saved(tiny_models.tiny("bert"), tmp_path / "t"), write_texts(tmp_path)), TEXT).data
+    model = architectures.tiny_model(f"{family}ForSequenceClassification", num_classes=2, **{size: 8})
+    assert most_tokens(model, data, "t") == most
+
+
+def test_a_model_without_a_position_for_any_token_is_refused(tmp_path: Path) -> None:
+    teacher = saved(tiny_models.tiny("roberta", max_position_embeddings=2, pad_token_id=1), tmp_path / "t")
+    with pytest.raises(UserError, match="t: RobertaForSequenceClassification does not take inputs of shapes"):
+        load_teacher(sources(teacher, write_texts(tmp_path)), TEXT)
+
+
+FAILURES = {
+    "memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory for t on a text of 1"),
+    "shapes": (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), r"\(RuntimeError: mat1 and mat2 shapes"),
+    "value": (ValueError("Input language unknown"), r"\(ValueError: Input language unknown"),
+    "type": (TypeError("got an unexpected type"), r"\(TypeError: got an unexpected type"),
+    "file": (OSError("weights were moved"), r"\(OSError: weights were moved"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_error_that_long_texts_meet_is_not_taken_for_too_long(name: str, tmp_path: Path) -> None:
+    """The layer fails for texts of more than six tokens, as memory or a file on a disk may."""
+    error, words = FAILURES[name]
+    side = load_teacher(sources(saved(tiny_models.tiny("bert"), tmp_path / "t"), write_texts(tmp_path)), TEXT)
+
+    def fail(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[1] > 6:
+            raise error
+
+    side.model.get_submodule("bert.encoder.layer.0").register_forward_pre_hook(fail)
+    with pytest.raises(UserError, match=words) as refused:
+        most_tokens(side.model, side.data, "t")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_model_whose_answers_depend_on_padding_always_gets_the_same(
