@@ -8,7 +8,8 @@ from matplotlib.image import imread
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from rlkd.agents.evaluation.report import read_run, reward_curves, write_report
+from rlkd.agents.evaluation.figures import reward_curves
+from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.agents.evaluation.tensorboard import new_logger, record_evaluation
 from rlkd.agents.ppo.evaluation import Evaluation
 from rlkd.errors import UserError
