@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from ships import distilled, interval
+from study_results import write_results
 from torch import Tensor, nn
 
 from rlkd.cli.verify import config_of_run
@@ -38,12 +39,12 @@ from rlkd.io.records import write_json
 from rlkd.losses.hard_label import cross_entropy
 from rlkd.losses.response import response
 from rlkd.models import build_student, initialise
-from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.folder import use_one_thread
 from rlkd.runs.shipped import CHAIN_INPUT, open_shipped
 
 STUDENT = ["--student.kind", "conv", "--student.widths", "[16,32]", "--student.exits", "[]"]
 DATA = ["--task.dataset", "fashion_mnist"]
-SHARES = tuple(i / 16 for i in range(15))  # of channels that are pruned
+SHARES = tuple(i / 16 for i in range(15))  # of units that are pruned
 BATCH_SIZE = DistilConfig().train.batch_size  # samples of a step
 BATCH, NUM_ROUNDS = 32, 51  # of what is timed
 SLACK = 1.02  # of a latency, which is measured
@@ -148,6 +149,18 @@ def call_of(model: CompactStudent, inputs: Tensor) -> Any:
     return partial(session_of(graph).run, None, {CHAIN_INPUT: inputs.numpy()})
 
 
+def processor_seconds(calls: dict[str, Any], num_rounds: int) -> dict[str, float]:
+    """Return the median processor time of every call, timed in turns."""
+    latencies = time_calls(list(calls.values()), num_rounds)
+    return {name: latency.processor_s for name, latency in zip(calls, latencies, strict=True)}
+
+
+def fast_share(seconds: dict[str, float]) -> tuple[float, bool]:
+    """Return the smallest share whose student is not slower than rlkd's and True; the largest and False without one."""
+    fast = [share for share in SHARES if seconds[f"{share:g}"] <= SLACK * seconds["rlkd"]]
+    return (min(fast), True) if fast else (max(SHARES), False)
+
+
 def row_of(folder: Path, seed: int) -> dict[str, Any]:
     """Compare on one seed."""
     opened = open_shipped(folder, config_of_run, None)
@@ -162,10 +175,8 @@ def row_of(folder: Path, seed: int) -> dict[str, Any]:
     inputs = opened.batch(test)[CHAIN_INPUT]
     sizes = {share: pruned(dense_of(config, data, task), share, data.inputs[:2]).eval() for share in SHARES}
     calls = {"rlkd": call_of(own, inputs)} | {f"{share:g}": call_of(model, inputs) for share, model in sizes.items()}
-    timed = dict(zip(calls, time_calls(list(calls.values()), NUM_ROUNDS), strict=True))
-    seconds = {name: latency.processor_s for name, latency in timed.items()}
-    fast = [share for share in SHARES if seconds[f"{share:g}"] <= SLACK * seconds["rlkd"]]
-    share = min(fast) if fast else max(SHARES)
+    seconds = processor_seconds(calls, NUM_ROUNDS)
+    share, _ = fast_share(seconds)
     steps = config.num_windows * config.train.steps_per_window
     methods: dict[str, Any] = {}
     for name, cuts in SCHEDULES.items():
@@ -203,10 +214,26 @@ def row_of(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def leads_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return rlkd's lead in points of accuracy over every method, one a seed."""
+    return {name: [100 * (row["rlkd"] - row["methods"][name]) for row in rows] for name in rows[0]["methods"]}
+
+
+def lead_cells(rows: list[dict[str, Any]], name: str) -> str:
+    """Return the cells of one method: its accuracy, rlkd's lead, and whether rlkd is not below."""
+    lead = leads_of(rows)[name]
+    accuracies = [row["methods"][name] for row in rows]
+    return f"{interval(accuracies)} | {interval(lead)} | {'yes' if np.mean(lead) >= 0 else 'no'}"
+
+
+def latency_ratio(rows: list[dict[str, Any]]) -> str:
+    """Return the latency of Torch-Pruning's student over rlkd's, with its interval over seeds."""
+    return interval([row["latency_s"][f"{row['share']:g}"] / row["latency_s"]["rlkd"] for row in rows])
+
+
 def page(rows: list[dict[str, Any]], command: str, policy: str) -> str:
     """Write the page."""
-    leads = {name: [100 * (row["rlkd"] - row["methods"][name]) for row in rows] for name in rows[0]["methods"]}
-    slower = [row["latency_s"][f"{row['share']:g}"] / row["latency_s"]["rlkd"] for row in rows]
+    leads = leads_of(rows)
     lines = [
         "# Against Torch-Pruning at equal measured latency",
         "",
@@ -217,7 +244,7 @@ def page(rows: list[dict[str, Any]], command: str, policy: str) -> str:
         f"best of the step sizes {', '.join(f'{rate:g}' for rate in LEARNING_RATES)} on validation for each of its methods (three trainings against one of",
         "rlkd), and the share of channels at which it is not slower than rlkd's student in onnxruntime at batch 32 (processor time, in turns).",
         "",
-        f"Latency of Torch-Pruning's student over rlkd's: {interval(slower)}. Test accuracy of rlkd's student:",
+        f"Latency of Torch-Pruning's student over rlkd's: {latency_ratio(rows)}. Test accuracy of rlkd's student:",
         f"{interval([row['rlkd'] for row in rows])}, of the dense one {interval([row['dense'] for row in rows])}; MACs kept: "
         f"{interval([row['macs_ratio'] for row in rows])}, by Torch-Pruning",
         f"{interval([row['macs_ratio_torch_pruning'] for row in rows])}.",
@@ -227,12 +254,10 @@ def page(rows: list[dict[str, Any]], command: str, policy: str) -> str:
         "| Torch-Pruning | steps | accuracy | rlkd's lead, points | not below |",
         "|---|---|---|---|---|",
     ]
-    for name, lead in leads.items():
+    for name in leads:
         method, budget = name.split(", ")
-        steps = "as rlkd" if budget == "same" else "twice as many"
-        accuracies = [row["methods"][name] for row in rows]
         lines.append(
-            f"| {method} L1 | {steps} | {interval(accuracies)} | {interval(lead)} | {'yes' if np.mean(lead) >= 0 else 'no'} |"
+            f"| {method} L1 | {'as rlkd' if budget == 'same' else 'twice as many'} | {lead_cells(rows, name)} |"
         )
     lines += [
         "",
@@ -267,11 +292,7 @@ def main() -> int:
         for seed in range(options.seeds)
     }
     text = page(rows, command, ", ".join(sorted(policy[:12] for policy in policies)))
-    print(text)
-    if options.docs is not None:
-        options.docs.with_suffix(".md").write_text(text)
-        state = git_state(Path(__file__).resolve().parent.parent)
-        write_json(options.docs.with_suffix(".json"), {"command": command, "rows": rows, **state})
+    write_results(options.docs, text, {"command": command, "rows": rows})
     return 0
 
 

@@ -24,15 +24,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from against_torch_pruning import SCHEDULES, SLACK, TEMPERATURE
+from against_torch_pruning import (
+    SCHEDULES,
+    SHARES,
+    TEMPERATURE,
+    fast_share,
+    latency_ratio,
+    lead_cells,
+    leads_of,
+    processor_seconds,
+)
 from real import fashion
 from ships import interval
+from study_results import write_results
 from torch import Tensor, nn
 
 from rlkd.compression.real.student_folder import load_module_student
-from rlkd.cost.timing import time_calls
 from rlkd.data import draw_task
 from rlkd.data.distribution import task_generator
 from rlkd.envs.action import ControlConfig
@@ -43,10 +51,9 @@ from rlkd.losses.hard_label import cross_entropy
 from rlkd.losses.response import response
 from rlkd.models.real.attachment import AttachConfig
 from rlkd.models.real.hooks import logits_of
-from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.folder import use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
 
-SHARES = tuple(i / 16 for i in range(15))  # of hidden units and heads that are pruned
 BATCH, NUM_ROUNDS = 32, 31
 
 
@@ -140,10 +147,8 @@ def row_of(scenario: RealScenario, folder: Path, seed: int) -> dict[str, Any]:
     batch = scenario.data.batch(scenario.data.splits["test"][:BATCH])
     sizes = {share: pruned(scenario, share) for share in SHARES}
     calls = {"rlkd": partial(own, **batch)} | {f"{share:g}": partial(model, **batch) for share, model in sizes.items()}
-    timed = dict(zip(calls, time_calls(list(calls.values()), NUM_ROUNDS), strict=True))
-    seconds = {name: latency.processor_s for name, latency in timed.items()}
-    fast = [share for share in SHARES if seconds[f"{share:g}"] <= SLACK * seconds["rlkd"]]
-    share = min(fast) if fast else max(SHARES)
+    seconds = processor_seconds(calls, NUM_ROUNDS)
+    share, is_fast_enough = fast_share(seconds)
     methods = {}
     for name, cuts in SCHEDULES.items():
         model = trained(scenario, seed, share, cuts)
@@ -154,15 +159,14 @@ def row_of(scenario: RealScenario, folder: Path, seed: int) -> dict[str, Any]:
         "rlkd": accuracy(own, scenario),
         "methods": methods,
         "share": share,
-        "is_fast_enough": bool(fast),
+        "is_fast_enough": is_fast_enough,
         "latency_s": seconds,
     }
 
 
 def page(rows: list[dict[str, Any]], command: str) -> str:
     """Write the page."""
-    leads = {name: [100 * (row["rlkd"] - row["methods"][name]) for row in rows] for name in SCHEDULES}
-    slower = [row["latency_s"][f"{row['share']:g}"] / row["latency_s"]["rlkd"] for row in rows]
+    leads = leads_of(rows)
     lines = [
         "# Against Torch-Pruning at equal measured latency: a vision transformer",
         "",
@@ -172,7 +176,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         "share at which it is not slower than rlkd's student in PyTorch at batch 32 (processor time, in turns). Same first weights, batches,",
         "teacher, step size and number of steps.",
         "",
-        f"Latency of Torch-Pruning's student over rlkd's: {interval(slower)}. Test accuracy of rlkd's student:",
+        f"Latency of Torch-Pruning's student over rlkd's: {latency_ratio(rows)}. Test accuracy of rlkd's student:",
         f"{interval([row['rlkd'] for row in rows])}.",
         "",
         "Bar: accuracy not below: the mean lead of rlkd is not negative.",
@@ -180,11 +184,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         "| Torch-Pruning | accuracy | rlkd's lead, points | not below |",
         "|---|---|---|---|",
     ]
-    for name, lead in leads.items():
-        accuracies = [row["methods"][name] for row in rows]
-        lines.append(
-            f"| {name} L1 | {interval(accuracies)} | {interval(lead)} | {'yes' if np.mean(lead) >= 0 else 'no'} |"
-        )
+    lines += [f"| {name} L1 | {lead_cells(rows, name)} |" for name in leads]
     lines += [
         "",
         "| seed | share pruned | as fast as rlkd's | rlkd | " + " | ".join(leads) + " |",
@@ -221,12 +221,7 @@ def main() -> int:
             write_json(file, row_of(scenario, options.run / "students" / f"policy-{seed}", seed))
         rows.append(json.loads(file.read_text()))
     command = shlex.join(["python", *sys.argv])
-    text = page(rows, command)
-    print(text)
-    if options.docs is not None:
-        options.docs.with_suffix(".md").write_text(text)
-        state = git_state(Path(__file__).resolve().parent.parent)
-        write_json(options.docs.with_suffix(".json"), {"command": command, "rows": rows, **state})
+    write_results(options.docs, page(rows, command), {"command": command, "rows": rows})
     return 0
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from real import reviews
 from ships import interval
+from study_results import write_results
 from torch import Tensor
 
 from rlkd.compression.real.cut import ship
@@ -44,7 +45,7 @@ from rlkd.io.records import write_json
 from rlkd.models.real.attachment import AttachConfig
 from rlkd.models.real.cutting import StudentCut
 from rlkd.runs.export import write_parts
-from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.folder import use_one_thread
 from rlkd.students.real.train_config import ModuleTrainConfig
 
 LAYERS, EXITS = 4, (1, 2, 3)
@@ -300,11 +301,7 @@ def main() -> int:
     command = shlex.join(["python", *sys.argv])
     counts = {f"num_{split}": len(scenario.data.splits[split]) for split in ("validation", "test")}
     text = page(rows, counts, command)
-    print(text)
-    if options.docs is not None:
-        options.docs.with_suffix(".md").write_text(text)
-        state = git_state(Path(__file__).resolve().parent.parent)
-        write_json(options.docs.with_suffix(".json"), {"command": command, "rows": rows, **counts, **state})
+    write_results(options.docs, text, {"command": command, "rows": rows, **counts})
     return 0
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ships import interval
+from study_results import write_results
 from torch import Tensor, nn
 
 import rlkd
@@ -28,7 +29,7 @@ from rlkd.cost.timing import time_calls
 from rlkd.data.files import FASHION_FOLDER, find_file, read_idx
 from rlkd.export.measure import count_macs, parameters_of
 from rlkd.io.records import write_json
-from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.folder import use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
 
 NUM_VALIDATION = 5000
@@ -246,14 +247,8 @@ def main() -> int:
             write_json(file, row_of(data, file.parent, seed))
         rows.append(json.loads(file.read_text()))
         print(f"seed {seed}: {rows[-1]}", flush=True)
-    text = page(rows, shlex.join(["python", *sys.argv]))
-    print(text)
-    if options.docs is not None:
-        options.docs.with_suffix(".md").write_text(text)
-        state = git_state(Path(__file__).resolve().parent.parent)
-        write_json(
-            options.docs.with_suffix(".json"), {"command": shlex.join(["python", *sys.argv]), "rows": rows, **state}
-        )
+    command = shlex.join(["python", *sys.argv])
+    write_results(options.docs, page(rows, command), {"command": command, "rows": rows})
     return 0
 
 

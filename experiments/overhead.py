@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from study_results import write_results
 from torch import Tensor, nn
 
 from rlkd.agents.policy.bundle import load_bundle
@@ -39,14 +40,12 @@ from rlkd.envs.build_real import build_real_scenario
 from rlkd.envs.real import RealScenario
 from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
-from rlkd.io.files import write_whole
-from rlkd.io.records import write_json
 from rlkd.losses import attention_transfer, cross_entropy, hint, response
 from rlkd.models.chain import initialise
 from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.pretrained import new_model, quiet, transformers
 from rlkd.runs.distil import run_windows
-from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.folder import use_one_thread
 from rlkd.students.optimizers import new_optimizer, schedule
 from rlkd.students.real.train_config import ModuleTrainConfig
 
@@ -261,13 +260,7 @@ def main() -> int:
             results.append(measure(scenario, bundle.policy.controller(), options.num_pairs))
         print(json.dumps({k: v for k, v in results[-1].items() if k != "pairs"}), flush=True)
     page = table(results, shlex.join(["python", *sys.argv]))
-    print(page)
-    if options.docs is not None:
-        write_whole(options.docs.with_suffix(".md"), page)
-        write_json(
-            options.docs.with_suffix(".json"),
-            {"schema": 1, **git_state(Path(__file__).resolve().parent.parent), "settings": results},
-        )
+    write_results(options.docs, page, {"schema": 1, "settings": results})
     return 0
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from study_results import write_results
 from torch import Tensor, nn
 
 from rlkd.compression.real.cut import ship
@@ -37,13 +38,11 @@ from rlkd.cost.real_timing import measure
 from rlkd.cost.real_work import count_work
 from rlkd.cost.timing import time_calls
 from rlkd.errors import UserError
-from rlkd.io.files import write_whole
-from rlkd.io.records import write_json
 from rlkd.models.real.attachment import AttachConfig, make_plan
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind, new_model, transformers
 from rlkd.models.real.shrink import kept_units
-from rlkd.runs.folder import git_state, use_one_thread
+from rlkd.runs.folder import use_one_thread
 
 BATCHES = (1, 8, 32)
 NUM_STUDENTS = 10  # a family
@@ -272,12 +271,7 @@ def main() -> int:
     options = parser.parse_args()
     use_one_thread()
     result = study()
-    page = page_of(result, shlex.join(["python", *sys.argv]))
-    print(page)
-    if options.docs is not None:
-        write_whole(options.docs.with_suffix(".md"), page)
-        root = Path(__file__).resolve().parent.parent
-        write_json(options.docs.with_suffix(".json"), {**git_state(root), **result})
+    write_results(options.docs, page_of(result, shlex.join(["python", *sys.argv])), result)
     return 0
 
 
