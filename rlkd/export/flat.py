@@ -4,7 +4,6 @@
 answers; `rlkd.export.surgery` then puts the early stops back into the exported graph.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -113,15 +112,7 @@ class FlatModel(ShippedStudent):
                 return None
             if number - 1 in s.exits and not self._never:
                 self._leave(now, s.exits.index(number - 1))
-            selects = number - 1 == s.select_after and s.keep < 1.0
-            if not selects and not now.keep_mask:
-                return None
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            if selects:
-                first = next(iter(bound.arguments))
-                bound.arguments[first] = self._select(now, bound.arguments[first])
-            bound.arguments["attention_mask"] = now.mask
-            return bound.args, bound.kwargs
+            return self._with_kept_tokens(number, module, now, args, kwargs)
 
         return hook
 

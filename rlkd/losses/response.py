@@ -10,6 +10,11 @@ from rlkd.losses.registry import same_classes, term
 EPSILON = 1e-6  # added to standard deviations
 
 
+def _softened(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities [C, B] at a temperature: the teacher's, without gradient, and the student's."""
+    return log_probabilities(teacher_logits.detach() / temperature), log_probabilities(student_logits / temperature)
+
+
 @term("kl", "response", "https://arxiv.org/abs/1503.02531")
 def response(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Kullback-Leibler divergence from teacher to student at a temperature, times T squared, in nats.
@@ -28,8 +33,7 @@ def response(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor
         A scalar >= 0.
     """
     same_classes("kl", student_logits, teacher_logits)
-    log_p = log_probabilities(teacher_logits.detach() / temperature)  # [C, B]
-    log_q = log_probabilities(student_logits / temperature)  # [C, B]
+    log_p, log_q = _softened(student_logits, teacher_logits, temperature)
     return (log_p.exp() * (log_p - log_q)).sum(0).mean() * temperature**2
 
 
@@ -49,8 +53,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: Tens
         A scalar >= 0.
     """
     same_classes("reverse_kl", student_logits, teacher_logits)
-    log_p = log_probabilities(teacher_logits.detach() / temperature)  # [C, B]
-    log_q = log_probabilities(student_logits / temperature)  # [C, B]
+    log_p, log_q = _softened(student_logits, teacher_logits, temperature)
     return (log_q.exp() * (log_q - log_p)).sum(0).mean() * temperature**2
 
 
@@ -70,8 +73,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: 
         A scalar >= 0.
     """
     same_classes("js", student_logits, teacher_logits)
-    log_p = log_probabilities(teacher_logits.detach() / temperature)  # [C, B]
-    log_q = log_probabilities(student_logits / temperature)  # [C, B]
+    log_p, log_q = _softened(student_logits, teacher_logits, temperature)
     log_m = torch.logaddexp(log_p, log_q) - torch.log(log_p.new_tensor(2.0))
     both = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return both.sum(0).mean() / 2 * temperature**2
@@ -107,8 +109,7 @@ def decoupled(
     same_classes("dkd", student_logits, teacher_logits)
     classes = torch.arange(student_logits.shape[-1], device=labels.device)
     is_label = (classes[:, None] == labels).to(student_logits)  # [C, B]; one_hot does not work under vmap and grad
-    log_p = log_probabilities(teacher_logits.detach() / temperature)  # [C, B]
-    log_q = log_probabilities(student_logits / temperature)  # [C, B]
+    log_p, log_q = _softened(student_logits, teacher_logits, temperature)
     target, others = zip(*(_split(log, is_label) for log in (log_p, log_q)), strict=True)
     rest = tuple(log - other for log, other in zip((log_p, log_q), others, strict=True))  # log p^ off the label
     binary = target[0].exp() * (target[0] - target[1]) + others[0].exp() * (others[0] - others[1])  # [B]
@@ -139,8 +140,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor | f
         A scalar in [0, 4 T^2].
     """
     same_classes("dist", student_logits, teacher_logits)
-    p = log_probabilities(teacher_logits.detach() / temperature).exp()  # [C, B]
-    q = log_probabilities(student_logits / temperature).exp()  # [C, B]
+    p, q = (log.exp() for log in _softened(student_logits, teacher_logits, temperature))
     return ((1 - _correlation(p, q, 0)).mean() + (1 - _correlation(p, q, 1)).mean()) * temperature**2
 
 
@@ -192,8 +192,7 @@ def confidence_weighted(student_logits: Tensor, teacher_logits: Tensor, temperat
     """
     same_classes("confidence_kl", student_logits, teacher_logits)
     confidence = log_probabilities(teacher_logits.detach()).exp().amax(0)  # [B]
-    log_p = log_probabilities(teacher_logits.detach() / temperature)  # [C, B]
-    log_q = log_probabilities(student_logits / temperature)  # [C, B]
+    log_p, log_q = _softened(student_logits, teacher_logits, temperature)
     each = (log_p.exp() * (log_p - log_q)).sum(0)  # [B]
     return (confidence * each).sum() / confidence.sum() * temperature**2
 
@@ -220,6 +219,5 @@ def per_sample_temperature(
     same_classes("per_sample_kl", student_logits, teacher_logits)
     doubt = 1 / log_probabilities(student_logits.detach()).exp().amax(0)  # [B]
     each = (temperature + spread * (doubt.mean() - doubt)).clamp_min(1.0)[:, None]  # [B, 1]
-    log_p = log_probabilities(teacher_logits.detach() / each)  # [C, B]
-    log_q = log_probabilities(student_logits / each)  # [C, B]
+    log_p, log_q = _softened(student_logits, teacher_logits, each)
     return ((log_p.exp() * (log_p - log_q)).sum(0) * each[:, 0].square()).mean()

@@ -133,17 +133,23 @@ class ShippedStudent(nn.Module):
                 self._leave(now, s.exits.index(number - 1))
             if len(now.rows) < now.size:
                 args, kwargs = tree_map(lambda value: _of_rows(value, now, before), (args, kwargs))
-            selects = number - 1 == s.select_after and s.keep < 1.0
-            if not selects and not now.keep_mask:
-                return args, kwargs
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            if selects:
-                first = next(iter(bound.arguments))
-                bound.arguments[first] = self._select(now, bound.arguments[first])
-            bound.arguments["attention_mask"] = now.mask
-            return bound.args, bound.kwargs
+            return self._with_kept_tokens(number, module, now, args, kwargs)
 
         return hook
+
+    def _with_kept_tokens(
+        self, number: int, module: nn.Module, now: _Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of block `number` for the tokens that stay, some of which may be left out here."""
+        selects = number - 1 == self.shipment.select_after and self.shipment.keep < 1.0
+        if not selects and not now.keep_mask:
+            return args, kwargs
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        if selects:
+            first = next(iter(bound.arguments))
+            bound.arguments[first] = self._select(now, bound.arguments[first])
+        bound.arguments["attention_mask"] = now.mask
+        return bound.args, bound.kwargs
 
     def _leave(self, now: _Batch, index: int) -> None:
         """Answer the samples that leave here, and take them out of the batch where all else can follow."""
