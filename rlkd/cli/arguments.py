@@ -149,6 +149,17 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument("--track", type=str | None, default=None, help=text)
 
 
+def add_policy_option(parser: ArgumentParser) -> None:
+    """--policy, which may be left out."""
+    text = "a run folder of rlkd train, or a folder of a policy; by default the policy that comes with rlkd"
+    parser.add_argument("--policy", type=Path | None, default=None, help=text)
+
+
+def policy_option(options: Namespace) -> dict[str, str]:
+    """Return the `--policy` that a run records: its path, or nothing for a policy that comes with rlkd."""
+    return {} if options.policy is None else {"policy": str(options.policy)}
+
+
 def check_seed(seed: int) -> None:
     """Raise UserError for a seed that generators do not take."""
     if not 0 <= seed < 2**32:

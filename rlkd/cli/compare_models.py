@@ -1,6 +1,5 @@
 """`rlkd compare --data ...`: the same real student under several ways of setting its controls."""
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -8,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_run_options, new_parser
-from rlkd.cli.distil import POLICY_HELP, policy_option
+from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_option
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.io.journal import Journal
@@ -50,7 +48,7 @@ def _parser() -> ArgumentParser:
             "--resume runs/compare/bert",
         ],
     )
-    parser.add_argument("--policy", type=Path | None, default=None, help=POLICY_HELP)
+    add_policy_option(parser)
     add_run_options(parser)
     return parser
 

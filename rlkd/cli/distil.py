@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_run_options, new_parser
+from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_option
 from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder
@@ -16,8 +16,6 @@ from rlkd.errors import UserError
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import use_one_thread
 from rlkd.runs.single import distil_chain
-
-POLICY_HELP = "a run folder of rlkd train, or a folder of a policy; by default the policy that comes with rlkd"
 
 
 def run(argv: list[str]) -> int:
@@ -51,14 +49,9 @@ def _parser() -> ArgumentParser:
             "--resume runs/mine",
         ],
     )
-    parser.add_argument("--policy", type=Path | None, default=None, help=POLICY_HELP)
+    add_policy_option(parser)
     add_run_options(parser)
     return parser
-
-
-def policy_option(options: Namespace) -> dict[str, str]:
-    """Return the `--policy` that a run records: its path, or nothing for a policy that comes with rlkd."""
-    return {} if options.policy is None else {"policy": str(options.policy)}
 
 
 def _distil(config: DistilConfig, bundle: Bundle, options: Namespace, folder: Path) -> int:

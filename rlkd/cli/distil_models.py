@@ -13,8 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_run_options, new_parser
-from rlkd.cli.distil import POLICY_HELP, policy_option
+from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_option
 from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
@@ -58,7 +57,7 @@ def _parser() -> ArgumentParser:
             "--resume runs/mine",
         ],
     )
-    parser.add_argument("--policy", type=Path | None, default=None, help=POLICY_HELP)
+    add_policy_option(parser)
     add_run_options(parser)
     return parser
 

@@ -1,8 +1,6 @@
 """The cost profile: cost of a workload on this machine, measured once, so that rewards never read a clock."""
 
-import hashlib
 import json
-import logging
 import platform
 import re
 from collections.abc import Sequence
@@ -15,11 +13,8 @@ from torch import Tensor
 
 from rlkd.cost.workload import REGRESSORS, Workload, dense_workload, workload
 from rlkd.errors import UserError
-from rlkd.io.cache import cache_dir
 from rlkd.io.files import number, read_json, reason, whole, write_whole
 from rlkd.models import ChainStudent
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 2
 MAX_BATCH = 65_536
@@ -178,23 +173,6 @@ def _processor() -> str:
         text = ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return named[1].strip() if named else platform.processor() or platform.machine()
-
-
-def load_or_calibrate(config: CostConfig, student: ChainStudent) -> CostProfile:
-    """Load the profile that `config` names, or the cached one of this machine and student, or measure a new one."""
-    from rlkd.cost.timing import calibrate  # timing needs this module's classes
-
-    config.check()
-    if config.profile is not None:
-        return load_profile(Path(config.profile))
-    key = json.dumps([FORMAT, machine(), describe(student), config.batch_size])
-    path = cache_dir() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        return load_profile(path)
-    logger.info(f"calibrating: timing compacted students once on this machine (kept in {path})")
-    profile = calibrate(student, config.batch_size)
-    save_profile(profile, path)
-    return profile
 
 
 def describe(student: ChainStudent) -> dict[str, Sequence[int] | str]:

@@ -4,12 +4,16 @@ Everything is timed on one thread unless the caller says otherwise. A latency is
 a slow moment of the machine affects one round of every network instead of all rounds of one network.
 """
 
+import hashlib
+import json
+import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,9 +24,21 @@ from torch import Tensor
 
 from rlkd.compression import compact
 from rlkd.compression.selection import exit_ends
-from rlkd.cost.profile import ENERGY_MODEL, CostProfile, describe, machine
+from rlkd.cost.profile import (
+    ENERGY_MODEL,
+    FORMAT,
+    CostConfig,
+    CostProfile,
+    describe,
+    load_profile,
+    machine,
+    save_profile,
+)
 from rlkd.cost.workload import REGRESSORS, workload
+from rlkd.io.cache import cache_dir
 from rlkd.models import ChainStudent, ExitGate, initialise
+
+logger = logging.getLogger(__name__)
 
 FEATURE_KEEPS = (1.0, 0.5, 0.2)
 UNIT_KEEPS = (1.0, 0.5, 0.25, 0.1)
@@ -121,6 +137,21 @@ def compare_latency(
     if teacher:
         row["speedup_over_teacher"] = timed["teacher_"].median_s / timed[""].median_s
     return row
+
+
+def load_or_calibrate(config: CostConfig, student: ChainStudent) -> CostProfile:
+    """Load the profile that `config` names, or the cached one of this machine and student, or measure a new one."""
+    config.check()
+    if config.profile is not None:
+        return load_profile(Path(config.profile))
+    key = json.dumps([FORMAT, machine(), describe(student), config.batch_size])
+    path = cache_dir() / f"cost-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return load_profile(path)
+    logger.info(f"calibrating: timing compacted students once on this machine (kept in {path})")
+    profile = calibrate(student, config.batch_size)
+    save_profile(profile, path)
+    return profile
 
 
 def calibrate(student: ChainStudent, batch_size: int) -> CostProfile:
