@@ -21,7 +21,3 @@ class Anchors:
         """
         top, bottom = math.log(self.best), math.log(self.worst)
         return ((bottom - nats) / (bottom - top)).clamp(0.0, 1.0)
-
-    def perplexity(self, quality: float) -> float:
-        """Return the perplexity of a quality: at 0 (1) the worst (best) one, even if the true one lies beyond."""
-        return float(self.worst * (self.best / self.worst) ** quality)

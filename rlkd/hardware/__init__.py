@@ -32,10 +32,6 @@ class Hardware:
     precisions: tuple[str, ...]
     operators: tuple[str, ...] | None  # of ONNX; None: all
 
-    def rounded(self, num_kept: int, size: int) -> int:
-        """Return `num_kept` units rounded up to the next multiple, at most all `size`."""
-        return min(size, -(-num_kept // self.channel_multiple) * self.channel_multiple)
-
     def missing_operators(self, used: Iterable[str]) -> list[str]:
         """Return those of the operators `used` that this target lacks, sorted."""
         return [] if self.operators is None else sorted(set(used) - set(self.operators))

@@ -15,10 +15,3 @@ def test_quality_by_hand() -> None:
     narrow = Anchors(worst=100.0, best=10.0)
     assert float(narrow.quality(torch.tensor(math.log(10**1.5)))) == pytest.approx(0.5)
     assert float(narrow.quality(torch.tensor(math.log(5.0)))) == 1.0  # better than best
-
-
-def test_perplexity_is_the_inverse() -> None:
-    anchors = Anchors(worst=50.0, best=3.0)
-    for perplexity in (3.0, 7.5, 50.0):
-        quality = anchors.quality(torch.tensor(math.log(perplexity), dtype=torch.float64))
-        assert anchors.perplexity(float(quality)) == pytest.approx(perplexity)

@@ -14,12 +14,6 @@ def test_profiles_that_come_with_rlkd_can_be_read() -> None:
     assert edge.missing_operators(["If", "Gemm", "TopK"]) == ["If", "TopK"]
 
 
-def test_kept_units_are_rounded_up_and_never_beyond_all() -> None:
-    gpu = load_hardware("gpu")  # multiples of 8
-    assert [gpu.rounded(kept, 20) for kept in (1, 8, 9, 16, 17, 20)] == [8, 8, 16, 16, 20, 20]
-    assert load_hardware("cpu").rounded(13, 20) == 13
-
-
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:
     text = (FOLDER / "cpu.yaml").read_text().replace("threads: 1", "threads: 4")
     (tmp_path / "board.yaml").write_text(text)

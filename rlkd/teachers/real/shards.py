@@ -23,7 +23,7 @@ from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
 from rlkd.io.files import Schema, inside, load_tensors, read_bytes, read_json, refused_as, whole, write_whole
 
 FORMAT, VERSION, INDEX = "rlkd teacher answers", 1, "index.json"
-MAX_SHARDS, MAX_SHARD_BYTES = 100_000, 2**36
+MAX_SHARD_BYTES = 2**36
 ROUNDING = 1e-3  # by which rounded probabilities may add up to more than one
 
 
