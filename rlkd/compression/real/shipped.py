@@ -75,7 +75,7 @@ class ShippedStudent(nn.Module):
             model.get_submodule(s.blocks[block - 1]).register_forward_hook(self._keep(s.blocks[block - 1]))
         if s.select_after is not None and s.keep < 1.0:
             place = s.attention[s.select_after - 1]
-            model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(s.select_after, place))
+            model.get_submodule(place.partition(":")[0]).register_forward_hook(self._look(place))
 
     @property
     def config(self) -> Any:
@@ -114,7 +114,7 @@ class ShippedStudent(nn.Module):
 
         return hook
 
-    def _look(self, number: int, place: str) -> Any:
+    def _look(self, place: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if self._batch is not None:
                 self._batch.weights = tensor_at(output, 1, place)
