@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlkd.agents.policy.bundle import Bundle
-from rlkd.agents.policy.bundled import bundled_policies, find_policy
+from rlkd.agents.policy.bundled import CARD, bundled_policies, find_policy
 from rlkd.compression.loading import load_student
 from rlkd.configs import DistilConfig
 from rlkd.data import Goal
@@ -24,6 +24,7 @@ from rlkd.data.datasets import DATASETS, is_dataset
 from rlkd.envs.build_real import scenario_of_sides
 from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
+from rlkd.io.files import write_error
 from rlkd.io.journal import Journal
 from rlkd.io.settings import with_settings
 from rlkd.models.real.own import own_sides, unchanged
@@ -62,20 +63,32 @@ class Result:
         return met
 
     def report(self, file: Path | str | None = None) -> Path:
-        """Return the path of the report, one HTML page; with `file`, copy it there first."""
+        """Return the path of the report, one HTML page; with `file`, copy it there first.
+
+        Raises:
+            UserError: `file` cannot be written.
+        """
         page = self.folder / "report.html"
-        return page if file is None else Path(shutil.copyfile(page, file))
+        if file is None:
+            return page
+        try:
+            return Path(shutil.copyfile(page, file))
+        except OSError as error:
+            raise write_error(file, error) from error
 
     def save(self, folder: Path | str) -> Path:
         """Copy the student to `folder`, from where `rlkd.load_student` reads it; returns the path.
 
         Raises:
-            UserError: the folder exists.
+            UserError: the folder exists, or cannot be written.
         """
         target = Path(folder)
         if target.exists():
             raise UserError(f"save: {target} exists; allowed: a new folder")
-        shutil.copytree(self.folder / "student", target)
+        try:
+            shutil.copytree(self.folder / "student", target)
+        except OSError as error:
+            raise write_error(target, error) from error
         return target
 
 
@@ -138,7 +151,10 @@ def distil(
         2
     """
     bundle = load_policy(policy)
-    settings = {**({"goal": goal} if goal else {}), **dict(options or {})}
+    settings = _settings(goal, options)
+    _check_kinds(teacher=teacher, student=student)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"seed: got {seed!r:.40}; allowed: a whole number from 0 to {2**32 - 1}")
     threads = torch.get_num_threads()
     use_one_thread()
     scratch = None
@@ -161,6 +177,28 @@ def distil(
     if scratch:
         weakref.finalize(result, shutil.rmtree, scratch, ignore_errors=True)
     return result
+
+
+def _settings(goal: Goal | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the goal and the options by name; other types are refused."""
+    if not isinstance(options, Mapping | None):
+        raise UserError(
+            f"options: got {options!r:.60}; allowed: a mapping from names to values, such as {{'num_windows': 6}}"
+        )
+    if not isinstance(goal, Goal | None):
+        raise UserError(f"goal: got {goal!r:.60}; allowed: an rlkd.Goal, such as rlkd.Goal(keep=0.98)")
+    return {**({} if goal is None else {"goal": goal}), **(options or {})}
+
+
+def _check_kinds(**models: Any) -> None:
+    """Raise UserError for a teacher or student that is neither a module nor a path."""
+    for name, model in models.items():
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            raise UserError(f"{name}: got the class {model.__name__}; allowed: an instance, {model.__name__}(...)")
+        if not isinstance(model, nn.Module | Path | str | None):
+            raise UserError(
+                f"{name}: got {type(model).__name__}; allowed: an nn.Module, or the folder of a transformers model"
+            )
 
 
 def _distil(
@@ -188,6 +226,11 @@ def _distil(
         return distil_chain(chain, bundle, folder, seed, progress=progress, command=COMMAND)
     if isinstance(teacher, nn.Module) and is_own_module(teacher):
         return _distil_own(teacher, student, data, settings, bundle, seed=seed, folder=folder)
+    if isinstance(student, nn.Module) and is_own_module(student):
+        raise UserError(
+            f"student: got {type(student).__name__}, a module of your own, for a transformers teacher; allowed: a "
+            "transformers model, its folder, or none"
+        )
     given = folder / "given"
     if isinstance(teacher, nn.Module):
         teacher = write_model(teacher, processor, given / "teacher", "teacher")
@@ -250,14 +293,19 @@ def load_policy(policy: Path | str = "default") -> Bundle:
     Raises:
         UserError: there is none, or it cannot be used.
     """
+    if not isinstance(policy, Path | str):
+        raise UserError(
+            f"policy: got {type(policy).__name__}; allowed: a name, a run folder, or the folder of a policy "
+            "(rlkd.save_policy writes one)"
+        )
     if isinstance(policy, str) and policy in bundled_policies():
         return find_policy(bundled_policies()[policy])
     folder = Path(policy)
-    if not folder.exists():
-        raise UserError(
-            f"policy: got {str(policy)!r:.80}; allowed: {', '.join(bundled_policies())}, a run folder, or the folder "
-            "of a policy"
-        )
+    allowed = ", ".join([*bundled_policies(), "a run folder of rlkd train, or the folder of a policy"])
+    if not folder.is_dir():
+        raise UserError(f"policy: got {str(policy)!r:.80}; allowed: {allowed}")
+    if not any((place / CARD).exists() for place in (folder, folder / "policy")):
+        raise UserError(f"policy: {folder} holds no policy (no {CARD}); allowed: {allowed}")
     return find_policy(folder)
 
 

@@ -235,6 +235,10 @@ def _accuracy(row: Mapping[str, Any]) -> float:
     return float(value[-1] if isinstance(value, list) else value)
 
 
+def _windows(count: int) -> str:
+    return f"{count} window{'s' if count != 1 else ''}"
+
+
 def weak_spots(result: Mapping[str, Any]) -> list[str]:
     """Return sentences about what a reader should not overlook."""
     student = student_of(result)
@@ -258,9 +262,9 @@ def weak_spots(result: Mapping[str, Any]) -> list[str]:
                 f"{predicted:.0%}. Measure again on an idle machine: rlkd measure."
             )
         if student.get("num_rollbacks"):
-            told.append(f"{student['num_rollbacks']} windows were undone, because numbers were not finite.")
+            told.append(f"{_windows(student['num_rollbacks'])} had numbers that were not finite and had to be undone.")
         if student.get("num_undone"):
-            told.append(f"{student['num_undone']} windows fell below the floor and were undone.")
+            told.append(f"The guard undid {_windows(student['num_undone'])}, which fell below the floor.")
         if student.get("energy_kind", "modelled") == "modelled":
             told.append("Energy is an estimate from operations and bytes moved, not a measurement.")
     if result.get("task", {}).get("splits") == "cut by rlkd":
@@ -271,7 +275,7 @@ def weak_spots(result: Mapping[str, Any]) -> list[str]:
     far = result.get("far_from_training") or {}
     if far:
         told.append(
-            f"In {len(far)} windows the policy saw something far from what it was trained on; its choices there are "
+            f"In {_windows(len(far))} the policy saw something far from what it was trained on; its choices there are "
             "guesses."
         )
     if "goals" in result:

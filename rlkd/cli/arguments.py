@@ -1,6 +1,7 @@
 """Parsing shared by the verbs: dataclass configs from YAML and options, with one-line errors."""
 
 import re
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,8 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 import rlkd.configs
+from rlkd.agents.policy.bundle import Bundle
+from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.configfile import check_config_file, check_option_values, check_options, check_values
 from rlkd.errors import UserError, closest
 from rlkd.workers import WorkersConfig
@@ -55,6 +58,9 @@ def parse(
     if config_class is not None:
         parser.add_argument("--config", action="config", help="a YAML file, or a name from `rlkd list`")
         parser.add_class_arguments(config_class, None, as_group=False)
+        for action in parser._actions:
+            if action.help == "Path to a configuration file.":  # of a whole section, which `check_options` refuses
+                action.help = SUPPRESS
         if defaults:
             parser.set_defaults(defaults)
     keys = [key for key in _keys(parser) if key not in ("help",)]
@@ -114,8 +120,11 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
         given = unknown.group(1).split("=")[0]
         if not given.startswith("-"):
             return f"got {given!r}, which no option takes; options look like --section.key value (--help lists them)"
-        options = [f"--{key}" for key in keys]
-        return f"no option {given}{closest(given, options)} (--help lists all)"
+        return f"no option {given}{_meant(given, [f'--{key}' for key in keys])} (--help lists all)"
+    missing = re.match(r"argument (\S+): expected (?:one|at least one) argument", line)
+    if missing:
+        name = missing.group(1).split("/")[0]
+        return f"{name}: got no value; give one; a value that begins with - is given as {name}=-VALUE"
     option = re.search(
         r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line
     )
@@ -131,12 +140,35 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
         return f"no key {given!r} in the config{closest(given, keys)}"
     wrong = re.match(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', line)
     if wrong:
-        return f"{wrong.group(1)}: got {wrong.group(3)!r:.80}; allowed: {wrong.group(2)}"
+        kind = {"tuple": "a list, such as [1,2]", "list": "a list, such as [a,b]"}.get(wrong.group(2), wrong.group(2))
+        return f"{wrong.group(1)}: got {wrong.group(3)!r:.80}; allowed: {kind}"
     union = re.match(r'Parser key "([^"]+)": Does not validate .*? Subtypes: \[(.*?)\].* Given value: (.*)', line)
     if union:
         kinds = union.group(2).replace("NoneType", "null").replace(", ", " or ")
         return f"{union.group(1)}: got {union.group(3)!r:.80}; allowed: {kinds}"
     return line
+
+
+def _meant(given: str, options: Sequence[str]) -> str:
+    """Return a hint at the options that end like the one that was given, or at the closest one."""
+    name = given.lstrip("-")
+    same = [option for option in options if option.rpartition(".")[2] == name and option != given]
+    if same:
+        return f"; did you mean {' or '.join(sorted(same, key=lambda o: not o.startswith('--goal.'))[:3])}?"
+    return closest(given, options)
+
+
+def policy_of(given: Path | str | None) -> Bundle:
+    """Load the policy that a command names, by default the one that comes with rlkd.
+
+    Raises:
+        UserError: as of `rlkd.load_policy`.
+    """
+    if given is None:
+        return find_policy(None)
+    from rlkd.api import load_policy  # takes longer to import than the other commands should
+
+    return load_policy(str(given))
 
 
 def add_run_options(parser: ArgumentParser) -> None:
@@ -151,7 +183,7 @@ def add_run_options(parser: ArgumentParser) -> None:
 
 def add_policy_option(parser: ArgumentParser) -> None:
     """--policy, which may be left out."""
-    text = "a run folder of rlkd train, or a folder of a policy; by default the policy that comes with rlkd"
+    text = "a name of rlkd policies, a run folder of rlkd train, or a folder of a policy; by default: default"
     parser.add_argument("--policy", type=Path | None, default=None, help=text)
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_run_options, add_workers_options, new_parser, workers_of
+from rlkd.cli.arguments import add_run_options, add_workers_options, new_parser, policy_of, workers_of
 from rlkd.cli.progress import Bar, print_comparison, print_front
 from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder, resumed
 from rlkd.configs import CompareConfig
@@ -37,7 +36,7 @@ def run(argv: list[str]) -> int:
 def _run_one(argv: list[str], name: str | None) -> int:
     config, options = parse_run(_parser, argv, CompareConfig)
     config.check()
-    bundle, blind = (find_policy(Path(place)) if place else None for place in (config.policy, config.blind))
+    bundle, blind = (policy_of(place) if place else None for place in (config.policy, config.blind))
     use_one_thread()
     workers = workers_of(options, config.train.device)
     out = options.out / name if name and options.out else options.out

@@ -6,8 +6,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_option
+from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_of, policy_option
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.io.journal import Journal
@@ -23,7 +22,7 @@ def run(argv: list[str]) -> int:
     """Compare, write `result.json`, print one table."""
     config, options = parse_run(_parser, argv, RealCompareConfig)
     config.check()
-    bundle = find_policy(options.policy)
+    bundle = policy_of(options.policy)
     use_one_thread()
     with resumable_folder(options, "compare", options.out) as folder, Bar(config.train.steps_per_window) as bar:
         journal = Journal(folder, options.resume is not None, config.keep_checkpoints)

@@ -6,8 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.agents.policy.bundle import Bundle
-from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_option
+from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_of, policy_option
 from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, is_of_real_model, parse_run, resumable_folder
@@ -29,7 +28,7 @@ def run(argv: list[str]) -> int:
             raise UserError(f"{name}: names a real model, which needs --data FILE_OR_FOLDER, too")
     config, options = parse_run(_parser, argv, DistilConfig)
     config.check()
-    bundle = find_policy(options.policy)
+    bundle = policy_of(options.policy)
     use_one_thread()
     with resumable_folder(options, "distil", options.out) as folder:
         return _distil(config, bundle, options, folder)

@@ -12,8 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from rlkd.agents.evaluation.trackers import parse_names, tracking
 from rlkd.agents.policy.bundle import Bundle
-from rlkd.agents.policy.bundled import find_policy
-from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_option
+from rlkd.cli.arguments import add_policy_option, add_run_options, new_parser, policy_of, policy_option
 from rlkd.cli.outcome import print_outcome, show_goal
 from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 def run(argv: list[str]) -> int:
     """Distil one real model, write it, and print its figures."""
     config, options = parse_run(_parser, argv, RealConfig)
-    bundle = find_policy(options.policy)
+    bundle = policy_of(options.policy)
     processes.join(config.train.device)
     config.check()
     use_one_thread()

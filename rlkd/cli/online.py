@@ -7,10 +7,9 @@ import torch
 
 from rlkd.agents.evaluation.held_out import TRAIN_STREAM, stream_seed
 from rlkd.agents.policy.bundle import Bundle
-from rlkd.agents.policy.bundled import find_policy
 from rlkd.agents.policy.controllers import hold_start
 from rlkd.agents.ppo.online import OneRun, learn_online
-from rlkd.cli.arguments import check_seed, new_parser, parse
+from rlkd.cli.arguments import check_seed, new_parser, parse, policy_of
 from rlkd.cli.outcome import print_outcome
 from rlkd.cli.progress import Bar
 from rlkd.compression import save_student
@@ -44,7 +43,7 @@ def run(argv: list[str]) -> int:
     config, options = parse(parser, argv, OnlineConfig)
     assert config is not None
     check_seed(options.seed)
-    bundle = find_policy(options.policy) if options.policy else None
+    bundle = policy_of(options.policy) if options.policy else None
     config.check()
     use_one_thread()
     with run_folder(options.out, "online") as folder:

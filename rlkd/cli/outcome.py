@@ -46,6 +46,10 @@ def print_outcome(outcome: Outcome) -> int:
     return 1 if done.diverged or outcome.broken else 0
 
 
+def _windows(count: int) -> str:
+    return f"{count} window{'s' if count != 1 else ''}"
+
+
 def _lines(
     folder: Path, figures: dict[str, Any], measured: dict[str, dict[str, float]], far: dict[int, float]
 ) -> list[str]:
@@ -79,15 +83,20 @@ def _lines(
     lines.append(f"the cost profile had predicted {profile_us:.1f} us at batch {measured['profile_batch']}")
     if far:
         lines.append(
-            f"note: in {len(far)} windows the policy saw something over {FAR:g} deviations from its training tasks; "
+            f"note: in {_windows(len(far))} the policy saw something over {FAR:g} deviations from its training tasks; "
             "its choices there are guesses"
         )
     if figures["num_undone"]:
-        lines.append(f"note: {figures['num_undone']} windows fell below the floor and were undone")
+        lines.append(f"note: the guard undid {_windows(figures['num_undone'])}, which fell below the floor")
     if figures["num_rollbacks"]:
         lines.append(
-            f"note: {figures['num_rollbacks']} windows were undone, since their numbers were not finite; the student "
-            "went on with smaller steps"
+            f"note: {_windows(figures['num_rollbacks'])} had numbers that were not finite and had to be undone; the "
+            "student went on with smaller steps"
+        )
+    if figures["goal_met"] is False:
+        lines.append(
+            "note: to come closer, train longer (--num_windows), give a larger student, or state the floor against the "
+            "dense student (--goal.reference dense); see docs/distil.md"
         )
     lines.append(f"student: {folder / 'student'}   figures: {folder / 'result.json'}")
     lines.append(goal_line(figures, measured))

@@ -1,11 +1,11 @@
 """`--resume RUN`, shared by train, distil and compare: the run's own config, and what a stop says."""
 
+import contextlib
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -31,24 +31,36 @@ class Terminated(KeyboardInterrupt):
 
 def resumed(argv: Sequence[str]) -> Path | None:
     """Return the folder that `--resume` names, or None."""
-    for given, following in zip(argv, [*argv[1:], ""], strict=False):
-        if given == "--resume" or given.startswith("--resume="):
-            name = following if given == "--resume" else given.partition("=")[2]
-            if not name or name.startswith("-"):
-                raise UserError("--resume: got nothing; allowed: the folder of a run that was stopped")
-            return Path(name)
+    for name in _values(argv, "--resume"):
+        if not name or name.startswith("-"):
+            raise UserError("--resume: got nothing; allowed: the folder of a run that was stopped")
+        return Path(name)
     return None
 
 
 def is_of_real_model(argv: Sequence[str]) -> bool:
-    """Return whether a command, or the run that it resumes, has `--data`."""
+    """Return whether a command, its config file, or the run that it resumes has `--data`."""
     if any(given.split("=")[0] == "--data" for given in argv):
         return True
     folder = resumed(argv)
-    if folder is None or not (folder / "config.yaml").is_file():
-        return False
-    tree = plain_yaml(read_bytes(folder / "config.yaml", MAX_CONFIG_BYTES).decode(errors="replace"), "--resume")
+    if folder is not None and (folder / "config.yaml").is_file():
+        return _names_data(folder / "config.yaml", "--resume")
+    files = [Path(file) for file in _values(argv, "--config") if Path(file).is_file()]
+    with contextlib.suppress(UserError):  # of a file that the parser will refuse, in its own words
+        return any(_names_data(file, "--config") for file in files)
+    return False
+
+
+def _names_data(file: Path, complaint: str) -> bool:
+    tree = plain_yaml(read_bytes(file, MAX_CONFIG_BYTES).decode(errors="replace"), complaint)
     return isinstance(tree, dict) and "data" in tree
+
+
+def _values(argv: Sequence[str], option: str) -> Iterator[str]:
+    """Yield the values of an option, given as `--option VALUE` or `--option=VALUE`."""
+    for given, following in zip(argv, [*argv[1:], ""], strict=False):
+        if given == option or given.startswith(f"{option}="):
+            yield following if given == option else given.partition("=")[2]
 
 
 def parse_run(
@@ -72,7 +84,13 @@ def parse_run(
         if not file.is_file():
             raise UserError(f"--resume: {folder} holds no config.yaml, so no run that was stopped; start it anew")
         own = ["--config", str(file)]
-        began = parse(new(), own, config_class)
+        try:
+            began = parse(new(), own, config_class)
+        except UserError as error:
+            raise UserError(
+                f"--resume: {file} is no config of {new().prog} ({error}); go on with the verb that began the run, as "
+                f"in {folder / 'command.txt'}"
+            ) from error
         config, options = parse(new(), [*own, *argv], config_class)
         if options.out is not None:
             raise UserError(f"--out: got {options.out} with --resume {folder}; a run goes on in its own folder")
@@ -107,7 +125,7 @@ def _refuse_changes(folder: Path, began: dict[str, Any], given: dict[str, Any]) 
             )
 
 
-@contextmanager
+@contextlib.contextmanager
 def resumable_folder(options: Namespace, verb: str, out: Path | None = None) -> Iterator[Path]:
     """`run_folder`; a run in it that is stopped or cannot write says how to go on, and SIGTERM stops as Ctrl-C does.
 
@@ -124,7 +142,7 @@ def resumable_folder(options: Namespace, verb: str, out: Path | None = None) -> 
             raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # no other may set it
         yield

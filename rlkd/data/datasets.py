@@ -122,9 +122,10 @@ def register_dataset(name: str, source: Callable[[], DataSet] | Path | str | Any
 
     Args:
         name: letters, digits, `_` and `-`; not one that comes with rlkd.
-        source: a function that returns a `DataSet` (called at each use); an .npz file with `inputs` and `labels` (and
-            `split`); or arrays: `(inputs, labels)`, or a mapping from train, validation and test to such pairs. Arrays
-            are used as they are, so scale them; splits that are missing are cut 70 : 15 : 15 by content.
+        source: a function that returns a `DataSet` (called at each use); an .npz file with `inputs` [S, ...] and
+            `labels` [S] (and `split` [S]); or arrays: `(inputs, labels)`, or a mapping from train, validation and test
+            to such pairs. Inputs are finite numbers and are used as they are, so scale them; labels are whole numbers
+            from 0. Splits that are missing are cut 70 : 15 : 15 by content.
 
     Raises:
         UserError: the name is taken or impossible, or the arrays cannot be used.
@@ -137,7 +138,7 @@ def register_dataset(name: str, source: Callable[[], DataSet] | Path | str | Any
         >>> load_dataset("halves").num_classes
         2
     """
-    if not re.fullmatch(r"[\w-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"register_dataset: got the name {name!r:.60}; allowed: letters, digits, _ and -")
     if name in DATASETS and name not in _REGISTERED:
         raise UserError(f"register_dataset: {name!r} comes with rlkd; allowed: another name")
@@ -175,4 +176,6 @@ def load_dataset(name: str) -> DataSet:
     data = DATASETS[name]()
     if not isinstance(data, DataSet):
         raise UserError(f"data set {name}: its function returned {type(data).__name__}; allowed: rlkd.DataSet")
+    if name in _REGISTERED:
+        data.check()
     return data

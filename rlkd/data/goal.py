@@ -72,9 +72,9 @@ class Goal:
                 f"goal: got keep {self.keep:g} and accuracy {self.accuracy:g}; allowed: one floor; leave one out"
             )
         if self.keep is not None and not 0.0 < self.keep <= 2.0:
-            raise UserError(f"goal.keep: got {self.keep:g}; allowed: a share above 0, such as 0.98")
+            raise UserError(f"goal.keep: got {self.keep:g}; allowed: a share in (0, 2], such as 0.98 for 98 %")
         if self.accuracy is not None and not 0.0 < self.accuracy <= 1.0:
-            raise UserError(f"goal.accuracy: got {self.accuracy:g}; allowed: an accuracy in (0, 1]")
+            raise UserError(f"goal.accuracy: got {self.accuracy:g}; allowed: an accuracy in (0, 1], such as 0.95")
         reference_accuracy(str(self.reference))
         if self.reference != "teacher" and self.keep is None:
             raise UserError(f"goal.reference: got {self.reference} without a share of it; give goal.keep, too")

@@ -13,7 +13,7 @@ from rlkd.errors import UserError
 WANTED: dict[str, Kind] = {"sequence_classification": "text", "image_classification": "image", "causal_lm": "document"}
 
 
-def load_table(path: Path, kind: str, columns: ColumnConfig, model: str) -> Table:
+def load_table(path: Path | str, kind: str, columns: ColumnConfig, model: str) -> Table:
     """Load the rows of the data that a model of this kind learns from.
 
     Args:
@@ -25,7 +25,9 @@ def load_table(path: Path, kind: str, columns: ColumnConfig, model: str) -> Tabl
     Raises:
         UserError: the data cannot be read, or are of another kind than the model takes.
     """
-    wanted = WANTED[kind]
+    if not str(path).strip():
+        raise UserError("data: got no name; allowed: a file or folder")
+    path, wanted = Path(path), WANTED[kind]
     if wanted == "document":
         return read_texts(path, columns)
     table = read_table(path, columns, wanted)

@@ -100,17 +100,24 @@ def _pair(given: Any, split: str) -> tuple[Tensor, Tensor]:
     try:
         inputs, labels = torch.as_tensor(given[0]).detach().cpu(), torch.as_tensor(given[1]).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"data: {split}: inputs and labels are no arrays ({error!s:.80})") from error
-    inputs = (
-        inputs.float() if inputs.is_floating_point() or inputs.dtype in (torch.bool, torch.uint8) else inputs.long()
-    )
-    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(inputs) or not len(labels):
         raise UserError(
-            f"data: {split}: got inputs {list(inputs.shape)} and labels {list(labels.shape)} of {labels.dtype}; "
-            "allowed: [samples, ...] and [samples] whole numbers"
+            f"data: {split}: inputs and labels are no arrays of numbers ({error!s:.80}); give numbers, labels as 0 to "
+            "C - 1"
+        ) from error
+    are_numbers = not (inputs.is_complex() or labels.is_complex() or labels.is_floating_point())
+    if not (are_numbers and labels.ndim == 1 and inputs.ndim and 0 < len(labels) == len(inputs)):
+        raise UserError(
+            f"data: {split}: got inputs {list(inputs.shape)} and labels {list(labels.shape)} of {inputs.dtype} and "
+            f"{labels.dtype}; allowed: [samples, ...] real and [samples] whole numbers"
         )
-    if not bool(torch.isfinite(inputs.float()).all()):
-        raise UserError(f"data: {split}: an input is not finite; remove or replace it")
+    is_whole = not inputs.is_floating_point() and inputs.dtype not in (torch.bool, torch.uint8)
+    inputs = inputs.long() if is_whole else inputs.float()
+    finite = torch.isfinite(inputs.float()).flatten(1).all(1)  # [S]
+    if not bool(finite.all()):
+        raise UserError(
+            f"data: {split}: got inputs that are not finite in {int((~finite).sum())} samples, the first at "
+            f"{int((~finite).nonzero()[0])} (from 0); remove or replace them"
+        )
     return inputs, labels.long()
 
 
@@ -123,7 +130,7 @@ def _of_file(path: Path) -> Any:
         return arrays.inputs, arrays.labels
     rows: dict[str, list[int]] = {}
     for row, own in enumerate(arrays.splits):
-        rows.setdefault(split_named(own) or str(own), []).append(row)
+        rows.setdefault(split_named(str(own)) or str(own), []).append(row)
     return {split: (arrays.inputs[some], [arrays.labels[row] for row in some]) for split, some in rows.items()}
 
 
@@ -132,7 +139,7 @@ def _of_dataset(dataset: Any, split: str) -> tuple[Tensor, Tensor]:
     try:
         samples = [dataset[i] for i in range(len(dataset))]
         inputs = torch.stack([torch.as_tensor(sample[0]) for sample in samples])
-        return inputs, torch.tensor([int(sample[1]) for sample in samples])
+        return inputs, torch.stack([torch.as_tensor(sample[1]) for sample in samples])
     except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
         raise UserError(
             f"data: {split}: its samples are no (input, label) pairs of one shape ({error!s:.60})"

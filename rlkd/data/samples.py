@@ -6,6 +6,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from rlkd.errors import UserError
+
 Split = Literal["train", "validation", "test"]
 
 SPLIT_SEED = 20_260_101
@@ -54,16 +56,59 @@ class DataSet:
     """Samples of one data set and the three disjoint index sets that cut it."""
 
     name: str
-    inputs: Tensor  # [S, *input_shape] float32; scaled by `scale`
-    labels: Tensor  # [S] int64
+    """Name of the data set, for messages and reports."""
+    inputs: Tensor
+    """[S, ...] float32, finite, scaled by `scale`."""
+    labels: Tensor
+    """[S] int64, classes from 0 to C - 1."""
     num_classes: int
-    splits: dict[Split, Tensor]  # each [S_split] int64, disjoint, together all of S
-    scale: InputScale = field(default_factory=InputScale)  # from the source's values to `inputs`
+    """C, at least 2."""
+    splits: dict[Split, Tensor]
+    """Numbers of the samples of train, validation and test, each [S_split] int64; the three share no sample."""
+    scale: InputScale = field(default_factory=InputScale)
+    """How `inputs` were made of the source's values; it is shipped with a student."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return tuple(self.inputs.shape[1:])
+
+    def check(self) -> None:
+        """Raise UserError for tensors of other shapes, types or ranges, or splits that are missing or overlap."""
+        shapes = f"inputs {list(self.inputs.shape)} of {self.inputs.dtype}, labels {list(self.labels.shape)} of "
+        if (
+            (self.inputs.dtype, self.labels.dtype) != (torch.float32, torch.int64)
+            or self.labels.ndim != 1
+            or self.inputs.ndim < 2
+            or len(self.inputs) != len(self.labels)
+        ):
+            raise UserError(
+                f"data set {self.name}: got {shapes}{self.labels.dtype}; allowed: [samples, ...] of torch.float32, "
+                "[samples] of torch.int64"
+            )
+        if not bool(self.inputs.isfinite().all()):
+            raise UserError(f"data set {self.name}: got inputs that are not finite; remove or replace them")
+        if self.num_classes < 2 or bool(((self.labels < 0) | (self.labels >= self.num_classes)).any()):
+            raise UserError(
+                f"data set {self.name}: got num_classes {self.num_classes} and labels {int(self.labels.min())} to "
+                f"{int(self.labels.max())}; allowed: at least 2, and labels from 0 to num_classes - 1"
+            )
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        if set(self.splits) != set(MOST_SAMPLES) or not all(len(index) for index in self.splits.values()):
+            sizes = ", ".join(f"{split} {len(index)}" for split, index in self.splits.items())
+            raise UserError(
+                f"data set {self.name}: got splits with {sizes or 'nothing'}; allowed: samples in each of train, "
+                "validation and test"
+            )
+        chosen = torch.cat(list(self.splits.values()))
+        is_inside = chosen.dtype == torch.int64 and bool(((chosen >= 0) & (chosen < len(self.labels))).all())
+        if not is_inside or len(chosen.unique()) < len(chosen):
+            raise UserError(
+                f"data set {self.name}: got splits of other numbers than 0 to {len(self.labels) - 1}, or a sample "
+                "twice; allowed: each sample's number (int64) once"
+            )
 
 
 def choose_rows(num_fit: int, num_test: int) -> tuple[Tensor, Tensor]:

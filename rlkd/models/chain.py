@@ -43,6 +43,7 @@ class StudentConfig:
     exits: tuple[int, ...] = (1,)
     """After which blocks (counted from 1) an early exit stands; the last block always ends in the final head."""
     gate: GateConfig = field(default_factory=GateConfig)
+    """Small trained units at the early exits that decide which samples leave there; off by default."""
     unit_multiple: int = 1
     """Kept units are rounded up to multiples of this; hardware profiles say which multiples a target likes."""
 

@@ -36,7 +36,10 @@ class Progress(Protocol):
 
 
 # what a run writes before its first training, and what there is only after it
-START_FILES = ("config.yaml", "command.txt", "versions.json", "cost_profile*.json", "mapping.txt", "tensorboard")
+START_FILES = (
+    *("config.yaml", "command.txt", "versions.json", "cost_profile*.json", "mapping.txt", "tensorboard"),
+    "given",  # models and data that were handed over in Python
+)
 RESULTS = ("checkpoints", "metrics.jsonl", "result.json")
 
 

@@ -15,6 +15,7 @@ import rlkd
 from rlkd.agents.policy.bundle import load_bundle, save_bundle
 from rlkd.agents.policy.policy import unchanged
 from rlkd.cli.main import main
+from rlkd.data import load_dataset
 from rlkd.data.memory import read_parts
 from rlkd.envs.action import CONTROLS
 from rlkd.errors import UserError
@@ -164,13 +165,56 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     [
         ({"train.steps": 4}, "TrainConfig has no 'steps'; allowed: steps_per_window"),
         ({"num_window": 4}, "did you mean num_windows"),
-        ({"num_windows": "4"}, "num_windows: got '4'; allowed: a value like 12"),
+        ({"num_windows": "4"}, "num_windows: got '4'; allowed: a whole number"),
         ({"num_windows": 0}, "num_windows: got 0; allowed: at least 1"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str, policy: Path) -> None:
     with pytest.raises(UserError, match=message):
         rlkd.distil(data="digits", policy=policy, options=options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"goal": 0.98}, r"goal: got 0.98; allowed: an rlkd.Goal, such as rlkd.Goal\(keep=0.98\)"),
+        ({"goal": rlkd.Goal(keep=98)}, "goal.keep: got 98; allowed: a share in"),
+        ({"options": ["num_windows"]}, r"options: got \['num_windows'\]; allowed: a mapping from names to values"),
+        ({"seed": -1}, "seed: got -1; allowed: a whole number from 0 to 4294967295"),
+        ({"seed": "7"}, "seed: got '7'; allowed"),
+        (
+            {"policy": 3},
+            r"policy: got int; allowed: a name, a run folder, or the folder of a policy \(rlkd.save_policy",
+        ),
+        ({"teacher": nn.Linear}, r"teacher: got the class Linear; allowed: an instance, Linear\(...\)"),
+        ({"teacher": [1]}, "teacher: got list; allowed: an nn.Module, or the folder of a transformers model"),
+        (
+            {"teacher": "models/gone", "student": nn.Linear(2, 2)},
+            "student: got Linear, a module of your own, for a tran",
+        ),
+    ],
+)
+def test_arguments_of_other_types_are_refused_in_one_line(
+    arguments: dict[str, object], message: str, policy: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        rlkd.distil(**{"policy": policy, "out": tmp_path / "run", **arguments})  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_the_folder_free(policy: Path, tmp_path: Path) -> None:
+    need_transformers()
+    with pytest.raises(UserError):
+        rlkd.distil(tiny("bert"), data=[{"text": "good", "label": 3}], policy=policy, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_or_report_that_cannot_be_written_is_one_line(chain: rlkd.Result, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for write in (chain.save, chain.report):
+        with pytest.raises(UserError, match=r"file/x: cannot write it \(Not a directory\); choose a place"):
+            write(tmp_path / "file" / "x")
 
 
 def test_policies_are_found_by_name_and_by_folder(policy: Path, tmp_path: Path) -> None:
@@ -225,10 +269,6 @@ def test_importing_rlkd_loads_no_torch_and_every_public_name_exists() -> None:
 def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path) -> None:
     inputs, labels = points()
     rlkd.register_dataset("two_halves", (inputs, labels))
-    data = rlkd.build_scenario  # loaded below through the registry alone
-    from rlkd.data import load_dataset
-
-    assert callable(data)
     first = load_dataset("two_halves")
     assert first.num_classes == 2
     assert sum(len(index) for index in first.splits.values()) == len(labels)
@@ -245,9 +285,39 @@ def test_data_sets_are_registered_from_arrays_files_and_functions(tmp_path: Path
     assert main(["list"]) == 0  # a function without a docstring has a line, too
     with pytest.raises(UserError, match="comes with rlkd"):
         rlkd.register_dataset("digits", (inputs, labels))
+    with pytest.raises(UserError, match=r"got the name 3; allowed: letters"):
+        rlkd.register_dataset(3, (inputs, labels))  # type: ignore[arg-type]
     rlkd.register_dataset("broken", lambda: 3)
     with pytest.raises(UserError, match=r"returned int; allowed: rlkd\.DataSet"):
         load_dataset("broken")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": torch.zeros(9, 2, dtype=torch.float64)}, r"got inputs \[9, 2\] of torch.float64, labels \[9\]"),
+        ({"inputs": torch.zeros(9)}, r"got inputs \[9\] of torch.float32"),
+        ({"inputs": torch.zeros(8, 2)}, r"allowed: \[samples, ...\] of torch.float32, \[samples\] of torch.int64"),
+        ({"inputs": torch.full((9, 2), torch.nan)}, "not finite"),
+        (
+            {"labels": torch.arange(9) % 4},
+            "got num_classes 3 and labels 0 to 3; allowed: at least 2, and labels from 0",
+        ),
+        ({"splits": {"train": torch.arange(9)}}, "got splits with train 9; allowed: samples in each of train, valid"),
+        ({"splits": {k: torch.arange(3) for k in ("train", "validation", "test")}}, "or a sample twice"),
+        (
+            {"splits": {"train": torch.arange(7), "validation": torch.tensor([7]), "test": torch.tensor([9])}},
+            "than 0 to 8",
+        ),
+    ],
+)
+def test_a_function_that_returns_other_tensors_is_refused(changes: dict[str, object], message: str) -> None:
+    splits = {"train": torch.arange(5), "validation": torch.tensor([5, 6]), "test": torch.tensor([7, 8])}
+    parts = {"name": "own", "inputs": torch.zeros(9, 2), "labels": torch.arange(9) % 3, "num_classes": 3}
+    data = rlkd.DataSet(**{**parts, "splits": splits, **changes})  # type: ignore[arg-type]
+    rlkd.register_dataset("other_tensors", lambda: data)
+    with pytest.raises(UserError, match=f"data set own: .*{message}"):
+        load_dataset("other_tensors")
 
 
 def test_arrays_of_a_file_have_the_splits_that_it_names(tmp_path: Path) -> None:

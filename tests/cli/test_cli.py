@@ -60,6 +60,20 @@ MISTAKES = {
     "seed": (["train", "--seed", "-1"], ["--seed: got -1"]),
     "profile": (["compare", "--cost.profile", "gone.json"], ["gone.json", "rlkd calibrate"]),
     "a word far from every verb": (["fly"], ["no verb 'fly'; allowed: "]),
+    "no value": (["distil", "--goal.keep"], ["--goal.keep: got no value; give one"]),
+    "a value that looks like an option": (["distil", "--goal.latency", "-2x"], ["given as --goal.latency=-VALUE"]),
+    "an option without its section": (
+        ["distil", "--keep", "1"],
+        ["no option --keep; did you mean --goal.keep or --task."],
+    ),
+    "one number for a list": (
+        ["distil", "--student.widths", "48"],
+        ["student.widths: got '48'; allowed: a list, such as"],
+    ),
+    "percent": (
+        ["distil", "--goal.keep", "98"],
+        ["goal.keep: got 98; allowed: a share in (0, 2], such as 0.98 for 98 %"],
+    ),
     "octal": (["distil", "--student.widths", "[010, 8]"], ["--student.widths: has '010' (line 1)", "leading zeros"]),
     "sexagesimal": (["distil", "--num_windows", "1:30"], ["--num_windows: has '1:30'"]),
     "underscore": (["distil", "--num_windows=1_0"], ["--num_windows: has '1_0'"]),
@@ -68,7 +82,12 @@ MISTAKES = {
     "key twice": (["train", "--validation", "[{dataset: wine, dataset: digits}]"], ["--validation", "'dataset' twice"]),
     "nan": (["train", "--ppo.learning_rate", "nan"], ["ppo.learning_rate"]),
     "infinity in a list": (["train", "--comparison.accuracy_weights", "[0.5, .inf]"], ["accuracy_weights: got"]),
-    "policy missing": (["distil", "--policy", "gone"], ["gone", "bundle.json"]),
+    "policy missing": (["distil", "--policy", "gone"], ["policy: got 'gone'; allowed: default, a run folder of"]),
+    "folder without a policy": (
+        ["compare", "--policy", "."],
+        ["policy: . holds no policy (no bundle.json); allowed: def"],
+    ),
+    "data without a name": (["distil", "--teacher", "", "--data", ""], ["model: got no name; allowed: a folder with"]),
     "preference": (["distil", "--policy", "gone", "--preference.accuracy", "2"], ["preference: got accuracy 2"]),
     "unknown method": (["compare", "--methods", "constat"], ["'constat'", "did you mean constant?"]),
     "method without policy": (["compare", "--methods", "constant,policy"], ["--policy"]),
@@ -185,7 +204,9 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: Capture) -> None
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
     assert end.value.code == 0
-    assert f"rlkd {verb}" in capsys.readouterr().out.split("Examples:")[1]
+    out = capsys.readouterr().out
+    assert f"rlkd {verb}" in out.split("Examples:")[1]
+    assert "Path to a configuration file" not in out  # a section takes no file
 
 
 def test_usage_and_version(capsys: Capture) -> None:

@@ -46,6 +46,14 @@ def rows_of(folder: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_missed_goal_ends_with_what_brings_it_closer(quick: list[str], capsys: Capture) -> None:
+    assert main(["distil", *quick, "--goal.accuracy", "0.99", "--out", "a"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[-1].startswith("goal missed by 0.")
+    assert [line for line in lines if line.startswith("note: to come closer, train longer (--num_windows)")]
+    assert (Path("a") / "student" / "student.json").is_file()
+
+
 def test_a_floor_with_limits_from_the_table_to_the_outcome(quick: list[str], capsys: Capture) -> None:
     goal = ["--goal.keep", "0.5", "--goal.reference", "dense", "--goal.latency", "2x", "--goal.size", "0.3"]
     assert main(["distil", *quick, *goal, "--out", "a"]) == 0
@@ -69,6 +77,7 @@ def test_a_floor_with_limits_from_the_table_to_the_outcome(quick: list[str], cap
     assert figures["size_ratio"] <= 0.3
     assert result["speedup_over_teacher"] > 0
     assert lines[-1].startswith("goal met: accuracy" if result["goal_met"] else "goal missed by 0.")
+    assert any(line.startswith("note: to come closer") for line in lines) is (not result["goal_met"])
     assert f"accuracy {figures['accuracy']:.4f} on test (floor {figures['floor']:.4f})" in lines[-1]
     for row in rows_of("a"):
         assert row["margin"] == pytest.approx(row["accuracy"] - row["floor"], abs=1e-6)

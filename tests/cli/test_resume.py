@@ -11,6 +11,7 @@ import pytest
 
 from rlkd.cli.main import main
 from rlkd.cli.progress import Bar
+from rlkd.cli.resume import is_of_real_model
 from rlkd.io.files import write_error, write_whole
 
 Capture = pytest.CaptureFixture[str]
@@ -220,3 +221,25 @@ def test_another_policy_is_noticed(
     err = capsys.readouterr().err
     assert "entry 1 is 'rlkd compare, its data and models'" in err
     assert "config, data or rlkd itself have changed since; start anew in another folder" in err
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_a_run_is_resumed_by_its_own_verb(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\nnum_windows: 2\npreference: {accuracy: 0.9}\n")
+    assert main([verb, "--resume", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"--resume: {tmp_path}/config.yaml is no config of rlkd {verb} (no key 'preference" in err
+    assert err.endswith(f"go on with the verb that began the run, as in {tmp_path}/command.txt\n")
+    assert err.count("\n") == 1
+
+
+def test_a_config_file_of_a_real_model_is_taken_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "real.yaml").write_text(f"teacher: {tmp_path}/gone\ndata: reviews.csv\ngoal: {{keep: 0.98}}\n")
+    assert is_of_real_model(["--config", str(tmp_path / "real.yaml")])
+    assert is_of_real_model([f"--config={tmp_path / 'real.yaml'}"])
+    assert not is_of_real_model(["--config", "wide"])
+    (tmp_path / "broken.yaml").write_text("data: [1")
+    assert not is_of_real_model(["--config", str(tmp_path / "broken.yaml")])
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    assert main(["distil", "--config", str(tmp_path / "real.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert f"rlkd: {tmp_path}/gone: no such folder" in capsys.readouterr().err

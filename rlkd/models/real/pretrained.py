@@ -276,6 +276,8 @@ def as_user_error(what: str) -> Iterator[None]:
 
 def _load(source: str, loader: Any, **options: Any) -> Any:
     """`loader.from_pretrained`, whose many exceptions become one line."""
+    if not source.strip():
+        raise UserError("model: got no name; allowed: a folder with config.json, or a hub id such as OWNER/NAME")
     path = Path(source)
     is_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
     if is_local and not path.exists():

@@ -70,7 +70,7 @@ def load_teacher(sources: Sources, kind: Kind) -> Side:
     name = sources.teacher
     model = load_model(name, kind, sources.allow_pickle, device_map=sources.device_map)
     described = _named_classes(model.config, kind, name)
-    table = load_table(Path(sources.data), kind, sources.columns, name)
+    table = load_table(sources.data, kind, sources.columns, name)
     processor = None if table.kind == "array" else load_processor(name, kind)
     share_padding(model, processor)
     data, columns = examples_for(model, described, table, processor, sources.columns, name=name)
@@ -90,7 +90,7 @@ def absent_teacher(sources: Sources, kind: Kind) -> Side:
     model = on_meta(described, kind)
     if model is None:
         raise UserError(f"{name}: no model can be made of its config.json")
-    table = load_table(Path(sources.data), kind, sources.columns, name)
+    table = load_table(sources.data, kind, sources.columns, name)
     processor = None if table.kind == "array" else load_processor(name, kind)
     share_padding(model, processor)
     data = load_examples(table, processor, described, columns=sources.columns, model=name)
