@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rlkd.data import Goal
 from rlkd.data.datasets import DATASETS, is_dataset
 from rlkd.envs.build_real import scenario_of_sides
 from rlkd.envs.real_config import RealConfig, RealCostConfig
-from rlkd.errors import UserError
+from rlkd.errors import UserError, closest
 from rlkd.io.files import write_error
 from rlkd.io.journal import Journal
 from rlkd.io.settings import with_settings
@@ -41,6 +42,19 @@ COMMAND = "rlkd.distil(...), from Python"
 OWN_BATCH = (
     256  # samples that the latency of a user's own module is modelled for: small calls cost the same at any size
 )
+
+OWN_OPTIONS = [
+    "num_windows",
+    "attach",
+    "train",
+    "loss",
+    "cost",
+    "hardware",
+    "goal",
+    "preference",
+    "guard",
+    "keep_checkpoints",
+]
 
 
 @dataclass(frozen=True)
@@ -128,14 +142,15 @@ def distil(
             model, or its folder; or None for the teacher of a data set that rlkd knows.
         student: a smaller model of the same kind, or its folder; by default half of the blocks of a transformers model,
             or a copy of your own module, which the controls prune.
-        data: for your own module `(inputs, labels)`, a mapping from train, validation and test to such pairs,
-            map-style datasets, or an .npz file; for a transformers model a file or folder (docs/data.md), a
+        data: for your own module `(inputs, labels)`, real numbers [S, ...] and whole numbers [S] from 0 to C - 1, a
+            mapping from train, validation and test to such pairs, map-style datasets, or an .npz file; for a
+            transformers model a file or folder (docs/data.md), a list of rows such as `{"text": ..., "label": ...}`, a
             `datasets.Dataset` or `DatasetDict`; without a teacher the name of a data set (`rlkd list`).
-        goal: what the student must reach; by default the weights of the policy's preference.
+        goal: what the student must reach; by default nothing, so that the weights of the preference alone decide.
         policy: a name of `rlkd policies`, a run folder of `rlkd train`, or the folder of a policy.
         processor: tokenizer or image processor of a transformers model that is given as a module.
-        seed: of every random choice.
-        out: run folder; by default a temporary one that goes with the result.
+        seed: of every random choice, 0 to 2**32 - 1.
+        out: run folder; by default a temporary one that is removed with the result.
         options: further settings by the names of `rlkd distil --help`, such as `{"train.steps_per_window": 50}`.
 
     Returns:
@@ -153,7 +168,7 @@ def distil(
     bundle = load_policy(policy)
     settings = _settings(goal, options)
     _check_kinds(teacher=teacher, student=student)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise UserError(f"seed: got {seed!r:.40}; allowed: a whole number from 0 to {2**32 - 1}")
     threads = torch.get_num_threads()
     use_one_thread()
@@ -215,7 +230,9 @@ def _distil(
     """Choose the way by what is given."""
     progress = _Quiet()
     if teacher is None:
-        if student is not None or not (isinstance(data, str) and is_dataset(data)):
+        if student is not None:
+            raise UserError("student: got one without a teacher to learn from; give a teacher and its data, too")
+        if not (isinstance(data, str) and is_dataset(data)):
             what = repr(data[:60]) if isinstance(data, str) else f"of type {type(data).__name__}"
             raise UserError(
                 f"teacher: got none with data {what}; allowed: a teacher with its data, or a data set of "
@@ -231,6 +248,8 @@ def _distil(
             f"student: got {type(student).__name__}, a module of your own, for a transformers teacher; allowed: a "
             "transformers model, its folder, or none"
         )
+    if isinstance(teacher, nn.Module) and processor is None and not isinstance(data, str | Path):
+        raise UserError("processor: got none for a transformers model; give its tokenizer or image processor")
     given = folder / "given"
     if isinstance(teacher, nn.Module):
         teacher = write_model(teacher, processor, given / "teacher", "teacher")
@@ -262,6 +281,12 @@ def _distil_own(
         raise UserError(
             f"student: got {type(student).__name__} for a teacher of your own class; allowed: an nn.Module of your own"
         )
+    for name in settings:
+        if str(name).split(".")[0] not in OWN_OPTIONS:
+            raise UserError(
+                f"options: {name}: got it for a module of your own; allowed: {', '.join(OWN_OPTIONS)}"
+                f"{closest(str(name), OWN_OPTIONS)}"
+            )
     base = RealConfig(
         teacher=type(teacher).__name__,
         data=type(data).__name__,

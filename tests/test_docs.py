@@ -1,4 +1,5 @@
 import ast
+import doctest
 import importlib
 import json
 import re
@@ -10,8 +11,13 @@ from pathlib import Path
 import pytest
 
 import rlkd
+from rlkd.cli.main import VERBS, main
 
 ROOT = Path(__file__).parent.parent
+OTHER_PROGRAMS = {
+    *("--logdir", "--algo", "--env", "--gym-packages", "--nproc_per_node", "--max-logprobs", "--head", "--address"),
+    *("--port", "--docs", "--section.key"),
+}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -106,6 +112,37 @@ def test_python_of_an_own_student_runs(
     exec(own, names)
     assert len(capsys.readouterr().out.splitlines()) >= 12  # an accuracy for each window
     assert (tmp_path / "runs" / "mine" / "student.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["Goal", "Preference", "distil", "make_sb3_env", "register_dataset"])
+def test_examples_of_public_docstrings_run(name: str) -> None:
+    thing = getattr(rlkd, name)
+    names = dict(vars(sys.modules[thing.__module__]))
+    runner = doctest.DocTestRunner()
+    (example,) = doctest.DocTestFinder(recurse=False).find(thing, name, globs=names)
+    assert example.examples
+    assert runner.run(example).failed == 0
+
+
+def test_every_public_name_has_a_docstring_of_its_own() -> None:
+    for name in rlkd.__all__:
+        text = getattr(rlkd, name).__doc__ or ""
+        assert len(text) > 20, name
+        assert not text.startswith(f"{name}("), name  # what dataclass writes where there is none
+
+
+@pytest.mark.slow
+def test_every_option_on_the_pages_is_one_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    real = [["distil", "--data", "x"], ["compare", "--data", "x"], ["train", "--mode", "online"]]
+    for argv in [*([verb] for verb in VERBS), *real]:
+        with pytest.raises(SystemExit):
+            main([*argv, "--help"])
+    own = set(re.findall(r"--[a-zA-Z_][\w.+-]*", capsys.readouterr().out))
+    pages = [page for page in PAGES if page.parent.name not in ("results", "decisions", "real", "compare", "goals")]
+    for page in [*pages, *(ROOT / "docs" / "tutorials").glob("*.py")]:
+        for option in re.findall(r"(?<![\w-])--[a-zA-Z_][\w.-]*", page.read_text()):
+            is_section = option.endswith(".") and any(name.startswith(option) for name in own)
+            assert is_section or option.rstrip(".") in own | OTHER_PROGRAMS, (page.name, option)
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:

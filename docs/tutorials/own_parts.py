@@ -78,8 +78,9 @@ print((own.folder / "mapping.txt").read_text().split("\n\n")[1])
 # %% [markdown]
 # ## A loss term
 #
-# A term is one function of named tensors. It works alone in a plain PyTorch loop; CONTRIBUTING.md of the repository shows
-# how a term joins the objective and gets a weight that the policy sets.
+# A term is one function of named tensors. It works alone in a plain PyTorch loop, as here. `@rlkd.loss_term(...)` above it
+# gives it a name, so that `options={"loss.terms": ["cross_entropy", "kl", NAME]}` trains with it under a weight that the
+# policy sets ([Use it from Python](../python.md#your-own-data-set-agent-and-loss-term)).
 
 
 # %%

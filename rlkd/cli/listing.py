@@ -35,7 +35,7 @@ TEACHING = {
 
 def run(argv: list[str]) -> int:
     """Print what there is."""
-    parse(new_parser("list", "List tasks, models, terms, controllers and configs.", [""]), argv)
+    parse(new_parser("list", "List data sets, students, loss terms, methods, configs, controls and observations.", [""]), argv)
     sections = {
         "data sets (--task.dataset)": {name: _first_line(make) for name, make in DATASETS.items()},
         "students (--student.kind)": {
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
             name: f"{term.family}: {term.summary}" for name, term in TERMS.items()
         },
         "teachers and samples (Python)": {name: _first_line(thing) for name, thing in TEACHING.items()},
-        "controllers (rlkd compare --methods)": {name: method.meaning for name, method in METHODS.items()},
+        "methods (rlkd compare --methods)": {name: method.meaning for name, method in METHODS.items()},
         "configs (--config)": {
             name: (CONFIG_FOLDER / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in config_names()
         },

@@ -17,7 +17,7 @@ VERBS = {
     "distil": "distil a new student to a goal under a learned policy, in one training run",
     "search": "choose a student's depth, width and exits under cost limits, by short trainings",
     "policies": "the policies that come with rlkd, with their cards",
-    "compare": "train the same tasks under several controllers, paired",
+    "compare": "train the same tasks under several methods, paired",
     "evaluate": "metrics of a distilled student beside its teacher: agreement, calibration, robustness, classes",
     "signals": "write a teacher's answers to data as shards, computed here, asked of a server, or imported",
     "inspect-teacher": "whether a teacher suits a student, before any distillation",
@@ -29,7 +29,7 @@ VERBS = {
     "bench": "student updates per second: lock-step population against its baselines",
     "push": "upload a policy or a student to the Hugging Face hub",
     "pull": "download a policy or a student from the Hugging Face hub, and check it",
-    "list": "tasks, models, terms, controllers, configs",
+    "list": "data sets, students, loss terms, methods, configs, controls, observations",
 }
 MODULES = {"list": "listing", "inspect-teacher": "inspect_teacher"}  # where a verb's name is no name of a module
 RENAMED = {"replay": "distil"}  # verbs that answer under their old name
@@ -42,7 +42,7 @@ def usage() -> str:
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
     return (
         "usage: rlkd VERB [options]\n\nReinforcement-learning-guided knowledge distillation.\n\n"
-        f"{verbs}\n\nrlkd VERB --help tells a verb's options. Examples:\n"
+        f"{verbs}\n\nrlkd VERB --help lists a verb's options. Examples:\n"
         "  rlkd train --out runs/first\n"
         "  rlkd distil --goal.keep 0.98\n"
         "  rlkd analyze runs/first\n\n"

@@ -51,6 +51,12 @@ def examples_of(parts: Mapping[str, tuple[Tensor, Tensor]], argument: str, num_c
         UserError: a label that no class has, or a split without a sample.
     """
     inputs, labels = _joined([part[0] for part in parts.values()]), torch.cat([part[1] for part in parts.values()])
+    strangers = ((labels < 0) | (labels >= num_classes)).nonzero()[:, 0]
+    if len(strangers):
+        raise UserError(
+            f"{name}: got label {int(labels[strangers[0]])} at sample {int(strangers[0])} (from 0); allowed: 0 to "
+            f"{num_classes - 1}, one for each of the {num_classes} classes"
+        )
     splits = [split for split, part in parts.items() for _ in range(len(part[1]))]
     sources = [hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest() for row in inputs]
     table = Table(name, "array", inputs.numpy(), labels.tolist(), sources, splits if splits[0] else None)
@@ -89,7 +95,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _pair(given: Any, split: str) -> tuple[Tensor, Tensor]:
-    """Return inputs [S, ...] and labels [S] of one part."""
+    """Return inputs [S, ...] and labels [S] of one part; `split` is "data" where no split is named."""
+    where = "data" if split == "data" else f"data: {split}"
     if not isinstance(given, tuple | list) and hasattr(given, "__len__") and hasattr(given, "__getitem__"):
         given = _of_dataset(given, split)
     if not isinstance(given, tuple | list) or len(given) != 2:
@@ -101,13 +108,12 @@ def _pair(given: Any, split: str) -> tuple[Tensor, Tensor]:
         inputs, labels = torch.as_tensor(given[0]).detach().cpu(), torch.as_tensor(given[1]).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"data: {split}: inputs and labels are no arrays of numbers ({error!s:.80}); give numbers, labels as 0 to "
-            "C - 1"
+            f"{where}: inputs and labels are no arrays of numbers ({error!s:.80}); give numbers, labels as 0 to C - 1"
         ) from error
     are_numbers = not (inputs.is_complex() or labels.is_complex() or labels.is_floating_point())
     if not (are_numbers and labels.ndim == 1 and inputs.ndim and 0 < len(labels) == len(inputs)):
         raise UserError(
-            f"data: {split}: got inputs {list(inputs.shape)} and labels {list(labels.shape)} of {inputs.dtype} and "
+            f"{where}: got inputs {list(inputs.shape)} and labels {list(labels.shape)} of {inputs.dtype} and "
             f"{labels.dtype}; allowed: [samples, ...] real and [samples] whole numbers"
         )
     is_whole = not inputs.is_floating_point() and inputs.dtype not in (torch.bool, torch.uint8)
@@ -115,7 +121,7 @@ def _pair(given: Any, split: str) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(inputs.float()).flatten(1).all(1)  # [S]
     if not bool(finite.all()):
         raise UserError(
-            f"data: {split}: got inputs that are not finite in {int((~finite).sum())} samples, the first at "
+            f"{where}: got inputs that are not finite in {int((~finite).sum())} samples, the first at "
             f"{int((~finite).nonzero()[0])} (from 0); remove or replace them"
         )
     return inputs, labels.long()

@@ -104,7 +104,7 @@ class DataSet:
             )
         chosen = torch.cat(list(self.splits.values()))
         is_inside = chosen.dtype == torch.int64 and bool(((chosen >= 0) & (chosen < len(self.labels))).all())
-        if not is_inside or len(chosen.unique()) < len(chosen):
+        if not is_inside or len(set(chosen.tolist())) < len(chosen):
             raise UserError(
                 f"data set {self.name}: got splits of other numbers than 0 to {len(self.labels) - 1}, or a sample "
                 "twice; allowed: each sample's number (int64) once"

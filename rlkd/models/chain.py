@@ -58,9 +58,9 @@ class StudentConfig:
             )
         allowed = range(1, len(self.widths))
         if sorted(set(self.exits)) != list(self.exits) or not set(self.exits) <= set(allowed):
+            rising = f"rising block numbers from 1 to {len(self.widths) - 1}" if allowed else "[]"
             raise UserError(
-                f"student.exits: got {list(self.exits)}; allowed: rising block numbers from 1 to "
-                f"{len(self.widths) - 1} (the last block has the final head)"
+                f"student.exits: got {list(self.exits)}; allowed: {rising} (the last block has the final head)"
             )
         if not 1 <= self.unit_multiple <= MAX_WIDTH:
             raise UserError(f"student.unit_multiple: got {self.unit_multiple}; allowed: 1 to {MAX_WIDTH}")

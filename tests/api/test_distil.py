@@ -150,6 +150,12 @@ def test_a_folder_of_ones_own_class_asks_for_a_module(
         ("own", {"trian": points()}, "got the splits \\['trian'\\]; allowed: train, validation, test"),
         ("own", (torch.zeros(90, 5), torch.zeros(90, dtype=torch.long)), "does not take inputs of shape \\[2, 5\\]"),
         ("own", (points()[0], points()[1] + 7), "got|no class|allowed"),
+        (
+            "own",
+            (points()[0], points()[1] - 1),
+            r"data: got label -1 at sample \d \(from 0\); allowed: 0 to 1, one for each",
+        ),
+        ("own", (points()[0].long(), points()[1]), r"does not take inputs of shape \[2, 6\] and torch.int64 .*dtype"),
         ("own", 5, "data: got int for data; allowed"),
     ],
 )
@@ -158,6 +164,27 @@ def test_what_cannot_be_used_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(UserError, match=message):
         rlkd.distil(taught() if teacher else None, data=data, policy=policy, out=tmp_path / "run", options=SHORT)
+
+
+class Pair(nn.Module):
+    """It answers with two tensors."""
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return inputs[:, :2], inputs
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (nn.Linear(6, 1), "teacher: gives one number a sample; allowed: logits of two classes or more"),
+        (nn.Linear(6, 2).double(), r"teacher: got weights of torch.float64; allowed: torch.float32, teacher.float\(\)"),
+        (Pair(), "model: got an output of type tuple; allowed: one tensor of logits"),
+    ],
+)
+def test_a_teacher_that_does_not_answer_in_logits_is_refused(teacher: nn.Module, message: str, policy: Path) -> None:
+    inputs, labels = points()
+    with pytest.raises(UserError, match=message):
+        rlkd.distil(teacher, data=(inputs, labels * 0), policy=policy, options=SHORT)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +213,11 @@ def test_options_are_checked(options: dict[str, object], message: str, policy: P
             {"policy": 3},
             r"policy: got int; allowed: a name, a run folder, or the folder of a policy \(rlkd.save_policy",
         ),
+        (
+            {"teacher": nn.Linear(2, 2), "options": {"cut.layers": 2}},
+            "cut.layers: got it for a module of your own; allow",
+        ),
+        ({"student": nn.Linear(2, 2)}, "student: got one without a teacher to learn from; give a teacher and its data"),
         ({"teacher": nn.Linear}, r"teacher: got the class Linear; allowed: an instance, Linear\(...\)"),
         ({"teacher": [1]}, "teacher: got list; allowed: an nn.Module, or the folder of a transformers model"),
         (
@@ -205,8 +237,11 @@ def test_arguments_of_other_types_are_refused_in_one_line(
 
 def test_a_failed_start_leaves_the_folder_free(policy: Path, tmp_path: Path) -> None:
     need_transformers()
-    with pytest.raises(UserError):
-        rlkd.distil(tiny("bert"), data=[{"text": "good", "label": 3}], policy=policy, out=tmp_path / "run")
+    given = {"data": [{"text": "good", "label": 3}], "policy": policy, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match="processor: got none for a transformers model; give its tokenizer"):
+        rlkd.distil(tiny("bert"), **given)
+    with pytest.raises(UserError, match="got label '3'; allowed: the model's classes"):
+        rlkd.distil(tiny("bert"), processor=save_tokenizer(tmp_path / "words"), **given)
     assert not (tmp_path / "run").exists()
 
 
@@ -255,6 +290,17 @@ def test_a_shipped_student_loads_with_torch_and_safetensors_alone(chain: rlkd.Re
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "(3, 10)\n"), done.stderr
+
+
+def test_what_is_no_student_or_another_one_is_refused(chain: rlkd.Result, policy: Path) -> None:
+    for arguments, message in (
+        ((policy,), r"holds no student \(no student.json\); give the folder of a student, or of a run of one"),
+        ((None,), "load_student: got NoneType; allowed: the folder of a student or of a run"),
+        ((chain.folder, taught()), "was not made of a module of your own; call load_student without a model"),
+        ((chain.folder, nn.Linear), "model: got <class .*; allowed: an instance of your own class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rlkd.load_student(*arguments)  # type: ignore[arg-type]
 
 
 def test_importing_rlkd_loads_no_torch_and_every_public_name_exists() -> None:

@@ -44,6 +44,10 @@ MISTAKES = {
     "impossible value": (["train", "--task.label_noise.high", "1.5"], ["task.label_noise", "1.5", "<= 1"]),
     "unknown data set": (["distil", "--task.dataset", "digit"], ["task.dataset", "did you mean digits?"]),
     "impossible exit": (["distil", "--student.exits", "[2]"], ["student.exits: got [2]", "from 1 to 1"]),
+    "exit of one block": (
+        ["distil", "--student.widths", "[8]"],
+        ["student.exits: got [1]; allowed: [] (the last block"],
+    ),
     "impossible search": (["train", "--search.num_settings", "0"], ["search"]),
     "unknown loss term": (["distil", "--loss.terms", "[cross_entropy,kll]"], ["loss.terms: got 'kll'", "mean kl?"]),
     "term without a signal": (

@@ -185,7 +185,7 @@ def test_a_teacher_at_chance_is_warned_of(caplog: pytest.LogCaptureFixture, teac
     assert any("WARNING: the teacher is at or below chance" in line for line in caplog.messages)
     right = scenario(teacher, csv_file(tmp_path / "b.csv", str))
     assert "WARNING" not in right.report
-    assert "the teacher answers 1.000 of the validation samples rightly" in right.report
+    assert "the teacher answers 1.000 of the validation samples correctly" in right.report
 
 
 def test_numbers_for_names_need_the_option(teacher: Path, tmp_path: Path) -> None:

@@ -257,9 +257,9 @@ def _exits(config: AttachConfig, num_blocks: int, why_not: str) -> tuple[int, ..
     if config.exits is None:
         return ((num_blocks + 1) // 2,) if num_blocks > 1 else ()
     if sorted(set(config.exits)) != list(config.exits) or not set(config.exits) <= set(range(1, num_blocks)):
+        rising = f"rising block numbers from 1 to {num_blocks - 1}" if num_blocks > 1 else "[]"
         raise UserError(
-            f"attach.exits: got {list(config.exits)}; allowed: rising block numbers from 1 to {num_blocks - 1} "
-            "(the last block has the model's own head)"
+            f"attach.exits: got {list(config.exits)}; allowed: {rising} (the last block has the model's own head)"
         )
     return config.exits
 

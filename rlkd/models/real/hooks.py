@@ -123,8 +123,10 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         UserError: it has none.
     """
+    if not isinstance(output, Tensor | Mapping):
+        raise UserError(f"model: got an output of type {type(output).__name__}; allowed: one tensor of logits")
     if not isinstance(output, Tensor) and "logits" not in output:
-        raise UserError(f"student: got an output with {', '.join(output)}; allowed: one with logits")
+        raise UserError(f"model: got an output with {', '.join(map(str, output))}; allowed: one with logits")
     return torch.as_tensor(output if isinstance(output, Tensor) else output["logits"])
 
 

@@ -73,11 +73,18 @@ def own_sides(
 
 def _num_classes(teacher: nn.Module, inputs: Tensor) -> int:
     """Count the answers of the teacher to inputs [B, ...]."""
-    what = f"teacher: {type(teacher).__name__} does not take inputs of shape {list(inputs.shape)}"
+    others = {p.dtype for p in teacher.parameters() if p.is_floating_point()} - {torch.float32}
+    if others:
+        raise UserError(
+            f"teacher: got weights of {', '.join(map(str, others))}; allowed: torch.float32, teacher.float()"
+        )
+    what = f"teacher: {type(teacher).__name__} does not take inputs of shape {list(inputs.shape)} and {inputs.dtype}"
     with torch.no_grad(), as_user_error(what):
         logits = logits_of(teacher.eval()(inputs.to(device_of(teacher))))
     if logits.ndim != 2:
         raise UserError(f"teacher: gives answers of shape {list(logits.shape)}; allowed: logits [samples, classes]")
+    if logits.shape[1] < 2:
+        raise UserError("teacher: gives one number a sample; allowed: logits of two classes or more")
     return logits.shape[1]
 
 

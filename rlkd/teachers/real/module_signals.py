@@ -79,7 +79,8 @@ def describe_quality(signals: Signals, data: Examples) -> str:
     accuracy, labels = float(signals.accuracy[0]), data.labels[data.splits["validation"]]
     chance = float(labels.bincount().max()) / len(labels)
     line = (
-        f"the teacher answers {accuracy:.3f} of the validation samples rightly; the commonest class has {chance:.3f}\n"
+        f"the teacher answers {accuracy:.3f} of the validation samples correctly; "
+        f"the commonest class has {chance:.3f}\n"
     )
     if accuracy > chance or accuracy == 1.0:
         return line
