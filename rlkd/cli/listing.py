@@ -35,7 +35,8 @@ TEACHING = {
 
 def run(argv: list[str]) -> int:
     """Print what there is."""
-    parse(new_parser("list", "List data sets, students, loss terms, methods, configs, controls and observations.", [""]), argv)
+    what = "List data sets, students, loss terms, methods, configs, controls and observations."
+    parse(new_parser("list", what, [""]), argv)
     sections = {
         "data sets (--task.dataset)": {name: _first_line(make) for name, make in DATASETS.items()},
         "students (--student.kind)": {
