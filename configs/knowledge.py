@@ -37,9 +37,9 @@ class EvaluateConfig:
     def check(self) -> None:
         """Raise UserError for the first impossible value."""
         check_finite(self)
-        for name in (self.data, self.transfer):
+        for key, name in (("data", self.data), ("transfer", self.transfer)):
             if name is not None:
-                check_dataset(name)
+                check_dataset(name, key)
         _check_teacher(self.teacher)
         if not 0 < self.epsilon <= 1:
             raise UserError(f"epsilon: got {self.epsilon:g}; allowed: above 0, at most 1")
@@ -89,7 +89,7 @@ class InspectConfig:
     def check(self) -> None:
         """Raise UserError for the first impossible value."""
         check_finite(self)
-        check_dataset(self.data)
+        check_dataset(self.data, "data")
         _check_teacher(self.teacher)
         self.student.check()
         self.train.check()

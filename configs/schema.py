@@ -10,6 +10,7 @@ from rlkd.agents.ppo.online import OnlineAgentConfig
 from rlkd.agents.ppo.train import PPOConfig
 from rlkd.cost import CostConfig
 from rlkd.data import Goal, Preference, Range, TaskDistribution
+from rlkd.data.datasets import check_dataset
 from rlkd.envs.action import ControlConfig
 from rlkd.envs.guard import GuardConfig
 from rlkd.envs.scenario import EnvConfig, check_keep
@@ -106,6 +107,9 @@ class ExperimentConfig:
         """Raise UserError for the first impossible value."""
         if not self.scenarios:
             raise UserError("scenarios: got none; allowed: one or more, the first for the comparison")
+        for scenario in (*self.scenarios, *self.validation):
+            check_dataset(scenario.dataset, "scenarios: dataset")
+        check_dataset(self.task.dataset)
         if self.task.dataset != self.scenarios[0].dataset:
             raise UserError(
                 f"task.dataset: got {self.task.dataset!r}, but the first scenario has {self.scenarios[0].dataset!r}; "

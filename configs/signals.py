@@ -37,6 +37,6 @@ class SignalsConfig:
         """Raise UserError for an impossible value."""
         self.columns.check()
         if self.top_k < 1 or self.batch_size < 1:
-            raise UserError(f"got top_k {self.top_k} and batch_size {self.batch_size}; allowed: at least 1 each")
+            raise UserError(f"top_k, batch_size: got {self.top_k} and {self.batch_size}; allowed: at least 1 each")
         if self.import_file is not None and self.teacher_url is not None:
             raise UserError("import_file, teacher_url: got both; allowed: one, where the answers come from")

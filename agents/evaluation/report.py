@@ -28,7 +28,7 @@ def read_run(folder: Path | str) -> Run:
         raise UserError(f"{folder}: no such run folder")
     files = sorted(events.glob("*tfevents*")) if events.is_dir() else []
     if not files:
-        raise UserError(f"{events}: holds no TensorBoard event file; give the folder of a train or replay run")
+        raise UserError(f"{events}: holds no TensorBoard event file; give the folder of a train, distil or compare run")
     if len(files) > MAX_EVENT_FILES:
         raise UserError(f"{events}: holds {len(files)} event files; allowed: at most {MAX_EVENT_FILES}")
     scalars, notes = read_scalars([inside(folder, f"tensorboard/{file.name}") for file in files])

@@ -79,7 +79,9 @@ class PPOConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"ppo.{name}: got {getattr(self, name):g}; allowed: 0 to 1")
         if not (self.learning_rate > 0 and self.clip_range > 0):
-            raise UserError("ppo: learning_rate and clip_range must be above 0")
+            raise UserError(
+                f"ppo: got learning_rate {self.learning_rate:g} and clip_range {self.clip_range:g}; allowed: above 0"
+            )
         if self.batch_size < 2:
             raise UserError(f"ppo.batch_size: got {self.batch_size}; allowed: at least 2")
         for name in self.hidden_groups:

@@ -128,9 +128,10 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
     option = re.search(
         r"(?:[Gg]roup '([\w.]+)'|[Kk]ey '([\w.]+)'|^)\s*does not accept (?:option|nested key) '(\S+)'", line
     )
-    needed = re.match(r"the following arguments are required: (\S+)", line)
+    needed = re.match(r"the following arguments are required: (.+)", line)
     if needed:
-        return f"--{needed.group(1)} is required; give it a value (--help tells which)"
+        names = [f"--{name}" if name in keys else name.upper() for name in needed.group(1).split(", ")]
+        return f"{' and '.join(names)}: got nothing; allowed: a value (--help has examples)"
     top = re.match(r"Option '(\S+)' is not accepted", line)
     if top:
         return f"no key {top.group(1)!r} in the config{closest(top.group(1), [key.split('.')[0] for key in keys])}"
@@ -140,7 +141,9 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
         return f"no key {given!r} in the config{closest(given, keys)}"
     wrong = re.match(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', line)
     if wrong:
-        kind = {"tuple": "a list, such as [1,2]", "list": "a list, such as [a,b]"}.get(wrong.group(2), wrong.group(2))
+        kind = re.sub(r"Literal\[(.*)\]", r"\1", wrong.group(2))
+        kind = {"tuple": "a list, such as [1,2]", "list": "a list, such as [a,b]"}.get(kind, kind)
+        kind = re.sub(r"^tuple with", "a list of", kind)
         return f"{wrong.group(1)}: got {wrong.group(3)!r:.80}; allowed: {kind}"
     union = re.match(r'Parser key "([^"]+)": Does not validate .*? Subtypes: \[(.*?)\].* Given value: (.*)', line)
     if union:

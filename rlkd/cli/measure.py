@@ -49,8 +49,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path | None, default=None, help="also write the figures as JSON")
     _, options = parse(parser, argv)
     hardware = load_hardware(options.hardware)
-    sizes = options.batch_sizes or hardware.batch_sizes
-    if not all(1 <= size <= MAX_BATCH for size in sizes):
+    sizes = hardware.batch_sizes if options.batch_sizes is None else options.batch_sizes
+    if not sizes or not all(1 <= size <= MAX_BATCH for size in sizes):
         raise UserError(f"--batch_sizes: got {list(sizes)}; allowed: 1 to {MAX_BATCH}")
     if hardware.device != "cpu":
         raise UserError(f"--hardware: got {hardware.name}, a {hardware.device}; allowed: a cpu, which is measured here")

@@ -25,9 +25,15 @@ def run(argv: list[str]) -> int:
     assert config is not None
     check_seed(options.seed)
     use_one_thread()
-    options.out.mkdir(parents=True, exist_ok=True)
-    with hold(options.out, resume=True), Bar(config.steps_per_window) as bar:
-        tuned = tune(config, options.out, options.seed, options.num_trials, bar)
+    config.check()
+    is_new = not options.out.exists()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with hold(options.out, resume=True), Bar(config.steps_per_window) as bar:
+            tuned = tune(config, options.out, options.seed, options.num_trials, bar)
+    finally:
+        if is_new and options.out.is_dir() and not any(options.out.iterdir()):
+            options.out.rmdir()
     print(
         f"best score on validation {tuned.score:.4f} of {tuned.num_trials} trials, {tuned.num_pruned} stopped early; "
         f"train with it: rlkd train --config {options.out / 'best.yaml'}"

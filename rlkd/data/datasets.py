@@ -155,13 +155,18 @@ def _of_arrays(name: str, source: Any) -> Callable[[], DataSet]:
     return lambda: data
 
 
-def check_dataset(name: str) -> None:
-    """Raise UserError, with the closest match, for a data set that does not exist, without reading files."""
+def check_dataset(name: str, key: str = "task.dataset") -> None:
+    """Raise UserError, with the closest match, for a data set that does not exist, without reading files.
+
+    Args:
+        name: of the data set.
+        key: of the option that named it, for the message.
+    """
     if name.startswith(f"{generated.PREFIX}:"):
         generated.parse_name(name)
     elif name not in DATASETS:
         allowed = f"{', '.join(sorted(DATASETS))}, or {generated.PREFIX}:key=value,..."
-        raise UserError(f"task.dataset: got {name!r}; allowed: {allowed}{closest(name, DATASETS)}")
+        raise UserError(f"{key}: got {name!r}; allowed: {allowed}{closest(name, DATASETS)}")
 
 
 def load_dataset(name: str) -> DataSet:

@@ -54,7 +54,24 @@ MISTAKES = {
         ["distil", "--loss.terms", "[cross_entropy,mutual]"],
         ["mutual needs peer_logits", "allowed here: activation_boundary"],
     ),
-    "no student to evaluate": (["evaluate", "gone"], ["gone", "student.json"]),
+    "no student to evaluate": (["evaluate", "gone"], ["gone: holds no student.json and no student/student.json"]),
+    "no name of a student": (["evaluate"], ["STUDENT: got nothing; allowed: a value (--help has examples)"]),
+    "no folder and no repository": (["push"], ["--folder and --repo: got nothing"]),
+    "no data set to evaluate on": (
+        ["evaluate", "gone", "--data", "iris"],
+        ["data: got 'iris'; allowed: breast_cancer"],
+    ),
+    "unknown data set of a scenario": (
+        ["train", "--scenarios", "[{dataset: digit}]"],
+        ["scenarios: dataset: got 'digit'", "did you mean digits?"],
+    ),
+    "unknown algorithm": (["train", "--agent.algorithm", "dqn"], ["got 'dqn'; allowed: 'ppo', 'a2c', 'recurrent_ppo'"]),
+    "two numbers": (["search", "--depths", "[]"], ["depths: got '[]'; allowed: a list of 2 elements"]),
+    "no trial": (["tune", "--config", "smoke", "--num_trials", "0"], ["--num_trials: got 0; allowed: at least 1"]),
+    "step size": (
+        ["train", "--ppo.learning_rate", "-1"],
+        ["ppo: got learning_rate -1 and clip_range 0.2; allowed: abov"],
+    ),
     "impossible attack": (["evaluate", "gone", "--epsilon", "0"], ["epsilon: got 0", "at most 1"]),
     "two teachers to inspect": (["inspect-teacher", "--teacher.num_samples", "[10,20]"], ["one number"]),
     "no such config": (["train", "--config", "defalt"], ["'defalt'", "did you mean default?"]),
@@ -115,7 +132,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(name: str, capsys: Capture, tmp
     assert err.count("\n") == 1
     for word in words:
         assert word in err
-    assert not list(tmp_path.glob("runs/*/result.json"))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize(
