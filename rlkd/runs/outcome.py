@@ -13,6 +13,7 @@ from rlkd.agents.evaluation import tensorboard as tb
 from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.agents.policy.bundle import Bundle
 from rlkd.data import Goal
+from rlkd.data.examples import TokenExamples
 from rlkd.envs.action import CONTROLS
 from rlkd.envs.episodes import cautious
 from rlkd.envs.observation import OBSERVATIONS, unknown_observations
@@ -105,7 +106,21 @@ def check_goal(
         f"floor: accuracy {float(floors[1]):.4f} on test, which is {keep:g} of {what} {float(reference[1]):.4f}; "
         f"{float(floors[0]):.4f} on validation, half a standard error of {num_samples} samples included"
     )
+    chance = _commonest_share(scenario)
+    if float(floors[1]) <= chance:
+        logger.warning(
+            f"note: the floor {float(floors[1]):.4f} is not above {chance:.4f}, the share of the commonest class on "
+            "validation, which one constant answer reaches; look at the accuracy by class in the report"
+        )
     return reference if name == "dense" else None
+
+
+def _commonest_share(scenario: EpisodeScenario) -> float:
+    """Return the share of the commonest class on validation; 0 for language models, whose texts have no class."""
+    if isinstance(scenario.data, TokenExamples):
+        return 0.0
+    counts = scenario.data.labels[scenario.data.splits["validation"]].bincount()
+    return float(counts.max()) / float(counts.sum())
 
 
 class RunLog:

@@ -1,6 +1,7 @@
 """What is possible before a training, and what it reached."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from rlkd.runs.goals import (
     task_of,
     with_goal,
 )
+from rlkd.runs.outcome import check_goal
 
 
 def asked(scenario: Scenario, **goal: float | str) -> Scenario:
@@ -46,6 +48,14 @@ def test_the_rows_say_what_each_limit_leaves(scenario: Scenario) -> None:
     assert 0.2 < float(rows["size <= 0.25"].cost.size_ratio) <= 0.25
     assert rows["all limits"].unit_keep <= min(rows[n].unit_keep for n in ("latency <= 0.7", "size <= 0.25"))
     assert (rows["smallest"].cost.ratios <= rows["all limits"].cost.ratios).all()
+
+
+def test_a_floor_that_a_constant_answer_reaches_is_noted(scenario: Scenario, caplog: pytest.LogCaptureFixture) -> None:
+    check_goal(asked(scenario, accuracy=0.05), Goal(accuracy=0.05), seed=0)
+    assert re.search(r"note: the floor 0.0500 is not above 0.1\d{3}, the share of the commonest class", caplog.text)
+    caplog.clear()
+    check_goal(asked(scenario, accuracy=0.5), Goal(accuracy=0.5), seed=0)
+    assert "commonest" not in caplog.text
 
 
 def test_size_counts_the_parameters_that_ship(scenario: Scenario) -> None:
