@@ -64,8 +64,8 @@ class Preference:
     Latency and energy left out take what accuracy leaves, in the proportion 3 : 1.
 
     Example:
-        >>> [round(weight, 3) for weight in Preference(accuracy=0.8).weights()]
-        [0.8, 0.15, 0.05]
+        >>> Preference(accuracy=0.5).weights()
+        (0.5, 0.375, 0.125)
     """
 
     accuracy: float | None = None
