@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlkd.agents.policy.bundle import Bundle, load_bundle
+from rlkd.agents.policy.bundled import bundled_policies, find_policy
 from rlkd.compression import CompactStudent, load_student
 from rlkd.configs.schema import CompareConfig, DistilConfig, ExperimentConfig
 from rlkd.data import draw_task
@@ -76,6 +77,15 @@ def verify_train(folder: Path, config: ExperimentConfig, seed: int, progress: Pr
     return [*compare_results(given, computed), *student_rows]
 
 
+def policy_at(place: Path) -> Bundle:
+    """Load the policy that a run recorded: the name of one that comes with rlkd, a run folder, or a policy's folder.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    return find_policy(bundled_policies().get(str(place), place))
+
+
 def verify_compare(
     folder: Path, config: CompareConfig, seed: int, *, progress: Progress, policy: Path | None = None
 ) -> list[Row]:
@@ -92,8 +102,8 @@ def verify_compare(
     """
     recorded = read_result(folder)
     place = policy or (Path(config.policy) if config.policy else None)
-    bundle = load_bundle(place) if place else None
-    blind = load_bundle(Path(config.blind)) if config.blind else None
+    bundle = policy_at(place) if place else None
+    blind = policy_at(Path(config.blind)) if config.blind else None
     config = with_own_profile(config, folder)
     with tempfile.TemporaryDirectory() as again:
         computed = compare_methods(config, bundle, Path(again), seed=seed, progress=progress, blind=blind)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load, save
 
+from rlkd.agents.policy.bundle import load_bundle
 from rlkd.cli.main import main
-from rlkd.runs.verify import compare_results, differences
+from rlkd.errors import UserError
+from rlkd.runs.verify import compare_results, differences, policy_at
 
 Capture = pytest.CaptureFixture[str]
 
@@ -205,3 +208,12 @@ def test_clocks_are_not_compared_and_all_else_is() -> None:
 
     found = {row.name: row.differences for row in compare_results(result(3.0, 1), result(9.0, 2))}
     assert found == {"keep 0.98, methods a": ("n: recorded 1, computed again 2",), "cost": ()}
+
+
+def test_a_recorded_policy_is_found_by_its_name_its_run_and_its_folder(tmp_path: Path) -> None:
+    tiny_models.save_policy(tmp_path / "run" / "policy")
+    digest = load_bundle(tmp_path / "run" / "policy").digest
+    assert policy_at(tmp_path / "run").digest == policy_at(tmp_path / "run" / "policy").digest == digest
+    assert policy_at(Path("default")).digest != digest
+    with pytest.raises(UserError, match="gone: no such folder"):
+        policy_at(tmp_path / "gone")
