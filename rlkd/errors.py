@@ -22,6 +22,10 @@ class WriteError(UserError):
     """A file could not be written. The run can be resumed after the cause is removed."""
 
 
+class GoalError(UserError):
+    """No student can meet the goal: what was prepared for the run has no further use."""
+
+
 def closest(given: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean ...?" for the name that is nearly what was given, or nothing."""
     match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=SIMILAR)

@@ -140,6 +140,10 @@ def _one_line(message: str, keys: Sequence[str]) -> str:
         given = f"{section}.{option.group(3)}".lstrip(".")
         return f"no key {given!r} in the config{closest(given, keys)}"
     wrong = re.match(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', line)
+    nested = re.match(r"NestedArg\(key='([^']+)'", wrong.group(3)) if wrong else None
+    if wrong and nested:
+        section = wrong.group(1)
+        return f"no option --{section}.{nested.group(1)}; --{section} takes one value here (--help lists all)"
     if wrong:
         kind = re.sub(r"Literal\[(.*)\]", r"\1", wrong.group(2))
         kind = {"tuple": "a list, such as [1,2]", "list": "a list, such as [a,b]"}.get(kind, kind)

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import rlkd
-from rlkd.errors import UserError, WriteError
+from rlkd.errors import GoalError, UserError, WriteError
 from rlkd.io.files import write_whole
 from rlkd.io.lock import hold
 from rlkd.io.records import plain, write_json
@@ -47,7 +47,8 @@ RESULTS = ("checkpoints", "metrics.jsonl", "result.json")
 def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Iterator[Path]:
     """Make the run folder, `out` or `runs/<verb>-<time>`, or take `resume`, and hold it alone until the run ends.
 
-    A run that fails before its first training leaves nothing behind, so that the corrected command can use the folder.
+    A run that fails before its first training, or whose goal no student can meet, leaves nothing behind, so that the
+    corrected command can use the folder.
 
     Raises:
         UserError: it holds a run already, or another run works in it, or it cannot be written.
@@ -69,6 +70,8 @@ def run_folder(out: Path | None, verb: str, resume: Path | None = None) -> Itera
             try:
                 yield folder
             except Exception as error:
+                if isinstance(error, GoalError):
+                    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                 if not isinstance(error, WriteError | OSError):
                     _clear_failed_start(folder)
                 raise

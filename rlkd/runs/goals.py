@@ -15,7 +15,7 @@ from rlkd.envs.episodes import Episodes
 from rlkd.envs.limits import KEPT, largest_cost, must_leave_first, within_limits
 from rlkd.envs.references import References, key_of
 from rlkd.envs.scenario import EpisodeScenario
-from rlkd.errors import UserError
+from rlkd.errors import GoalError
 from rlkd.io.journal import Arrays, Journal, recall
 
 AnyScenario = TypeVar("AnyScenario", bound=EpisodeScenario)
@@ -77,7 +77,7 @@ def possible_students(scenario: EpisodeScenario, limits: Tensor) -> list[Possibl
 
 
 def check_limits(scenario: EpisodeScenario, limits: Tensor) -> None:
-    """Raise UserError for a limit below what the smallest student costs.
+    """Raise GoalError for a limit below what the smallest student costs.
 
     Args:
         scenario: gives the costs.
@@ -88,14 +88,14 @@ def check_limits(scenario: EpisodeScenario, limits: Tensor) -> None:
     least = largest_cost(small, scenario, at_first=scenario.num_exits > 1).ratios[0]  # [4]
     for i, name in enumerate(COSTS):
         if least[i] > limits[i]:
-            raise UserError(
+            raise GoalError(
                 f"goal.{name}: got a limit of {_ratio(float(limits[i]))} of the dense student's; the smallest student "
                 f"has {_ratio(float(least[i]))}; raise the limit, or start from a smaller student"
             )
 
 
 def check_floor(floors: Tensor, reference: Tensor, keep: float, name: str) -> None:
-    """Raise UserError for a floor that no accuracy reaches.
+    """Raise GoalError for a floor that no accuracy reaches.
 
     Args:
         floors: [2], on validation and test.
@@ -104,7 +104,7 @@ def check_floor(floors: Tensor, reference: Tensor, keep: float, name: str) -> No
         name: whose accuracy it is, such as "the teacher's".
     """
     if float(floors.max()) > 1.0 + ROUNDING:
-        raise UserError(
+        raise GoalError(
             f"goal.keep: got {keep:g} of {name} accuracy {float(reference.max()):.4f}, which is a floor of "
             f"{float(floors.max()):.4f}; allowed: a floor of at most 1"
         )

@@ -91,6 +91,10 @@ MISTAKES = {
         ["distil", "--student.widths", "48"],
         ["student.widths: got '48'; allowed: a list, such as"],
     ),
+    "an option of tiny students": (
+        ["distil", "--teacher", "x", "--data", "y", "--student.widths", "[4]"],
+        ["no option --student.widths; --student takes one value here"],
+    ),
     "percent": (
         ["distil", "--goal.keep", "98"],
         ["goal.keep: got 98; allowed: a share in (0, 2], such as 0.98 for 98 %"],

@@ -175,7 +175,7 @@ def test_impossible_goals_end_in_one_line(
     assert err.startswith("rlkd: ")
     assert words in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "a" / "result.json").exists()
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_goal_in_a_file_is_the_same(quick: list[str]) -> None:

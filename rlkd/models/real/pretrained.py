@@ -67,6 +67,11 @@ def load_config(source: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be had without network.
     """
+    folder = Path(source)
+    if source.strip() and folder.is_dir() and not (folder / "config.json").exists():
+        inside = next((folder / n for n in ("model", "student/model") if (folder / n / "config.json").exists()), None)
+        hint = f"; did you mean {inside}?" if inside else ""
+        raise UserError(f"{source}: holds no config.json; allowed: the folder of a transformers model{hint}")
     return _load(source, transformers().AutoConfig, trust_remote_code=False)
 
 
@@ -106,7 +111,9 @@ def _class_of(config: Any, kind: Kind) -> Any:
     try:
         found = getattr(transformers(), AUTO_CLASSES[kind])._model_mapping[type(config)]
     except KeyError as error:
-        raise UserError(f"a model of type {config.model_type} is not for {kind.replace('_', ' ')}") from error
+        raise UserError(
+            f"got a model of type {config.model_type}; allowed: one for {kind.replace('_', ' ')}, as the teacher is"
+        ) from error
     return found[0] if isinstance(found, tuple | list) else found
 
 

@@ -56,7 +56,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         load_model("./gone", "causal_lm")
     assert one_line(error)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="cannot load it") as error:
+    with pytest.raises(UserError, match=r"holds no config.json") as error:
         load_config(str(tmp_path / "empty"))
     assert one_line(error)
 
@@ -201,3 +201,14 @@ def test_tokenizers_that_differ_are_told_apart(tmp_path: Path) -> None:
     cased.pad_token = "[MASK]"
     with pytest.raises(UserError, match="pad_token_id 0 against 4"):
         check_same_tokenizer(teacher, cased)
+
+
+def test_a_folder_around_a_model_names_the_model(tmp_path: Path) -> None:
+    saved("bert", tmp_path / "run" / "student" / "model")
+    with pytest.raises(UserError, match=r"run: holds no config.json; .*; did you mean .*run/student/model\?"):
+        load_config(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"model: got no name; allowed: a folder with config.json"):
+        load_config(" ")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: holds no config.json; allowed: the folder of a transformers model$"):
+        load_config(str(tmp_path / "empty"))
