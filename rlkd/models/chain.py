@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlkd.errors import UserError
 from rlkd.models.gate import START, ExitGate, GateConfig
 
+WIDE = 128  # units; weights that read more of them learn in smaller steps, see `ChainStudent.rate_factors`
 MAX_BLOCKS, MAX_WIDTH = 32, 4096  # two such neighbours hold 64 MiB of weights
 
 Layer = nn.Linear | nn.Conv2d
@@ -116,6 +117,17 @@ class ChainStudent(nn.Module):
     def num_classes(self) -> int:
         """Number of classes C."""
         return layers_of(self.heads)[-1].weight.shape[0]
+
+    def rate_factors(self) -> dict[str, float]:
+        """Return the factors below 1 on the step size of weights that read more than WIDE units, by parameter name.
+
+        A step of Adam changes each weight by as much, so that the output of a layer changes in proportion to the units
+        that it reads. Divided by their number, wide students learn at the same rates as narrow ones (Yang et al. 2022,
+        https://arxiv.org/abs/2203.03466, table 3, hidden and output weights under Adam).
+        """
+        read = {f"layers.{i}.weight": self.group_sizes[i] for i in range(1, len(self.layers))}
+        read |= {f"heads.{i}.weight": self.group_sizes[block] for i, block in enumerate(self.exits)}
+        return {name: WIDE / units for name, units in read.items() if units > WIDE}
 
     def full_masks(self) -> Masks:
         """Return masks that keep everything."""

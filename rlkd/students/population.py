@@ -88,6 +88,7 @@ class Population:
         self._input_scale = data.inputs[train].flatten(1).abs().mean(0).to(device)  # [D]
         n = num_students
         shapes = {name: parameter.shape for name, parameter in self._module.named_parameters()}
+        self._rate_factors = {f"student.{name}": factor for name, factor in student.rate_factors().items()}
         self._parameters: Parameters = {k: torch.zeros(n, *shape, device=device) for k, shape in shapes.items()}
         self._first = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
         self._second = {k: torch.zeros_like(p) for k, p in self._parameters.items()}
@@ -345,7 +346,8 @@ class Population:
         torch._foreach_addcmul_(v, g, g, 1 - BETA2)
         for k, parameter in enumerate(p):
             shape = (-1, *(1,) * (parameter.ndim - 1))
-            parameter.addcdiv_(m[k] * step_size.view(shape), v[k].sqrt().add_(epsilon.view(shape)))
+            step = step_size * self._rate_factors.get(names[k], 1.0)
+            parameter.addcdiv_(m[k] * step.view(shape), v[k].sqrt().add_(epsilon.view(shape)))
 
 
 def _placed(tensors: Tensors, device: torch.device) -> Tensors:

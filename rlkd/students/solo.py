@@ -5,6 +5,8 @@ float tolerance, the same parameters.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +71,18 @@ class SoloStudent:
         (self._task,) = tasks
         self._teachers.reset(tasks, torch.arange(1))
         initialise(self._module, task_generator(self._task.seed, "parameters"))
-        self._optimizer = torch.optim.Adam(self._module.parameters())
+        self._optimizer = torch.optim.Adam(self._parameter_groups())
         self._batches = task_generator(self._task.seed, "batches")
         self._rollbacks.reset(torch.arange(1))
         self._num_updates = torch.zeros(1)
         if self._gate:
             self._gate.reset(torch.zeros(1, dtype=torch.int64), [self._task.preference])
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters in their order, each run of neighbours with one factor on the step size as a group."""
+        factors = {f"student.{name}": factor for name, factor in self.student.rate_factors().items()}
+        runs = groupby(self._module.named_parameters(), lambda item: factors.get(item[0], 1.0))
+        return [{"params": [p for _, p in run], "rate_factor": factor} for factor, run in runs]
 
     def set_controls(self, controls: Controls) -> None:
         """As `Population.set_controls`."""
@@ -117,7 +125,7 @@ class SoloStudent:
         before = Snapshot(self._module, self._optimizer)
         weights = family_weights(controls.weights, self._available)[0]  # [4]
         for group in self._optimizer.param_groups:
-            group["lr"] = (controls.learning_rate * self._rollbacks.step_scale).item()
+            group["lr"] = (controls.learning_rate * self._rollbacks.step_scale).item() * group["rate_factor"]
         num_steps, size = self._config.steps_per_window, self._config.batch_size
         positions = torch.randint(len(self._task.samples), (num_steps, size), generator=self._batches)  # [K, B]
         total = torch.zeros(len(FAMILIES))

@@ -22,9 +22,10 @@ def controls_of(rows: list[int]) -> Controls:
     )
 
 
-def population(scenario: Scenario, student: StudentConfig, seeds: list[int]) -> Population:
+def population(scenario: Scenario, student: StudentConfig, seeds: list[int], num_steps: int = 15) -> Population:
     structure = build_student(student, scenario.data.input_shape, scenario.data.num_classes)
-    students = Population(structure, scenario.data, scenario.signals, len(seeds), TRAIN, exit_cost)
+    train = dataclasses.replace(TRAIN, steps_per_window=num_steps)
+    students = Population(structure, scenario.data, scenario.signals, len(seeds), train, exit_cost)
     students.reset([draw_task(seed, scenario.config.task, scenario.data, 3) for seed in seeds])
     return students
 
@@ -35,7 +36,12 @@ def assert_rows_equal(left: dict[str, Tensor], right: dict[str, Tensor], rows: l
 
 
 GATED = StudentConfig(widths=(12, 12, 12), exits=(1, 2), gate=GateConfig(enabled=True, steps_per_rise=15))
-STUDENTS = {"mlp": StudentConfig(), "conv": StudentConfig("conv", (4, 8), (1,)), "gated": GATED}
+STUDENTS = {
+    "mlp": StudentConfig(),
+    "conv": StudentConfig("conv", (4, 8), (1,)),
+    "gated": GATED,
+    "wide": StudentConfig(widths=(160, 12), exits=(1,)),
+}
 
 
 def exit_cost(kept: Tensor) -> Tensor:
@@ -71,6 +77,17 @@ def test_population_and_solo_student_agree_after_sixty_updates(
             assert torch.equal(getattr(metrics, field)[row], getattr(ours, field)[0]), field
         assert not single.diverged.any()
         assert not telemetry.diverged[row]
+
+
+def test_weights_that_read_many_units_take_smaller_steps(scenario: Scenario) -> None:
+    """Adam's first step is the learning rate for each weight that has a gradient, whatever its size."""
+    students = population(scenario, StudentConfig(widths=(256, 12), exits=(1,)), [0], num_steps=1)
+    before = students.state_dict()
+    students.train_window(controls_of([0]))
+    after = students.state_dict()
+    largest = {name: float((after[name] - before[name]).abs().max()) for name in before if "weight" in name}
+    wanted = {"layers.0.weight": 1e-3, "layers.1.weight": 5e-4, "heads.0.weight": 5e-4, "heads.1.weight": 1e-3}
+    assert {name: largest[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
 
 
 def test_training_learns_something(scenario: Scenario) -> None:
