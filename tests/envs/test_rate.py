@@ -2,12 +2,16 @@
 
 import dataclasses
 import logging
+import re
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from torch import nn
 
+import rlkd
+from rlkd.data import load_dataset
 from rlkd.envs import ControlConfig, rate
 from rlkd.envs.build_real import build_real_scenario
 from rlkd.envs.real import RealScenario
@@ -57,7 +61,7 @@ def test_the_least_validation_loss_decides_and_the_student_is_put_back(
     before = {name: tensor.clone() for name, tensor in scenario.student.model.state_dict().items()}
     with caplog.at_level(logging.INFO, "rlkd"):
         found = rate.with_learning_rate(without_rate(scenario), 0)
-    losses = [rate._loss_after(without_rate(scenario), r, 0) for r in rate.RATES]
+    losses = [sum(rate._loss_after(without_rate(scenario), r, k, 0) for k in (1.0, 0.5)) for r in rate.RATES]
     best = rate.RATES[losses.index(min(losses))]
     assert found.config.train.learning_rate == best
     assert f"learning rate: {best:g}" in caplog.text
@@ -67,8 +71,35 @@ def test_the_least_validation_loss_decides_and_the_student_is_put_back(
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_student_that_begins_trained_gets_a_step_size_that_mends_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = load_dataset("digits")
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+    optimizer, train = torch.optim.AdamW(teacher.parameters(), 3e-3), digits.splits["train"]
+    for _ in range(300):
+        rows = train[torch.randint(len(train), (64,), generator=generator)]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(teacher(digits.inputs[rows]), digits.labels[rows]).backward()
+        optimizer.step()
+    data = {name: (digits.inputs[index], digits.labels[index]) for name, index in digits.splits.items()}
+    found = []
+    for keeps in ((1.0,), rate.UNIT_KEEPS):
+        monkeypatch.setattr(rate, "UNIT_KEEPS", keeps)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "rlkd"):
+            rlkd.distil(teacher, data=data, options={"num_windows": 1, "train.steps_per_window": 1})
+        found.append(float(re.findall(r"learning rate: (\S+),", caplog.text)[0]))
+    assert found[0] < found[1]  # as a whole, it only loses by steps
+
+
 def test_the_same_seed_finds_the_same(scenario: RealScenario) -> None:
-    assert rate._loss_after(scenario, 1e-3, 5) == rate._loss_after(scenario, 1e-3, 5)
+    assert rate._loss_after(scenario, 1e-3, 0.5, 5) == rate._loss_after(scenario, 1e-3, 0.5, 5)
 
 
 def test_no_finite_loss_is_refused(scenario: RealScenario, monkeypatch: pytest.MonkeyPatch) -> None:
