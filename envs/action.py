@@ -77,6 +77,13 @@ def with_exit_kind(u: Tensor, kind: str) -> Tensor:
     return result
 
 
+def whole(u: Tensor) -> Tensor:
+    """`u` [N, 12] with all units and inputs kept and no sample leaving early."""
+    result = with_exit_kind(u, "never")
+    result[:, [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]] = 1.0
+    return result
+
+
 def decode(u: Tensor, config: ControlConfig, num_classes: int) -> Controls:
     """Return the controls at `u` [N, 12] in [0, 1].
 

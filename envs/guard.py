@@ -4,6 +4,8 @@ A window meets its goal if its validation accuracy is at least the floor; a task
 window has the highest J among those that meet the goal; if none does, the most accurate one is the best. A window of a
 real student that could become the best is looked at on more of the validation split: the best of many on few samples
 owes part of that to chance. Windows that meet the goal there with a standard error to spare go before the others.
+A student that meets its floor before any window, with nothing left out, ships untouched if no window meets the goal.
+While it is the best, a student that is below its floor has lost too much: part of that is put back before each window.
 """
 
 from collections.abc import Mapping
@@ -12,10 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlkd.envs.action import whole
 from rlkd.envs.episodes import Episodes, Outcome, merge_rows
 from rlkd.errors import UserError
 
 MISSED, MET, SURE = 0, 1, 2  # levels of a window
+UNTOUCHED, NO_WINDOW = 0, -1  # what stands for a best window: the student before the first one, or none
+FREE_SHARE = 1 / 3  # of the windows, in which nothing is put back
+PUT_BACK = 0.5  # share of the way to the whole student, for each window
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,34 @@ class Guard:
         self._episodes, self._config = episodes, config or GuardConfig()
         self._config.check()
         n = episodes.num_students
-        self.best_window = torch.zeros(n, dtype=torch.int64)  # [N], counted from 1; 0: none yet
+        self.best_window = torch.full((n,), NO_WINDOW)  # [N], counted from 1, UNTOUCHED or NO_WINDOW
         self._level = torch.zeros(n, dtype=torch.int64)  # [N], of the best window: MISSED, MET or SURE
         self.num_undone = torch.zeros(n, dtype=torch.int64)  # [N]
         self._value = torch.full((n,), -torch.inf)  # [N], of the best window: J if it met the goal, else accuracy
         self._best: dict[str, Tensor] = {}
         self._before = episodes.training_state() if self._config.undo else {}
         self._is_current = torch.zeros(n, dtype=torch.bool)  # [N], whether the students are as in the best window
+        self._is_below = torch.zeros(n, dtype=torch.bool)  # [N], whether the last window is below the floor
+        self._keep_untouched()
+
+    def put_back(self, u: Tensor) -> Tensor:
+        """Return the controls [N, 12] to train with in place of `u` [N, 12].
+
+        They keep more units and inputs than `u` where only the untouched student meets its floor and the last window
+        is below it, once FREE_SHARE of the windows are done: the policy has had its time to come back.
+        """
+        episodes = self._episodes
+        is_late = episodes.window >= FREE_SHARE * episodes.scenario.config.num_windows
+        lost = (self.best_window == UNTOUCHED) & is_late & self._is_below  # [N]
+        return torch.where(lost[:, None], u + PUT_BACK * (whole(u) - u), u) if lost.any() else u
 
     def after_window(self, outcome: Outcome) -> Tensor:
         """Keep the best window and undo what must be undone; returns the observation [N, O] to act on next."""
         episodes, accuracy = self._episodes, outcome.metrics.accuracy
         floor = episodes.floors[:, 0]  # [N]
-        level, value = self._judge(outcome)
+        level, value = self._judge(accuracy, outcome.score, outcome.diverged)
         better = torch.where(level == self._level, value >= self._value, level > self._level) & ~outcome.diverged  # [N]
+        self._is_below = ~meets_goal(accuracy, floor)
         had_met = self.met
         if better.any():
             self._best = merge_rows(self._best, episodes.training_state(), better)
@@ -79,12 +99,32 @@ class Guard:
             self._before = episodes.training_state()
         return observation
 
-    def _judge(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
-        """Return the level and the value [N] of the last window; only one that could become the best is confirmed."""
-        accuracy = outcome.metrics.accuracy
+    def _keep_untouched(self) -> None:
+        """Keep the students that meet their floors as they are now, with nothing left out."""
+        before, has_floor = self._episodes.training_state(), self._episodes.floors[:, 0] > 0
+        accuracy, score = self._episodes.leave_nothing_out()
+        level, value = self._judge(accuracy, score, ~has_floor)
+        met = (level > MISSED) & has_floor
+        if met.any():
+            self._best = self._episodes.training_state()
+            self._level = torch.where(
+                met, MET, self._level
+            )  # any window that meets the goal and saves more goes before
+            self._value = torch.where(met, value, self._value)
+            self.best_window = torch.where(met, UNTOUCHED, self.best_window)
+        self._episodes.restore(before, torch.ones_like(met))
+
+    def _judge(self, accuracy: Tensor, score: Tensor, diverged: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the level and the value [N] of students as they are; only what could become the best is confirmed.
+
+        Args:
+            accuracy: [N], on validation.
+            score: [N], J on validation.
+            diverged: [N] bool, students that cannot ship.
+        """
         met = meets_goal(accuracy, self._episodes.floors[:, 0])
-        level, value = met.long(), torch.where(met, outcome.score, accuracy)
-        hopeful = met & ((self._level < SURE) | (value.to(self._value) >= self._value)) & ~outcome.diverged
+        level, value = met.long(), torch.where(met, score, accuracy)
+        hopeful = met & ((self._level < SURE) | (value.to(self._value) >= self._value)) & ~diverged
         confirmed = self._episodes.confirm() if hopeful.any() else None
         if confirmed is not None:
             reached = confirmed.accuracy
@@ -99,8 +139,8 @@ class Guard:
         return self._level > MISSED
 
     def finish(self) -> Tensor:
-        """Bring the best window back where the last one is not it; returns its number [N], 0 for none."""
-        behind = ~self._is_current & (self.best_window > 0)
+        """Bring the best window back where the last one is not it; returns `best_window` [N]."""
+        behind = ~self._is_current & (self.best_window > NO_WINDOW)
         if behind.any():
             self._episodes.restore(self._best, behind)
             self._is_current = self._is_current | behind
@@ -114,6 +154,7 @@ class Guard:
             "num_undone": self.num_undone,
             "value": self._value,
             "is_current": self._is_current,
+            "is_below": self._is_below,
         }
         kept = {f"best.{k}": t for k, t in self._best.items()} | {f"before.{k}": t for k, t in self._before.items()}
         return {name: tensor.clone() for name, tensor in (own | kept).items()}
@@ -122,7 +163,7 @@ class Guard:
         """Go on from a `state` of a guard over the same episodes."""
         self.best_window, self._level = state["best_window"].clone(), state["level"].clone()
         self.num_undone, self._value = state["num_undone"].clone(), state["value"].clone()
-        self._is_current = state["is_current"].clone()
+        self._is_current, self._is_below = state["is_current"].clone(), state["is_below"].clone()
         self._best, self._before = (
             {k.removeprefix(begin): t.clone() for k, t in state.items() if k.startswith(begin)}
             for begin in ("best.", "before.")

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rlkd.agents.evaluation.recorded_run import Run
 from rlkd.agents.evaluation.verdict import student_of, timed
 from rlkd.envs.action import CONTROLS
+from rlkd.envs.guard import NO_WINDOW
 from rlkd.io.files import number
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart
@@ -121,8 +122,8 @@ def controls_over_windows(runs: list[Run]) -> Figure:
             x, y = [float(row["window"]) for row in rows], [float(row[name]) for row in rows]
             colour = COLOURS[i % len(COLOURS)]
             axis.plot(x, y, color=colour, label=run.label, linewidth=1.5, marker=".", markersize=4)
-            best = int(student_of(run.result or {"methods": {}}).get("best_window", 0))
-            if best:
+            best = int(student_of(run.result or {"methods": {}}).get("best_window", NO_WINDOW))
+            if best > 0:
                 axis.axvline(best, color=colour, linestyle=":", linewidth=1)
             if name == "accuracy" and any(row.get("floor") for row in rows):
                 axis.plot(x, [float(row.get("floor", 0)) for row in rows], color=colour, linestyle="--", linewidth=1)

@@ -13,6 +13,7 @@ from rlkd.agents.evaluation.verdict import (
     weak_spots,
     what_the_policy_did,
 )
+from rlkd.envs.guard import NO_WINDOW
 
 MAX_CLASSES = 40  # rows of the table of classes
 _STYLE = """
@@ -67,7 +68,7 @@ def _head(run: Run, *, has_name: bool) -> str:
     if rows:
         header = ["on test data", "asked", "student", "dense student", "teacher"]
         parts.append(_rows("What was asked, what was reached", header, rows))
-    best_window = int(student_of(run.result).get("best_window", 0))
+    best_window = int(student_of(run.result).get("best_window", NO_WINDOW))
     parts += [_list("What the policy did", what_the_policy_did(run.windows, best_window))]
     classes = classes_of(student_of(run.result))
     if classes:

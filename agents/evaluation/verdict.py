@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlkd.envs.guard import NO_WINDOW, UNTOUCHED
 from rlkd.io.files import number
 
 Rows = Sequence[Mapping[str, Any]]
@@ -165,12 +166,12 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def what_the_policy_did(windows: Rows, best_window: int = 0) -> list[str]:
+def what_the_policy_did(windows: Rows, best_window: int = NO_WINDOW) -> list[str]:
     """Return sentences about the controls over the windows of one student's training.
 
     Args:
         windows: one row each.
-        best_window: the one that ships, counted from 1; 0: not said.
+        best_window: the one that ships, counted from 1; UNTOUCHED: the student before the first; otherwise not said.
     """
     if not windows:
         return []
@@ -183,6 +184,8 @@ def what_the_policy_did(windows: Rows, best_window: int = 0) -> list[str]:
             f"{float(row['unit_keep']):.0%} of the units, {float(row['feature_keep']):.0%} of the inputs; "
             f"{float(row.get('first_exit_rate', 0)):.0%} of the samples leave at the first exit."
         )
+    if best_window == UNTOUCHED:
+        told.append("The student ships as it was before the first window: it met the floor, and no window did.")
     weights = [sum(float(row[name]) for name in TEACHING) for row in windows if WEIGHTS[1] in row]
     if weights:
         told.append(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlkd.data import TaskDistribution
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.guard import Guard, GuardConfig, meets_goal
+from rlkd.envs.guard import NO_WINDOW, Guard, GuardConfig, meets_goal
 from rlkd.envs.prepare import Group, train_missing
 from rlkd.envs.references import References
 from rlkd.envs.reward import worst_score
@@ -212,13 +212,14 @@ def _train(
     guard = Guard(episodes, options.guard) if options.guard else None
     diverged = torch.zeros(len(seeds), dtype=torch.bool)
     for window in range(episodes.scenario.config.num_windows):
-        outcome = episodes.step(controller(observation, episodes, window))
+        u = controller(observation, episodes, window)
+        outcome = episodes.step(guard.put_back(u) if guard else u)
         observation, diverged = outcome.observation, diverged | outcome.diverged
         if guard:
             observation = guard.after_window(outcome)
         options.on_window(len(seeds))
     if guard:
-        diverged = diverged & (guard.finish() == 0)
+        diverged = diverged & (guard.finish() == NO_WINDOW)
     return diverged, outcome.telemetry.num_rollbacks
 
 

@@ -27,7 +27,7 @@ from rlkd.agents.policy.controllers import Controller
 from rlkd.agents.ppo.train import begin_unchanged
 from rlkd.envs.action import NUM_CONTROLS, change
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.guard import Guard
+from rlkd.envs.guard import NO_WINDOW, Guard
 from rlkd.envs.observation import HIGH, LOW, OBSERVATIONS
 from rlkd.envs.rows import window_row
 from rlkd.envs.scenario import Scenario
@@ -108,7 +108,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     @property
     def best_window(self) -> int:
-        """The window that ships if the run ends now, counted from 1; 0: none."""
+        """What ships if the run ends now, as of `Guard.best_window`."""
         return int(self._guard.best_window[0])
 
     def bring_back_best(self) -> None:
@@ -117,7 +117,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         Raises:
             UserError: the first window diverged, so there is none.
         """
-        if self.best_window == 0:
+        if self.best_window == NO_WINDOW:
             raise UserError("online: the student diverged in its first window; lower its learning rate")
         self._guard.finish()
 

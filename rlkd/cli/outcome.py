@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlkd.envs.guard import UNTOUCHED
 from rlkd.runs.goals import PossibleStudent, goal_line
 from rlkd.runs.outcome import FAR, Outcome
 
@@ -50,13 +51,18 @@ def _windows(count: int) -> str:
     return f"{count} window{'s' if count != 1 else ''}"
 
 
+def _shipping(best_window: int) -> str:
+    """Return which student ships."""
+    return "the untouched student ships" if best_window == UNTOUCHED else f"window {best_window} ships"
+
+
 def _lines(
     folder: Path, figures: dict[str, Any], measured: dict[str, dict[str, float]], far: dict[int, float]
 ) -> list[str]:
     """Return the lines that are printed at the end of a run."""
     lines = [
         f"validation, by which to choose among runs: J {figures['validation_score']:.4f}, accuracy "
-        f"{figures['validation_accuracy']:.4f} (window {figures['best_window']} ships)",
+        f"{figures['validation_accuracy']:.4f} ({_shipping(figures['best_window'])})",
         f"test, to report once and not to choose by: J {figures['score']:.4f}, accuracy {figures['accuracy']:.4f} "
         f"(teacher {figures['teacher_accuracy']:.4f}), MACs {figures['macs_ratio']:.3f} and parameters "
         f"{figures['size_ratio']:.3f} of the dense student's",

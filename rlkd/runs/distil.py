@@ -15,7 +15,7 @@ from rlkd.cost import Cost, compare_latency, dense_workload
 from rlkd.data import Preference
 from rlkd.data.samples import InputScale
 from rlkd.envs.episodes import Episodes
-from rlkd.envs.guard import Guard, GuardConfig
+from rlkd.envs.guard import NO_WINDOW, Guard, GuardConfig
 from rlkd.envs.reward import worst_score
 from rlkd.envs.rows import window_row
 from rlkd.envs.scenario import EpisodeScenario, Scenario
@@ -49,7 +49,7 @@ class TrainedStudent(NamedTuple):
 
     episodes: Episodes
     last: dict[str, float]  # row of the last window
-    best_window: int  # the window that ships, counted from 1; 0: none
+    best_window: int  # what ships, as of `Guard.best_window`
     num_undone: int  # windows that the guard undid
 
 
@@ -82,7 +82,7 @@ def run_windows(
     for window in range(len(rows), scenario.config.num_windows):
         if rows and rows[-1]["num_diverged"]:
             break
-        outcome = episodes.step(controller(observation, episodes, window))
+        outcome = episodes.step(watched.put_back(controller(observation, episodes, window)))
         acted = episodes.u  # what acted: the controller's choice, moved into the limits
         observation = watched.after_window(outcome)
         row = window_row(window, acted, outcome, scenario)
@@ -113,7 +113,8 @@ def _go_on(
         journal.take_state()
         return []
     own = episodes.training_state()
-    state = {**own, "seen": seen, **{f"guard.{name}": tensor for name, tensor in guard.state().items()}}
+    watched = {name: tensor for name, tensor in guard.state().items() if not name.startswith("best.")}
+    state = {**own, "seen": seen, **{f"guard.{name}": tensor for name, tensor in watched.items()}}
     try:
         note = saved.note["state"]
         if note["has_best"]:
@@ -204,7 +205,7 @@ def accuracy_by_class(answers: Tensor, labels: Tensor, num_classes: int) -> dict
 
 def is_lost(trained: TrainedStudent) -> bool:
     """Whether the student diverged and no earlier window can ship."""
-    return bool(trained.last["num_diverged"]) and trained.best_window == 0
+    return bool(trained.last["num_diverged"]) and trained.best_window == NO_WINDOW
 
 
 def shared_figures(trained: TrainedStudent) -> tuple[dict[str, Any], Metrics, Cost]:

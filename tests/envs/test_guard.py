@@ -1,6 +1,7 @@
 """Guards on hand-made sequences of accuracy and J, and on small students in training."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rlkd.envs import Episodes, Outcome, Scenario
 from rlkd.envs.action import CONTROLS
-from rlkd.envs.guard import Guard, GuardConfig, meets_goal
+from rlkd.envs.guard import UNTOUCHED, Guard, GuardConfig, meets_goal
 from rlkd.errors import UserError
 
 SEEDS = [2**60 + i for i in range(3)]
@@ -84,6 +85,52 @@ def test_a_window_far_below_the_floor_is_undone_once_the_goal_had_been_met(scena
     episodes.step(small)
     repeated = parameters(episodes)
     assert not torch.equal(repeated[0], after[0])  # other samples than those of the window that was undone
+
+
+@pytest.mark.parametrize(("keep", "ships"), [(0.05, UNTOUCHED), (0.8, 1)])
+def test_a_student_that_met_its_floor_before_ships_untouched_if_no_window_meets_it(
+    scenario: Scenario, keep: float, ships: int
+) -> None:
+    # fresh students of ten classes are right by chance: they meet a floor of 0.025
+    episodes, _ = begin(scenario, keep=keep)
+    before, u = parameters(episodes), episodes.u.clone()
+    reached = episodes.leave_nothing_out()[0]
+    episodes.reset(SEEDS)
+    met = reached >= episodes.floors[:, 0]
+    assert met.tolist() == [ships == UNTOUCHED] * 3
+    guard = Guard(episodes)
+    assert torch.equal(parameters(episodes), before)  # the look changes nothing
+    assert torch.equal(episodes.u, u)
+    small = episodes.start.clone()
+    small[:, UNITS] = 0.3
+    guard.after_window(claim(episodes.step(small), [0.01] * 3, [0.9] * 3))
+    guard.finish()
+    assert guard.best_window.tolist() == [ships] * 3
+    shipped = met & (ships == UNTOUCHED)
+    assert torch.equal(parameters(episodes)[shipped], before[shipped])
+    assert torch.allclose(episodes.u[shipped][:, UNITS], torch.ones(int(shipped.sum())))
+    assert torch.allclose(episodes.evaluate("validation")[0].accuracy[shipped], reached[shipped])
+
+
+def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(scenario: Scenario) -> None:
+    episodes, _ = begin(scenario, keep=0.05)  # fresh students meet a floor of 0.025
+    guard, small = Guard(episodes), episodes.start.clone()
+    small[:, UNITS] = 0.2
+    free = math.ceil(scenario.config.num_windows / 3)
+    for window in range(free):
+        assert torch.equal(guard.put_back(small), small)  # the policy has its time to come back
+        # student 0 stays below, 1 met its floor in the first window, 2 meets it with a J below the untouched one's
+        met = [0.01, 0.5 if window == 0 else 0.01, 0.5]
+        guard.after_window(claim(episodes.step(small), met, [0.5, 0.5, -9.0]))
+    assert guard.best_window.tolist() == [UNTOUCHED, 1, UNTOUCHED]
+    moved = guard.put_back(small)
+    assert moved[:, UNITS].tolist() == pytest.approx([0.6, 0.2, 0.2])
+    assert torch.equal(moved[1:], small[1:])
+    untouched, _ = begin(scenario, keep=0.8)  # a floor that fresh students miss
+    missed = Guard(untouched)
+    for _ in range(free):
+        missed.after_window(claim(untouched.step(small), [0.01] * 3, [0.5] * 3))
+    assert torch.equal(missed.put_back(small), small)
 
 
 @pytest.mark.parametrize("undo", [False, True])
