@@ -2,9 +2,9 @@
 
 As Smith 2017 (https://arxiv.org/abs/1506.01186) it tries step sizes that rise by constant factors for a few steps and
 reads the loss. Other than there, each begins anew from the same weights on the same batches, and the loss is read on
-validation data: in one rising training, a later loss also depends on the steps before it. Each step size is tried on
-the whole student and on half of its units: a student that begins trained has little to gain as a whole, but it must
-mend what it loses.
+validation data: in one rising training, a later loss also depends on the steps before it. A student that begins trained
+has nothing to gain as a whole, so that the smallest step loses least; it is tried with half of its units, too, because
+it must mend what it loses.
 """
 
 import dataclasses
@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING
 from rlkd.data import draw_task
 from rlkd.envs.action import decode, published_setting, with_values
 from rlkd.errors import UserError
+from rlkd.students import Controls, Students
 
 if TYPE_CHECKING:
     from rlkd.envs.real import RealScenario
 
 RATES = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3)  # of Adam; steps of about three
 NUM_STEPS = 24
-UNIT_KEEPS = (1.0, 0.5)  # each student that a step size is tried on
+LITTLE = 0.95  # a student whose best loss is above this share of its first one begins trained
 logger = logging.getLogger(__name__)
 
 
 def with_learning_rate(scenario: "RealScenario", seed: int) -> "RealScenario":
-    """Return the scenario with a step size: its own, or the one of RATES with the least mean validation loss.
+    """Return the scenario with a step size: its own, or the one of RATES with the least validation loss.
 
-    The student trains NUM_STEPS steps under the published setting for each step size and each of UNIT_KEEPS; its
-    weights are put back.
+    The student trains NUM_STEPS steps under the published setting, dense, for each; its weights are put back. For a
+    student that begins trained, the mean of that loss and of the one with half of the units counts.
 
     Args:
         scenario: its `train.learning_rate` is 0 where a step size is wanted.
@@ -41,7 +42,10 @@ def with_learning_rate(scenario: "RealScenario", seed: int) -> "RealScenario":
     config = scenario.config
     if config.train.learning_rate > 0:
         return scenario
-    losses = {rate: sum(_loss_after(scenario, rate, k, seed) for k in UNIT_KEEPS) / len(UNIT_KEEPS) for rate in RATES}
+    losses, how = {rate: _loss_after(scenario, rate, seed) for rate in RATES}, ""
+    if math.isfinite(min(losses.values())) and min(losses.values()) > LITTLE * _loss_before(scenario, seed):
+        losses = {rate: (loss + _loss_after(scenario, rate, seed, 0.5)) / 2 for rate, loss in losses.items()}
+        how = " of the whole student and half of its units"
     best = min(losses, key=lambda rate: losses[rate])
     if not math.isfinite(losses[best]):
         raise UserError(
@@ -49,15 +53,28 @@ def with_learning_rate(scenario: "RealScenario", seed: int) -> "RealScenario":
             f"{NUM_STEPS} steps; check the model and the data, or give one"
         )
     tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
-    logger.info(
-        "learning rate: %g, by mean validation loss after %d steps, whole and halved (%s)", best, NUM_STEPS, tried
-    )
+    logger.info("learning rate: %g, by validation loss after %d steps%s (%s)", best, NUM_STEPS, how, tried)
     train = dataclasses.replace(config.train, learning_rate=best)
     return dataclasses.replace(scenario, config=dataclasses.replace(config, train=train))
 
 
-def _loss_after(scenario: "RealScenario", rate: float, unit_keep: float, seed: int) -> float:
+def _loss_before(scenario: "RealScenario", seed: int) -> float:
+    """Return the validation loss of the last exit before any step."""
+    students, controls = _begin(scenario, RATES[0], seed, 1.0)
+    students.set_controls(controls)
+    return float(students.evaluate("validation").exit_loss[0, -1])
+
+
+def _loss_after(scenario: "RealScenario", rate: float, seed: int, unit_keep: float = 1.0) -> float:
     """Return the validation loss of the last exit after NUM_STEPS steps with a share of units; inf if it diverges."""
+    students, controls = _begin(scenario, rate, seed, unit_keep)
+    telemetry = students.train_window(controls)
+    loss = float(students.evaluate("validation").exit_loss[0, -1])
+    return loss if math.isfinite(loss) and not telemetry.diverged.any() else math.inf
+
+
+def _begin(scenario: "RealScenario", rate: float, seed: int, unit_keep: float) -> tuple[Students, Controls]:
+    """Return the student as it begins, and the published setting with a share of its units."""
     config = scenario.config
     train = dataclasses.replace(config.train, learning_rate=rate, steps_per_window=NUM_STEPS, max_rollbacks=0)
     start = published_setting(config.controls)
@@ -65,7 +82,4 @@ def _loss_after(scenario: "RealScenario", rate: float, unit_keep: float, seed: i
     students = short.students(1)
     students.reset([draw_task(seed, config.task, scenario.data, len(scenario.signals.accuracy))])
     u = with_values(start[None], {"unit_keep": unit_keep}, config.controls)
-    controls = decode(u, config.controls, scenario.data.num_classes)
-    telemetry = students.train_window(controls)
-    loss = float(students.evaluate("validation").exit_loss[0, -1])
-    return loss if math.isfinite(loss) and not telemetry.diverged.any() else math.inf
+    return students, decode(u, config.controls, scenario.data.num_classes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import re
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_the_least_validation_loss_decides_and_the_student_is_put_back(
     before = {name: tensor.clone() for name, tensor in scenario.student.model.state_dict().items()}
     with caplog.at_level(logging.INFO, "rlkd"):
         found = rate.with_learning_rate(without_rate(scenario), 0)
-    losses = [sum(rate._loss_after(without_rate(scenario), r, k, 0) for k in (1.0, 0.5)) for r in rate.RATES]
+    losses = [rate._loss_after(without_rate(scenario), r, 0) for r in rate.RATES]
     best = rate.RATES[losses.index(min(losses))]
     assert found.config.train.learning_rate == best
     assert f"learning rate: {best:g}" in caplog.text
@@ -89,8 +90,8 @@ def test_a_student_that_begins_trained_gets_a_step_size_that_mends_it(
         optimizer.step()
     data = {name: (digits.inputs[index], digits.labels[index]) for name, index in digits.splits.items()}
     found = []
-    for keeps in ((1.0,), rate.UNIT_KEEPS):
-        monkeypatch.setattr(rate, "UNIT_KEEPS", keeps)
+    for little in (math.inf, rate.LITTLE):  # as if it began untrained, and as it is
+        monkeypatch.setattr(rate, "LITTLE", little)
         caplog.clear()
         with caplog.at_level(logging.INFO, "rlkd"):
             rlkd.distil(teacher, data=data, options={"num_windows": 1, "train.steps_per_window": 1})
@@ -99,7 +100,7 @@ def test_a_student_that_begins_trained_gets_a_step_size_that_mends_it(
 
 
 def test_the_same_seed_finds_the_same(scenario: RealScenario) -> None:
-    assert rate._loss_after(scenario, 1e-3, 0.5, 5) == rate._loss_after(scenario, 1e-3, 0.5, 5)
+    assert rate._loss_after(scenario, 1e-3, 5) == rate._loss_after(scenario, 1e-3, 5)
 
 
 def test_no_finite_loss_is_refused(scenario: RealScenario, monkeypatch: pytest.MonkeyPatch) -> None:
