@@ -74,7 +74,7 @@ def test_the_mode_is_taken_wherever_it_stands() -> None:
         (["--mode"], ["--mode: got ''"]),
         (["--mode", "online", "--agent.windows_per_update", "5"], ["agent.windows_per_update: got 5", "divisors"]),
         (["--mode", "online", "--ppo.hidden", "5"], ["--ppo.hidden"]),
-        (["--mode", "online", "--policy", "gone"], ["gone", "bundle.json"]),
+        (["--mode", "online", "--policy", "gone"], ["policy: got 'gone'", "allowed: default"]),
     ],
 )
 def test_mistakes_are_one_line(options: list[str], words: list[str], capsys: Capture) -> None:
