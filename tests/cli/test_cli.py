@@ -304,6 +304,7 @@ def test_the_smallest_bundled_data_set_trains_to_its_last_phase(tmp_path: Path, 
     assert result["student"]["teacher_accuracy"] > 0.8  # of all 89 samples
 
 
+@pytest.mark.slow
 def test_analyze_leaves_the_reports_of_several_runs_alone(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     shutil.copytree(trained, tmp_path / "other")
     own = (trained / "report.html").read_bytes()

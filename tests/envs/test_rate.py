@@ -72,6 +72,7 @@ def test_the_least_validation_loss_decides_and_the_student_is_put_back(
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.slow
 def test_a_student_that_begins_trained_gets_a_step_size_that_mends_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
