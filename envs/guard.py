@@ -107,9 +107,8 @@ class Guard:
         met = (level > MISSED) & has_floor
         if met.any():
             self._best = self._episodes.training_state()
-            self._level = torch.where(
-                met, MET, self._level
-            )  # any window that meets the goal and saves more goes before
+            # never SURE: any window that meets the goal and saves more goes before
+            self._level = torch.where(met, MET, self._level)
             self._value = torch.where(met, value, self._value)
             self.best_window = torch.where(met, UNTOUCHED, self.best_window)
         self._episodes.restore(before, torch.ones_like(met))

@@ -87,7 +87,7 @@ The change of J on validation data, so the rewards of an episode sum to its gain
 J = w_acc A + w_lat (1 - latency / dense) + w_eng (1 - energy / dense)
 - min({MAX_PENALTY:g}, {KAPPA:g} max(0, floor - A))
 
-Never training loss, never test data. Another reward is one function: `score` in `envs/reward.py`.
+Never training loss, never test data.
 
 Its weights need no code: `--preference.accuracy 0.9` and so on. For another formula, edit `score` in `envs/reward.py`
 of a clone and learn a policy anew (`make train`): the bundled one learned with this formula. The window that ships is

@@ -1,4 +1,4 @@
-"""What `rlkd distil` is given for a real model: names of models and data, training, cost and goal."""
+"""Configure `rlkd distil` for a real model: models and data by name, training, cost and goal."""
 
 from dataclasses import dataclass, field
 

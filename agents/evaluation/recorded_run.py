@@ -1,4 +1,4 @@
-"""What the folder of a run records, as reports read it."""
+"""Hold the records of a run folder for reports."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -108,7 +108,7 @@ class OneRun(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     @property
     def best_window(self) -> int:
-        """What ships if the run ends now, as of `Guard.best_window`."""
+        """Return the window that ships if the run ends now, as of `Guard.best_window`."""
         return int(self._guard.best_window[0])
 
     def bring_back_best(self) -> None:

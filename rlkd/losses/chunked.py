@@ -127,7 +127,7 @@ def _fit(
 
 
 class _Settings(NamedTuple):
-    """What a loss is besides its tensors."""
+    """Settings of a loss: all that is no tensor."""
 
     temperature: float
     kind: Divergence

@@ -20,7 +20,7 @@ from rlkd.teachers.real.shards import INDEX, Answers, Description
 
 
 class WrittenShard(NamedTuple):
-    """What `write_signals` did."""
+    """Result of `write_signals`."""
 
     described: Description
     is_new: bool  # else the shard was there already

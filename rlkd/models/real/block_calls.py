@@ -18,7 +18,7 @@ Call = tuple[Tensor | None, list[Tensor], Any]  # first argument, the other tens
 
 @dataclass(frozen=True)
 class ObservedBlock:
-    """What one forward pass showed of a block, beside a second pass with one row and one position fewer."""
+    """Observation of a block in one forward pass, and in a second one with one row and one position fewer."""
 
     hidden: Tensor | None  # first tensor of its output; None where its first size is not the batch
     num_calls: int

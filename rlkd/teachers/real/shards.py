@@ -37,7 +37,7 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What answers belong to; equal in all shards of a folder."""
+    """Identity of the teacher and the data of stored answers; equal in all shards of a folder."""
 
     kind: str
     origin: str  # teacher, import, or the address of a server

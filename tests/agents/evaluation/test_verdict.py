@@ -9,6 +9,7 @@ from rlkd.agents.evaluation.verdict import (
     what_the_policy_did,
     wilson,
 )
+from rlkd.envs.guard import UNTOUCHED
 
 
 def one_student(**changes: Any) -> dict[str, Any]:
@@ -107,6 +108,8 @@ def test_what_the_policy_did_is_said_in_words() -> None:
         "0% of the samples leave at the first exit."
     )
     assert what_the_policy_did(rows, best_window=3) == told  # the last window ships
+    untouched = "The student ships as it was before the first window: it met the floor, and no window was better."
+    assert what_the_policy_did(rows, best_window=UNTOUCHED) == [untouched, *told]
 
 
 def test_a_lead_is_claimed_only_where_its_interval_says_so() -> None:
