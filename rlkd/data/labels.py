@@ -10,7 +10,8 @@ The names of the classes come from `id2label` of the model's configuration. A la
 
 `--columns.classes [a,b,...]` tells the names of the numbers 0, 1, ... where the data or the model have numbers only;
 then a number in the data stands for that name, and so does a class LABEL_<i>. Everything else is refused with the
-number of its row: other names, fractions, lists (one-hot rows, several labels), missing labels.
+number of its row: other names, fractions, lists (one-hot rows, several labels), missing labels. Names in
+`--columns.classes` that no label needs are refused, too, because the user meant something by them.
 """
 
 import math
@@ -132,7 +133,7 @@ def match_labels(
         classes: names of the numbers 0, 1, ..., of `--columns.classes`.
 
     Raises:
-        UserError: a label that no class or more than one has; names its row.
+        UserError: a label that no class or more than one has, with its row; or `classes` that no label needs.
     """
     rule = _Rule(names, classes)
     found: dict[Hashable, tuple[int, str]] = {}
@@ -147,6 +148,7 @@ def match_labels(
         numbers[row] = found[key][0]
     matches = [Match(str(key[1]), count[key], number, names[number], how) for key, (number, how) in found.items()]  # type: ignore[index]
     _check_merges(matches, places)
+    rule.check_used(matches)
     return numbers, sorted(matches, key=lambda match: (match.number, match.label))
 
 
@@ -185,6 +187,15 @@ class _Rule:
                 f"classes {_list(self.names)}"
             )
         return [classes[number] for number in sorted(self.by_default, key=lambda number: self.by_default[number])]
+
+    def check_used(self, matches: Sequence[Match]) -> None:
+        """Raise UserError where `classes` were given and each label is a name of the model's own classes."""
+        needed = [m for m in matches if m.how == BY_OPTION or (self.by_default and m.label not in self.names)]
+        if self.classes is not None and matches and not needed:
+            raise UserError(
+                f"columns.classes: got {_list(self.classes)}, which no label needs: all are names of the model's "
+                f"classes {_list(self.names)}; leave it out"
+            )
 
     def match(self, label: Label, place: Place) -> tuple[int, str]:
         """Return the class of a label and the step of the rule that found it."""

@@ -32,6 +32,8 @@ def read_texts(path: Path, columns: ColumnConfig) -> Table:
         UserError: no such path, an unknown format, a missing column, or a row that cannot be used.
     """
     columns.check()
+    if columns.classes is not None:
+        raise UserError("columns.classes: got it for a language model, whose texts have no labels; leave it out")
     if not path.exists():
         raise UserError(f"{path}: no such data; give {ALLOWED}")
     if has_tables(path) if path.is_dir() else is_table(path.name) and not is_text(path.name):

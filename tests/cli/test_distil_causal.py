@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from refusals import check_refusals
 
 from rlkd.agents.evaluation.report import read_run
 from rlkd.cli.main import main
@@ -148,12 +149,6 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "anchor": ([*data, "--tokens.best_perplexity", "50"], ["tokens.best_perplexity: got 50"]),
         "cached js": ([*data, "--tokens.divergence", "js"], ["tokens.divergence: got js with cached answers"]),
         "exits": ([*data, "--attach.exits", "[7]"], ["attach.exits"]),
+        "classes": ([*data, "--columns.classes", "[a,b]"], ["columns.classes: got it for a language model"]),
     }
-    for name, (options, words) in cases.items():
-        assert distil(place, tmp_path / name, *options) == 2, name
-        error = capsys.readouterr().err
-        line = error.strip().splitlines()[-1]
-        assert line.startswith("rlkd: "), (name, error)
-        assert "Traceback" not in error
-        for word in words:
-            assert word in line, (name, line)
+    check_refusals(lambda name, options: distil(place, tmp_path / name, *options), cases, capsys)

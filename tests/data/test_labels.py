@@ -121,6 +121,15 @@ def test_numbers_are_no_place_among_names() -> None:
     assert "got label '1'" in refused([1], ["neg", "pos"], classes=["pos", "other"])
 
 
+def test_names_of_numbers_that_no_label_needs_are_refused() -> None:
+    words = "columns.classes: got [pos, neg], which no label needs: all are names of the model's classes ["
+    for labels in (["neg", "pos"], ["NEG"], [NumberedName("neg", 0)]):
+        assert words in refused(labels, ["neg", "pos"], classes=["pos", "neg"])
+    assert words in refused(["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1"], classes=["pos", "neg"])
+    assert numbers(["neg", 0], ["neg", "pos"], classes=["pos", "neg"]) == [0, 1]  # one number is enough
+    assert numbers(["POS"], ["LABEL_0", "LABEL_1"], classes=["pos", "neg"]) == [0]
+
+
 def test_names_that_are_equal_numbers_match_exactly_or_not_at_all() -> None:
     assert numbers(["01", "1"], ["01", "1"]) == [0, 1]
     assert "got label '1.0'" in refused(["1.0"], ["01", "1"])
