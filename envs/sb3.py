@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor
 from rlkd.envs.action import NUM_CONTROLS, change
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.observation import OBSERVATIONS
-from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario
+from rlkd.envs.scenario import EnvConfig, Scenario, build_scenario, check_type
 from rlkd.envs.single import changed_config
 from rlkd.envs.vector import DistillationVectorEnv
+from rlkd.errors import UserError
 
 CLIP = 5.0
+MOST = {"num_students": 2**20, "seed": 2**32 - 1}  # of the whole numbers that `make_sb3_env` takes
 OBSERVED = 16  # students whose observations tell what to standardise by
 
 
@@ -203,15 +206,51 @@ def make_sb3_env(
             actions of 16 students a scenario.
         settings: fields of `EnvConfig` that differ from every config, as of `make_env`.
 
+    Raises:
+        UserError: an argument of another type, an impossible value, or configs whose ranges of the controls differ.
+
     Example:
         >>> env = make_sb3_env(num_students=4, num_windows=2, train={"steps_per_window": 2})  # doctest: +SKIP
         >>> PPO("MlpPolicy", env, n_steps=env.num_steps, batch_size=8).learn(8)  # doctest: +SKIP
     """
+    for config in configs:
+        check_type(config, "make_sb3_env")
     changed = [changed_config(config, None, settings) or EnvConfig() for config in configs or (EnvConfig(),)]
+    _check_arguments(changed, scale, num_students=num_students, seed=seed)
     scenarios = [build_scenario(config) for config in changed]
     mean, deviation = scale or observation_scale(scenarios, OBSERVED, seed)
     envs = [DistillationVectorEnv(num_students, scenario=s, restart_together=True) for s in scenarios]
     return SB3VecEnv(envs, mean, deviation, seed)
+
+
+def _check_arguments(configs: Sequence[EnvConfig], scale: Any, **numbers: Any) -> None:
+    """Raise UserError for what `make_sb3_env` cannot use."""
+    for name, least in (("num_students", 1), ("seed", 0)):
+        value = numbers[name]
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (is_whole and least <= value <= MOST[name]):
+            raise UserError(
+                f"make_sb3_env: {name}: got {value!r:.40}; allowed: a whole number from {least} to {MOST[name]}"
+            )
+    if any(config.controls != configs[0].controls for config in configs):
+        raise UserError(
+            "make_sb3_env: got scenarios whose controls differ; allowed: one rlkd.ControlConfig for all, because an "
+            "action means the same everywhere"
+        )
+    if scale is not None and not _is_scale(scale):
+        raise UserError(
+            f"make_sb3_env: scale: got {type(scale).__name__} of other values; allowed: mean and deviation of the "
+            f"{len(OBSERVATIONS)} observations, finite, deviations above 0"
+        )
+
+
+def _is_scale(scale: Any) -> bool:
+    """Return whether these are a mean and a deviation [O]."""
+    if not (isinstance(scale, tuple | list) and len(scale) == 2):
+        return False
+    if any(np.shape(part) != (len(OBSERVATIONS),) for part in scale):
+        return False
+    return bool(np.isfinite(scale).all() and (np.asarray(scale[1]) > 0).all())
 
 
 def observation_scale(

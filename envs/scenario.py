@@ -66,6 +66,16 @@ class EnvConfig:
             )
 
 
+def check_type(config: Any, what: str) -> None:
+    """Raise UserError, whose message begins with `what`, for anything but an `EnvConfig`."""
+    if not isinstance(config, EnvConfig):
+        given = repr(config[:40]) if isinstance(config, str) else type(config).__name__
+        raise UserError(
+            f"{what}: got {given}; allowed: an rlkd.EnvConfig, whose fields are keywords, too, such as "
+            "make_env(task={'dataset': 'digits'})"
+        )
+
+
 class EpisodeConfig(Protocol):
     """What an episode reads of its configuration."""
 
@@ -285,7 +295,13 @@ def build_scenario(
         config: checked here.
         start: [12], the setting that actions change; by default the published one.
         student: a structure of your own; by default the one that config.student describes.
+
+    Raises:
+        UserError: an argument of another type, an impossible value, or data that cannot be read.
     """
+    check_type(config, "build_scenario")
+    if not isinstance(student, ChainStudent | None):
+        raise UserError(f"build_scenario: student: got {type(student).__name__}; allowed: an rlkd.models.ChainStudent")
     config.check()
     data = load_dataset(config.task.dataset)
     teachers = load_teachers(config.teacher, data)

@@ -13,7 +13,7 @@ from rlkd.envs.action import NUM_CONTROLS, action_space, change, flat_action
 from rlkd.envs.checks import check_options, check_parts, check_started, checked_changes, scenario_of
 from rlkd.envs.episodes import Episodes, Outcome
 from rlkd.envs.observation import observation_space
-from rlkd.envs.scenario import EnvConfig, Scenario
+from rlkd.envs.scenario import EnvConfig, Scenario, check_type
 from rlkd.errors import UserError
 from rlkd.io.settings import with_settings
 
@@ -139,7 +139,9 @@ def changed_config(
         return config
     if scenario is not None:
         raise UserError(f"make: got {', '.join(settings)} with a scenario, which has them already; give one of the two")
-    changed: EnvConfig = with_settings(config or EnvConfig(), settings, "make")
+    config = EnvConfig() if config is None else config
+    check_type(config, "make")
+    changed: EnvConfig = with_settings(config, settings, "make")
     return changed
 
 

@@ -33,13 +33,12 @@ _PUBLIC = {
     "make_sb3_env": "rlkd.envs.sb3",
     "policy_from_sb3": "rlkd.agents.policy.sb3",
     "register_dataset": "rlkd.data",
-    "save_policy": "rlkd.agents.policy.bundle",
+    "save_policy": "rlkd.api",
 }
 
 if TYPE_CHECKING:
-    from rlkd.agents.policy.bundle import save_bundle as save_policy
     from rlkd.agents.policy.sb3 import policy_from_sb3
-    from rlkd.api import Result, distil, load_policy
+    from rlkd.api import Result, distil, load_policy, save_policy
     from rlkd.compression.loading import load_student
     from rlkd.data import DataSet, Goal, Preference, register_dataset
     from rlkd.envs.action import ControlConfig
@@ -80,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rlkd' has no attribute {name!r}")
     module = importlib.import_module(_PUBLIC[name])
-    value = getattr(module, {"loss_term": "term", "save_policy": "save_bundle"}.get(name, name))
+    value = getattr(module, {"loss_term": "term"}.get(name, name))
     globals()[name] = value
     return value
 

@@ -3,7 +3,9 @@
 `import rlkd` gives everything here (`rlkd.distil`, `rlkd.load_student`, ...); this module is loaded on first use.
 """
 
+import json
 import logging
+import operator
 import shutil
 import tempfile
 import weakref
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlkd.agents.policy.bundle import Bundle
+from rlkd.agents.policy.bundle import Bundle, save_bundle
 from rlkd.agents.policy.bundled import CARD, bundled_policies, find_policy
+from rlkd.agents.policy.policy import Policy
 from rlkd.compression.loading import load_student
 from rlkd.configs import DistilConfig
 from rlkd.data import Goal
@@ -202,7 +205,31 @@ def _settings(goal: Goal | None, options: Mapping[str, Any] | None) -> dict[str,
         )
     if not isinstance(goal, Goal | None):
         raise UserError(f"goal: got {goal!r:.60}; allowed: an rlkd.Goal, such as rlkd.Goal(keep=0.98)")
+    if goal is not None and any(str(name).split(".")[0] == "goal" for name in options or {}):
+        raise UserError("options: goal: got it beside the argument goal; give all of it as rlkd.Goal(...)")
     return {**({} if goal is None else {"goal": goal}), **(options or {})}
+
+
+def _changed(config: Any, settings: Mapping[str, Any], *arguments: str) -> Any:
+    """Return the config with the settings, checked.
+
+    Args:
+        config: has what the arguments of `distil` say.
+        settings: the goal and the options by name.
+        arguments: dotted names of the fields that `config` has from arguments.
+
+    Raises:
+        UserError: an unknown option, an impossible value, or an option that contradicts an argument.
+    """
+    changed = with_settings(config, settings)
+    for name in arguments:
+        given, now = (operator.attrgetter(name)(c) for c in (config, changed))
+        if given != now:
+            raise UserError(
+                f"options: {name}: got {now!r:.60}, while the argument is {given!r:.60}; give it as the argument alone"
+            )
+    changed.check()
+    return changed
 
 
 def _check_kinds(**models: Any) -> None:
@@ -238,8 +265,7 @@ def _distil(
                 f"teacher: got none with data {what}; allowed: a teacher with its data, or a data set of "
                 f"{', '.join(DATASETS)} (rlkd.register_dataset adds your own arrays)"
             )
-        chain = with_settings(DistilConfig(), {"task.dataset": data, **settings})
-        chain.check()
+        chain = _changed(with_settings(DistilConfig(), {"task.dataset": data}), settings, "task.dataset")
         return distil_chain(chain, bundle, folder, seed, progress=progress, command=COMMAND)
     if isinstance(teacher, nn.Module) and is_own_module(teacher):
         return _distil_own(teacher, student, data, settings, bundle, seed=seed, folder=folder)
@@ -258,8 +284,7 @@ def _distil(
     if not isinstance(data, str | Path):
         data = write_data(data, given / "data")
     base = RealConfig(teacher=str(teacher), data=str(data), student="" if student is None else str(student))
-    config = with_settings(base, settings)
-    config.check()
+    config = _changed(base, settings, "teacher", "student", "data")
     journal = Journal(folder, False, config.keep_checkpoints)
     scenario = pretrained_scenario(config, bundle, folder, seed, journal=journal, command=COMMAND)
     learned = train_scenario(scenario, config, bundle, folder, seed, progress=progress, journal=journal)
@@ -293,8 +318,7 @@ def _distil_own(
         student="" if student is None else type(student).__name__,
         cost=RealCostConfig(batch_size=OWN_BATCH),
     )
-    config = with_settings(base, settings)
-    config.check()
+    config = _changed(base, settings)
     with unchanged(teacher):
         own, other = own_sides(teacher, student, data, config.attach)
         journal = Journal(folder, False, config.keep_checkpoints)
@@ -334,4 +358,32 @@ def load_policy(policy: Path | str = "default") -> Bundle:
     return find_policy(folder)
 
 
-__all__ = ["Result", "distil", "load_policy", "load_student"]
+def save_policy(policy: Policy, folder: Path | str, provenance: Mapping[str, Any]) -> str:
+    """Write a policy to a folder, which `load_policy` and `rlkd distil --policy` take; returns its tensors' sha256.
+
+    Args:
+        policy: of `policy_from_sb3`, or the `.policy` of what `load_policy` returns.
+        folder: made if missing; existing files are replaced one by one, each whole.
+        provenance: says from what, when and how well the policy was learned, in values that JSON has.
+
+    Raises:
+        UserError: an argument of another type, or a folder that cannot be written.
+    """
+    if not isinstance(policy, Policy):
+        raise UserError(
+            f"save_policy: got {type(policy).__name__}; allowed: a policy of rlkd.policy_from_sb3, or the .policy of "
+            "what rlkd.load_policy returns"
+        )
+    if not isinstance(folder, Path | str):
+        raise UserError(f"save_policy: folder: got {type(folder).__name__}; allowed: a path")
+    try:
+        json.dumps(dict(provenance), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"save_policy: provenance: got {type(provenance).__name__} ({error!s:.80}); allowed: a mapping of values "
+            "that JSON has, such as {'agent': 'my own'}"
+        ) from error
+    return save_bundle(policy, folder, dict(provenance))
+
+
+__all__ = ["Result", "distil", "load_policy", "load_student", "save_policy"]

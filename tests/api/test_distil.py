@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,18 @@ def test_options_are_checked(options: dict[str, object], message: str, policy: P
             "cut.layers: got it for a module of your own; allow",
         ),
         ({"student": nn.Linear(2, 2)}, "student: got one without a teacher to learn from; give a teacher and its data"),
+        (
+            {"goal": rlkd.Goal(keep=0.9), "options": {"goal.latency": "2x"}},
+            r"options: goal: got it beside the argument goal; give all of it as rlkd.Goal\(...\)",
+        ),
+        (
+            {"data": "wine", "options": {"task.dataset": "digits"}},
+            "options: task.dataset: got 'digits', while the argument is 'wine'; give it as the argument alone",
+        ),
+        (
+            {"teacher": "models/gone", "data": "a.csv", "options": {"data": "b.csv"}},
+            "options: data: got 'b.csv', while the argument is 'a.csv'",
+        ),
         ({"teacher": nn.Linear}, r"teacher: got the class Linear; allowed: an instance, Linear\(...\)"),
         ({"teacher": [1]}, "teacher: got list; allowed: an nn.Module, or the folder of a transformers model"),
         (
@@ -256,6 +269,53 @@ def test_policies_are_found_by_name_and_by_folder(policy: Path, tmp_path: Path) 
     assert rlkd.load_policy().digest == rlkd.load_policy("default").digest != rlkd.load_policy(policy).digest
     with pytest.raises(UserError, match="allowed: default"):
         rlkd.load_policy(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda out: rlkd.save_policy(3, out, {}), "save_policy: got int; allowed: a policy of rlkd.policy_fr"),
+        (lambda out: rlkd.save_policy(rlkd.load_policy(), out, {}), "got Bundle; allowed: .* the .policy of"),
+        (lambda out: rlkd.save_policy(rlkd.load_policy().policy, 3, {}), "folder: got int; allowed: a path"),
+        (
+            lambda out: rlkd.save_policy(rlkd.load_policy().policy, out, "my own"),
+            "save_policy: provenance: got str .*; allowed: a mapping of values that JSON has",
+        ),
+        (
+            lambda out: rlkd.save_policy(rlkd.load_policy().policy, out, {"score": torch.zeros(1)}),
+            "save_policy: provenance: got dict .*Tensor is not JSON serializable",
+        ),
+        (
+            lambda out: rlkd.make_sb3_env("digits"),
+            "make_sb3_env: got 'digits'; allowed: an rlkd.EnvConfig.*task={'dataset': 'digits'}",
+        ),
+        (lambda out: rlkd.build_scenario("digits"), "build_scenario: got 'digits'; allowed: an rlkd.EnvConfig"),
+        (lambda out: rlkd.make_env("digits", num_windows=2), "make: got 'digits'; allowed: an rlkd.EnvConfig"),
+        (
+            lambda out: rlkd.build_scenario(rlkd.EnvConfig(), student=nn.Linear(64, 10)),
+            "build_scenario: student: got Linear; allowed: an rlkd.models.ChainStudent",
+        ),
+        (lambda out: rlkd.make_sb3_env(num_students="4"), "num_students: got '4'; allowed: a whole number from 1"),
+        (lambda out: rlkd.make_sb3_env(seed=-1), "seed: got -1; allowed: a whole number from 0"),
+        (
+            lambda out: rlkd.make_sb3_env(scale=(np.zeros(50), np.zeros(50))),
+            "scale: got tuple of other values; allowed: mean and deviation of the 50 observations, finite",
+        ),
+        (
+            lambda out: rlkd.make_sb3_env(
+                rlkd.EnvConfig(), rlkd.EnvConfig(controls=rlkd.ControlConfig(temperature=(1, 2)))
+            ),
+            "make_sb3_env: got scenarios whose controls differ; allowed: one rlkd.ControlConfig for all",
+        ),
+    ],
+)
+def test_what_is_no_policy_or_environment_is_refused_in_one_line(
+    call: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        call(tmp_path / "policy")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "policy").exists()
 
 
 def test_a_transformers_model_in_the_hand(policy: Path, tmp_path: Path) -> None:
