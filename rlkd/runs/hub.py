@@ -7,12 +7,15 @@ checked before use, and no code of it runs.
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlkd.agents.policy.bundle import load_bundle
+from rlkd.compression.loading import load_student
+from rlkd.compression.real.student_folder import check_module_student
 from rlkd.errors import UserError
 from rlkd.io.files import MAX_JSON_BYTES, inside, read_bytes, read_json, write_whole
 
@@ -58,17 +61,30 @@ def pull(repo: str, out: Path, revision: str | None = None) -> str:
         revision: a commit, branch or tag.
 
     Raises:
-        UserError: the folder exists, no such repository, no network, or what it holds cannot be used.
+        UserError: the folder exists, no such repository, no network, or what it holds cannot be used and is removed.
     """
     _check_name(repo)
     if out.exists():
         raise UserError(f"--out: {out} exists; allowed: a new folder")
-    with _one_line(repo):
-        _client().snapshot_download(repo, local_dir=str(out), revision=revision, allow_patterns=PATTERNS)
-    what, place = find(out)
-    if what == "policy":
-        load_bundle(place)
+    try:
+        with _one_line(repo):
+            _client().snapshot_download(repo, local_dir=str(out), revision=revision, allow_patterns=PATTERNS)
+        what, place = find(out)
+        if what == "student":
+            _check_student(place)
+    except UserError:
+        shutil.rmtree(out, ignore_errors=True)  # what cannot be used is not kept
+        raise
     return what
+
+
+def _check_student(place: Path) -> None:
+    """Raise UserError for a student that is damaged or altered; a model of transformers is not loaded for it."""
+    card = read_json(inside(place, "student.json"), "a student's card")
+    if isinstance(card, dict) and card.get("shipment") is not None:
+        check_module_student(place)
+    else:
+        load_student(place)
 
 
 def find(folder: Path) -> tuple[str, Path]:

@@ -1,4 +1,6 @@
 import fnmatch
+import importlib
+import inspect
 import shutil
 import sys
 import types
@@ -6,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_policy
+import torch
+from shipped_students import trained
+from small_students import save_trained, trained_chain
+from tiny_models import batch, need_transformers, save_policy, save_tokenizer
 
 from rlkd.agents.policy.bundle import load_bundle
 from rlkd.cli.main import main
+from rlkd.compression.loading import load_student
+from rlkd.compression.real.cut import ship
+from rlkd.compression.real.student_folder import save_module_student
 from rlkd.errors import UserError
+from rlkd.models.real.attachment import AttachConfig
 from rlkd.runs.hub import pull, push
 
 
@@ -24,9 +33,11 @@ class Hub:
         (self.root / "private").write_text(str(private))
 
     def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], commit_message: str) -> None:
-        for path in Path(folder_path).iterdir():
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
-                shutil.copy(path, self.root / repo_id / path.name)
+        for path in Path(folder_path).rglob("*"):
+            name = path.relative_to(folder_path)
+            if path.is_file() and any(fnmatch.fnmatch(str(name), pattern) for pattern in allow_patterns):
+                (self.root / repo_id / name).parent.mkdir(exist_ok=True)
+                shutil.copy(path, self.root / repo_id / name)
 
     def snapshot_download(
         self, repo_id: str, *, local_dir: str, revision: str | None, allow_patterns: list[str]
@@ -39,8 +50,11 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     Hub.root = tmp_path / "hub"
-    module = types.ModuleType("huggingface_hub")
-    module.HfApi = Hub  # type: ignore[attr-defined]
+    try:
+        module = importlib.import_module("huggingface_hub")  # transformers needs the rest of it
+    except ImportError:
+        module = types.ModuleType("huggingface_hub")
+    monkeypatch.setattr(module, "HfApi", Hub, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return Hub.root
 
@@ -68,6 +82,49 @@ def test_what_was_altered_on_the_hub_is_refused(hub: Path, tmp_path: Path) -> No
     weights.write_bytes(bytes(blob))
     with pytest.raises(UserError, match="checksum differs"):
         pull("me/mine", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_chain_student_goes_to_the_hub_and_back(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, data = trained_chain(widths=(8, 8), exits=(1,), num_steps=5)
+    save_trained(tmp_path / "run" / "student", student, data)
+    assert main(["push", "--folder", str(tmp_path / "run"), "--repo", "me/mine"]) == 0
+    card = (hub / "me" / "mine" / "README.md").read_text()
+    assert "A student that rlkd has distilled" in card
+    assert "| accuracy | 0." in card
+    assert main(["pull", "--repo", "me/mine", "--out", str(tmp_path / "back")]) == 0
+    assert "rlkd.load_student(" in capsys.readouterr().out
+    inputs = data.inputs[:20]
+    assert torch.equal(load_student(tmp_path / "back")(inputs), student(inputs))
+    (hub / "me" / "mine" / "student.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="the student was altered after it was saved"):
+        pull("me/mine", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_student_of_transformers_goes_to_the_hub_and_back(hub: Path, tmp_path: Path) -> None:
+    student = trained("bert", AttachConfig())
+    masks = tuple(torch.ones(group.size) for group in student.plan.groups)
+    shipped = ship(student, "sequence_classification", masks, 1.0, 0.6)
+    save_module_student(shipped, tmp_path / "student", save_tokenizer(tmp_path / "words"), {"figures": {}})
+    push(tmp_path / "student", "me/mine")
+    assert pull("me/mine", tmp_path / "back") == "student"
+    inputs = batch("bert", size=12)
+    with torch.no_grad():
+        assert torch.equal(load_student(tmp_path / "back")(**inputs), shipped(**inputs))
+    need_transformers().AutoTokenizer.from_pretrained(tmp_path / "back" / "model")
+    (hub / "me" / "mine" / "model" / "model.safetensors").write_bytes(b"x" * 9)
+    with pytest.raises(UserError, match=r"model\.safetensors: checksum differs"):
+        pull("me/mine", tmp_path / "again")
+
+
+def test_the_stand_in_is_called_as_the_client_is() -> None:
+    client = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed").HfApi
+    for name in ("create_repo", "upload_folder", "snapshot_download"):
+        own, real = (inspect.signature(getattr(api, name)).parameters for api in (Hub, client))
+        assert set(own) <= set(real), name
 
 
 def test_pickles_stay_here_and_names_are_checked(hub: Path, tmp_path: Path) -> None:

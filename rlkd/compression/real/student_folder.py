@@ -10,7 +10,8 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,8 @@ def load_module_student(folder: Path | str, own: nn.Module | None = None) -> Shi
         UserError: a file is missing, damaged or altered, or `own` is missing or of another structure.
     """
     folder = Path(folder)
-    try:
-        card = read_json(inside(folder, "student.json"), "a real student's card")
-        if card["format"] not in FORMATS:
-            raise UserError(f"{folder}/student.json: format {card['format']!r:.20}; allowed: {FORMATS}; distil it anew")
-        weights = CUT if CUT in card["sha256"] else PLAIN
-        if set(card["sha256"]) != {EXITS, weights}:
-            raise ValueError(f"sha256 names {sorted(card['sha256'])!s:.60}; allowed: {[EXITS, weights]}")
-        for name in (EXITS, weights):
-            if _sha256(folder, name) != card["sha256"][name]:
-                raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
-        older: dict[str, Any] = {"gone": []} if card["format"] == 2 else {}
-        shipment = _shipment({**older, **card["shipment"]})
-        if shipment.kind != "module":
-            _check_model_folder(folder)
-            _check_depth(folder, weights, len(shipment.blocks))
+    with _refused(folder):
+        card, shipment, weights = _checked(folder)
         heads = _load_heads(folder, shipment)
         if shipment.kind == "module":
             model = _load_own(folder, card, shipment, own)
@@ -128,10 +116,45 @@ def load_module_student(folder: Path | str, own: nn.Module | None = None) -> Shi
             )
             _check_outputs(model, heads, shipment)
         resolve(model, [*shipment.blocks, *shipment.attention])
-        student = shipped_student(model, heads, shipment)
+        return shipped_student(model, heads, shipment)
+
+
+def check_module_student(folder: Path) -> None:
+    """Check all of a student's folder that needs neither transformers nor a module of the user's class.
+
+    Raises:
+        UserError: a file is missing, damaged or altered.
+    """
+    with _refused(folder):
+        _load_heads(folder, _checked(folder)[1])
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Turn what a damaged folder raises into one line."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder}: not a student of a real model, or a damaged one ({reason(error):.120})") from error
-    return student
+
+
+def _checked(folder: Path) -> tuple[dict[str, Any], Shipment, str]:
+    """Return the card, its shipment and the name of its weights, once format, checksums and sizes are checked."""
+    card: dict[str, Any] = read_json(inside(folder, "student.json"), "a real student's card")
+    if card["format"] not in FORMATS:
+        raise UserError(f"{folder}/student.json: format {card['format']!r:.20}; allowed: {FORMATS}; distil it anew")
+    weights = CUT if CUT in card["sha256"] else PLAIN
+    if set(card["sha256"]) != {EXITS, weights}:
+        raise ValueError(f"sha256 names {sorted(card['sha256'])!s:.60}; allowed: {[EXITS, weights]}")
+    for name in (EXITS, weights):
+        if _sha256(folder, name) != card["sha256"][name]:
+            raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
+    older: dict[str, Any] = {"gone": []} if card["format"] == 2 else {}
+    shipment = _shipment({**older, **card["shipment"]})
+    if shipment.kind != "module":
+        _check_model_folder(folder)
+        _check_depth(folder, weights, len(shipment.blocks))
+    return card, shipment, weights
 
 
 def _load_own(folder: Path, card: Mapping[str, Any], shipment: Shipment, own: nn.Module | None) -> nn.Module:
