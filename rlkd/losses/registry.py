@@ -8,12 +8,16 @@ a policy learned with four terms drives a student with any number. The members o
 """
 
 import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+from rlkd.errors import UserError
 
 FAMILIES = ("hard_label", "response", "feature", "attention")
 PUBLISHED = MappingProxyType({"hard_label": 0.5, "response": 0.3, "feature": 0.15, "attention": 0.05})
@@ -112,22 +116,29 @@ def term(name: str, kind: str, paper: str, *, weight: float | None = None) -> Ca
         weight: published weight beside a cross entropy of weight 1, by default the family's.
 
     Raises:
-        ValueError: the name is taken, the kind is unknown, or a parameter is not a name from `SIGNALS`.
+        UserError: the name is taken or impossible, the kind is unknown, the weight is not above 0, or a parameter is
+            not a name from `SIGNALS`.
     """
+    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+        raise UserError(f"loss_term: got the name {name!r:.60}; allowed: letters, digits, _ and -")
+    if kind not in RIDES:
+        raise UserError(f"loss_term {name}: got kind {kind!r:.60}; allowed: {', '.join(RIDES)}")
+    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        raise UserError(f"loss_term {name}: got weight {weight!r:.60}; allowed: a number above 0")
 
     def register(function: Function) -> Function:
-        if kind not in RIDES:
-            raise ValueError(f"term {name}: got kind {kind!r}; allowed: {', '.join(RIDES)}")
         if name in _TERMS and _TERMS[name].function.__qualname__ != function.__qualname__:
-            raise ValueError(f"term {name}: the name is taken by {_TERMS[name].function.__module__}; choose another")
+            raise UserError(
+                f"loss_term {name}: the name is taken by {_TERMS[name].function.__module__}; choose another"
+            )
         is_module = isinstance(function, type) and issubclass(function, nn.Module)
         needs = _required(getattr(function, "forward", function) if is_module else function)
         sizes = _required(function.__init__) if is_module else ()
         unknown = [need for need in needs if need not in SIGNALS] + [size for size in sizes if size not in SIZES]
         if unknown:
-            raise ValueError(
-                f"term {name}: got parameters {', '.join(unknown)}; allowed without a default: {', '.join(SIGNALS)}; "
-                f"of a module's constructor: {', '.join(SIZES)}"
+            raise UserError(
+                f"loss_term {name}: got parameters {', '.join(unknown)}; allowed without a default: "
+                f"{', '.join(SIGNALS)}; of a module's constructor: {', '.join(SIZES)}"
             )
         _TERMS[name] = Term(name, kind, function, needs, sizes, paper, weight)
         return function

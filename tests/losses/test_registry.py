@@ -203,22 +203,25 @@ def test_impossible_choices_are_refused(terms: tuple[str, ...], message: str) ->
 
 
 def test_a_term_names_signals_that_exist_and_a_name_that_is_free() -> None:
-    with pytest.raises(ValueError, match="got parameters x"):
+    with pytest.raises(UserError, match="got parameters x"):
 
         @term("new", "feature", "https://arxiv.org/abs/1")
         def wrong(x: Tensor) -> Tensor:
             return x
 
-    with pytest.raises(ValueError, match="taken"):
+    with pytest.raises(UserError, match="taken"):
 
         @term("kl", "response", "https://arxiv.org/abs/1")
         def other(student_logits: Tensor) -> Tensor:
             return student_logits
 
-    with pytest.raises(ValueError, match="allowed: hard_label"):
-
-        @term("new", "smell", "https://arxiv.org/abs/1")
-        def third(student_logits: Tensor) -> Tensor:
-            return student_logits
-
+    for (name, kind), weight, message in (
+        (("new", "smell"), None, "got kind 'smell'; allowed: hard_label"),
+        ((3, "feature"), None, "got the name 3; allowed: letters, digits"),
+        (("my term", "feature"), None, "got the name 'my term'"),
+        (("new", "feature"), -1.0, "got weight -1.0; allowed: a number above 0"),
+        (("new", "feature"), float("nan"), "got weight nan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            term(name, kind, "https://arxiv.org/abs/1", weight=weight)  # type: ignore[arg-type]
     assert "new" not in TERMS
