@@ -19,6 +19,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from rlkd.agents.policy.controllers import Controller, RunOptions
+from rlkd.agents.policy.sb3 import policy_from_sb3
 from rlkd.agents.ppo.evaluation import Evaluation, evaluate
 from rlkd.agents.ppo.train import (
     Listeners,
@@ -52,6 +53,11 @@ class AgentConfig:
     """Step size of the other algorithms; that of PPO is ppo.learning_rate."""
     buffer_size: int = 100_000
     """Windows that sac and tqc learn from."""
+
+    @property
+    def ships(self) -> bool:
+        """Whether the actor has the form of a policy bundle."""
+        return self.algorithm in ("ppo", "a2c")
 
     @property
     def needs_contrib(self) -> bool:
@@ -211,6 +217,8 @@ def train_other(
                 iteration=iteration,
                 options=RunOptions(on_window=listeners.on_window),
             )
+            if own.ships and all(evaluation.score > before.score for before in evaluations):
+                listeners.on_best(policy_from_sb3(agent))  # type: ignore[arg-type]
             evaluations.append(evaluation)
             listeners.on_evaluation(evaluation)
 

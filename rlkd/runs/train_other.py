@@ -25,6 +25,7 @@ from rlkd.runs.train import (
     listeners_of,
     mean_windows,
     result_of,
+    write_evaluations,
 )
 
 
@@ -55,11 +56,13 @@ def train_other_experiment(config: ExperimentConfig, folder: Path, seed: int, pr
         validation=validation,
         logger=logger,
     )
+    if evaluations:
+        write_evaluations(evaluations, config, folder / "evaluations.npz")
     # comparisons read what `AgentPolicy` has: a controller, the start, the ranges of the controls
     entries = compare_on_held_out_tasks(scenarios[0], cast(Policy, policy), config, seed, progress, run.options)
     result = result_of(config, entries, evaluations, journal.elapsed_s()) | {"algorithm": config.agent.algorithm}
     result["shipped_iteration"] = config.ppo.num_iterations
-    if config.agent.algorithm == "a2c":
+    if config.agent.ships:
         result["policy_sha256"] = save_bundle(policy_from_sb3(policy.agent), folder / "policy", provenance)  # type: ignore[arg-type]
     write_json(folder / "result.json", result)
     tb.write_outcome(logger, config, seed, result)

@@ -22,6 +22,11 @@ def test_another_algorithm_is_compared_on_the_same_tasks(
     assert result["algorithm"] == "a2c"
     assert {"policy-dense", "policy-nncf"} <= set(result["paired"])
     assert load_bundle(run / "policy").digest == result["policy_sha256"]
+    load_bundle(run / "best_model")
+    evaluations = np.load(run / "evaluations.npz")
+    rewards = [row["mean_reward"] for row in result["evaluations"]]
+    assert evaluations["results"][:, 0].tolist() == pytest.approx(rewards)
+    assert len(rewards) == len(evaluations["timesteps"]) > 1
     assert "A2C learned a policy" in (run / "report.html").read_text()
     assert main(["train", "--resume", str(run), "--agent.algorithm", "a2c"]) == 2
     assert "got a run of a2c; allowed: one of ppo" in capsys.readouterr().err
@@ -42,6 +47,8 @@ def test_several_seeds_end_with_means_and_intervals(
     assert summary["goals"][name]["policy"]["score"]["mean"] == pytest.approx(np.mean([s["mean"] for s in scores]))
     evaluations = np.load(tmp_path / "seed-0" / "evaluations.npz")
     assert len(evaluations["timesteps"]) == len(evaluations["results"]) == len(evaluations["ep_lengths"])
+    rows = [json.loads(line) for line in (tmp_path / "seed-0" / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluations["results"][:, 0].tolist() == pytest.approx([row["mean_reward"] for row in rows])
     assert load_bundle(tmp_path / "seed-0" / "best_model").digest == load_bundle(tmp_path / "seed-0" / "policy").digest
 
 
