@@ -85,14 +85,22 @@ def test_warnings_of_libraries_are_shown_only_on_request(tmp_path: Path) -> None
 
 
 def test_ctrl_c_while_libraries_are_loaded_is_one_line(tmp_path: Path) -> None:
-    code = "import sys; from rlkd.cli.main import main; print('ready', flush=True); sys.exit(main())"
+    code = (
+        "import os, sys, threading; from rlkd.cli.main import main\n"
+        "threading.Thread(target=lambda: (os.read(0, 1), os._exit(9)), daemon=True).start()\n"  # ends with the tests
+        "print('ready', flush=True); sys.exit(main())"
+    )
     call = [sys.executable, "-c", code, "bench", "--rounds", "1000"]
-    run = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60)[1] == "rlkd: interrupted\n"
+    reading, writing = os.pipe()  # whatever ends the tests closes the end for writing
+    with os.fdopen(writing, "wb"), os.fdopen(reading, "rb") as stdin:
+        run = subprocess.Popen(
+            call, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.communicate(timeout=60)[1] == "rlkd: interrupted\n"
     assert run.returncode == 130
 
 
