@@ -1,9 +1,9 @@
 """Controls as numbers in [0, 1], settings of them, and actions as changes.
 
-Every control has a range; its unit control u in [0, 1] runs through the range linearly, in log steps, or, for the loss
-weights, in logits whose softmax gives the weights. A *setting* is a vector of all unit controls. Three of them choose
-the kind of exit: the largest decides whether no sample leaves early, all leave at the first exit if its validation
-accuracy meets the floor, or each sample leaves by its confidence.
+Every control has a range; its unit control u in [0, 1] runs through the range linearly, on a logarithmic scale, or, for
+the loss weights, in logits whose softmax gives the weights. A *setting* is a vector of all unit controls. Three of them
+choose the kind of exit: the largest decides whether no sample leaves early, all leave at the first exit if its
+validation accuracy meets the floor, or each sample leaves by its confidence.
 """
 
 import functools
@@ -46,13 +46,13 @@ class ControlConfig:
     step: float = 0.25
     """Share of a control's range that an action of 1 moves it by in one window."""
     temperature: tuple[float, float] = (1.0, 10.0)
-    """Softening of teacher and student; log steps."""
+    """Softening of teacher and student, on a logarithmic scale."""
     feature_keep: tuple[float, float] = (0.1, 1.0)
-    """Share of inputs kept; log steps."""
+    """Share of inputs kept, on a logarithmic scale."""
     unit_keep: tuple[float, float] = (0.05, 1.0)
-    """Share of each block's units kept; log steps."""
+    """Share of each block's units kept, on a logarithmic scale."""
     learning_rate: tuple[float, float] = (5e-4, 3e-2)
-    """Adam's step size; log steps."""
+    """Adam's step size, on a logarithmic scale."""
 
     def check(self) -> None:
         """Raise UserError for an empty range, or one on a log scale that is not positive."""

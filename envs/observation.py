@@ -25,8 +25,18 @@ VERSION = 4
 REFERENCES = {"exit": (1.0, 1.0), "exit_quarter_inputs": (0.25, 1.0), "exit_quarter_units": (1.0, 0.25)}
 SAVINGS = tuple(f"{cost}_saving_{name}" for cost in ("latency", "energy") for name in REFERENCES)
 
+_OF_STUDENT = ("", " of a student with a quarter of the inputs", " of a student with a quarter of the units")
+
 # What the probes leave out: shares of the inputs and units that are kept now.
 PROBES = {"units": (1.0, 0.7), "inputs": (0.7, 1.0)}
+
+_TARGETS = (  # of the landmarks
+    "the labels",
+    "the teacher's answers",
+    "both",
+    "both, on 4 principal directions",
+    "both, on 10 principal directions",
+)
 
 # Group of observations -> name -> (bounds, meaning).
 TABLE: dict[str, dict[str, tuple[tuple[float, float], str]]] = {
@@ -60,9 +70,9 @@ TABLE: dict[str, dict[str, tuple[tuple[float, float], str]]] = {
     },
     "savings": {
         **{
-            f"{cost}_saving_{name}": ((-1.0, 1.0), f"{cost} saved by the cost model, whatever is learned: {name}")
+            f"{cost}_saving_{name}": ((-1.0, 1.0), f"1 - {cost} ratio if all samples left at the first exit{what}")
             for cost in ("latency", "energy")
-            for name in REFERENCES
+            for name, what in zip(REFERENCES, _OF_STUDENT, strict=True)
         },
     },
     "probe": {
@@ -77,8 +87,11 @@ TABLE: dict[str, dict[str, tuple[tuple[float, float], str]]] = {
         "teacher_margin": ((-1.0, 1.0), "the teacher's validation accuracy less the anchor"),
         "teacher_label_agreement": ((0.0, 1.0), "share of the student's labels that the teacher agrees with"),
         **{
-            f"landmark_{name}": ((-1.0, 1.0), "validation accuracy of a closed-form classifier less the anchor")
-            for name in LANDMARKS
+            f"landmark_{name}": (
+                (-1.0, 1.0),
+                f"validation accuracy of ridge regression from the teacher's features to {what}, less the anchor",
+            )
+            for name, what in zip(LANDMARKS, _TARGETS, strict=True)
         },
     },
     "controls": {f"control_{name}": ((0.0, 1.0), "unit control now") for name in CONTROLS},

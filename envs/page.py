@@ -7,11 +7,11 @@ from rlkd.envs.observation import TABLE, VERSION
 from rlkd.envs.reward import KAPPA, MAX_PENALTY
 
 MEANING = {
-    "temperature": "softening of teacher and student, log steps",
-    "feature_keep": "share of the inputs kept, log steps",
-    "unit_keep": "share of each block's units kept, log steps",
+    "temperature": "softening of teacher and student, on a logarithmic scale",
+    "feature_keep": "share of the inputs kept, on a logarithmic scale",
+    "unit_keep": "share of each block's units kept, on a logarithmic scale",
     "exit_threshold": "confidence at which a sample leaves early",
-    "learning_rate": "step size, log steps",
+    "learning_rate": "step size, on a logarithmic scale",
 }
 HISTORY = (
     "v0: actions move the controls from where they are, observations are relative to the goal (version "
@@ -41,7 +41,7 @@ def action_table() -> str:
         elif name in SCALARS:
             low, high = ranges.get(name, (None, None))
             key = name
-            what = MEANING[name] + (f", {low:g} to {high:g}" if low is not None else ", chance to 1")
+            what = MEANING[name] + (f", {low:g} to {high:g}" if low is not None else ", from chance to 1")
         else:
             key, what = "exit_kind", "the largest of the three decides: no early exit, all at the first, by confidence"
         rows.append(f"| {i} | `{key}` | `{name}` | -1 to 1 | {what} |")

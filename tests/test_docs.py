@@ -1,14 +1,19 @@
 import ast
 import doctest
 import importlib
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import pytest
+import yaml
+from stable_baselines3 import PPO
 
 import rlkd
 from rlkd.cli.main import VERBS, main
@@ -18,6 +23,8 @@ OTHER_PROGRAMS = {
     *("--logdir", "--algo", "--env", "--gym-packages", "--nproc_per_node", "--max-logprobs", "--head", "--address"),
     *("--port", "--docs", "--section.key"),
 }
+WITH_PYTHON = ("README.md", "docs/index.md", "docs/python.md", "docs/environment.md", "docs/train.md")
+TUTORIALS = ("text_classifier", "ppo_experiment", "own_parts")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -47,6 +54,7 @@ def test_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
     assert max(map(len, lines)) <= 120
+    assert max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -57,15 +65,35 @@ def test_python_on_pages_imports_names_that_exist(page: Path) -> None:
         exec(compile(ast.Module(imports, []), str(page), "exec"), {})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/environment.md"])
-def test_python_of_pages_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_of_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for block in _python(ROOT / page):
+    blocks = _python(ROOT / page)
+    assert blocks
+    for block in blocks:
         exec(block, {})
         shutil.rmtree(tmp_path / "my-student", ignore_errors=True)
-    assert capsys.readouterr().out
+
+
+def test_the_settings_for_rl_zoo3_are_those_of_ppo_and_the_environment() -> None:
+    (block,) = re.findall(r"```yaml\n(rlkd/.*?)```", (ROOT / "docs" / "train.md").read_text(), re.DOTALL)
+    ((env_id, settings),) = yaml.safe_load(block).items()
+    assert settings["n_steps"] == rlkd.EnvConfig().num_windows  # a rollout has whole episodes
+    assert gymnasium.spec(env_id).id == env_id
+    own = {"n_envs", "n_timesteps"}  # of rl-zoo3 itself
+    assert own < set(settings) <= own | set(inspect.signature(PPO).parameters)
+    assert settings["n_envs"] * settings["n_steps"] % settings["batch_size"] == 0
+    assert set(eval(settings["policy_kwargs"])) == {"net_arch"}
+
+
+def test_every_verb_has_a_row_that_leads_to_a_page_about_it() -> None:
+    page = (ROOT / "docs" / "verbs.md").read_text()
+    rows = dict(re.findall(r"^\| (`.+?`) \| (.+) \|$", page, re.MULTILINE))
+    verbs = {verb: text for names, text in rows.items() for verb in re.findall(r"`([\w-]+)`", names)}
+    assert set(verbs) == set(VERBS)
+    for verb, text in verbs.items():
+        links = re.findall(r"\]\(([\w-]+\.md)", text)
+        assert any(f"rlkd {verb}" in (ROOT / "docs" / link).read_text() for link in links), verb
 
 
 @pytest.mark.slow
@@ -86,20 +114,27 @@ def test_examples_run(name: str, sizes: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_notebooks_hold_the_cells_of_the_tutorials_with_their_output(name: str) -> None:
+    folder = ROOT / "docs" / "tutorials"
+    names: dict[str, Any] = {"__name__": "build", "__file__": str(folder / "build.py")}
+    exec((folder / "build.py").read_text(), names)
+    notebook = json.loads((folder / f"{name}.ipynb").read_text())
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    assert cells == names["cells_of"]((folder / f"{name}.py").read_text()), "make them anew: make notebooks"
+    printing = [cell for cell in notebook["cells"] if re.search(r"^\s*print\(", "".join(cell["source"]), re.MULTILINE)]
+    assert len(printing) >= 3
+    assert all(cell["outputs"] for cell in printing)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["text_classifier", "ppo_experiment", "own_parts"])
-def test_tutorials_run_and_are_those_of_the_notebooks(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorials_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "text_classifier":
         pytest.importorskip("transformers", reason="the extra hf is not installed")
     monkeypatch.chdir(tmp_path)
     folder = ROOT / "docs" / "tutorials"
     source = (folder / f"{name}.py").read_text()
-    notebook = json.loads((folder / f"{name}.ipynb").read_text())
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(part in source for part in code)
-    assert any(cell.get("outputs") for cell in notebook["cells"])
     exec(compile(source, name, "exec"), {"__name__": "tutorial"})
 
 
@@ -148,7 +183,7 @@ def test_every_option_on_the_pages_is_one_of_a_verb(capsys: pytest.CaptureFixtur
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     objects = {path.rpartition(".")[2]: path for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
-    renamed = {"loss_term": "term", "save_policy": "save_bundle"}
+    renamed = {"loss_term": "term"}
     for name in rlkd.__all__:
         path = objects[renamed.get(name, name)]
         module, _, own = path.rpartition(".")

@@ -7,31 +7,33 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-
 FOLDER = Path(__file__).parent
 NAMES = ("text_classifier", "ppo_experiment", "own_parts")
 
 
-def cells_of(text: str) -> list[nbformat.NotebookNode]:
-    """Return the cells of a Python file."""
+def cells_of(text: str) -> list[tuple[str, str]]:
+    """Return the cells of a Python file: "markdown" or "code", and the content."""
     cells = []
     for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
         kind, _, body = part.partition("\n")
         if "[markdown]" in kind:
             lines = [line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()]
-            cells.append(nbformat.v4.new_markdown_cell("\n".join(lines)))
+            cells.append(("markdown", "\n".join(lines)))
         else:
-            cells.append(nbformat.v4.new_code_cell(body.strip()))
-    for i, cell in enumerate(cells):
-        cell["id"] = f"cell-{i}"
+            cells.append(("code", body.strip()))
     return cells
 
 
 def build(name: str) -> None:
-    """Execute one notebook and write it."""
-    notebook = nbformat.v4.new_notebook(cells=cells_of((FOLDER / f"{name}.py").read_text()))
+    """Execute one notebook and write it; needs the extra `docs`."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    new = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    cells = [new[kind](content) for kind, content in cells_of((FOLDER / f"{name}.py").read_text())]
+    for i, cell in enumerate(cells):
+        cell["id"] = f"cell-{i}"
+    notebook = nbformat.v4.new_notebook(cells=cells)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
     for cell in notebook.cells:
