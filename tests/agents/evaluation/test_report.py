@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from matplotlib.image import imread
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from rlkd.agents.evaluation.figures import reward_curves
+from rlkd.agents.evaluation.figures import accuracy_cost, controls_over_windows, points_of, reward_curves
+from rlkd.agents.evaluation.recorded_run import Run
 from rlkd.agents.evaluation.report import read_run, write_report
 from rlkd.agents.evaluation.tensorboard import new_logger, record_evaluation
 from rlkd.agents.ppo.evaluation import Evaluation
@@ -62,6 +64,55 @@ def test_report_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
     assert "0.0123" in text
     assert "keep 0.98 &lt;script&gt;" in text
     assert "http" not in text.replace("http-equiv", "")  # nothing is fetched
+
+
+def test_a_report_begins_with_name_date_and_verdict(folder: Path, tmp_path: Path) -> None:
+    for file in (folder / "tensorboard").iterdir():
+        os.utime(file, (1262347200,) * 2)  # noon of 2010-01-01 in UTC
+    result = json.loads((folder / "result.json").read_text())
+    result |= {"evaluations": [{"score": -0.5}, {"score": 0.3}], "shipped_iteration": 2}
+    result["cost"]["agent_trainings"] = 1234
+    (folder / "result.json").write_text(json.dumps(result))
+    write_report([read_run(folder)], tmp_path / "out")
+    head = (tmp_path / "out" / "report.html").read_text().split("<body>")[1][:600]
+    assert re.match(r'<h1>run &amp; &lt;b&gt;</h1><p class="date">2010-01-0[12]</p><p class="verdict">', head)
+    assert "PPO learned a policy from 1,234 student trainings. On the validation scenarios J rose from -0.500" in head
+
+
+def one_student_run(folder: Path) -> Run:
+    """Two windows of a student with half of the dense MACs, a quarter of the latency, and a larger teacher."""
+    timed = {"batch_size": 8, "latency_s": 1e-4, "dense_latency_s": 4e-4, "teacher_latency_s": 1.2e-3, "speedup": 4.0}
+    student: dict[str, object] = {"validation_accuracy": 0.9, "accuracy": 0.91, "best_window": 1}
+    student |= {"macs_ratio": 0.5, "latency_ratio": 0.3}
+    student |= {"macs_of_teacher": 800.0, "macs_of_dense_student": 200.0, "teacher_accuracy": 0.97}
+    dense = {"accuracy": 0.95, "macs_ratio": 1.0, "latency_ratio": 1.0}
+    measured = {"batch_8": timed, "profile_batch": 8}
+    rows = [{"window": w, "temperature": 2.0 * w, "unit_keep": 1 / w, "accuracy": 0.9, "floor": 0.88} for w in (1, 2)]
+    return Run(folder, {}, {"methods": {"policy": student, "dense": dense}, "measured": measured}, {}, (), tuple(rows))
+
+
+def test_teacher_and_dense_student_stand_in_the_plane_of_accuracy_and_cost(tmp_path: Path) -> None:
+    found = {label.split(": ")[1]: row for label, _, row in points_of(one_student_run(tmp_path))}
+    assert found["policy"] == {"accuracy": 0.91, "macs_ratio": 0.5, "latency_ratio": 0.3}
+    assert found["dense"] == {"accuracy": 0.95, "macs_ratio": 1.0, "latency_ratio": 1.0}
+    assert found["teacher"] == pytest.approx({"accuracy": 0.97, "macs_ratio": 4.0, "latency_ratio": 3.0})
+    for axis in accuracy_cost([one_student_run(tmp_path)]).axes:
+        assert "ratio to the dense student" in axis.get_xlabel()
+        assert axis.get_title(loc="left")
+    assert accuracy_cost([one_student_run(tmp_path)]).axes[0].get_ylabel() == "test accuracy"
+
+
+def test_controls_are_drawn_over_the_windows_in_their_own_units(tmp_path: Path) -> None:
+    axes = {axis.get_title(loc="left"): axis for axis in controls_over_windows([one_student_run(tmp_path)]).axes}
+    assert set(axes) == {"temperature", "units kept", "accuracy, and the floor (dashed)"}  # no panel without data
+    line, shipped = axes["temperature"].lines
+    assert list(line.get_xdata()) == [1.0, 2.0]
+    assert list(line.get_ydata()) == [2.0, 4.0]
+    assert list(shipped.get_xdata()) == [1, 1]
+    assert [axis.get_xlabel() for axis in axes.values()] == ["window"] * 3
+    assert axes["units kept"].get_ylabel() == "share of the units"
+    assert list(axes["accuracy, and the floor (dashed)"].lines[-1].get_ydata()) == [0.88, 0.88]
+    assert controls_over_windows([]).axes == []
 
 
 def test_evaluations_have_panels_over_trainings_from_the_start_on(folder: Path) -> None:

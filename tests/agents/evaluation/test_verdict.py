@@ -82,6 +82,13 @@ def test_weak_classes_slowness_and_misses_are_named() -> None:
     assert "cost profile says" not in told
 
 
+def test_a_test_split_that_the_teacher_may_have_seen_is_named() -> None:
+    words = "rlkd cut the test split itself: if the teacher was trained on these data"
+    for splits, is_named in (("cut by rlkd", True), ("given", False)):
+        told = weak_spots({**one_student(), "task": {"splits": splits}})
+        assert any(line.startswith(words) for line in told) is is_named
+
+
 def test_a_measurement_that_contradicts_the_cost_profile_is_named() -> None:
     told = " ".join(weak_spots(one_student(latency_ratio=0.9)))  # measured: 0.4
     assert "takes 40% of the dense student's latency; the cost profile says 90%" in told
