@@ -69,6 +69,7 @@ def pull(repo: str, out: Path, revision: str | None = None) -> str:
     try:
         with _one_line(repo):
             _client().snapshot_download(repo, local_dir=str(out), revision=revision, allow_patterns=PATTERNS)
+        shutil.rmtree(out / ".cache", ignore_errors=True)  # notes of the client, which `push` would refuse
         what, place = find(out)
         if what == "student":
             _check_student(place)

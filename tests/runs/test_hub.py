@@ -45,6 +45,9 @@ class Hub:
         if not (self.root / repo_id).is_dir():
             raise RuntimeError("404 Client Error: repository not found")
         shutil.copytree(self.root / repo_id, local_dir)
+        notes = Path(local_dir) / ".cache" / "huggingface" / "README.md.metadata"
+        notes.parent.mkdir(parents=True)
+        notes.write_text("as the real client writes it")
 
 
 @pytest.fixture
@@ -71,6 +74,7 @@ def test_a_policy_goes_to_the_hub_and_back(hub: Path, tmp_path: Path, capsys: py
     assert main(["pull", "--repo", "me/mine", "--out", str(tmp_path / "back")]) == 0
     assert "rlkd distil --policy" in capsys.readouterr().out
     assert load_bundle(tmp_path / "back").digest == load_bundle(tmp_path / "run" / "policy").digest
+    push(tmp_path / "back", "me/again")  # what was pulled can be pushed
 
 
 def test_what_was_altered_on_the_hub_is_refused(hub: Path, tmp_path: Path) -> None:
