@@ -171,6 +171,7 @@ def distil(
     bundle = load_policy(policy)
     settings = _settings(goal, options)
     _check_kinds(teacher=teacher, student=student)
+    _check_processor(processor, teacher)
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise UserError(f"seed: got {seed!r:.40}; allowed: a whole number from 0 to {2**32 - 1}")
     threads = torch.get_num_threads()
@@ -241,6 +242,15 @@ def _check_kinds(**models: Any) -> None:
             raise UserError(
                 f"{name}: got {type(model).__name__}; allowed: an nn.Module, or the folder of a transformers model"
             )
+
+
+def _check_processor(processor: Any, teacher: nn.Module | Path | str | None) -> None:
+    """Raise UserError for a processor that nothing would use."""
+    if processor is not None and (not isinstance(teacher, nn.Module) or is_own_module(teacher)):
+        raise UserError(
+            f"processor: got {type(processor).__name__} without a transformers model as a module; leave it out: a "
+            "folder has its own, and other models take the data as they are"
+        )
 
 
 def _distil(

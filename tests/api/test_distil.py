@@ -219,6 +219,9 @@ def test_options_are_checked(options: dict[str, object], message: str, policy: P
             "cut.layers: got it for a module of your own; allow",
         ),
         ({"student": nn.Linear(2, 2)}, "student: got one without a teacher to learn from; give a teacher and its data"),
+        ({"processor": str}, "processor: got type without a transformers model as a module; leave it out"),
+        ({"teacher": "models/bert", "data": "a.csv", "processor": len}, "leave it out: a folder has its own"),
+        ({"teacher": nn.Linear(2, 2), "processor": len}, "and other models take the data as they are"),
         (
             {"goal": rlkd.Goal(keep=0.9), "options": {"goal.latency": "2x"}},
             r"options: goal: got it beside the argument goal; give all of it as rlkd.Goal\(...\)",
