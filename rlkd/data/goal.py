@@ -108,13 +108,14 @@ class Goal:
         return TaskGoal(self.weights(preference), keep=self.floor[1], **limits)
 
 
-def limit_ratio(name: str, given: float | str, dense_latency_s: float) -> float:
+def limit_ratio(name: str, given: float | str, dense_latency_s: float, *, option: str | None = None) -> float:
     """Return the greatest ratio to the dense student's cost that `given` allows.
 
     Args:
         name: of the cost, one of COSTS.
         given: 0.5, "0.5", "2x", or for the latency "3ms".
         dense_latency_s: seconds that the dense student takes.
+        option: that messages name; by default goal.NAME.
 
     Raises:
         UserError: anything else, with what is allowed.
@@ -132,5 +133,5 @@ def limit_ratio(name: str, given: float | str, dense_latency_s: float) -> float:
     if not 0.0 < ratio <= 1.0:
         allowed = "a ratio to the dense student in (0, 1] such as 0.5, or 2x for half of it"
         more = ", or a time such as 3ms or 800us" if name == "latency" else ""
-        raise UserError(f"goal.{name}: got {given!r:.40}; allowed: {allowed}{more}")
+        raise UserError(f"{option or f'goal.{name}'}: got {given!r:.40}; allowed: {allowed}{more}")
     return ratio

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rlkd.compression import CompactStudent
+from rlkd.data.goal import limit_ratio
 from rlkd.errors import UserError
 from rlkd.export import runner as parts_runner
 from rlkd.export import surgery
 from rlkd.export.card import model_card, scale_line
-from rlkd.export.exits import calibrate, with_threshold
+from rlkd.export.exits import with_threshold
 from rlkd.export.flat import BATCH, LAST, LOGITS, Student, flatten, num_early_exits
 from rlkd.export.onnx_file import (
     COMPARED_BATCHES,
@@ -36,12 +37,12 @@ from rlkd.export.triton import write_repository
 from rlkd.hardware import Hardware
 from rlkd.io.files import write_error, write_whole
 from rlkd.io.records import plain, write_json
+from rlkd.runs.export_exits import NUM_TRACED, calibrated_exit
 from rlkd.runs.export_int8 import add_int8
 from rlkd.runs.shipped import ShippedData
 
 TARGETS = ("onnx", "torch", "hf")
 EXITS = ("both", "if", "parts")
-NUM_TRACED = 3  # samples that a graph is traced with; one alone would be taken for a constant
 NUM_COMPARED = 255  # samples whose answers are compared with PyTorch, a multiple of the compared batch
 Log = Callable[[str], object]
 
@@ -54,6 +55,7 @@ class ExportOptions:
     hardware: Hardware
     exits: str = "both"  # an ONNX If for whole batches, a chain of parts for single samples, or both
     exit_accuracy: float | None = None  # on validation
+    exit_latency: str | None = None  # of a sample at batch 1: 0.5 or 2x of the time without early exits, or 300us
     tolerance: float = TOLERANCE  # of a logit
     triton: Path | None = None
     name: str = "student"  # in the Triton repository
@@ -68,6 +70,10 @@ class ExportOptions:
                 raise UserError(f"{option}: got {value!r:.40}; allowed: {', '.join(allowed)}")
         if not 0 < self.tolerance < 1:
             raise UserError(f"--tolerance: got {self.tolerance:g}; allowed: above 0, below 1")
+        if self.exit_accuracy is not None and self.exit_latency is not None:
+            raise UserError("--exit_accuracy, --exit_latency: got both; allowed: one, by which the threshold is chosen")
+        if self.exit_latency is not None:
+            limit_ratio("latency", self.exit_latency, 1.0, option="--exit_latency")
         if self.triton is not None and (self.to, self.exits) not in (("onnx", "both"), ("onnx", "if")):
             raise UserError(
                 f"--triton: got --to {self.to} --exits {self.exits}; allowed: --to onnx with --exits both or if"
@@ -114,13 +120,14 @@ def export_student(opened: ShippedData, options: ExportOptions, out: Path, log: 
         "hardware": options.hardware.name,
         "data": opened.data_name,
     }
-    if options.exit_accuracy is not None:
-        chosen = calibrate(opened.student, opened.batch, opened.few("validation"), opened.labels, options.exit_accuracy)
+    chosen = calibrated_exit(opened, options.exit_accuracy, options.exit_latency, options.hardware.threads)
+    if chosen is not None:
         notes.append(chosen.line())
         record["exits"] = plain(chosen)
         opened = opened.with_student(with_threshold(opened.student, chosen.threshold))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _remove_earlier(out)
     except OSError as error:
         raise write_error(out, error) from error
     written = {"onnx": _to_onnx, "torch": _to_torch, "hf": _to_transformers}[options.to](opened, options, out)
@@ -140,6 +147,14 @@ def export_student(opened: ShippedData, options: ExportOptions, out: Path, log: 
     for line in notes:
         log(line)
     return record
+
+
+def _remove_earlier(out: Path) -> None:
+    """Remove the graphs of an earlier export into the same folder, which this one may not write again."""
+    for path in (out / "model.onnx", out / "model_int8.onnx", *(out / "parts").glob("part_*.onnx")):
+        path.unlink(missing_ok=True)
+    for name in ("parts.json", "runner.py"):
+        (out / "parts" / name).unlink(missing_ok=True)
 
 
 def _to_onnx(opened: ShippedData, options: ExportOptions, out: Path) -> ExportedForm:

@@ -165,6 +165,7 @@ def add_int8(
     forms = int8_forms(opened, flat, num_early, most_lost, log)
     if aware_steps:
         forms += aware_forms(opened, flat, num_early, most_lost=most_lost, num_steps=aware_steps, log=log)
+    forms = [forms[0], *(form for form in forms[1:] if _runs_on(form, hardware, log))]
     test = opened.few("test")
     timed = [_latency_s(forms, opened, size, hardware.threads) for size in hardware.batch_sizes]
     rows: list[dict[str, Any]] = []
@@ -183,7 +184,10 @@ def add_int8(
         )
     record: dict[str, Any] = {"forms": rows, "written": None}
     if len(forms) == 1:
-        log(f"int8 was taken back: no form loses at most {100 * most_lost:g} points; float32 ships alone")
+        log(
+            f"int8 was taken back: no form that runs on {hardware.name} loses at most {100 * most_lost:g} points; "
+            "float32 ships alone"
+        )
         return record
     first = str(hardware.batch_sizes[0])
     best = min(range(1, len(forms)), key=lambda index: rows[index]["latency_s"][first])
@@ -195,6 +199,14 @@ def add_int8(
     if slower:
         log(f"note: int8 is slower than float32 here at batch {', '.join(slower)}; it gains size alone")
     return record
+
+
+def _runs_on(form: Form, hardware: Hardware, log: Log) -> bool:
+    """Whether the target has all operators of a form; log which ones it lacks."""
+    missing = hardware.missing_operators(surgery.operators_of(form.graph))
+    if missing:
+        log(f"{form.name}: {hardware.name} lacks {', '.join(missing)}; left out")
+    return not missing
 
 
 def _line(row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from rlkd.export.flat import num_early_exits
 from rlkd.export.measure import NUM_COUNTED, MeasuredForm, count_macs, measure, parameters_of
 from rlkd.export.onnx_file import export_flat, runner_of, session_of, torch_runner
 from rlkd.hardware import Hardware
-from rlkd.runs.export import NUM_TRACED
+from rlkd.runs.export_exits import NUM_TRACED
 from rlkd.runs.shipped import ShippedData, examples_of, opened_examples
 
 TEACHER = "teacher"

@@ -18,8 +18,11 @@ import onnxruntime
 from rlkd.cli.main import main
 from rlkd.compression import load_student
 from rlkd.data import load_dataset
-from rlkd.export.exits import with_threshold
+from rlkd.errors import UserError
+from rlkd.export.exits import time_exits, with_threshold
 from rlkd.hardware import FOLDER as PROFILES
+from rlkd.runs.export_exits import calibrated_exit
+from rlkd.runs.shipped import ShippedData
 
 Capture = pytest.CaptureFixture[str]
 
@@ -114,6 +117,81 @@ def test_exit_thresholds_are_chosen_on_validation(folder: Path, tmp_path: Path, 
     assert float(right.float().mean()) == pytest.approx(chosen["accuracy"])
 
 
+def test_exit_thresholds_are_chosen_for_a_latency(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlkd.runs.export_exits.time_exits", lambda *_, **__: [1e-3, 2e-3, 4e-3])  # no clock
+    options = ["--data", "digits", "--to", "torch"]
+    reached = []
+    for asked in ("1.05ms", "0.27", "1x"):
+        assert main(["export", str(folder), *options, "--exit_latency", asked, "--out", str(tmp_path / asked)]) == 0
+        chosen = json.loads((tmp_path / asked / "export.json").read_text())["exits"]
+        took_s = sum(rate * s for rate, s in zip(chosen["exit_rates"], (1e-3, 2e-3, 4e-3), strict=True))
+        assert took_s == pytest.approx(chosen["latency_s"])
+        assert took_s <= {"1.05ms": 1.05e-3, "0.27": 1.08e-3, "1x": 4e-3}[asked] + 1e-9
+        assert chosen["accuracy"] == pytest.approx(accuracy_at(folder, chosen["threshold"]))
+        reached.append(chosen["accuracy"])
+    assert reached[0] <= reached[1] < reached[2]
+    assert reached[2] >= max(accuracy_at(folder, i / 20) for i in range(21))
+    assert "for a sample at batch 1 in the mean" in capsys.readouterr().out
+    assert main(["export", str(folder), *options, "--exit_latency", "900us", "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "--exit_latency: got 900.0 us; allowed: at least 10" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("accuracy", "latency"), [(0.9, None), (None, "2x")])
+def test_a_language_model_has_no_threshold_to_choose(folder: Path, accuracy: float | None, latency: str | None) -> None:
+    opened = ShippedData(
+        folder=folder,
+        student=load_student(folder),
+        kind="causal_lm",
+        data_name="novels",
+        batch=lambda rows: {},
+        labels=torch.zeros(8, dtype=torch.int64),  # as a language model has them
+        splits={"validation": torch.arange(8)},
+        has_length=True,
+        card={},
+    )
+    with pytest.raises(UserError, match="got a language model, whose tokens leave one by one"):
+        calibrated_exit(opened, accuracy, latency, 1)
+
+
+def test_parts_up_to_each_exit_are_timed(folder: Path) -> None:
+    student, data = load_student(folder).eval(), load_dataset("digits")
+
+    def batch(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"inputs": data.inputs[rows].flatten(1)}
+
+    validation = data.splits["validation"]
+    traced = batch(validation[:3])
+    seconds = time_exits(student, batch, validation, traced=traced, has_length=False, threads=1)
+    assert len(seconds) == 3
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < 1
+
+
+def test_a_second_export_leaves_no_graph_of_the_first(folder: Path, tmp_path: Path) -> None:
+    options = ["--data", "digits", "--out", str(tmp_path)]
+    assert main(["export", str(folder), *options, "--int8", "--most_lost", "100"]) == 0
+    assert (tmp_path / "model_int8.onnx").exists()
+    (tmp_path / "parts" / "mine.txt").write_text("stays")
+    assert main(["export", str(folder), *options, "--exits", "if"]) == 0
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"README.md", "export.json", "model.onnx", "parts/mine.txt"}
+
+
+def test_an_int8_form_with_operators_that_the_target_lacks_is_left_out(
+    folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    options = ["--data", "digits", "--hardware", "edge", "--exits", "parts", "--int8", "--most_lost", "100"]
+    assert main(["export", str(folder), *options, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "int8 static: edge lacks If; left out" in out
+    assert "int8 was taken back: no form that runs on edge" in out
+    assert not (tmp_path / "model_int8.onnx").exists()
+    assert json.loads((tmp_path / "export.json").read_text())["int8"]["written"] is None
+
+
 MISTAKES = {
     "no student": (["gone"], ["gone", "student.json"]),
     "no data": (["FOLDER"], ["--data"]),
@@ -122,6 +200,11 @@ MISTAKES = {
     "hf for a chain": (["FOLDER", "--data", "digits", "--to", "hf"], ["got hf for a chain", "onnx, torch"]),
     "exits": (["FOLDER", "--data", "digits", "--exits", "all"], ["both, if, parts"]),
     "tolerance": (["FOLDER", "--data", "digits", "--tolerance", "0"], ["--tolerance: got 0"]),
+    "exits asked twice": (
+        ["FOLDER", "--data", "digits", "--exit_accuracy", "0.9", "--exit_latency", "2x"],
+        ["--exit_accuracy, --exit_latency: got both"],
+    ),
+    "exit latency": (["FOLDER", "--exit_latency", "3"], ["--exit_latency: got '3'", "or 2x"]),
     "hardware": (["FOLDER", "--data", "digits", "--hardware", "cpux"], ["'cpux'", "did you mean cpu"]),
     "triton of torch": (["FOLDER", "--to", "torch", "--triton", "x"], ["--triton: got --to torch"]),
     "triton name": (["FOLDER", "--data", "digits", "--triton", "x", "--name", "a b"], ["the name 'a b'", "letters"]),
