@@ -8,6 +8,7 @@ candidates for both ends: validation accuracy up, latency down. The front is wha
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import optuna
 import torch
@@ -25,6 +26,7 @@ from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 
 EXIT_AT = 0.9  # confidence at which samples leave in the proxy; the distillation sets its own
 LEAST_SEEDS = 2  # a population has at least two students
+NUM_FIRST = 4  # structures within the limits that are proposed first, spread over the search
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,6 @@ class Space:
 
     config: StructureConfig
     data: DataSet
-    signals: Signals
     profile: CostProfile
     limits: tuple[float, ...]  # in the order of COSTS; inf: none
 
@@ -120,29 +121,32 @@ class Space:
 
     def grid(self) -> list[Candidate]:
         """Return structures that span the search, the fastest first, for the table of what is possible."""
+        made = [self.candidate(**point) for point in self.points()]
+        return sorted({c.widths: c for c in made if c is not None}.values(), key=lambda c: c.latency_s)
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return arguments of `candidate` that span the search, without an early exit."""
         (low, high), (narrow, wide) = self.config.depths, self.config.widths
         widths = sorted({round(narrow * (wide / narrow) ** (i / 6)) for i in range(7)})
-        made = [
-            self.candidate(depth, width, taper, False)
+        return [
+            {"depth": depth, "width": width, "taper": taper, "has_exit": False}
             for depth in range(low, high + 1)
             for width in widths
             for taper in self.config.tapers
         ]
-        return sorted({c.widths: c for c in made if c is not None}.values(), key=lambda c: c.latency_s)
 
     def _structure(self, widths: tuple[int, ...], exits: tuple[int, ...]) -> StudentConfig:
         return replace(self.config.reference, widths=widths, exits=exits)
 
 
 def build_space(config: StructureConfig) -> Space:
-    """Load data and teacher, and time students of the reference's kind once.
+    """Load data, and time students of the reference's kind once on this machine.
 
     Raises:
         UserError: an impossible search.
     """
     config.check()
     data = load_dataset(config.dataset)
-    signals = compute_signals(load_teachers(config.teacher, data), data)
     reference = _reference(config, data)
     profile = load_or_calibrate(config.cost, reference)
     latency_s = float(_dense_cost(profile, reference).latency_s)
@@ -151,7 +155,7 @@ def build_space(config: StructureConfig) -> Space:
         math.inf if value is None else limit_ratio(name, value, latency_s)
         for name, value in zip(COSTS, given, strict=True)
     ]
-    return Space(config, data, signals, profile, tuple(limits))
+    return Space(config, data, profile, tuple(limits))
 
 
 def _reference(config: StructureConfig, data: DataSet) -> ChainStudent:
@@ -183,18 +187,18 @@ def check_satisfiable(space: Space) -> list[Candidate]:
     )
 
 
-def train_shortly(space: Space, candidate: Candidate, seed: int) -> Candidate:
+def train_shortly(space: Space, signals: Signals, candidate: Candidate, seed: int) -> Candidate:
     """Return the candidate with its mean validation accuracy after a short training, and its expected latency."""
     config, data = space.config, space.data
     structure = replace(config.reference, widths=candidate.widths, exits=candidate.exits)
     student = build_student(structure, data.input_shape, data.num_classes)
-    group = Population(student, data, space.signals, config.num_seeds, config.train, record=False)
+    group = Population(student, data, signals, config.num_seeds, config.train, record=False)
     num_labels = float(len(data.splits["train"]))
     tasks = TaskDistribution(
         dataset=config.dataset, label_noise=Range(0.0, 0.0), num_labels=Range(num_labels, num_labels)
     )
     seeds = range(seed, seed + config.num_seeds)
-    group.reset([draw_task(s, tasks, data, len(space.signals.accuracy)) for s in seeds])
+    group.reset([draw_task(s, tasks, data, len(signals.accuracy)) for s in seeds])
     controls = ControlConfig()
     setting = decode(published_setting(controls).expand(config.num_seeds, -1), controls, data.num_classes)
     for _ in range(config.num_windows):
@@ -211,17 +215,22 @@ def train_shortly(space: Space, candidate: Candidate, seed: int) -> Candidate:
 
 
 def search(space: Space, seed: int, on_candidate: Callable[[Candidate], object]) -> list[Candidate]:
-    """Return all trained candidates, each within the limits.
+    """Load the teacher and return all trained candidates, each within the limits; at least one.
 
     Args:
-        space: what to draw from; some structure of it is within the limits.
+        space: what to draw from; `check_satisfiable` found structures of it that are within the limits.
         seed: of the proposals and the trainings.
         on_candidate: called after each.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = space.config
+    signals = compute_signals(load_teachers(config.teacher, space.data), space.data)
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    made = [(point, space.candidate(**point)) for point in space.points()]
+    fitting = [point for point, candidate in made if candidate is not None and space.fits(candidate)]
+    for point in fitting[:: max(1, -(-len(fitting) // NUM_FIRST))]:  # proposals alone can all miss narrow limits
+        study.enqueue_trial(point)
     done: dict[tuple[tuple[int, ...], tuple[int, ...]], Candidate] = {}
     asked = 0
     while len(done) < config.num_candidates and asked < 20 * config.num_candidates:
@@ -231,14 +240,14 @@ def search(space: Space, seed: int, on_candidate: Callable[[Candidate], object])
             trial.suggest_int("depth", *config.depths),
             trial.suggest_int("width", *config.widths, log=True),
             trial.suggest_categorical("taper", list(config.tapers)),
-            trial.suggest_categorical("exit", [False, True]),
+            trial.suggest_categorical("has_exit", [False, True]),
         )
         if drawn is None or not space.fits(drawn):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue
         key = (drawn.widths, drawn.exits)
         if key not in done:
-            done[key] = train_shortly(space, drawn, seed)
+            done[key] = train_shortly(space, signals, drawn, seed)
             on_candidate(done[key])
         study.tell(trial, [done[key].accuracy, done[key].expected_latency_s])
     return list(done.values())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rlkd.cost import CostConfig
 from rlkd.data import Goal
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig
-from rlkd.runs.search import Candidate, StructureConfig, build_space, check_satisfiable, front_of
+from rlkd.runs.search import Candidate, Space, StructureConfig, build_space, check_satisfiable, front_of, search
 from rlkd.teachers import TeacherConfig
 
 Capture = pytest.CaptureFixture[str]
@@ -49,6 +50,37 @@ def test_limits_below_the_smallest_structure_end_before_any_training(profile_fil
     space = build_space(config(profile_file, Goal(macs=0.001)))
     with pytest.raises(UserError, match=r"no structure is within the limits; the fastest one, widths \[.*macs 0\."):
         check_satisfiable(space)
+
+
+def test_narrow_limits_still_have_a_candidate(profile_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly a structure fits, and one proposal is asked for: it is within the limits."""
+    trained: list[Candidate] = []
+
+    def train(space: Space, signals: object, candidate: Candidate, seed: int) -> Candidate:
+        trained.append(candidate)
+        return replace(candidate, accuracy=0.5, expected_latency_s=candidate.latency_s)
+
+    monkeypatch.setattr("rlkd.runs.search.train_shortly", train)
+    space = build_space(replace(config(profile_file, Goal(macs=0.1)), num_candidates=1))
+    assert 0 < len(check_satisfiable(space)) < len(space.grid()) / 10
+    for seed in range(3):
+        (found,) = search(space, seed, lambda candidate: None)
+        assert space.fits(found)
+    assert len(trained) == 3
+
+
+def test_what_is_possible_is_told_before_a_teacher_is_trained(
+    profile_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("a teacher was asked for")
+
+    monkeypatch.setattr("rlkd.runs.search.load_teachers", refuse)
+    options = ["--cost.profile", str(profile_file), "--goal.macs", "2x", "--out", str(tmp_path / "a")]
+    assert main(["search", *options]) == 2
+    printed = capsys.readouterr()
+    assert "what is possible" in printed.out
+    assert "a teacher was asked for" in printed.err
 
 
 def test_the_front_is_what_no_other_candidate_beats() -> None:
