@@ -114,6 +114,18 @@ def _server() -> Any:
     return module.Teacher()
 
 
+def test_each_process_of_torchrun_writes_its_shard(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "answers"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, words in (("1", "shard 2 of 2: written"), ("0", "shard 1 of 2: written")):
+        monkeypatch.setenv("RANK", rank)
+        assert signals(place, out) == 0
+        assert words in capsys.readouterr().out
+    assert len(json.loads((out / "index.json").read_text())["shards"]) == 2
+
+
 def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert signals(place, tmp_path / "answers") == 0
     stored = ["--teacher_signals", str(tmp_path / "answers")]

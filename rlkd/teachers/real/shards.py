@@ -1,7 +1,8 @@
 """A teacher's answers in a folder of shards, written by several processes and read on any machine.
 
 Each shard is a safetensors file beside a card with its checksum and what the answers belong to: teacher, data,
-vocabulary. Once all cards are there, `index.json` lists the shards. An answer is the k likeliest tokens (or classes) of
+vocabulary. Once all cards are there, `index.json` lists the shards; where shards were copied together from several
+machines, it is made when they are read. An answer is the k likeliest tokens (or classes) of
 a position with their log-probabilities; that of position t is about token t + 1. A classifier has one position.
 """
 
@@ -146,16 +147,28 @@ def is_written(folder: Path, described: Description, number: int, total: int) ->
 
 
 def _write_index(folder: Path, described: Description, total: int) -> None:
+    shards = _listed(folder, described, total)
+    if shards is None:
+        return
+    rows = [asdict(shard) for shard in shards]
+    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(described), "shards": rows}, indent=1)
+    write_whole(folder / INDEX, text + "\n")
+
+
+def _listed(folder: Path, described: Description, total: int) -> list[Shard] | None:
+    """Return the shards that the cards in a folder list, or None where a card is missing.
+
+    Raises:
+        UserError: cards of another teacher or of other data.
+    """
     paths = [folder / f"answers-{i + 1:05d}-of-{total:05d}.json" for i in range(total)]
     if not all(path.exists() for path in paths):
-        return
+        return None
     cards = [_read_card(path) for path in paths]
     for path, (found, _) in zip(paths, cards, strict=True):
         if found != described:
             raise UserError(f"{path}: {differences(found, described)}; give every answer set a folder of its own")
-    shards = [asdict(shard) for _, (shard,) in cards]
-    text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(described), "shards": shards}, indent=1)
-    write_whole(folder / INDEX, text + "\n")
+    return [shard for _, (shard,) in cards]
 
 
 def differences(found: Description, expected: Description) -> str:
@@ -173,10 +186,21 @@ def read_index(folder: Path) -> tuple[Description, list[Shard]]:
     Raises:
         UserError: shards that are missing, or an index that is damaged.
     """
-    if not (folder / INDEX).is_file():
-        missing = "shards of it are missing" if any(folder.glob("answers-*.json")) else "it has no answers"
-        raise UserError(f"{folder}: has no {INDEX}: {missing}; write them with rlkd signals --out {folder}")
-    return _read_card(inside(folder, INDEX))
+    if (folder / INDEX).is_file():
+        return _read_card(inside(folder, INDEX))
+    cards = sorted(folder.glob("answers-?????-of-?????.json"))
+    for total in sorted({card.stem[-5:] for card in cards}):  # copied together, from machines that saw their own alone
+        mine = [card for card in cards if card.stem.endswith(f"-of-{total}")]
+        if not total.isdecimal() or len(mine) != int(total):
+            continue
+        described, _ = _read_card(mine[0])
+        shards = _listed(folder, described, len(mine))
+        if shards is not None:
+            with refused_as(folder, "a folder of a teacher's answers"):
+                _check_order(shards, described.num_samples)
+            return described, shards
+    missing = "shards of it are missing" if cards else "it has no answers"
+    raise UserError(f"{folder}: has no {INDEX}: {missing}; write them with rlkd signals --out {folder}")
 
 
 def _read_card(path: Path) -> tuple[Description, list[Shard]]:
@@ -203,9 +227,15 @@ def _read_card(path: Path) -> tuple[Description, list[Shard]]:
             )
             for row in rows
         ]
-        if "shards" in card and [s.first for s in shards if s.count] != _firsts(shards, described.num_samples):
-            raise ValueError("its shards do not follow one another")
+        if "shards" in card:
+            _check_order(shards, described.num_samples)
     return described, shards
+
+
+def _check_order(shards: list[Shard], num_samples: int) -> None:
+    """Raise ValueError for shards that leave samples out or hold some twice."""
+    if [shard.first for shard in shards if shard.count] != _firsts(shards, num_samples):
+        raise ValueError("its shards do not follow one another")
 
 
 def _firsts(shards: list[Shard], num_samples: int) -> list[int]:

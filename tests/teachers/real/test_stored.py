@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,29 @@ def test_a_shard_that_is_there_is_not_written_again(tmp_path: Path) -> None:
         write_answers(tmp_path, replace(described, teacher="other"), 0, 2, refuse)
     (tmp_path / "answers-00001-of-00002.safetensors").write_bytes(b"torn")
     assert write_answers(tmp_path, described, 0, 2, lambda rows: model_answers(side, rows, K, 3))
+
+
+def test_shards_of_two_machines_are_read_where_they_are_copied_together(tmp_path: Path) -> None:
+    data = texts()
+    side = side_of(data, "llama")
+    for number, name in ((0, "here"), (1, "there")):
+        described = written(tmp_path / name, side, 2, (number,))
+        assert not (tmp_path / name / INDEX).exists()
+    shutil.copytree(tmp_path / "there", tmp_path / "here", dirs_exist_ok=True)
+    whole = read(tmp_path / "whole", written(tmp_path / "whole", side, 2), data)
+    assert read_index(tmp_path / "here") == read_index(tmp_path / "whole")
+    assert torch.equal(read(tmp_path / "here", described, data).losses, whole.losses)
+    card = json.loads((tmp_path / "here" / "answers-00002-of-00002.json").read_text())
+    for change, words in (
+        ({"shard": {**card["shard"], "first": 0}}, "do not follow one another"),
+        ({"teacher_sha256": "1" * 64}, "teacher_sha256 is 1111"),
+    ):
+        (tmp_path / "here" / "answers-00002-of-00002.json").write_text(json.dumps({**card, **change}))
+        with pytest.raises(UserError, match=words):
+            read_index(tmp_path / "here")
+    (tmp_path / "here" / "answers-00001-of-00002.json").unlink()
+    with pytest.raises(UserError, match="shards of it are missing"):
+        read_index(tmp_path / "here")
 
 
 def test_answers_to_something_else_are_refused_in_one_line(tmp_path: Path) -> None:
