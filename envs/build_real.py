@@ -20,6 +20,7 @@ from rlkd.envs.rate import with_learning_rate
 from rlkd.envs.real import RealEpisodeConfig, RealScenario
 from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
+from rlkd.hardware import load_hardware
 from rlkd.models.real.attachment import Plan, control_table
 from rlkd.models.real.hooks import Link, link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
@@ -247,12 +248,11 @@ def _profile(config: RealConfig, student: Side, one: dict[str, Tensor], kind: Ki
     if cost.profile is not None:
         work = count_work(student.model, one, student.plan)
         return load_speed(Path(cost.profile), student.plan, work, cost.batch_size)
+    threads, batches = config.timed()
+    if config.hardware and load_hardware(config.hardware).device != "cpu":
+        logger.warning(
+            f"hardware: {config.hardware} is no CPU; the student's latencies are timed on this machine's CPU"
+        )
     return load_or_measure(
-        student.model,
-        one,
-        student.plan,
-        kind,
-        batch_size=cost.batch_size,
-        batches=cost.batches,
-        threads=cost.threads,
+        student.model, one, student.plan, kind, batch_size=cost.batch_size, batches=batches, threads=threads
     )

@@ -24,20 +24,20 @@ class RealCostConfig:
 
     batch_size: int = 8
     """Samples that one inference answers together: the latency that the reward reads."""
-    threads: int = 1
-    """CPU threads of one inference."""
-    batches: tuple[int, ...] = BATCHES
-    """Further batch sizes that smaller copies of the student are timed at; more of them make a better fit."""
+    threads: int | None = None
+    """CPU threads of one inference; by default those of the hardware profile, else 1."""
+    batches: tuple[int, ...] | None = None
+    """Further batch sizes that smaller copies of the student are timed at; more of them make a better fit. By default
+    those of the hardware profile, else 1, 8 and 32."""
     profile: str | None = None
     """cost_profile.json of an earlier run of the same student: its speed is taken and nothing is timed."""
 
     def check(self) -> None:
         """Raise UserError for a batch without a sample, or no thread."""
-        if self.batch_size < 1 or any(size < 1 for size in self.batches):
-            raise UserError(
-                f"cost: got batch_size {self.batch_size} and batches {list(self.batches)}; allowed: at least 1 each"
-            )
-        if self.threads < 1:
+        batches = list(self.batches or ())
+        if self.batch_size < 1 or any(size < 1 for size in batches):
+            raise UserError(f"cost: got batch_size {self.batch_size} and batches {batches}; allowed: at least 1 each")
+        if self.threads is not None and self.threads < 1:
             raise UserError(f"cost.threads: got {self.threads}; allowed: at least 1")
 
 
@@ -81,7 +81,8 @@ class RealConfig:
     cost: RealCostConfig = field(default_factory=RealCostConfig)
     hardware: str = ""
     """Hardware profile (cpu, gpu, edge, or a YAML file): kept units are rounded up, so that layers have multiples of
-    its channel_multiple; by default they are not rounded."""
+    its channel_multiple, and its threads and batch sizes are those of the cost profile; by default they are not
+    rounded."""
     goal: Goal = field(default_factory=Goal)
     preference: Preference = field(default_factory=Preference)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -125,6 +126,17 @@ class RealConfig:
     def is_absent(self) -> bool:
         """Whether the teacher's answers come from elsewhere, so that its weights are not read."""
         return self.teacher_signals is not None or self.teacher_url is not None
+
+    def timed(self) -> tuple[int, tuple[int, ...]]:
+        """Return threads and further batch sizes of the cost profile: those given, else the hardware profile's.
+
+        Raises:
+            UserError: there is no such profile.
+        """
+        target = load_hardware(self.hardware) if self.hardware else None
+        threads, batches = (1, BATCHES) if target is None else (target.threads, target.batch_sizes)
+        cost = self.cost
+        return cost.threads or threads, batches if cost.batches is None else cost.batches
 
     def channel_multiple(self) -> int:
         """Return the number of channels that layers of the target should have multiples of.
