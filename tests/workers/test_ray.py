@@ -11,6 +11,7 @@ import pytest
 
 from rlkd.errors import UserError
 from rlkd.workers import Work, WorkerError, WorkersConfig, open_workers
+from rlkd.workers.interface import MAX_RETRIES
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'rlkd[ray]'")
 
@@ -79,6 +80,17 @@ def test_an_error_is_one_line_and_a_killed_worker_is_replaced(workers: RayWorker
     with pytest.raises(UserError, match=r"^scenario: got nothing$"):
         list(workers.run(works(mistake, ())))
     assert list(workers.run(works(once, (tmp_path / "a",), (tmp_path / "b",)))) == ["a", "b"]
+
+
+def test_a_piece_that_kills_every_worker_ends_the_run(workers: RayWorkers) -> None:
+    def deadly(on_window: Callable[[int], object]) -> None:
+        import os
+
+        os._exit(1)
+
+    with pytest.raises(WorkerError, match=rf"^work piece 0: its worker was lost {MAX_RETRIES + 1} times"):
+        list(workers.run(works(deadly, ())))
+    assert list(workers.run(works(lambda on_window: 7, ()))) == [7]  # they go on
 
 
 def test_sigterm_stays_with_the_main_process(workers: RayWorkers) -> None:

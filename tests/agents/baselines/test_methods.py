@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -21,8 +22,11 @@ from rlkd.data import Preference
 from rlkd.envs import CONTROLS, OBSERVATIONS, Scenario
 from rlkd.envs.action import published_setting
 from rlkd.envs.episodes import Episodes
+from rlkd.envs.references import References
 from rlkd.errors import UserError
 from rlkd.students import TrainConfig
+from rlkd.workers import IN_PROCESS
+from rlkd.workers.processes import ProcessWorkers
 
 SEEDS = (2**60 + 1, 2**60 + 2)
 SEARCH = SearchConfig(num_settings=2, tasks_per_setting=2, num_finalists=2, tasks_per_finalist=3)
@@ -210,3 +214,20 @@ def test_tuned_exits_are_never_worse_on_validation(asked: Request) -> None:
         run(asked.scenario, hold_start, SEEDS, tasks, final_split="validation", tune_exit=t) for t in (False, True)
     )
     assert (tuned.score >= plain.score).all()
+
+
+@pytest.mark.slow
+def test_a_comparison_with_its_searches_does_not_depend_on_the_workers(asked: Request) -> None:
+    """Searches of recipes, per-task searches, controllers that learn on the way, and the policy."""
+    names = ["policy", "constant", "nncf", "cubic", "open_loop", "ctkd", "hypergradient", "tpe_10", "random_10"]
+    tables = []
+    for num_workers in (0, 2):
+        fresh = dataclasses.replace(asked.scenario, known=References())  # references are trained again
+        with ProcessWorkers(num_workers) if num_workers else contextlib.nullcontext(IN_PROCESS) as workers:
+            tables.append(table_of(names, asked, scenario=fresh, workers=workers))
+    alone, shared = tables
+    for name in names:
+        for field in dataclasses.fields(Results):
+            a, b = (getattr(table[name], field.name) for table in (alone, shared))
+            np.testing.assert_array_equal(a, b, err_msg=f"{name}: {field.name}")
+    assert len({tuple(alone[name].score) for name in names}) > 4  # the methods differ
