@@ -15,6 +15,7 @@ from rlkd.envs.action import ControlConfig, published_setting
 from rlkd.envs.references import References, load_warm_start, stated_reference, train_references
 from rlkd.errors import UserError
 from rlkd.io.numbers import check_finite
+from rlkd.io.settings import with_types
 from rlkd.losses import LossConfig
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.students import Population, SoloStudent, Students, TrainConfig
@@ -302,6 +303,7 @@ def build_scenario(
     check_type(config, "build_scenario")
     if not isinstance(student, ChainStudent | None):
         raise UserError(f"build_scenario: student: got {type(student).__name__}; allowed: an rlkd.models.ChainStudent")
+    config = with_types(config, "build_scenario")
     config.check()
     data = load_dataset(config.task.dataset)
     teachers = load_teachers(config.teacher, data)

@@ -33,6 +33,19 @@ def with_settings(config: Any, settings: Mapping[str, Any], what: str = "options
     return config
 
 
+def with_types(config: Any, what: str) -> Any:
+    """Return `config` with values of the types that its fields have: lists as tuples, whole numbers as floats.
+
+    Args:
+        config: a dataclass, whose fields may be dataclasses.
+        what: begins the messages.
+
+    Raises:
+        UserError: a value of another type, NaN and infinity among them.
+    """
+    return with_settings(config, {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, what)
+
+
 def _with_setting(config: Any, path: list[str], value: Any, name: str) -> Any:
     names = [f.name for f in dataclasses.fields(config)]
     if path[0] not in names:
@@ -67,7 +80,7 @@ def _fitted(value: Any, hint: Any, name: str) -> Any:
             return with_settings(hint(), value, name)
         if not isinstance(value, hint):
             return _MISFIT
-        return with_settings(value, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, name)
+        return with_types(value, name)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value) if math.isfinite(value) else _MISFIT
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):

@@ -293,6 +293,14 @@ def test_policies_are_found_by_name_and_by_folder(policy: Path, tmp_path: Path) 
             "make_sb3_env: got 'digits'; allowed: an rlkd.EnvConfig.*task={'dataset': 'digits'}",
         ),
         (lambda out: rlkd.build_scenario("digits"), "build_scenario: got 'digits'; allowed: an rlkd.EnvConfig"),
+        (
+            lambda out: rlkd.make_env(rlkd.EnvConfig(num_windows="4")),
+            "build_scenario: num_windows: got '4'; allowed: a whole number",
+        ),
+        (
+            lambda out: rlkd.make_sb3_env(rlkd.EnvConfig(student=rlkd.StudentConfig(widths=48))),
+            "build_scenario: student: widths: got 48; allowed: a list, each entry a whole number",
+        ),
         (lambda out: rlkd.make_env("digits", num_windows=2), "make: got 'digits'; allowed: an rlkd.EnvConfig"),
         (
             lambda out: rlkd.build_scenario(rlkd.EnvConfig(), student=nn.Linear(64, 10)),

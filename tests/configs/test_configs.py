@@ -12,6 +12,7 @@ from rlkd.envs import ControlConfig
 from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
 from rlkd.io.records import plain
+from rlkd.io.settings import with_types
 from rlkd.runs.folder import describe_run
 
 KINDS = {
@@ -34,6 +35,7 @@ def test_configs_parse_and_are_possible(name: str) -> None:
     config, _ = parse(new_parser("x", "", [""]), ["--config", name], KINDS[name])
     assert config is not None
     config.check()
+    assert with_types(config, "config") == config
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -41,6 +43,7 @@ def test_comparisons_parse_and_are_possible(name: str) -> None:
     config, _ = parse(new_parser("compare", "", [""]), ["--config", name, "--policy", "some"], CompareConfig)
     assert config is not None
     config.check()
+    assert with_types(config, "config") == config
 
 
 @pytest.mark.parametrize("name", ["default", "full"])
