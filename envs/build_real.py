@@ -1,5 +1,6 @@
 """Build the scenario of a real model: load both models and the data, get the teacher's signals, count and time."""
 
+import contextlib
 import dataclasses
 import logging
 import statistics
@@ -21,17 +22,20 @@ from rlkd.envs.real import RealEpisodeConfig, RealScenario
 from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
 from rlkd.hardware import load_hardware
+from rlkd.io.processes import first_alone, from_first, num_processes
 from rlkd.models.real.attachment import Plan, control_table
 from rlkd.models.real.hooks import Link, link_places, link_table
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind, as_user_error, kind_of, load_config
+from rlkd.models.real.sharding import is_sharded
 from rlkd.models.real.sides import Side, absent_teacher, load_student, load_teacher
-from rlkd.students.real.processes import first_alone, from_first
+from rlkd.students.real.sharded import check_sharding
 from rlkd.teachers import Signals
 from rlkd.teachers.real.answering import asked_folder, class_names_of
 from rlkd.teachers.real.module_signals import describe_quality, module_signals
 from rlkd.teachers.real.server import Server
 from rlkd.teachers.real.several import combine_teachers, further_answers
+from rlkd.teachers.real.sharded import shard_teacher
 from rlkd.teachers.real.shards import names_digest
 from rlkd.teachers.real.stored import stored_signals
 from rlkd.teachers.real.token_signals import TokenSignals, token_signals
@@ -41,6 +45,7 @@ MAY_BE_SEEN = (
     "WARNING: rlkd cut the test split itself: if the teacher was trained on these data, its accuracy and the floor are "
     "too high; name the splits to be sure"
 )
+ALONE = "train.shard, teacher_shard: there is one process, which holds everything; torchrun starts several"
 RESPONSES = {"forward": "the forward KL", "reverse": "the reverse KL", "js": "the Jensen-Shannon divergence"}
 NUM_LINES = 20  # of the report on the data that are printed
 
@@ -111,10 +116,19 @@ def scenario_of_sides(
     )
     student = dataclasses.replace(student, plan=from_first(lambda: _rehearsed(student, links, kind)))
     places = [link.teacher for link in links]
-    is_whole = config.teacher_device_map is None and not teacher.is_absent
-    if is_whole:
+    if (config.train.shard or config.teacher_shard) and num_processes() == 1:
+        logger.warning(ALONE)
+    if config.train.shard and num_processes() > 1:
+        with Instrumented(student.model, student.plan, links) as attached:
+            check_sharding(attached, student.data.batch(few), device)
+    teacher_work = _teacher_work(teacher)
+    shards = config.teacher_shard and num_processes() > 1
+    is_whole = config.teacher_device_map is None and not teacher.is_absent and not shards
+    if shards:
+        shard_teacher(teacher.model, teacher.plan.blocks, teacher.data.batch(few), device)
+    elif is_whole:
         teacher.model.to(device)
-    with first_alone():
+    with contextlib.nullcontext() if shards else first_alone():
         signals = _stored(config, teacher, kind) if teacher.is_absent else _signals(config, teacher, places)
     if is_whole:
         teacher.model.cpu()
@@ -125,7 +139,6 @@ def scenario_of_sides(
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = _typical(student.data)
     profile = from_first(lambda: _profile(config, student, one, kind))  # observations and limits follow from it
-    teacher_work = _teacher_work(teacher)
     task = TaskDistribution(
         dataset=student.data.name,
         label_noise=Range(0.0, 0.0),
@@ -145,7 +158,7 @@ def scenario_of_sides(
         f"{link_table(links)}\n\n{control_table(student.plan)}\n{_about_tokens(config, signals)}",
         f"{student.data.report}{quality}",
         config.tokens,
-        teacher.model if is_whole else None,
+        teacher.model if is_whole or (shards and config.tokens.teacher_in_memory) else None,
         teacher.data if is_whole else None,
         has_given_splits=has_given_splits,
         channel_multiple=config.channel_multiple(),
@@ -177,7 +190,8 @@ def _signals(config: RealConfig, teacher: Side, places: list[str]) -> Signals:
     if not isinstance(data, TokenExamples):
         signals = module_signals(model, plan, places, data, size)
         device, sources = config.train.torch_device(), config.sources()
-        more = [further_answers(sources, name, teacher, device, size) for name in config.more_teachers]
+        shard = is_sharded(model)
+        more = [further_answers(sources, name, teacher, device, size, shard=shard) for name in config.more_teachers]
         return combine_teachers(signals, more, data, config.teacher_weights) if more else signals
     if config.more_teachers:
         raise UserError("more_teachers: got a language model; allowed: with classifiers")

@@ -56,8 +56,8 @@ class RealScenario:
     tables: str  # what was mapped to what, and which controls there are
     report: str  # of the data: what was used, and the class that each label means
     tokens: TokenConfig = field(default_factory=TokenConfig)  # of a language model
-    teacher: nn.Module | None = None  # to be timed beside the student; None where it is spread over devices
-    teacher_data: Examples | None = None  # the samples with the teacher's own inputs
+    teacher: nn.Module | None = None  # beside the student; None where it is spread over devices
+    teacher_data: Examples | None = None  # the samples with the inputs of a teacher that is timed, which is whole
     known: References = field(default_factory=References)
     has_given_splits: bool = True  # else rlkd cut them, and the teacher may have learned from test samples
     channel_multiple: int = 1  # kept units are rounded up, so that layers have multiples of so many channels

@@ -56,6 +56,9 @@ class RealConfig:
     teacher_device_map: str | None = None
     """Spread a teacher that fits on no single device: auto or balanced (accelerate), or a JSON file of module paths and
     devices, among them cpu and disk. Its signals are computed once, before any training."""
+    teacher_shard: bool = False
+    """Shard the teacher's weights over the processes of torchrun (FSDP2), which answer the batches in turns; it is not
+    timed then. One process alone holds everything."""
     teacher_signals: str | None = None
     """Folder of rlkd signals with the teacher's answers; of `teacher`, its configuration and its tokenizer or image
     processor alone are read."""
@@ -110,11 +113,14 @@ class RealConfig:
         check_sections(self, "cut", "columns", "attach", "train", "loss", "tokens", "cost", "goal", "guard")
         self.goal.weights(self.preference)
         self.channel_multiple()
-        if self.is_absent and (self.more_teachers or self.teacher_device_map or self.tokens.teacher_in_memory):
+        needs_weights = self.more_teachers or self.teacher_device_map or self.tokens.teacher_in_memory
+        if self.is_absent and (needs_weights or self.teacher_shard):
             raise UserError(
-                "teacher_signals, teacher_url: got more_teachers, teacher_device_map or tokens.teacher_in_memory, "
-                "which need the teacher's weights; leave them out"
+                "teacher_signals, teacher_url: got more_teachers, teacher_device_map, teacher_shard or "
+                "tokens.teacher_in_memory, which need the teacher's weights; leave them out"
             )
+        if self.teacher_shard and self.teacher_device_map is not None:
+            raise UserError("teacher_shard, teacher_device_map: got both; allowed: one, for where the weights are")
         if self.teacher_signals is not None and self.teacher_url is not None:
             raise UserError("teacher_signals, teacher_url: got both; allowed: one, where the answers come from")
         if self.tokens.teacher_in_memory and self.teacher_device_map is not None:

@@ -162,9 +162,9 @@ def timed_window(checkpointing: bool, out: Path) -> None:
     from rlkd.data import Task
     from rlkd.data.anchors import Anchors
     from rlkd.data.examples import TokenExamples, next_token_mask
+    from rlkd.io import processes
     from rlkd.models.real.attachment import AttachConfig, make_plan
     from rlkd.models.real.instrumented import Instrumented
-    from rlkd.students.real import processes
     from rlkd.students.real.causal import CausalStudent
     from rlkd.students.real.train_config import ModuleTrainConfig
     from rlkd.teachers.real.token_signals import token_signals

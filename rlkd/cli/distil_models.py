@@ -18,10 +18,10 @@ from rlkd.cli.progress import Bar
 from rlkd.cli.resume import is_finished, parse_run, resumable_folder
 from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
+from rlkd.io import processes
 from rlkd.io.journal import Journal
 from rlkd.runs.folder import use_one_thread
 from rlkd.runs.single import pretrained_scenario, ship_scenario, train_scenario
-from rlkd.students.real import processes
 
 logger = logging.getLogger(__name__)
 
@@ -95,5 +95,6 @@ def _distil(config: RealConfig, bundle: Bundle, options: Namespace, folder: Path
             learned = train_scenario(
                 scenario, config, bundle, folder, seed, progress=bar, journal=journal, show=show_goal
             )
+            processes.leave()  # the first process ships the student alone
             outcome = ship_scenario(learned, config, bundle, folder, seed)
     return print_outcome(outcome)

@@ -1,5 +1,6 @@
 """Samples of a real model's task: several input tensors by name, labels, three splits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,7 +70,7 @@ class TokenExamples(Examples):
         return self.counted[index, : length - 1]
 
 
-def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Return the inputs on `device`."""
     return {name: values.to(device) for name, values in inputs.items()}
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlkd.errors import UserError
+from rlkd.io import processes
 from rlkd.io.files import inside, opened, read_json, write_error, write_whole
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,42 @@ def cached_arrays(
             logger.warning(f"{error}; computing the cached signals in {folder} anew")
             _remove_broken(folder)
     raise UserError(f"{folder}: was broken {NUM_TRIES} times in a row; give RLKD_CACHE a folder of this run alone")
+
+
+def cached_together(
+    name: str,
+    key: Mapping[str, str],
+    specs: Mapping[str, Spec],
+    fill: Callable[[Arrays], object],
+) -> dict[str, Tensor]:
+    """As `cached_arrays` in several processes at once, all of which take part in `fill`; the first one alone writes.
+
+    Args:
+        name: as of `cached_arrays`.
+        key: as of `cached_arrays`.
+        specs: as of `cached_arrays`.
+        fill: writes every array in place in the first process; in the others it is given none.
+
+    Raises:
+        UserError: as of `cached_arrays`; a process does not see what the first one wrote.
+    """
+
+    def lead(arrays: Arrays) -> None:
+        processes.from_first(lambda: True)
+        fill(arrays)
+
+    def refuse(_: Arrays) -> None:
+        raise UserError(
+            f"{cache_dir()}: lacks what the first process wrote; give RLKD_CACHE a folder that every process can read"
+        )
+
+    if processes.index() == 0:
+        tensors = cached_arrays(name, key, specs, lead)
+        processes.from_first(lambda: False)
+        return tensors
+    while processes.from_first(lambda: False):  # the first process begins to fill
+        fill({})
+    return cached_arrays(name, key, specs, refuse)
 
 
 def _write(folder: Path, key: Mapping[str, str], specs: Mapping[str, Spec], fill: Callable[[Arrays], object]) -> None:

@@ -67,7 +67,16 @@ def distil_module(
         journal: as of `run_windows`.
         guard: as of `run_windows`.
     """
-    return ship_module(scenario, run_windows(scenario, controller, seed, on_window, journal, guard))
+    trained = run_windows(scenario, controller, seed, on_window, journal, guard)
+    gather(trained)
+    return ship_module(scenario, trained)
+
+
+def gather(trained: TrainedStudent) -> None:
+    """Make a student with sharded weights whole; every process must call this, before one of them ships it."""
+    students = trained.episodes.students
+    assert isinstance(students, ModuleStudent)
+    students.gather()
 
 
 def ship_module(scenario: RealScenario, trained: TrainedStudent) -> DistilledModule:

@@ -19,7 +19,7 @@ from rlkd.io.files import write_whole
 from rlkd.io.journal import Journal
 from rlkd.io.records import plain
 from rlkd.runs.distil import TrainedStudent, check_shipped, distil, run_windows, student_card, write_student
-from rlkd.runs.distil_real import check_shipped_module, ship_module
+from rlkd.runs.distil_real import check_shipped_module, gather, ship_module
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import dense_accuracies, with_goal
 from rlkd.runs.outcome import Outcome, RunLog, Show, check_goal, write_outcome
@@ -127,6 +127,7 @@ def train_scenario(
     progress.phase("distilling", 1, config.num_windows)
     watch = RunLog(folder, bundle, progress, journal, scenario=scenario)
     trained = run_windows(scenario, bundle.policy.controller(), seed, watch.window, journal, config.guard)
+    gather(trained)
     return TrainedScenario(scenario, trained, watch, dense)
 
 

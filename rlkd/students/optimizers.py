@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rlkd.models.real.sharding import sharded_like, whole
+
 
 class Lion(torch.optim.Optimizer):
     """Sign of an interpolated momentum (Chen et al. 2023, "Symbolic discovery of optimization algorithms").
@@ -70,14 +72,16 @@ def schedule(step: int, total: int, warmup: float, floor: float) -> float:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Copy the state of Adam, AdamW or Lion for every parameter to the CPU, as "optimizer.<number>.<name>".
 
-    What a parameter without a gradient does not have yet is given as the zeros with which it would begin.
+    Sharded tensors are gathered, so that every process must call this. What a parameter without a gradient does not
+    have yet is given as the zeros with which it would begin.
     """
     moments = ("momentum",) if isinstance(optimizer, Lion) else ("exp_avg", "exp_avg_sq")
     state: dict[str, Tensor] = {}
     for i, parameter in enumerate(_parameters(optimizer)):
         kept = optimizer.state.get(parameter, {})
         for name in moments:
-            state[f"optimizer.{i}.{name}"] = kept.get(name, torch.zeros_like(parameter)).detach().cpu().clone()
+            moment = kept.get(name, torch.zeros_like(parameter)).detach()
+            state[f"optimizer.{i}.{name}"] = whole(moment).to("cpu", copy=True)
         if not isinstance(optimizer, Lion):
             state[f"optimizer.{i}.step"] = kept.get("step", torch.tensor(0.0)).cpu().clone()
     return state
@@ -86,11 +90,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
     """Go on from an `optimizer_state` of the same parameters; other keys of `state` are left alone."""
     names = ("momentum",) if isinstance(optimizer, Lion) else ("step", "exp_avg", "exp_avg_sq")
-    whole = optimizer.state_dict()
-    whole["state"] = {
-        i: {name: state[f"optimizer.{i}.{name}"].clone() for name in names} for i in range(len(_parameters(optimizer)))
+    described = optimizer.state_dict()
+    described["state"] = {
+        i: {name: _placed(parameter, name, state[f"optimizer.{i}.{name}"].clone()) for name in names}
+        for i, parameter in enumerate(_parameters(optimizer))
     }
-    optimizer.load_state_dict(whole)
+    optimizer.load_state_dict(described)
+
+
+def _placed(parameter: Tensor, name: str, value: Tensor) -> Tensor:
+    """Return a moment sharded as its parameter is; a count of updates stays."""
+    return value if name == "step" else sharded_like(parameter, value)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -6,10 +6,11 @@ drew are spent. After `max_rollbacks` of these the student has diverged for good
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rlkd.models.real.sharding import part
 
 STEP_SHRINK = 0.1  # a tenth, because a step that overflows is usually orders of magnitude too large
 
@@ -69,25 +70,38 @@ class Rollbacks:
 
 
 class Snapshot:
-    """A copy of a module's and its optimizer's state, in the machine's memory: a GPU's would hold everything twice."""
+    """A copy of a module's and its optimizer's state, in the machine's memory: a GPU's would hold everything twice.
+
+    Each process copies its own part of sharded tensors.
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._module = {name: _copy(value) for name, value in module.state_dict().items()}
-        state = optimizer.state_dict()
-        rows = {k: {name: _copy(value) for name, value in row.items()} for k, row in state["state"].items()}
-        self._optimizer = {**state, "state": rows}
+        self._moments = {
+            p: {name: _copy(value) for name, value in row.items() if isinstance(value, Tensor)}
+            for p, row in optimizer.state.items()
+        }
 
+    @torch.no_grad()
     def put_back(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Parameters, buffers, moments and count of updates as they were; use a snapshot once."""
-        module.load_state_dict(self._module)
-        optimizer.load_state_dict(self._optimizer)
+        """Parameters, buffers, moments and count of updates as they were."""
+        for name, value in module.state_dict().items():
+            part(value).copy_(self._module[name])
+        for parameter in list(optimizer.state):
+            for name, value in self._moments.get(parameter, {}).items():
+                part(optimizer.state[parameter][name]).copy_(value)
+            if parameter not in self._moments:  # it had no update yet
+                del optimizer.state[parameter]
 
 
 def moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yield the optimizer's moments of each parameter, [1, ...] each; a gradient that is not finite stays in them."""
+    """Yield the optimizer's moments of each parameter, [1, ...] each, or this process's part of them.
+
+    A gradient that is not finite stays in them.
+    """
     for row in optimizer.state.values():
-        yield from (value[None] for name, value in row.items() if isinstance(value, Tensor) and name != "step")
+        yield from (part(value)[None] for name, value in row.items() if isinstance(value, Tensor) and name != "step")
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _copy(value: Tensor) -> Tensor:
+    return part(value.detach()).to("cpu", copy=True)

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+from safetensors.torch import load_file
 
 from rlkd.cli.main import main
 
@@ -86,3 +88,45 @@ def test_two_processes_equal_one_and_go_on_after_a_stop(place: Path, monkeypatch
     lost = torchrun(place, "-m", "rlkd", "distil", "--resume", "gone")
     assert lost.returncode != 0
     assert "rlkd: --resume: gone holds no config.yaml" in lost.stderr
+
+
+@pytest.mark.slow
+def test_sharded_weights_change_nothing_and_any_number_of_processes_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student and teacher are sharded; the teacher stays beside the student, and the range test runs, too."""
+    beside = ["--tokens.teacher_in_memory", "true"]
+    common = [*options(place), *beside]
+    common[common.index("1e-3")] = "0"
+    shards = ["--train.shard", "true", "--teacher_shard", "true"]
+    done = torchrun(place, "-m", "rlkd", "distil", *common, *shards, "--out", "two")
+    assert done.returncode == 0, done.stderr[-6000:]
+    profile = ["--cost.profile", str(place / "two" / "cost_profile.json")]
+    stopped = torchrun(place, "stopped.py", "distil", *common, *shards, *profile, "--out", "again")
+    assert "go on with: rlkd distil --resume again" in stopped.stderr
+    shutil.copytree(place / "again", place / "alone")
+    state = b"".join(path.read_bytes() for path in (place / "again" / "checkpoints").iterdir())
+    assert b"students.module.model.model.layers.1." in state
+    assert b"layers.2." not in state  # the teacher's third block
+    resumed = torchrun(place, "-m", "rlkd", "distil", "--resume", "again")
+    assert resumed.returncode == 0, resumed.stderr[-6000:]
+    assert (place / "again" / "metrics.jsonl").read_bytes() == (place / "two" / "metrics.jsonl").read_bytes()
+
+    monkeypatch.setenv("RLKD_CACHE", str(place / "other"))
+    monkeypatch.chdir(place)
+    assert main(["distil", *common, *profile, "--out", str(place / "one")]) == 0
+    assert main(["distil", "--resume", str(place / "alone")]) == 0
+    rows = {
+        name: [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two", "alone")
+    }
+    for name in ("two", "alone"):
+        assert len(rows[name]) == len(rows["one"]) == 3
+        for a, b in zip(rows["one"], rows[name], strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+    weights = [load_file(next((place / name / "student/model").glob("*.safetensors"))) for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+    results = [json.loads((place / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["speedup_over_teacher"] > 0
+    assert results[1]["speedup_over_teacher"] is None  # a sharded teacher is not timed

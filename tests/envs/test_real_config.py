@@ -23,3 +23,18 @@ def test_the_cost_profile_is_measured_as_the_target_runs(tmp_path: Path) -> None
     assert RealConfig("teacher", "data", hardware="edge").timed() == (1, (1,))
     given = RealCostConfig(threads=2, batches=())
     assert RealConfig("teacher", "data", hardware=board, cost=given).timed() == (2, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_device_map": "auto"}, "teacher_shard, teacher_device_map: got both; allowed: one"),
+        (
+            {"teacher_signals": "answers"},
+            "teacher_signals, teacher_url: got .*teacher_shard .*which need the teacher's weights",
+        ),
+    ],
+)
+def test_a_sharded_teacher_has_all_of_its_weights_here(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RealConfig("teacher", "data", teacher_shard=True, **options).check()  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rlkd.errors import UserError
 from rlkd.models.chain import Masks
+from rlkd.models.real.sharding import whole
 
 KINDS = ("units", "heads", "channels")  # of groups
 LARGE = 0.25  # of the largest list's weights
@@ -242,8 +243,8 @@ def group_importance(model: nn.Module, groups: Sequence[Group]) -> Masks:
 
 
 def _magnitude(model: nn.Module, path: str) -> Tensor:
-    """[out, in], absolute weights of the layer at `path`, means over a convolution's kernel."""
-    weight = torch.as_tensor(model.get_submodule(path).weight).abs()
+    """[out, in], absolute weights of the layer at `path`, a sharded one gathered, means over a convolution's kernel."""
+    weight = whole(torch.as_tensor(model.get_submodule(path).weight)).abs()
     return weight.flatten(2).mean(-1) if weight.ndim > 2 else weight
 
 

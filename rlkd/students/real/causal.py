@@ -7,24 +7,27 @@ predicted at the exit where it leaves, and so is every exit's. Evaluation adds u
 split over a vocabulary would not fit.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlkd.compression.selection import exits_taken, spread
-from rlkd.data import Split, Task
+from rlkd.data import Split
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import TokenExamples, to_device
 from rlkd.errors import UserError
+from rlkd.io import processes
 from rlkd.io.memory import enough_memory
 from rlkd.losses import FAMILIES, LossConfig
 from rlkd.losses.chunked import Divergence, chunked_losses
 from rlkd.losses.tokens import TopK, token_cross_entropy, token_response_top_k
 from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.instrumented import Instrumented
+from rlkd.models.real.pretrained import device_of
+from rlkd.models.real.sharding import is_sharded, release
 from rlkd.students.interface import Metrics
 from rlkd.students.real.headless import check_head, headless, hidden_head
 from rlkd.students.real.module import EVALUATE_LESS, PUBLISHED_RATE, ModuleStudent
@@ -183,16 +186,16 @@ class CausalStudent(ModuleStudent):
                 "computed for each token, with terms of features or attention"
             )
         self._texts, self._teacher, self._divergence = data, signals, divergence
-        self._beside = None if teacher is None else teacher.to(self._device).eval()
+        self._beside = teacher if teacher is None or is_sharded(teacher) else teacher.to(self._device)
         if self._beside is not None:
-            few = to_device(data.batch(data.few()), self._device)
-            check_head(self._beside, few, "the teacher")
-            check_head(self.student.model, few, "the student")
+            few = data.batch(data.few())
+            check_head(self._beside.eval(), to_device(few, self._device), "the teacher")
+            check_head(student.model, to_device(few, device_of(student.model)), "the student")
 
-    def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
+    def _draw(self, generator: torch.Generator) -> None:
         """As of any real student; the exits' norms begin at one."""
-        super().reset(tasks, rows)
-        for head in self.student.heads:
+        super()._draw(generator)
+        for head in self._whole.heads:
             head.reset_parameters()  # type: ignore[operator]
 
     def _shares(self, part: Tensor, positions: Tensor) -> Tensor:
@@ -228,20 +231,25 @@ class CausalStudent(ModuleStudent):
         inputs = to_device(self._data.batch(samples), device)
         length = inputs["input_ids"].shape[1]
         counted = self._texts.counted_of(samples, length).to(device)
+        answering, answered = F.pad(counted, (0, 1)), F.pad(counted, (1, 0))  # [B, L] each
+        has_tokens = bool(counted.any())
+        if not has_tokens:  # one stands for them, times zero: every process needs a gradient of every tensor
+            answering[0, 0] = answered[0, 0] = True
         is_half = self._config.precision == "bfloat16"
         with torch.no_grad(), headless(teacher), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half):
-            theirs = logits_of(forward(teacher, inputs))[:, :-1][counted]  # [M, E]
-        targets = inputs["input_ids"][:, 1:][counted]  # [M]
+            theirs = logits_of(forward(teacher, inputs))[answering]  # [M, E]
+        targets = inputs["input_ids"][answered]  # [M]
         zero = outputs.logits[-1].new_zeros((), dtype=torch.float32)
         hard, soft = zero, zero
-        for hidden in outputs.logits if len(targets) else ():  # [B, L, D] each
-            student = hidden_head(self.student.model, hidden[:, :-1][counted])
+        for hidden in outputs.logits:  # [B, L, D] each
+            student = hidden_head(self.student.model, hidden[answering])
             losses = chunked_losses(
                 student, hidden_head(teacher, theirs), targets, temperature=temperature, kind=self._divergence
             )
             hard, soft = hard + losses[0] / len(outputs.logits), soft + losses[1] / len(outputs.logits)
         given = {"exit_logits": outputs.logits, **self._hidden(samples, outputs)}
-        return self._objective(given, self.student.terms, {"hard_label": hard, "response": soft})
+        ready = {"hard_label": hard * has_tokens, "response": soft * has_tokens}
+        return self._objective(given, self.student.terms, ready)
 
     @torch.no_grad()
     def _metrics(self, index: Tensor) -> Metrics:
@@ -266,7 +274,7 @@ class CausalStudent(ModuleStudent):
     def confirm(self) -> tuple[Metrics, int]:
         """As `Students.confirm`, on `confirm_size` texts; the number is of counted tokens."""
         index = confirming_samples(self._data.splits["validation"], self._config)
-        return self._metrics(index), self._num_tokens(index)
+        return processes.agree(self._metrics(index), self._device), self._num_tokens(index)
 
     def _num_tokens(self, index: Tensor) -> int:
         return int(self._texts.counted[index].sum())
@@ -293,4 +301,5 @@ class CausalStudent(ModuleStudent):
                     patience=self.plan.patience,
                 )
                 parts.append([value.double().cpu() for value in sums])
+        release(self.student)
         return TokenSums(*(torch.stack(column).sum(0) for column in zip(*parts, strict=True)))

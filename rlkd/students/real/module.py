@@ -14,6 +14,7 @@ from rlkd.compression.real.choice import keep_top_units
 from rlkd.data import Split, Task, task_generator
 from rlkd.data.examples import Examples, to_device
 from rlkd.errors import UserError
+from rlkd.io import processes
 from rlkd.io.memory import enough_memory
 from rlkd.losses import FAMILIES, TERMS, LossConfig, Objective
 from rlkd.losses.hard_label import log_probabilities
@@ -21,6 +22,7 @@ from rlkd.models.chain import Masks, initialise
 from rlkd.models.layer_mapping import active_pairs
 from rlkd.models.real.blocks import checkpoint_blocks, group_importance
 from rlkd.models.real.instrumented import Instrumented, ModuleOutputs
+from rlkd.models.real.sharding import load_whole, part, release, whole, whole_state
 from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
 from rlkd.students.interface import (
     PROBE_SIZE,
@@ -32,8 +34,8 @@ from rlkd.students.interface import (
     probed_samples,
 )
 from rlkd.students.optimizers import load_optimizer_state, new_optimizer, optimizer_state, schedule
-from rlkd.students.real import processes
-from rlkd.students.real.gradients import gradient_norms
+from rlkd.students.real.gradients import gradient_norms, sharded_gradient_norms
+from rlkd.students.real.sharded import sharded_copy
 from rlkd.students.real.train_config import ModuleTrainConfig, confirming_samples, evaluated_samples
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.teachers import Signals
@@ -47,7 +49,8 @@ class ModuleStudent:
     """Implements `Students` for one real student.
 
     Args:
-        student: the model with its attachments, holding the weights that every training starts from.
+        student: the model with its attachments, holding the weights that every training starts from; with
+            `config.shard` and several processes a sharded copy of it trains, until `gather`.
         data: what it learns.
         signals: of one teacher, for all samples; maps with P = 0 switch the attention family off.
         config: checked here.
@@ -80,8 +83,8 @@ class ModuleStudent:
                 f"process for {processes.num_processes()} processes"
             )
         self._device = config.torch_device()
-        self._initial = {name: value.detach().clone() for name, value in student.model.state_dict().items()}
-        self.plan = student.plan
+        self._is_sharded = config.shard and processes.num_processes() > 1
+        self._whole, self.plan = student, student.plan
         self._data, self._signals, self._config = data, signals, config
         self._channel_multiple = channel_multiple
         self._num_steps = num_windows * config.steps_per_window
@@ -94,9 +97,12 @@ class ModuleStudent:
         student.terms = self._objective.modules(
             {"student_width": width, "teacher_width": width, "num_classes": num_classes}
         )
-        self.student = student.to(self._device)
+        # a sharded copy trains while the whole student waits, with the weights that it starts from, on the CPU
+        start = {} if self._is_sharded else student.model.state_dict()
+        self._initial = {name: value.detach().clone() for name, value in start.items()}
+        self.student = sharded_copy(student, self._device) if self._is_sharded else student.to(self._device)
         if config.gradient_checkpointing:
-            checkpoint_blocks(student.model)
+            checkpoint_blocks(self.student.model)
         self._unit_masks: Masks = tuple(torch.ones(group.size) for group in self.plan.groups)
         self._keep, self._threshold = 1.0, torch.ones(1)
         self._token_scores = torch.ones(self.plan.num_positions)
@@ -111,12 +117,13 @@ class ModuleStudent:
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Restore the starting weights, with fresh exits, adapters, optimizer and batches."""
         (self._task,) = tasks
-        self.student.model.load_state_dict(self._initial)
-        generator = task_generator(self._task.seed, "parameters")
-        for part in (self.student.heads, self.student.adapters, self.student.terms):
-            part.cpu()
-            initialise(part, generator)
-            part.to(self._device)
+        if not self._is_sharded:
+            self.student.model.load_state_dict(self._initial)
+        self._draw(task_generator(self._task.seed, "parameters"))
+        if self._is_sharded:
+            load_whole(self.student, self._whole.state_dict())
+        else:
+            self.student.to(self._device)
         config = self._config
         self._optimizer = new_optimizer(self.student, config.optimizer, config.learning_rate, config.weight_decay)
         self._batches = task_generator(self._task.seed, "batches")
@@ -124,6 +131,11 @@ class ModuleStudent:
         self._rollbacks.reset(torch.arange(1))
         self._token_scores = torch.ones(self.plan.num_positions)
         self._seen = None
+
+    def _draw(self, generator: torch.Generator) -> None:
+        """Draw exits, adapters and modules of loss terms on the CPU."""
+        for fresh in (self._whole.heads, self._whole.adapters, self._whole.terms):
+            initialise(fresh.cpu(), generator)
 
     def set_controls(self, controls: Controls) -> None:
         """Choose units and heads by importance as it is now, the share of tokens, and the exit threshold."""
@@ -156,7 +168,7 @@ class ModuleStudent:
             return self._seen
         self._unit_masks, self._keep = masks, keep
         try:
-            return self._exit_accuracy(probed_samples(self._data.splits["validation"]))
+            return processes.agree(self._exit_accuracy(probed_samples(self._data.splits["validation"])), self._device)
         finally:
             self._unit_masks, self._keep = before
 
@@ -199,9 +211,9 @@ class ModuleStudent:
             self.student.train(self._config.gradient_checkpointing)  # blocks are computed again in training alone
             norms, cosine = self._family_gradients(positions[-1, :PROBE_SIZE], temperature)
         self.student.eval()
-        parameters = (p.detach()[None] for p in self.student.parameters())
+        parameters = (part(p.detach())[None] for p in self.student.parameters())
         on_device = divergence_free(worst_norm[None], *parameters, *moments(self._optimizer))
-        finite = on_device.cpu() & divergence_free(total[None], norms[None])
+        finite = processes.everywhere(on_device.cpu() & divergence_free(total[None], norms[None]), self._device)
         if self._rollbacks.judge(finite).any():
             before.put_back(self.student, self._optimizer)
         rollbacks = self._rollbacks
@@ -221,14 +233,15 @@ class ModuleStudent:
             group["lr"] = config.learning_rate * factor
         self._optimizer.zero_grad()
         total = torch.zeros(len(FAMILIES), device=self._device)
-        for part in processes.share(positions).tensor_split(config.micro_batches):
-            shares = self._shares(part, positions)  # [4]
+        for few in processes.share(positions).tensor_split(config.micro_batches):
+            shares = self._shares(few, positions)  # [4]
             with self.student.replayed():
-                losses = self._losses(part, temperature)
+                losses = self._losses(few, temperature)
                 (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
             total += shares * losses.detach()
-        processes.add_up([total, *(parameter.grad for parameter in self.student.parameters())])
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        gradients = () if self._is_sharded else (p.grad for p in self.student.parameters())  # shards are added up
+        processes.add_up([total, *gradients])
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm))
         self._optimizer.step()
         self._step += 1
         return total.cpu(), norm
@@ -236,13 +249,13 @@ class ModuleStudent:
     def evaluate(self, split: Split) -> Metrics:
         """Metrics under the current masks, tokens and exit threshold; on validation, of `validation_size` samples."""
         index = self._evaluated(split)
-        return self._remember(split, index, self._metrics(index))
+        return self._remember(split, index, processes.agree(self._metrics(index), self._device))
 
     def confirm(self) -> tuple[Metrics, int]:
         """As `Students.confirm`, on `confirm_size` samples."""
         index = confirming_samples(self._data.splits["validation"], self._config)
         scores = self._token_scores  # what is confirmed must not steer what is learned
-        metrics = self._metrics(index)
+        metrics = processes.agree(self._metrics(index), self._device)
         self._token_scores = scores
         return metrics, len(index)
 
@@ -284,12 +297,22 @@ class ModuleStudent:
                 parts.append([z.float().cpu() for z in outputs.logits])
                 if outputs.token_scores is not None:
                     token_scores += outputs.token_scores.cpu() * len(rows) / len(index)
+        release(self.student)
         back = order.argsort()
         return tuple(torch.cat(columns)[back] for columns in zip(*parts, strict=True)), token_scores
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copy the parameters, exits and adapters included, each [1, ...]."""
-        return {k.removeprefix("model."): p.detach()[None].clone() for k, p in self.student.named_parameters()}
+        named = self.student.named_parameters()
+        return {k.removeprefix("model."): whole(p.detach())[None].clone() for k, p in named}
+
+    def gather(self) -> None:
+        """End the training of a sharded student: the whole one takes its weights and its place, in every process."""
+        if not self._is_sharded:
+            return
+        self._whole.load_state_dict(whole_state(self.student))
+        self.student, self._is_sharded = self._whole.to(self._device).eval(), False
+        del self._optimizer
 
     def masks(self) -> Masks:
         """One [1, G] a group: tokens by rank of received attention, then hidden units and heads of every block."""
@@ -299,7 +322,7 @@ class ModuleStudent:
 
     def training_state(self) -> dict[str, Tensor]:
         """As `Students.training_state`, on the CPU."""
-        state = {f"module.{name}": value.detach().cpu().clone() for name, value in self.student.state_dict().items()}
+        state = {f"module.{name}": value for name, value in whole_state(self.student).items()}
         state |= {f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self._unit_masks)}
         state |= {"threshold": self._threshold.clone(), "token_scores": self._token_scores.clone()}
         state |= {"keep": torch.tensor(self._keep, dtype=torch.float64), "step": torch.tensor(self._step)}
@@ -309,7 +332,7 @@ class ModuleStudent:
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """As `Students.load_training_state`."""
         self._seen = None
-        self.student.load_state_dict({name: state[f"module.{name}"] for name in self.student.state_dict()})
+        load_whole(self.student, {name: state[f"module.{name}"] for name in self.student.state_dict()})
         self._unit_masks = tuple(state[f"mask.{i}"].clone().to(mask) for i, mask in enumerate(self._unit_masks))
         self._threshold, self._token_scores = state["threshold"].clone(), state["token_scores"].clone()
         self._keep, self._step = float(state["keep"]), int(state["step"])
@@ -356,8 +379,8 @@ class ModuleStudent:
     def _forward(self, samples: Tensor) -> ModuleOutputs:
         inputs = to_device(self._data.batch(samples), self._device)
         masks = tuple(mask.to(self._device) for mask in self._unit_masks)
-        is_half = self._config.precision == "bfloat16"
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_half):
+        is_half, keeps = self._config.precision == "bfloat16", not self._is_sharded  # whole weights in half precision
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_half, cache_enabled=keeps):
             outputs: ModuleOutputs = self.student(inputs, masks, self._keep)
         return outputs
 
@@ -409,7 +432,10 @@ class ModuleStudent:
 
     def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """Norms [4] of each family's gradient on model and exits, and the cosine of the first two, on the CPU."""
+        self._optimizer.zero_grad()  # of the last step
         with self.student.replayed():
             losses = self._losses(positions, temperature)  # [4]
+            if self._is_sharded:
+                return sharded_gradient_norms(losses, self._available, self.student)
             parameters = [*self.student.model.parameters(), *self.student.heads.parameters()]
             return gradient_norms(losses, self._available, [p for p in parameters if p.requires_grad])

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlkd.data import Split
 from rlkd.errors import UserError
+from rlkd.io import processes
 from rlkd.students.interface import TrainConfig
-from rlkd.students.real import processes
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class ModuleTrainConfig(TrainConfig):
     """Type of matrix products (autocast); parameters and losses stay float32."""
     gradient_checkpointing: bool = False
     """Keep blocks' inputs alone for the backward pass, which computes the blocks again: less memory, more time."""
+    shard: bool = False
+    """Cut the student's weights, their gradients and the optimizer's moments over the processes of torchrun (FSDP2):
+    each process holds a part of every tensor. One process alone holds everything."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..., or auto: what accelerate chooses, one device a process."""
     evaluation_batch_size: int = 64

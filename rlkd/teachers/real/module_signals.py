@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from rlkd.data.examples import PADDING_MASK, Examples, TokenExamples, to_device
 from rlkd.errors import UserError
-from rlkd.io.cache import Arrays, Spec, cached_arrays, digest_tensors
+from rlkd.io.cache import Arrays, Spec, cached_arrays, cached_together, digest_tensors
 from rlkd.io.memory import enough_memory
+from rlkd.io.processes import in_turns
 from rlkd.models.attention_map import attention_map
 from rlkd.models.real.attachment import Plan
 from rlkd.models.real.hooks import capture, forward, logits_of, pool
 from rlkd.models.real.instrumented import NUM_PIXELS, received
 from rlkd.models.real.pretrained import device_of, state_of, transformers
+from rlkd.models.real.sharding import is_sharded, whole
 from rlkd.models.real.traced import is_own_module
 from rlkd.teachers.signals import Signals
 
@@ -39,7 +41,7 @@ def module_signals(
     the teacher gives neither.
 
     Args:
-        teacher: on its device.
+        teacher: on its device; every process must call this for a sharded one.
         plan: of the teacher.
         places: blocks whose output the hints learn.
         data: all samples, as the teacher takes them.
@@ -57,9 +59,9 @@ def module_signals(
     def fill(arrays: Arrays) -> None:
         logger.info(f"one pass of the teacher over {size} samples of {data.name} (kept in the cache)")
         with enough_memory(f"the teacher's answers to {batch_size} samples at once", TEACHER_LESS):
-            _fill(arrays, teacher, plan, places, data, batch_size)
+            _fill(arrays, teacher, plan, places, data, batch_size, num_positions)
 
-    tensors = cached_arrays("signals", key, specs, fill)
+    tensors = (cached_together if is_sharded(teacher) else cached_arrays)("signals", key, specs, fill)
     logits = tensors["logits"]  # [S, C]
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the teacher's answers are not finite; its weights are damaged, or its inputs too large")
@@ -94,7 +96,7 @@ def signals_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
     """Say what signals depend on: weights, code, data with their preprocessing, and versions."""
     splits = [(f"split {name}", index) for name, index in sorted(data.splits.items())]
     return {
-        "teacher": digest_tensors(state_of(teacher).items()),
+        "teacher": digest_tensors((name, whole(value)) for name, value in state_of(teacher).items()),
         **_code_key(teacher, data),
         "data": digest_tensors([*sorted(data.inputs.items()), ("labels", data.labels), *splits]),
         "fixed_length": str(data.fixed_length),
@@ -120,25 +122,55 @@ def _code_key(teacher: nn.Module, data: Examples) -> dict[str, str]:
 
 @torch.no_grad()
 def _fill(
-    arrays: Arrays, teacher: nn.Module, plan: Plan, places: Sequence[str], data: Examples, batch_size: int
+    arrays: Arrays,
+    teacher: nn.Module,
+    plan: Plan,
+    places: Sequence[str],
+    data: Examples,
+    batch_size: int,
+    num_positions: int,
 ) -> None:
     device = device_of(teacher)
-    attention = plan.attention[-1:] if "maps" in arrays else ()
+    attention = plan.attention[-1:] if num_positions else ()
     last = plan.blocks[-1:] if plan.is_conv else ()
     with capture(teacher.eval(), [*places, *attention, *last]) as seen:
-        for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
+
+        def answer(rows: Tensor) -> dict[str, Tensor]:
             inputs = to_device(data.batch(rows), device)
             mask = inputs.get(PADDING_MASK)
-            logits = logits_of(forward(teacher, inputs))
-            where = rows.numpy()
-            arrays["logits"][where] = logits.float().cpu().numpy()
+            kept = {"logits": logits_of(forward(teacher, inputs))}
             if places:
-                features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
-                arrays["features"][where] = features.float().cpu().numpy()
-            if "maps" in arrays:
-                arrays["maps"][where] = _maps(seen, attention, last, mask, arrays["maps"].shape[1]).numpy()
-    if places:
+                kept["features"] = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
+            if num_positions:
+                kept["maps"] = _maps(seen, attention, last, mask, num_positions)
+            return {name: values.float().cpu() for name, values in kept.items()}
+
+        for rows, kept in answers_of(teacher, data, batch_size, answer):
+            for name, values in kept.items():
+                arrays[name][rows.numpy()] = values.numpy()
+    if places and arrays:
         scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])
+
+
+def answers_of(
+    teacher: nn.Module, data: Examples, batch_size: int, answer: Callable[[Tensor], dict[str, Tensor]]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield the samples [B] of every batch with the teacher's answers.
+
+    Processes that hold a sharded teacher answer the batches in turns; the first one alone gets the answers.
+
+    Args:
+        teacher: gives the answers.
+        data: all samples.
+        batch_size: of the passes.
+        answer: gives the answers to the samples [B], on the CPU.
+    """
+    batches = torch.split(data.by_length(torch.arange(len(data.labels))), batch_size)
+    if is_sharded(teacher):
+        yield from in_turns(batches, answer)
+        return
+    for rows in batches:
+        yield rows, answer(rows)
 
 
 def scale_features(features: NDArray[Any], widths: Sequence[int], train: Tensor) -> None:

@@ -14,6 +14,7 @@ from rlkd.errors import UserError
 from rlkd.models.real.pretrained import kind_of, load_config
 from rlkd.models.real.sides import Side, Sources, load_teacher
 from rlkd.teachers.real.module_signals import module_signals
+from rlkd.teachers.real.sharded import shard_teacher
 from rlkd.teachers.several import TeacherGate, combine, confidence_weights, mean_weights
 from rlkd.teachers.signals import Signals
 
@@ -42,7 +43,9 @@ def combine_teachers(signals: Signals, more: Sequence[Tensor], data: Examples, w
     return dataclasses.replace(signals, logits=mixed[None], accuracy=accuracy[None], entropy=entropy[None])
 
 
-def further_answers(sources: Sources, name: str, first: Side, device: torch.device, batch_size: int) -> Tensor:
+def further_answers(
+    sources: Sources, name: str, first: Side, device: torch.device, batch_size: int, *, shard: bool = False
+) -> Tensor:
     """Return the logits [S, C] of a further teacher for the samples of the first.
 
     Args:
@@ -51,6 +54,7 @@ def further_answers(sources: Sources, name: str, first: Side, device: torch.devi
         first: the first teacher with its data.
         device: where the pass is made.
         batch_size: of the pass.
+        shard: its weights over processes, which all call this.
 
     Raises:
         UserError: its classes are not the first teacher's, in this order.
@@ -62,7 +66,11 @@ def further_answers(sources: Sources, name: str, first: Side, device: torch.devi
         raise UserError(
             f"more_teachers: {name} has the classes {names[0]!s:.80}; allowed: those of teacher, {names[1]!s:.80}"
         )
-    return module_signals(side.model.to(device), side.plan, [], side.data, batch_size).logits[0]
+    if shard:
+        shard_teacher(side.model, side.plan.blocks, side.data.batch(side.data.few()), device)
+    else:
+        side.model.to(device)
+    return module_signals(side.model, side.plan, [], side.data, batch_size).logits[0]
 
 
 def _weights(logits: Tensor, data: Examples, weighting: Weighting) -> Tensor:

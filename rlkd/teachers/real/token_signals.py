@@ -18,14 +18,15 @@ from rlkd.data import Labelled, Task
 from rlkd.data.anchors import Anchors
 from rlkd.data.examples import PADDING_MASK, TokenExamples, to_device
 from rlkd.errors import UserError
-from rlkd.io.cache import Arrays, Spec, cached_arrays
+from rlkd.io.cache import Arrays, Spec, cached_arrays, cached_together
 from rlkd.io.memory import enough_memory
 from rlkd.losses.tokens import TopK, masked_mean, top_k
 from rlkd.models.real.attachment import Plan
 from rlkd.models.real.hooks import capture, forward, logits_of, pool
 from rlkd.models.real.pretrained import device_of
+from rlkd.models.real.sharding import is_sharded
 from rlkd.teachers.landmarks import LANDMARKS
-from rlkd.teachers.real.module_signals import TEACHER_LESS, attention_maps, scale_features, signals_key
+from rlkd.teachers.real.module_signals import TEACHER_LESS, answers_of, attention_maps, scale_features, signals_key
 from rlkd.teachers.signals import Signals
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def token_signals(
         with enough_memory(f"the teacher's answers to {batch_size} samples at once", TEACHER_LESS):
             _fill(arrays, teacher, plan, places, data, k, batch_size)
 
-    tensors = cached_arrays("tokens", key, specs, fill)
+    tensors = (cached_together if is_sharded(teacher) else cached_arrays)("tokens", key, specs, fill)
     signals = TokenSignals(
         logits=torch.zeros(1, size, 0),
         features=tensors.get("features", torch.zeros(size, 0))[None],
@@ -136,11 +137,12 @@ def _fill(
     batch_size: int,
 ) -> None:
     device = device_of(teacher)
-    attention = plan.attention[-1:]
+    attention, length = plan.attention[-1:], data.inputs["input_ids"].shape[1]
     with capture(teacher.eval(), [*places, *attention]) as seen:
-        for rows in torch.split(data.by_length(torch.arange(len(data.labels))), batch_size):
+
+        def answer(rows: Tensor) -> dict[str, Tensor]:
             inputs = to_device(data.batch(rows), device)
-            ids, mask, where = inputs["input_ids"], inputs[PADDING_MASK], rows.numpy()
+            ids, mask = inputs["input_ids"], inputs[PADDING_MASK]
             logits = logits_of(forward(teacher, inputs))[..., : data.num_classes].float()  # [B, L, V]
             log_p = F.log_softmax(logits[:, :-1], dim=-1)  # [B, L - 1, V]
             kept = {
@@ -149,12 +151,14 @@ def _fill(
                 "hits": (log_p.argmax(-1) == ids[:, 1:]).float(),
                 "entropy": -(log_p.exp() * log_p).sum(-1),
             }
-            for name, values in kept.items():
-                arrays[name][where, : values.shape[1]] = values.cpu().numpy()
             if places:
-                features = torch.cat([pool(seen[place], mask) for place in places], dim=-1)  # [B, F]
-                arrays["features"][where] = features.float().cpu().numpy()
-            if "maps" in arrays:
-                arrays["maps"][where] = attention_maps(seen[attention[0]], mask, arrays["maps"].shape[1]).numpy()
-    if places:
+                kept["features"] = torch.cat([pool(seen[place], mask) for place in places], dim=-1).float()  # [B, F]
+            if attention:
+                kept["maps"] = attention_maps(seen[attention[0]], mask, length)
+            return {name: values.cpu() for name, values in kept.items()}
+
+        for rows, kept in answers_of(teacher, data, batch_size, answer):
+            for name, values in kept.items():
+                arrays[name][rows.numpy(), : values.shape[1]] = values.numpy()
+    if places and arrays:
         scale_features(arrays["features"], [plan.widths[plan.blocks.index(p)] for p in places], data.splits["train"])

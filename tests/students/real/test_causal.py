@@ -210,7 +210,7 @@ def test_parts_of_several_processes_add_up_to_the_batch(monkeypatch: pytest.Monk
     expected, _ = whole._train_step(positions, weights, temperature, 1.0)
     sums = torch.zeros(4)
     for index in (0, 1):
-        monkeypatch.setattr("rlkd.students.real.processes.share", lambda p, index=index: p.tensor_split(2)[index])
+        monkeypatch.setattr("rlkd.io.processes.share", lambda p, index=index: p.tensor_split(2)[index])
         part, _ = student_of()._train_step(positions, weights, temperature, 1.0)
         sums += part
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-5)

@@ -280,7 +280,7 @@ def test_exits_of_each_class_sum_to_those_of_all() -> None:
 
 
 def test_a_batch_smaller_than_its_parts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlkd.students.real.processes.num_processes", lambda: 5)
+    monkeypatch.setattr("rlkd.io.processes.num_processes", lambda: 5)
     with pytest.raises(UserError, match=r"train\.batch_size: got 12; allowed: at least 3 micro-batches .* 5 processes"):
         student_of(config=replace(TRAIN, micro_batches=3))
 

@@ -1,15 +1,15 @@
 """Several processes that train one student, started by torchrun: each takes its part of every batch.
 
 accelerate joins the processes (gloo on CPUs, nccl on GPUs) and places them on devices. Gradients are summed over the
-parts, so that the step is the one that a single process would take, and the controls are those of the first process,
-because what it observes holds times that the others measured differently. Without torchrun there is one process, and
-everything here leaves its arguments as they are.
+parts, so that the step is the one that a single process would take. Controls and metrics are those of the first
+process, because what it observes holds times that the others measured differently, and all must take the same way.
+Without torchrun there is one process, and everything here leaves its arguments as they are.
 """
 
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, distributed
 
 from rlkd.errors import UserError
-from rlkd.students.interface import Controls
 
 LONGEST_WAIT = timedelta(days=1)  # others wait while the first process lets the teacher answer or times the student
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def join(device: str) -> None:
@@ -122,13 +122,49 @@ def add_up(tensors: Iterable[Tensor | None]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def agree(controls: Controls, device: torch.device) -> Controls:
-    """Return the controls of the first process."""
+def agree(given: T, device: torch.device) -> T:
+    """Return the first process's values of a dataclass of tensors on the CPU, or of a tensor.
+
+    Args:
+        given: of the same shapes in every process.
+        device: that the processes send from.
+    """
     if num_processes() == 1:
-        return controls
-    values = {}
-    for field in fields(controls):
-        value = getattr(controls, field.name).to(device, copy=True)
-        distributed.broadcast(value, src=0)
-        values[field.name] = value.cpu()
-    return Controls(**values)
+        return given
+    values: Any = given
+    if not isinstance(given, Tensor):
+        values = type(given)(**{field.name: agree(getattr(given, field.name), device) for field in fields(values)})
+    else:
+        sent = given.to(device, copy=True)
+        distributed.broadcast(sent, src=0)
+        values = sent.cpu()
+    same: T = values
+    return same
+
+
+def everywhere(right: Tensor, device: torch.device) -> Tensor:
+    """Return, bool as `right` on the CPU, what is right in every process."""
+    wrong = (~right).float().to(device)
+    add_up([wrong])
+    return wrong.cpu() == 0
+
+
+def in_turns(tasks: Sequence[T], compute: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """Yield every task with its result, in order, in the first process; the others yield nothing and compute, too.
+
+    Process i of n computes tasks i, n + i, ...; all of them compute equally often, so that `compute` may use weights
+    that are sharded over the processes. Results are pickled on their way.
+
+    Args:
+        tasks: the same in every process.
+        compute: gives the result of a task.
+    """
+    for start in range(0, len(tasks), num_processes()):
+        now = tasks[start : start + num_processes()]
+        result = compute(now[min(index(), len(now) - 1)])  # of the last one again where there are too few
+        results: list[Any] | None = [result]
+        if num_processes() > 1:
+            results = None if index() else [None] * num_processes()
+            distributed.gather_object(result, results)
+        if results is not None:
+            yield from zip(now, results, strict=False)

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from rlkd.students.real import processes
+from rlkd.io import processes
 from rlkd.students.real.module import ModuleStudent
 
 SCRIPT = """
@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 import module_students
 from safetensors.torch import save_file
-from rlkd.students.real import processes
+from rlkd.io import processes
 processes.join("cpu")
 os.environ["RLKD_CACHE"] += f"-{processes.index()}"
 student = module_students.student_of(config=replace(module_students.TRAIN, micro_batches=2))
@@ -78,5 +78,7 @@ def test_one_process_changes_nothing() -> None:
     gradient = torch.tensor([1.0, 2.0])
     processes.add_up([gradient, None])
     assert gradient.tolist() == [1.0, 2.0]
-    told = module_students.controls()
-    assert processes.agree(told, torch.device("cpu")) is told
+    told, cpu = module_students.controls(), torch.device("cpu")
+    assert processes.agree(told, cpu) is told
+    assert processes.everywhere(torch.tensor([True, False]), cpu).tolist() == [True, False]
+    assert list(processes.in_turns([1, 2, 3], lambda task: task * 10)) == [(1, 10), (2, 20), (3, 30)]
