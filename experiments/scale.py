@@ -45,6 +45,7 @@ from rlkd.workers import Work, Workers, WorkersConfig, open_workers
 
 CHUNKS = (4, 8, 16, 32)
 ROWS = (1000, 4000)
+BUSY_LOAD = 2.5  # two workers, and the main process that waits for them
 
 
 def job(num_students: int) -> ExperimentConfig:
@@ -339,11 +340,15 @@ def main() -> int:
     measured = {"num_scenarios": training["num_scenarios"], "num_windows": training["num_windows"]}
     one, two = (round_s(costs, n, given.students, given.students // 2, **measured) for n in (1, 2))
     load = max(row["load"] for found in training["rounds"].values() for row in found)
+    busy = (
+        f"Other work ran on the machine (load up to {load:.0f}), so the clock says little."
+        if load > BUSY_LOAD
+        else "No other work ran on the machine."
+    )
     note = (
-        f"Two scenarios of {given.students} students, {WINDOWS} windows of 10 steps, in four pieces; seconds are those of a round "
-        f"(rollouts and update) after the first. Other work ran on the machine, with a load up to {load:.0f} on "
-        f"{os.cpu_count()} processors, so the clock says little: by processors means the processor seconds of the main process and "
-        "of its busiest worker, one after the other, which is what a round takes on idle processors but for waiting."
+        f"Two scenarios of {given.students} students, {WINDOWS} windows of 10 steps, in four pieces, on {os.cpu_count()} processors; "
+        f"seconds are those of a round (rollouts and update) after the first. {busy} *By processors* means the processor seconds of "
+        "the main process and of its busiest worker, one after the other, which is what a round takes on idle processors but for waiting."
     )
     result = {
         "command": "python " + " ".join(sys.argv),

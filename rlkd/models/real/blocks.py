@@ -269,7 +269,9 @@ def mask_groups(
             width: int = group.width,
             num_axes: int = 2 if isinstance(reader, nn.Conv2d) else 1 if isinstance(reader, nn.Conv1d) else 0,
         ) -> tuple[Any, ...]:
-            mask = masks()[index].repeat_interleave(width).to(args[0])  # [size * width]
+            mask = masks()[index].to(args[0])  # [size]
+            if width > 1:
+                mask = mask.repeat_interleave(width)  # [size * width]
             return (args[0] * mask.reshape(-1, *[1] * num_axes), *args[1:])
 
         handles.append(reader.register_forward_pre_hook(hook))

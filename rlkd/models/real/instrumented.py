@@ -165,7 +165,8 @@ class Instrumented(nn.Module):
         weights, index = now.weights[block], self._cut_heads.get(block)
         if index is None:
             return weights
-        return weights[:, kept_units(self.plan.groups[index], now.masks[index])]
+        kept = kept_units(self.plan.groups[index], now.masks[index])
+        return weights if len(kept) == weights.shape[1] else weights[:, kept]  # no copy of the whole
 
     def _map(self, now: _Pass) -> Tensor | None:
         last = len(self.plan.blocks)

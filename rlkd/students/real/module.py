@@ -239,9 +239,9 @@ class ModuleStudent:
                 losses = self._losses(few, temperature)
                 (shares * losses * weights).sum().backward()  # type: ignore[no-untyped-call]
             total += shares * losses.detach()
-        gradients = () if self._is_sharded else (p.grad for p in self.student.parameters())  # shards are added up
-        processes.add_up([total, *gradients])
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm))
+        parameters = list(self.student.parameters())
+        processes.add_up([total, *(() if self._is_sharded else (p.grad for p in parameters))])  # shards are added up
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
         self._optimizer.step()
         self._step += 1
         return total.cpu(), norm
