@@ -25,6 +25,7 @@ from rlkd.teachers.landmarks import LANDMARKS
 
 CAUTION = 0.5  # standard errors; see `cautious`
 SURE = 1.0  # standard errors; see `Episodes.confirm`
+CLEAR = 3.0  # standard errors; see `Episodes.clear_floors`
 LARGEST_SEED = 2**61  # below what torch's generators take once a purpose is added
 
 
@@ -73,10 +74,15 @@ def cautious(floors: Tensor, num_samples: int, caution: float = CAUTION) -> Tens
         num_samples: of the validation split that are evaluated.
         caution: number of standard errors.
     """
-    reached = floors[:, 0].clamp(0.0, 1.0)
-    error = (reached * (1.0 - reached) / num_samples).sqrt()  # [N]
+    error = standard_error(floors[:, 0], num_samples)
     highest = floors[:, 0].clamp_min(1.0)  # a floor that can be met stays so
     return torch.stack([torch.minimum(floors[:, 0] + caution * error, highest), floors[:, 1]], dim=-1)
+
+
+def standard_error(accuracy: Tensor, num_samples: int) -> Tensor:
+    """[N]: the standard error of an accuracy [N] that is measured on `num_samples` samples."""
+    reached = accuracy.clamp(0.0, 1.0)
+    return (reached * (1.0 - reached) / num_samples).sqrt()
 
 
 class Episodes:
@@ -149,8 +155,12 @@ class Episodes:
 
         See `cautious`.
         """
-        keep = torch.tensor([task.keep for task in self.tasks])  # [N]
-        return cautious(self.reference[:, :2] * keep[:, None], self.students.num_evaluated("validation"))
+        return cautious(self._asked, self.students.num_evaluated("validation"))
+
+    @property
+    def _asked(self) -> Tensor:
+        """[N, 2], floors before caution."""
+        return self.reference[:, :2] * torch.tensor([task.keep for task in self.tasks])[:, None]
 
     @property
     def threshold(self) -> Tensor:
@@ -320,6 +330,16 @@ class Episodes:
         metrics = self.students.evaluate(split)
         cost = self.scenario.cost(metrics.kept, metrics.exit_rates, self._threshold)
         return metrics, cost, self._scored(metrics.accuracy, cost, 1 if split == "test" else 0)
+
+    @property
+    def clear_floors(self) -> Tensor:
+        """[N]: accuracies on the evaluated samples from which a window needs no confirmation; they may be above 1.
+
+        Infinite without a floor, where J has the accuracy in it, and for students that confirm nothing.
+        """
+        floor = self._asked[:, 0]
+        clear = floor + CLEAR * standard_error(floor, self.students.num_evaluated("validation"))
+        return torch.where((floor > 0) & self.students.confirms, clear, torch.inf)
 
     def confirm(self) -> Confirmed | None:
         """Look at the students on the samples that confirm a window; None for students that have no such samples.

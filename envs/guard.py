@@ -114,7 +114,9 @@ class Guard:
         self._episodes.restore(before, torch.ones_like(met))
 
     def _judge(self, accuracy: Tensor, score: Tensor, diverged: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the level and the value [N] of students as they are; only what could become the best is confirmed.
+        """Return the level and the value [N] of students as they are.
+
+        Only what could become the best is confirmed, and not what is far above its floor: chance does not reach so far.
 
         Args:
             accuracy: [N], on validation.
@@ -124,6 +126,8 @@ class Guard:
         met = meets_goal(accuracy, self._episodes.floors[:, 0])
         level, value = met.long(), torch.where(met, score, accuracy)
         hopeful = met & ((self._level < SURE) | (value.to(self._value) >= self._value)) & ~diverged
+        clear = met & (accuracy >= self._episodes.clear_floors)
+        level, hopeful = torch.where(clear, SURE, level), hopeful & ~clear
         confirmed = self._episodes.confirm() if hopeful.any() else None
         if confirmed is not None:
             reached = confirmed.accuracy

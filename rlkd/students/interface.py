@@ -111,6 +111,8 @@ class Students(Protocol):
     """N students in training."""
 
     num_students: int
+    confirms: bool
+    """Whether `confirm` looks once more at a window that could ship; tiny students ship as `evaluate` saw them."""
 
     def reset(self, tasks: Sequence[Task], rows: Tensor | None = None) -> None:
         """Start anew on `tasks`: all N students, or only those at `rows` ([len(tasks)] int64)."""
@@ -127,7 +129,7 @@ class Students(Protocol):
     def confirm(self) -> tuple[Metrics, int] | None:
         """Return metrics on the validation samples that confirm a window, and their number.
 
-        They are those of `evaluate` and mostly more; None for tiny students, whose windows ship as `evaluate` saw them.
+        They are those of `evaluate` and mostly more; None where `confirms` is false.
         """
 
     def set_controls(self, controls: Controls) -> None:

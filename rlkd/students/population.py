@@ -63,6 +63,8 @@ class Population:
         loss: terms of the objective.
     """
 
+    confirms = False
+
     def __init__(
         self,
         student: ChainStudent,
@@ -170,7 +172,7 @@ class Population:
 
     @torch.no_grad()
     def confirm(self) -> None:
-        """Return nothing: windows of tiny students need no further look."""
+        """As `Students.confirm`: nothing."""
 
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""

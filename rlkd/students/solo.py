@@ -41,6 +41,7 @@ class SoloStudent:
     """
 
     num_students = 1
+    confirms = False
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class SoloStudent:
 
     @torch.no_grad()
     def confirm(self) -> None:
-        """Return nothing: windows of tiny students need no further look."""
+        """As `Students.confirm`: nothing."""
 
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
         """As `Students.probe`."""

@@ -170,6 +170,30 @@ def test_a_window_that_is_lucky_on_few_samples_does_not_meet_the_goal(real: Real
     assert list(levels.values()) == [MISSED, SURE, MET, SURE]
 
 
+@pytest.mark.parametrize(("floor", "times"), [(0.05, 0), (0.5, 1)])
+def test_a_window_far_above_its_floor_is_not_confirmed(real: RealScenario, floor: float, times: int) -> None:
+    # one evaluated sample: three standard errors are 0.65 at a floor of 0.05, and lead beyond 1 at a floor of 0.5
+    scenario = with_goal(real, Goal(accuracy=floor), Preference())
+    student = scenario.students(1)
+    student.reset([task_of(scenario, 0)])
+    index = real.data.splits["validation"]
+    right = torch.tensor([float(student._exit_accuracy(row[None])[0, -1]) for row in index]) == 1.0
+    splits = {**real.data.splits, "validation": torch.cat([index[right], index[~right]])}
+    train = dataclasses.replace(real.config.train, validation_size=1, confirm_size=0, learning_rate=1e-12)
+    scenario = dataclasses.replace(scenario, data=dataclasses.replace(real.data, splits=splits))
+    scenario = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, train=train))
+    episodes = Episodes(scenario, 1)
+    episodes.reset([0])
+    guard = Guard(episodes)
+    outcome = episodes.step(published_setting(ControlConfig())[None])
+    confirmed = []
+    confirm = episodes.confirm
+    episodes.confirm = lambda: confirmed.append(1) or confirm()  # type: ignore[method-assign, func-returns-value]
+    guard.after_window(outcome)
+    assert len(confirmed) == times
+    assert int(guard.state()["level"]) == SURE or times
+
+
 def test_references_are_read_on_the_samples_that_confirm_a_window(real: RealScenario) -> None:
     train = dataclasses.replace(real.config.train, validation_size=3, confirm_size=7)
     config = dataclasses.replace(real.config, train=train)

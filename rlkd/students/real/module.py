@@ -61,6 +61,7 @@ class ModuleStudent:
     """
 
     num_students = 1
+    confirms = True
 
     def __init__(
         self,
