@@ -93,6 +93,8 @@ def test_one_process_goes_on_from_the_state_of_two(
 def test_a_sharded_teacher_gives_the_bytes_of_a_whole_one_and_holds_less(ran: Path) -> None:
     whole, cut = tensors(ran, "signals.False."), tensors(ran, "signals.True.")
     assert int(cut.pop("held_bytes")) < 0.6 * int(whole.pop("held_bytes"))  # embeddings and head stay gathered
+    keys = [{path.name for path in (ran / f"cache-{name}").iterdir()} for name in ("whole-0", "shared")]
+    assert keys[0] == keys[1]  # one key in the cache, so that each run finds what the other computed
     for process in (0, 1):
         cut = tensors(ran, "signals.True.", process)
         assert all(torch.equal(whole[name], cut[name]) for name in whole)
