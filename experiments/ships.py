@@ -131,14 +131,10 @@ def latencies(opened: Any, dense: Any, dense_form: Form, *, forms: list[Form], s
 NOTES = [  # written by hand after reading the tables; revise them when the study runs again
     "## What it says",
     "",
-    "These students are so small that the fixed cost of a call hides most of what they save: with a fifth to two fifths of the",
-    "MACs, the linear students are 1.1 to 1.5 times faster. The bar for speed is reached by the convolutional student alone, at batch 32 in",
-    "onnxruntime. In PyTorch at batch 32 some of its seeds are slower than the dense student; a likely cause, not measured here, is a",
-    "number of kept channels that the convolution kernels do not like (`--student.unit_multiple`).",
+    "The linear students are so small that the fixed cost of a call hides most of what they save.",
     "",
-    "Integers make the weights 3.5 to 3.8 times smaller and lose nothing that is told apart from zero, and every integer form is slower",
-    "than float32 in onnxruntime on networks of this size, on this processor (AVX-512 VNNI). Four-bit weights are stored in four bits",
-    "and computed on as floats, so they save bytes alone.",
+    "Every integer form is slower than float32 in onnxruntime on networks of this size, on this processor (AVX-512 VNNI).",
+    "Four-bit weights are stored in four bits and computed on as floats, so they save bytes alone.",
     "",
     "Larger dense students: [wide students](wide_students.md). Missing: movie-review snippets (MiniLM); these students ship without an exit that decides.",
 ]

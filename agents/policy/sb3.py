@@ -51,6 +51,11 @@ def policy_from_sb3(model: OnPolicyAlgorithm, scenario: Scenario | None = None) 
         )
     if scenario is None:
         scenario = _scenario_of(env)
+    if not isinstance(scenario, Scenario):
+        raise UserError(
+            f"policy_from_sb3: got scenario {scenario!r:.60}; allowed: one of rlkd.build_scenario, or none for that of "
+            "the model's environment"
+        )
     mean, deviation = _scale_of(env)
     return of_state(model.policy.state_dict(), mean, deviation, start=scenario.start, controls=scenario.config.controls)
 

@@ -68,10 +68,12 @@ def test_the_scale_of_vec_normalize_goes_into_the_policy(scenario: Scenario) -> 
         rlkd.policy_from_sb3(agent)
 
 
-def test_other_networks_are_refused(config: EnvConfig) -> None:
+def test_other_networks_and_scenarios_are_refused(config: EnvConfig, own_agent: PPO) -> None:
     env = rlkd.make_sb3_env(config, num_students=2, num_windows=2)
     agent = PPO("MlpPolicy", env, n_steps=2, batch_size=4, policy_kwargs={"net_arch": [8, 8, 8]})
     with pytest.raises(UserError, match="two tanh layers of one width"):
         rlkd.policy_from_sb3(agent)
     with pytest.raises(UserError, match="got int; allowed: PPO or A2C"):
         rlkd.policy_from_sb3(3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="got scenario 3; allowed: one of rlkd.build_scenario"):
+        rlkd.policy_from_sb3(own_agent, scenario=3)  # type: ignore[arg-type]
