@@ -75,5 +75,5 @@ def test_other_networks_and_scenarios_are_refused(config: EnvConfig, own_agent: 
         rlkd.policy_from_sb3(agent)
     with pytest.raises(UserError, match="got int; allowed: PPO or A2C"):
         rlkd.policy_from_sb3(3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="got scenario 3; allowed: one of rlkd.build_scenario"):
+    with pytest.raises(UserError, match=r"got scenario 3; allowed: one of rlkd\.build_scenario"):
         rlkd.policy_from_sb3(own_agent, scenario=3)  # type: ignore[arg-type]
