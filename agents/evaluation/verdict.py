@@ -74,9 +74,10 @@ def _of_learning(result: Mapping[str, Any]) -> list[str]:
     if chosen:
         row = leads[chosen]
         low, high = row["ci95"]
-        sure = "leads" if low > 0 else "trails" if high < 0 else "does not differ for certain from"
+        sure = "leads" if low > 0 else "trails" if high < 0 else ""
+        relation = f"it {sure} {chosen}" if sure else f"it and {chosen} cannot be told apart"
         told.append(
-            f"Under the goal {entry['name']!r} it {sure} {chosen} on {result['num_tasks']} held-out tasks, by "
+            f"Under the goal {entry['name']!r}, {relation} on {result['num_tasks']} held-out tasks: the difference is "
             f"{row['difference']:+.4f} J (95 % interval {low:+.4f} to {high:+.4f})."
         )
     met = entry["methods"].get("policy", {}).get("goal_met_within_1_point")

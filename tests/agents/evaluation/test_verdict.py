@@ -133,8 +133,8 @@ def test_a_lead_is_claimed_only_where_its_interval_says_so() -> None:
             "methods": {},
         }
 
-    assert "it leads nncf on 64 held-out tasks, by +0.0200 J" in verdict(result(0.01, 0.03))
-    assert "it does not differ for certain from nncf" in verdict(result(-0.01, 0.03))
+    assert "it leads nncf on 64 held-out tasks: the difference is +0.0200 J" in verdict(result(0.01, 0.03))
+    assert "it and nncf cannot be told apart" in verdict(result(-0.01, 0.03))
     assert "it trails nncf" in verdict(result(-0.03, -0.01))
     assert "J rose from -0.500 before learning to 0.300; iteration 2 ships" in verdict(result(0.01, 0.03))
     assert weak_spots(result(-0.03, -0.01)) == ["The policy is worse than nncf under 'keep 0.98' (-0.0200)."]
