@@ -245,7 +245,9 @@ def test_the_fit_finds_the_coefficients_of_a_made_up_machine() -> None:
     assert (found >= 0).all()
 
 
-@pytest.mark.parametrize("family", ["bert", "resnet", "llama"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("bert", marks=pytest.mark.slow), "resnet", pytest.param("llama", marks=pytest.mark.slow)]
+)
 def test_a_measured_profile_is_cached_and_read_back_for_the_same_student_alone(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
