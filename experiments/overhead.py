@@ -60,14 +60,14 @@ NUM_IMAGES = 20_000  # of Fashion-MNIST: enough for a validation split beyond `c
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: a vision transformer, its data, and the length of a window."""
+    """Name a vision transformer, its data and the length of a window."""
 
     data: str
     image_size: int
     patch_size: int
     width: int
     layers: int
-    """Of the teacher; the student has half of them."""
+    """Number of the teacher's blocks; the student has half of them."""
     steps_per_window: int
     batch_size: int
     validation_size: int
