@@ -65,56 +65,48 @@ class Teacher:
 
 def fashion(work: Path) -> RealCompareConfig:
     """A ViT of 6 layers on Fashion-MNIST; students have 3 of them."""
-    data, folder = work / "fashion-mnist", work / "vit-teacher"
-    columns = ColumnConfig(classes=GARMENTS)
-    if not folder.exists():
-        config = transformers().ViTConfig(
-            image_size=28,
-            patch_size=7,
-            num_channels=1,
-            hidden_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            intermediate_size=256,
-            id2label=dict(enumerate(GARMENTS)),
-            label2id={name: i for i, name in enumerate(GARMENTS)},
-            architectures=["ViTForImageClassification"],
-        )
-        examples = make_examples(read_table(data, columns), None, GARMENTS, columns)
-        with seeded():
-            train(new_model(config, "image_classification", seed=0), examples, Teacher(3000, 64, 1e-3, 0.05), folder)
-    return RealCompareConfig(
-        teacher=str(folder),
-        data=str(data),
-        cut=StudentCut(layers=3),
-        columns=columns,
-        train=ModuleTrainConfig(steps_per_window=40, batch_size=64, evaluation_batch_size=256),
-        cost=RealCostConfig(batch_size=32),
-    )
+    described = {
+        "image_size": 28,
+        "patch_size": 7,
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "architectures": ["ViTForImageClassification"],
+    }
+    teacher = Teacher(3000, 64, 1e-3, 0.05)
+    return replace(images(work, "vit-teacher", transformers().ViTConfig, described, teacher=teacher), cut=StudentCut(3))
 
 
 def resnet(work: Path) -> RealCompareConfig:
     """A residual network of 8 blocks on Fashion-MNIST; students begin as copies of it."""
-    data, folder = work / "fashion-mnist", work / "resnet-teacher"
+    described = {
+        "embedding_size": 32,
+        "hidden_sizes": [32, 64, 128],
+        "depths": [3, 3, 2],
+        "layer_type": "basic",
+        "architectures": ["ResNetForImageClassification"],
+    }
+    teacher = Teacher(5000, 64, 2e-3, 0.05)
+    config = images(work, "resnet-teacher", transformers().ResNetConfig, described, teacher=teacher)
+    return replace(config, student=config.teacher)
+
+
+def images(
+    work: Path, folder_name: str, make: Callable[..., Any], described: dict[str, Any], *, teacher: Teacher
+) -> RealCompareConfig:
+    """Train the described model on Fashion-MNIST once; returns the study of its students."""
+    data, folder = work / "fashion-mnist", work / folder_name
     columns = ColumnConfig(classes=GARMENTS)
     if not folder.exists():
-        config = transformers().ResNetConfig(
-            num_channels=1,
-            embedding_size=32,
-            hidden_sizes=[32, 64, 128],
-            depths=[3, 3, 2],
-            layer_type="basic",
-            id2label=dict(enumerate(GARMENTS)),
-            label2id={name: i for i, name in enumerate(GARMENTS)},
-            architectures=["ResNetForImageClassification"],
-        )
+        labels = {"id2label": dict(enumerate(GARMENTS)), "label2id": {name: i for i, name in enumerate(GARMENTS)}}
         examples = make_examples(read_table(data, columns), None, GARMENTS, columns)
         with seeded():
-            train(new_model(config, "image_classification", seed=0), examples, Teacher(5000, 64, 2e-3, 0.05), folder)
+            model = new_model(make(num_channels=1, **labels, **described), "image_classification", seed=0)
+            train(model, examples, teacher, folder)
     return RealCompareConfig(
         teacher=str(folder),
         data=str(data),
-        student=str(folder),
         columns=columns,
         train=ModuleTrainConfig(steps_per_window=40, batch_size=64, evaluation_batch_size=256),
         cost=RealCostConfig(batch_size=32),
