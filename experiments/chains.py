@@ -63,7 +63,7 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str, policy: str) -> st
         met = sum(row["goal_met"] for row in some)
 
         def middle(name: str, some: list[dict[str, Any]] = some) -> float:
-            return statistics.median(row[name] for row in some)
+            return float(statistics.median(row[name] for row in some))
 
         cells = [
             SETS[dataset],

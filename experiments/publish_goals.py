@@ -3,7 +3,7 @@
     rlkd compare configs/compare/*.yaml --policy RUN/policy --seed 4000 --out COMPARED
     python experiments/publish_goals.py COMPARED
 
-Every number comes from a result.json (schema 2); a bar that is missed says so. Folders SET.more, SET.2, ... hold further
+Baselines of another run are added to COMPARED/SET by `merge_goals.py`. Every number comes from a result.json (schema 2); a bar that is missed says so. Folders SET.more, SET.2, ... hold further
 floors of SET. docs/results/goals/about.txt says how the runs were made; it is copied into the page.
 """
 
