@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -52,8 +53,8 @@ def run(argv: list[str]) -> int:
     sizes = hardware.batch_sizes if options.batch_sizes is None else options.batch_sizes
     if not sizes or not all(1 <= size <= MAX_BATCH for size in sizes):
         raise UserError(f"--batch_sizes: got {list(sizes)}; allowed: 1 to {MAX_BATCH}")
-    if hardware.device != "cpu":
-        raise UserError(f"--hardware: got {hardware.name}, a {hardware.device}; allowed: a cpu, which is measured here")
+    if hardware.device == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"--hardware: got {hardware.name}, a gpu, and torch finds none here; allowed: a cpu")
     use_one_thread()
 
     def reload() -> ShippedData:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlkd.cost.energy import Energy, estimate_energy, measure_energy
+from rlkd.cost.energy import Energy, energy_counter, estimate_energy, measure_energy
 from rlkd.cost.timing import REPORT_ROUNDS, Latency, time_calls
 
 NUM_COUNTED = 32  # samples whose operations are counted, one at a time, where early exits make them differ
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
+CPU = torch.device("cpu")
 
 Inputs = Mapping[str, Tensor]
 
@@ -78,6 +79,7 @@ def measure(
     batch_sizes: Sequence[int],
     threads: int = 1,
     num_rounds: int = REPORT_ROUNDS,
+    device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
     """Return a row for each form; all are timed against each other at every batch size.
 
@@ -87,8 +89,10 @@ def measure(
         batch_sizes: samples that one call answers.
         threads: of a call.
         num_rounds: interleaved rounds.
+        device: that the forms run on; memory is measured on a CPU alone.
     """
-    memory = [peak_memory_bytes(form.load, batch(max(batch_sizes))) for form in forms]
+    is_cpu, counter = device.type == "cpu", energy_counter(device)
+    memory = [peak_memory_bytes(form.load, batch(max(batch_sizes))) if is_cpu else None for form in forms]
     runs = [form.load() for form in forms]
     rows: list[dict[str, Any]] = [
         {
@@ -108,7 +112,8 @@ def measure(
         calls = [partial(run, inputs) for run in runs]
         timed = time_calls(calls, num_rounds, threads)
         for row, form, call, latency in zip(rows, forms, calls, timed, strict=True):
-            energy = measure_energy(call, size) or estimate_energy(form.macs, form.parameters, size, form.precision)
+            energy = measure_energy(call, size, counter) if counter else None
+            energy = energy or estimate_energy(form.macs, form.parameters, size, form.precision)
             row["batches"][str(size)] = _row(latency, size, threads, energy, form.accuracy)
     return rows
 

@@ -116,6 +116,16 @@ def torch_runner(student: Student) -> Run:
     return run
 
 
+def torch_runner_on(student: Student, device: torch.device) -> Run:
+    """Return a function from inputs by name to the student's logits, which also copies both to and from `device`."""
+    run = torch_runner(student.to(device))
+
+    def there(inputs: Inputs) -> Tensor:
+        return run({name: tensor.to(device) for name, tensor in inputs.items()}).cpu()  # waits for the device
+
+    return there
+
+
 @dataclass(frozen=True)
 class Parity:
     """How far an exported student is from PyTorch on real samples."""

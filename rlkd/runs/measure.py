@@ -12,8 +12,8 @@ from rlkd.compression import CompactStudent, compact
 from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits
-from rlkd.export.measure import NUM_COUNTED, MeasuredForm, count_macs, measure, parameters_of
-from rlkd.export.onnx_file import export_flat, runner_of, session_of, torch_runner
+from rlkd.export.measure import CPU, NUM_COUNTED, MeasuredForm, count_macs, measure, parameters_of
+from rlkd.export.onnx_file import export_flat, runner_of, session_of, torch_runner_on
 from rlkd.hardware import Hardware
 from rlkd.runs.export_exits import NUM_TRACED
 from rlkd.runs.shipped import ShippedData, examples_of, opened_examples
@@ -35,18 +35,19 @@ def measure_student(
         opened: the student.
         reload: opens it anew, to see what memory it takes.
         against: another student or a teacher; None: the student alone.
-        hardware: gives the threads.
+        hardware: gives threads and device.
         batch_sizes: samples that one call answers.
     """
-    forms = forms_of(opened, "student", hardware.threads, reload)
+    device = torch.device("cpu" if hardware.device == "cpu" else "cuda")
+    forms = forms_of(opened, "student", hardware.threads, reload, device)
     if against is not None:
-        forms += forms_of(against, "against", hardware.threads, lambda: against)
+        forms += forms_of(against, "against", hardware.threads, lambda: against, device)
     test = opened.splits["test"]
 
     def batch(size: int) -> Mapping[str, Tensor]:
         return opened.batch(test[torch.arange(size) % len(test)])
 
-    rows = measure(forms, batch, batch_sizes, hardware.threads)
+    rows = measure(forms, batch, batch_sizes, hardware.threads, device=device)
     return {
         "format": 1,
         "data": opened.data_name,
@@ -57,13 +58,16 @@ def measure_student(
     }
 
 
-def forms_of(opened: ShippedData, label: str, threads: int, reload: Callable[[], ShippedData]) -> list[MeasuredForm]:
-    """Return a student's forms: torch, onnxruntime, and the int8 file that `rlkd export --int8` left beside it."""
+def forms_of(
+    opened: ShippedData, label: str, threads: int, reload: Callable[[], ShippedData], device: torch.device = CPU
+) -> list[MeasuredForm]:
+    """Return a student's forms: torch, onnxruntime, and the int8 file that `rlkd export --int8` left beside it.
+
+    On a GPU it is torch alone: the extra `onnx` has the onnxruntime of the CPU.
+    """
     student, test = opened.student, opened.few("test")
     num_early = num_early_exits(student)
-    flat = export_flat(student, opened.batch(opened.few("validation", NUM_TRACED)), opened.has_length)
-    graph = surgery.fold_exits(flat, num_early)
-    run = torch_runner(student)
+    run = torch_runner_on(student, device)
     counted = test[: NUM_COUNTED if num_early else 1]
     macs = count_macs(run, [opened.batch(row[None]) for row in counted])
     number = parameters_of(student)
@@ -73,15 +77,19 @@ def forms_of(opened: ShippedData, label: str, threads: int, reload: Callable[[],
     forms = [
         MeasuredForm(
             f"{label}, torch",
-            lambda: torch_runner(reload().student),
+            lambda: torch_runner_on(reload().student, device),
             torch_bytes or None,
             number,
             macs,
             "float32",
             opened.accuracy(run, test),
         ),
-        _onnx_form(opened, f"{label}, onnxruntime", graph.SerializeToString(), threads, (number, macs, "float32")),
     ]
+    if device.type != "cpu":
+        return forms
+    flat = export_flat(student, opened.batch(opened.few("validation", NUM_TRACED)), opened.has_length)
+    graph = surgery.fold_exits(flat, num_early).SerializeToString()
+    forms.append(_onnx_form(opened, f"{label}, onnxruntime", graph, threads, (number, macs, "float32")))
     int8 = opened.folder.parent / "export" / "onnx" / INT8_FILE
     if int8.exists():
         blob = int8.read_bytes()
