@@ -129,7 +129,7 @@ def scenario_of_sides(
     elif is_whole:
         teacher.model.to(device)
     with contextlib.nullcontext() if shards else first_alone():
-        signals = _stored(config, teacher, kind) if teacher.is_absent else _signals(config, teacher, places)
+        signals = _stored(config, teacher, kind) if teacher.is_absent else teacher_signals(config, teacher, places)
     if is_whole:
         teacher.model.cpu()
     quality = describe_quality(signals, teacher.data)
@@ -137,7 +137,7 @@ def scenario_of_sides(
         logger.log(logging.WARNING if "WARNING: " in quality else logging.INFO, quality)
     if student.data is not teacher.data:  # other tokens or pixels: positions do not correspond
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
-    one = _typical(student.data)
+    one = typical_sample(student.data)
     profile = from_first(lambda: _profile(config, student, one, kind))  # observations and limits follow from it
     task = TaskDistribution(
         dataset=student.data.name,
@@ -170,7 +170,7 @@ def _check_smaller(config: RealConfig, student: Side, teacher: Side) -> None:
     """Raise UserError where the default cut leaves the whole teacher."""
     if config.student or config.cut.is_given or config.cut.width < 1.0:
         return
-    macs, teacher_macs = (count_work(s.model, _typical(s.data), s.plan).dense_macs for s in (student, teacher))
+    macs, teacher_macs = (count_work(s.model, typical_sample(s.data), s.plan).dense_macs for s in (student, teacher))
     if macs >= teacher_macs:
         raise UserError(
             f"cut: the student of {config.teacher} would be as large as the teacher; give --cut.width below 1, or the "
@@ -185,7 +185,8 @@ def _rehearsed(student: Side, links: list[Link], kind: Kind) -> Plan:
     return try_out(student.model, student.plan, links, kind, batches, processor=student.processor)
 
 
-def _signals(config: RealConfig, teacher: Side, places: list[str]) -> Signals:
+def teacher_signals(config: RealConfig, teacher: Side, places: list[str]) -> Signals:
+    """Return the answers of a teacher, which is on its device, and its features at `places`."""
     model, plan, data, size = teacher.model, teacher.plan, teacher.data, config.train.evaluation_batch_size
     if not isinstance(data, TokenExamples):
         signals = module_signals(model, plan, places, data, size)
@@ -214,7 +215,7 @@ def _stored(config: RealConfig, teacher: Side, kind: Kind) -> Signals:
 
 def _teacher_work(teacher: Side) -> ModuleWork:
     """Count the work of a teacher, whose weights may be elsewhere: shapes are enough."""
-    one = _typical(teacher.data)
+    one = typical_sample(teacher.data)
     if not teacher.is_absent:
         return count_work(teacher.model, one, teacher.plan)
     inputs = {name: values.to("meta") for name, values in one.items() if name != PADDING_MASK}
@@ -246,7 +247,7 @@ def _beginning(report: str) -> str:
     return "\n".join(lines[:NUM_LINES]) + (f"\n... ({more} more lines in mapping.txt)" if more > 0 else "")
 
 
-def _typical(data: Examples) -> dict[str, Tensor]:
+def typical_sample(data: Examples) -> dict[str, Tensor]:
     """Return the training sample of median length, without padding: [1, ...] each."""
     train = data.splits["train"]
     mask = data.inputs.get(PADDING_MASK)

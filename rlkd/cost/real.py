@@ -100,6 +100,21 @@ class ModuleProfile:
         write_whole(path, json.dumps(card, indent=1) + "\n")
 
 
+def profile_through(plan: Plan, work: ModuleWork, batch_size: int, latency_s: float) -> ModuleProfile:
+    """Return a profile through one measured latency; seconds follow the MACs where samples leave early.
+
+    Args:
+        plan: of the student.
+        work: of the student.
+        batch_size: samples of the batch.
+        latency_s: of that batch in the dense student.
+    """
+    rate = latency_s / (batch_size * work.dense_macs)
+    coefficients = tuple(rate if name.endswith("mac_s") else 0.0 for name in coefficient_names(work))
+    provenance = {"latency": "of the dense student, measured; of others in proportion to MACs"}
+    return ModuleProfile(plan, work, batch_size, coefficients, dict(ENERGY_MODEL), provenance)
+
+
 def load_speed(path: Path, plan: Plan, work: ModuleWork, batch_size: int) -> ModuleProfile:
     """Return the profile of a student with the speed that an earlier run wrote for it, so costs repeat with the seed.
 

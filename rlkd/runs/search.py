@@ -6,7 +6,7 @@ candidates for both ends: validation accuracy up, latency down. The front is wha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,18 +15,16 @@ import torch
 
 from rlkd.cost import Cost, CostConfig, CostProfile, load_or_calibrate
 from rlkd.data import DataSet, Goal, TaskDistribution, draw_task, load_dataset
-from rlkd.data.distribution import COSTS, Range
-from rlkd.data.goal import limit_ratio
+from rlkd.data.distribution import Range
 from rlkd.envs.action import ControlConfig, decode, published_setting
 from rlkd.errors import UserError
 from rlkd.models import ChainStudent, StudentConfig, build_student
 from rlkd.models.chain import MAX_BLOCKS, MAX_WIDTH
+from rlkd.runs.candidates import check_within, is_within, limits_of, propose, train_windows
 from rlkd.students import Population, TrainConfig
 from rlkd.teachers import Signals, TeacherConfig, compute_signals, load_teachers
 
-EXIT_AT = 0.9  # confidence at which samples leave in the proxy; the distillation sets its own
 LEAST_SEEDS = 2  # a population has at least two students
-NUM_FIRST = 4  # structures within the limits that are proposed first, spread over the search
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,11 @@ class Candidate:
     accuracy: float = math.nan  # on validation, mean over seeds
     expected_latency_s: float = math.nan  # with the share of samples that left early
 
+    @property
+    def structure(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Widths and exits."""
+        return self.widths, self.exits
+
 
 @dataclass(frozen=True)
 class Space:
@@ -113,7 +116,7 @@ class Space:
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether a structure is within all limits though no sample leaves early."""
-        return all(ratio <= limit for ratio, limit in zip(candidate.ratios, self.limits, strict=True))
+        return is_within(candidate, self.limits)
 
     def reference_cost(self) -> Cost:
         """Return the costs of the student that ratios refer to."""
@@ -150,12 +153,7 @@ def build_space(config: StructureConfig) -> Space:
     reference = _reference(config, data)
     profile = load_or_calibrate(config.cost, reference)
     latency_s = float(_dense_cost(profile, reference).latency_s)
-    given = [getattr(config.goal, name) for name in COSTS]
-    limits = [
-        math.inf if value is None else limit_ratio(name, value, latency_s)
-        for name, value in zip(COSTS, given, strict=True)
-    ]
-    return Space(config, data, profile, tuple(limits))
+    return Space(config, data, profile, limits_of(config.goal, latency_s))
 
 
 def _reference(config: StructureConfig, data: DataSet) -> ChainStudent:
@@ -174,17 +172,10 @@ def check_satisfiable(space: Space) -> list[Candidate]:
         UserError: none is; says what the smallest one costs.
     """
     grid = space.grid()
-    fitting = [candidate for candidate in grid if space.fits(candidate)]
-    if fitting:
-        return fitting
     if not grid:
         raise UserError("search: no structure can be built of these depths and widths for this data; allowed: fewer")
-    smallest = grid[0]
-    shown = ", ".join(f"{name} {ratio:.3f}" for name, ratio in zip(COSTS, smallest.ratios, strict=True))
-    raise UserError(
-        f"search: no structure is within the limits; the fastest one, widths {list(smallest.widths)}, has {shown} of "
-        "the reference; raise the limits, or lower depths and widths"
-    )
+    check_within(grid, space.limits, lambda candidate: f"widths {list(candidate.widths)}")
+    return [candidate for candidate in grid if space.fits(candidate)]
 
 
 def train_shortly(space: Space, signals: Signals, candidate: Candidate, seed: int) -> Candidate:
@@ -198,14 +189,10 @@ def train_shortly(space: Space, signals: Signals, candidate: Candidate, seed: in
         dataset=config.dataset, label_noise=Range(0.0, 0.0), num_labels=Range(num_labels, num_labels)
     )
     seeds = range(seed, seed + config.num_seeds)
-    group.reset([draw_task(s, tasks, data, len(signals.accuracy)) for s in seeds])
+    drawn = [draw_task(s, tasks, data, len(signals.accuracy)) for s in seeds]
     controls = ControlConfig()
     setting = decode(published_setting(controls).expand(config.num_seeds, -1), controls, data.num_classes)
-    for _ in range(config.num_windows):
-        group.train_window(setting)
-    threshold = torch.full((config.num_seeds,), EXIT_AT if candidate.exits else 1.0)
-    group.set_exit(threshold)
-    metrics = group.evaluate("validation")
+    metrics, threshold = train_windows(group, drawn, setting, config.num_windows, has_exits=bool(candidate.exits))
     cost = space.profile.cost(student, metrics.kept, metrics.exit_rates, threshold)
     return replace(
         candidate,
@@ -222,41 +209,24 @@ def search(space: Space, seed: int, on_candidate: Callable[[Candidate], object])
         seed: of the proposals and the trainings.
         on_candidate: called after each.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = space.config
     signals = compute_signals(load_teachers(config.teacher, space.data), space.data)
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
-    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     made = [(point, space.candidate(**point)) for point in space.points()]
-    fitting = [point for point, candidate in made if candidate is not None and space.fits(candidate)]
-    for point in fitting[:: max(1, -(-len(fitting) // NUM_FIRST))]:  # proposals alone can all miss narrow limits
-        study.enqueue_trial(point)
-    done: dict[tuple[tuple[int, ...], tuple[int, ...]], Candidate] = {}
-    asked = 0
-    while len(done) < config.num_candidates and asked < 20 * config.num_candidates:
-        asked += 1
-        trial = study.ask()
+
+    def draw(trial: optuna.Trial) -> Candidate | None:
         drawn = space.candidate(
             trial.suggest_int("depth", *config.depths),
             trial.suggest_int("width", *config.widths, log=True),
             trial.suggest_categorical("taper", list(config.tapers)),
             trial.suggest_categorical("has_exit", [False, True]),
         )
-        if drawn is None or not space.fits(drawn):
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            continue
-        key = (drawn.widths, drawn.exits)
-        if key not in done:
-            done[key] = train_shortly(space, signals, drawn, seed)
-            on_candidate(done[key])
-        study.tell(trial, [done[key].accuracy, done[key].expected_latency_s])
-    return list(done.values())
+        return drawn if drawn is not None and space.fits(drawn) else None
 
-
-def front_of(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that no other one beats in accuracy and expected latency at once, the fastest first."""
-    front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.expected_latency_s, -c.accuracy)):
-        if not front or candidate.accuracy > front[-1].accuracy:
-            front.append(candidate)
-    return front
+    return propose(
+        draw,
+        lambda candidate: train_shortly(space, signals, candidate, seed),
+        first=[point for point, candidate in made if candidate is not None and space.fits(candidate)],
+        num_candidates=config.num_candidates,
+        seed=seed,
+        on_candidate=on_candidate,
+    )

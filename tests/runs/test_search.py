@@ -13,7 +13,7 @@ from rlkd.cost import CostConfig
 from rlkd.data import Goal
 from rlkd.errors import UserError
 from rlkd.models import StudentConfig
-from rlkd.runs.search import Candidate, Space, StructureConfig, build_space, check_satisfiable, front_of, search
+from rlkd.runs.search import Candidate, Space, StructureConfig, build_space, check_satisfiable, search
 from rlkd.teachers import TeacherConfig
 
 Capture = pytest.CaptureFixture[str]
@@ -83,14 +83,6 @@ def test_what_is_possible_is_told_before_a_teacher_is_trained(
     assert "a teacher was asked for" in printed.err
 
 
-def test_the_front_is_what_no_other_candidate_beats() -> None:
-    def made(accuracy: float, latency_s: float) -> Candidate:
-        return Candidate((1,), (), (1.0,) * 4, latency_s, accuracy, latency_s)
-
-    a, b, c, worse, equal = made(0.7, 1.0), made(0.8, 2.0), made(0.9, 3.0), made(0.75, 2.5), made(0.7, 1.5)
-    assert front_of([worse, c, equal, a, b]) == [a, b, c]
-
-
 def test_from_limits_to_a_student_that_distil_takes(
     profile_file: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +118,7 @@ def test_from_limits_to_a_student_that_distil_takes(
         (["--num_seeds", "1"], "num_seeds 1"),
         (["--goal.macs", "2"], "goal.macs: got"),
         (["--goal.macs", "null"], "goal: got no limit"),
+        (["--teacher", "models/bert"], "--teacher: names a real model, which needs --data"),
     ],
 )
 def test_a_mistake_is_one_line(options: list[str], words: str, capsys: Capture, tmp_path: Path) -> None:
