@@ -79,18 +79,19 @@ def check_within(grid: Sequence[Candidate], limits: Sequence[float], name: Calla
 
 def train_windows(
     students: Students, tasks: Sequence[Task], setting: Controls, num_windows: int, *, has_exits: bool
-) -> tuple[Metrics, Tensor]:
+) -> tuple[Metrics, Tensor, Tensor]:
     """Train students for a few windows under one setting.
 
     Returns:
-        Metrics on validation, and the exit threshold [N] that they were evaluated at.
+        Metrics on validation, the exit threshold [N] of that evaluation, and [N] bool: whether any window stayed.
     """
     students.reset(tasks)
     for _ in range(num_windows):
-        students.train_window(setting)
+        telemetry = students.train_window(setting)
+    has_learned = ~telemetry.diverged & (telemetry.num_rollbacks < num_windows)
     threshold = torch.full((len(tasks),), EXIT_AT if has_exits else 1.0)
     students.set_exit(threshold)
-    return students.evaluate("validation"), threshold
+    return students.evaluate("validation"), threshold, has_learned
 
 
 def propose(

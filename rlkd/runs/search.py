@@ -192,7 +192,7 @@ def train_shortly(space: Space, signals: Signals, candidate: Candidate, seed: in
     drawn = [draw_task(s, tasks, data, len(signals.accuracy)) for s in seeds]
     controls = ControlConfig()
     setting = decode(published_setting(controls).expand(config.num_seeds, -1), controls, data.num_classes)
-    metrics, threshold = train_windows(group, drawn, setting, config.num_windows, has_exits=bool(candidate.exits))
+    metrics, threshold, _ = train_windows(group, drawn, setting, config.num_windows, has_exits=bool(candidate.exits))
     cost = space.profile.cost(student, metrics.kept, metrics.exit_rates, threshold)
     return replace(
         candidate,

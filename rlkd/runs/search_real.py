@@ -316,12 +316,16 @@ def train_shortly(
     scenario = with_learning_rate(scenario, seed)
     rates.setdefault(candidate.width, scenario.config.train.learning_rate)
     setting = decode(scenario.start[None], controls, side.data.num_classes)
-    metrics, threshold = train_windows(
+    metrics, threshold, has_learned = train_windows(
         scenario.students(1), [task_of(scenario, seed)], setting, config.num_windows, has_exits=bool(candidate.exits)
     )
+    if not bool(has_learned[0]):
+        logger.warning("%s: its training diverged; its accuracy counts as 0", name_of(candidate))
     cost = scenario.cost(metrics.kept, metrics.exit_rates, threshold)
     return dataclasses.replace(
-        candidate, accuracy=float(metrics.accuracy[0]), expected_latency_s=float(cost.latency_s[0])
+        candidate,
+        accuracy=float(metrics.accuracy[0]) if bool(has_learned[0]) else 0.0,
+        expected_latency_s=float(cost.latency_s[0]),
     )
 
 

@@ -20,6 +20,7 @@ from rlkd.cost.real_work import count_work
 from rlkd.data import Goal
 from rlkd.data.rows import ColumnConfig
 from rlkd.envs.build_real import typical_sample
+from rlkd.envs.rate import RATES
 from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.models.real.cutting import StudentCut, student_from_teacher
 from rlkd.runs import search_real
@@ -185,6 +186,42 @@ def test_options_make_the_configuration_again(space: RealSpace) -> None:
     assert wanted.goal == Goal(accuracy=0.9)
     parsed, _ = parse(distil_models._parser(), search_models.options_of(wanted), RealConfig)
     assert parsed == wanted
+
+
+def test_a_training_that_diverges_counts_as_nothing(space: RealSpace, caplog: pytest.LogCaptureFixture) -> None:
+    signals, cut = search_real._signals(space), space.cuts[0]
+    assert search_real.train_shortly(space, signals, cut, 0, {}).accuracy > 0
+    assert not [line for line in caplog.messages if "diverged" in line]
+    broken = dataclasses.replace(signals, logits=torch.full_like(signals.logits, torch.nan))
+    assert search_real.train_shortly(space, broken, cut, 0, {}).accuracy == 0
+    assert [line for line in caplog.messages if "its training diverged; its accuracy counts as 0" in line]
+
+
+def test_a_range_test_finds_the_step_size_once_a_width(space: RealSpace, caplog: pytest.LogCaptureFixture) -> None:
+    train = dataclasses.replace(space.config.train, learning_rate=0.0)
+    asked = dataclasses.replace(space, config=dataclasses.replace(space.config, train=train))
+    signals, rates = search_real._signals(asked), dict[float, float]()
+    for cut in [cut for cut in space.cuts if cut.width == 0.5 and not cut.exits][:2]:
+        assert 0 <= search_real.train_shortly(asked, signals, cut, 0, rates).accuracy <= 1
+    assert list(rates) == [0.5]
+    assert rates[0.5] in RATES
+    assert len([line for line in caplog.messages if line.startswith("learning rate:")]) == 1
+
+
+@pytest.mark.slow
+def test_a_language_model_is_cut_too(tmp_path: Path, capsys: Capture) -> None:
+    tiny_models.tiny("llama", vocab_size=len(tiny_models.WORDS) + 3, **SMALL).save_pretrained(tmp_path / "llama")
+    tiny_models.save_causal_tokenizer(tmp_path / "llama")
+    words = tiny_models.WORDS
+    (tmp_path / "novel.txt").write_text("\n".join(" ".join(words[i % 9 : i % 9 + 5]) for i in range(60)))
+    options = ["--teacher", str(tmp_path / "llama"), "--data", str(tmp_path / "novel.txt"), *QUICK]
+    options += ["--tokens.top_k", "5", "--goal.size", "0.999", "--space.keeps", "[first]"]
+    assert main(["search", *options, "--out", str(tmp_path / "a")]) == 0
+    tried = json.loads((tmp_path / "a" / "search.json").read_text())["tried"]
+    assert {(cut["layers"], cut["width"], len(cut["exits"])) for cut in tried} == {
+        (1, 1.0, 0), (1, 0.5, 0), (2, 0.5, 0), (2, 0.5, 1),
+    }  # fmt: skip
+    assert "--tokens.top_k 5" in capsys.readouterr().out.split("next: ")[1]
 
 
 @pytest.mark.slow

@@ -407,6 +407,8 @@ class ModuleStudent:
         """Signals of hidden layers for the samples [B]; student and teacher have equal ones without the family."""
         columns = self._active_columns()
         features = self._signals.features[self._task.teacher, samples, :columns].to(self._device)  # [B, F]
+        if not features.shape[-1]:  # the mean over no features would be no number
+            features = features.new_zeros(len(features), 1)
         adapted = outputs.features[:, :columns].float() if self._available[2] else features
         student_map, teacher_map = self._maps(samples, outputs)
         return {
