@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--name", type=str, default="student", help="of the model in the Triton repository")
     text = "also quantise after the training; a step that loses more than --most_lost is taken back"
     parser.add_argument("--int8", action="store_true", help=text)
-    text = "with --int8: also distil on the integer grid for so many steps (chain students); 0: do not"
+    text = "with --int8: also distil on the integer grid for so many steps (chains and classifiers); 0: do not"
     parser.add_argument("--qat", type=int, default=0, help=text)
     text = "points of accuracy on validation that int8 may lose"
     parser.add_argument("--most_lost", type=float, default=0.5, help=text)

@@ -1,11 +1,12 @@
-"""Quantisation-aware distillation of a chain student: it learns from its teacher on the grid that it ships on.
+"""Quantisation-aware distillation: a student learns from its teacher on the grid that it ships on.
 
+`train_on_grid` is the training of every student; the rest is for chains (`rlkd.export.dynamic_grid` has real students).
 Weights are rounded in every step, activations to ranges that follow the batches and then stand still, as in Jacob et
 al. 2018 (arXiv:1712.05877). Layers that move the answers least may take four-bit weights.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -175,29 +176,75 @@ def train_aware(
         seed: of the batches.
         bits: of the weights, as in `FakeChain`.
     """
-    config.check()
     chain = calibrated(student, data, bits)
-    best, best_state = accuracy_of(chain, data, data.splits["validation"]), copy.deepcopy(chain.state_dict())
+
+    def exit_logits(rows: Tensor, progress: float) -> Sequence[Tensor]:
+        chain.train()
+        chain.follows = progress < STILL
+        logits: list[Tensor] = chain(data.inputs[rows])
+        return logits
+
+    task = GridTask(
+        exit_logits=exit_logits,
+        teacher_logits=lambda rows: teacher_logits[rows],
+        accuracy=lambda: accuracy_of(chain, data, data.splits["validation"]),
+        labels=data.labels,
+        train=data.splits["train"],
+    )
     parameters = [p for layer in layer_names(student) for p in chain.student.get_submodule(layer).parameters()]
+    best = train_on_grid(chain, parameters, task, config, seed)
+    return TrainedChain(chain.eval().requires_grad_(False), best, dict(bits or {}))
+
+
+@dataclass(frozen=True)
+class GridTask:
+    """What a student on its grid learns, and how it is judged."""
+
+    exit_logits: Callable[[Tensor, float], Sequence[Tensor]]  # [B, C] of each exit for samples [B], with the progress
+    teacher_logits: Callable[[Tensor], Tensor]  # [B, C] for samples [B]
+    accuracy: Callable[[], float]  # on validation
+    labels: Tensor  # [S] int64
+    train: Tensor  # [T] int64, the samples that are learned from
+
+
+def train_on_grid(
+    module: nn.Module, parameters: Sequence[nn.Parameter], task: GridTask, config: AwareConfig, seed: int
+) -> float:
+    """Train parameters under teacher and labels; the module keeps the state that is best on validation.
+
+    Args:
+        module: the student on its grid, changed.
+        parameters: of it, those that learn.
+        task: what is learned.
+        config: of the training.
+        seed: of the batches.
+
+    Returns:
+        The accuracy of that state on validation; the state before the training counts, too.
+
+    Raises:
+        UserError: too few steps.
+    """
+    config.check()
+    best, best_state = task.accuracy(), copy.deepcopy(module.state_dict())
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_steps)
-    generator, train = torch.Generator().manual_seed(seed), data.splits["train"]
+    generator = torch.Generator().manual_seed(seed)
     every = config.num_steps // config.evaluations
     for step in range(config.num_steps):
-        chain.train()
-        chain.follows = step < STILL * config.num_steps
-        rows = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
-        loss = _loss(chain(data.inputs[rows]), data.labels[rows], teacher_logits[rows], config)
+        rows = task.train[torch.randint(len(task.train), (config.batch_size,), generator=generator)]
+        logits = task.exit_logits(rows, step / config.num_steps)
+        loss = _loss(logits, task.labels[rows], task.teacher_logits(rows), config)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if (step + 1) % every == 0:
-            now = accuracy_of(chain, data, data.splits["validation"])
+            now = task.accuracy()
             if now > best:
-                best, best_state = now, copy.deepcopy(chain.state_dict())
-    chain.load_state_dict(best_state)
-    return TrainedChain(chain.eval().requires_grad_(False), best, dict(bits or {}))
+                best, best_state = now, copy.deepcopy(module.state_dict())
+    module.load_state_dict(best_state)
+    return best
 
 
 def _loss(logits: Sequence[Tensor], labels: Tensor, teacher: Tensor, config: AwareConfig) -> Tensor:

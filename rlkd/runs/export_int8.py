@@ -1,7 +1,7 @@
 """The int8 form of an exported student: all methods are tried, the fastest ships that loses little enough."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from rlkd.compression import CompactStudent
+from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.cost.timing import time_calls
 from rlkd.errors import UserError
 from rlkd.export import surgery
-from rlkd.export.aware import AwareConfig, FakeChain, four_bit_layers, train_aware
-from rlkd.export.int8 import METHODS, NUM_CALIBRATED, NUM_SENSITIVE, layers_of, within
-from rlkd.export.onnx_file import Run, runner_of, save_graph, session_of
+from rlkd.export.aware import AwareConfig, FakeChain, GridTask, four_bit_layers, train_aware, train_on_grid
+from rlkd.export.dynamic_grid import FakeDynamic
+from rlkd.export.int8 import METHODS, NUM_CALIBRATED, NUM_SENSITIVE, layers_of, quantise, within
+from rlkd.export.onnx_file import Inputs, Run, export_flat, runner_of, save_graph, session_of
 from rlkd.export.qdq import LayerGrids, with_integers
 from rlkd.hardware import Hardware
+from rlkd.runs.export_exits import NUM_TRACED
 from rlkd.runs.shipped import ShippedData
 
 CALIBRATED_AT_ONCE = 32
 NUM_ROUNDS = 21
+REAL_BATCH_SIZE, REAL_LEARNING_RATE = 16, 5e-5  # of real students on the grid
+AS_FAST = 1.05  # times the fastest form's latency, within which the form ships that loses least
 Log = Callable[[str], object]
 
 
@@ -71,36 +76,92 @@ def int8_forms(opened: ShippedData, flat: Any, num_early: int, most_lost: float,
 def aware_forms(
     opened: ShippedData, flat: Any, num_early: int, *, most_lost: float, num_steps: int, log: Log, seed: int = 0
 ) -> list[Form]:
-    """Return the forms of quantisation-aware distillation that lose little enough: all in int8, and mixed with int4.
+    """Return the forms of quantisation-aware distillation that lose little enough.
+
+    A chain is trained on two grids, all in int8, and mixed with int4; a real classifier on that of dynamic int8.
 
     Args:
-        opened: a chain whose run names its teacher.
+        opened: a student whose run names its teacher.
         flat, num_early, most_lost, log: as in `int8_forms`.
         num_steps: of the training.
         seed: of its batches.
 
     Raises:
-        UserError: the student is no chain, or its teacher is not named.
+        UserError: the student is a language model, or its teacher is not named.
     """
-    if opened.data is None or opened.teacher_logits is None or not isinstance(opened.student, CompactStudent):
+    if opened.is_causal:
+        raise UserError("--qat: got a language model; allowed: chains and classifiers")
+    if (opened.teacher_logits or opened.open_teacher) is None:
         raise UserError(
             f"--qat: got a {opened.kind.replace('_', ' ')} student without a named teacher; allowed: the run folder of "
-            "a chain student"
+            "`rlkd distil` with a teacher that has weights"
         )
-    data, student, logits = opened.data, opened.student, opened.teacher_logits()
+    trained = _aware_chains if opened.kind == "chain" else _aware_real
     reference = opened.accuracy(_last_of(flat), opened.few("validation"))
     forms = []
-    for name, bits in (("int8 aware", {}), ("int4 and int8 aware", four_bit_layers(student, data))):
-        trained = train_aware(student, data, logits, AwareConfig(num_steps=num_steps), seed, bits)
-        straight = integer_graph(flat, trained.chain)
+    for name, straight, note in trained(opened, flat, num_steps, seed):
         lost = reference - opened.accuracy(_last_of(straight), opened.few("validation"))
         if lost > most_lost:
             log(f"{name}: loses {100 * lost:.2f} points, more than {100 * most_lost:g}; taken back")
             continue
         forms.append(Form(name, surgery.fold_exits(straight, num_early), straight, lost))
-        if bits:
-            log(f"{name}: four-bit weights in {', '.join(bits)}")
+        if note:
+            log(f"{name}: {note}")
     return forms
+
+
+Trained = Iterator[tuple[str, Any, str]]  # name, straight graph, and what the log says of it
+
+
+def _aware_chains(opened: ShippedData, flat: Any, num_steps: int, seed: int) -> Trained:
+    """Train a chain on its two grids."""
+    data, student, teacher_logits = opened.data, opened.student, opened.teacher_logits
+    assert isinstance(student, CompactStudent)
+    assert data is not None
+    assert teacher_logits is not None
+    logits, config = teacher_logits(), AwareConfig(num_steps=num_steps)
+    for name, bits in (("int8 aware", {}), ("int4 and int8 aware", four_bit_layers(student, data))):
+        trained = train_aware(student, data, logits, config, seed, bits)
+        yield name, integer_graph(flat, trained.chain), f"four-bit weights in {', '.join(bits)}" if bits else ""
+
+
+def _aware_real(opened: ShippedData, flat: Any, num_steps: int, seed: int) -> Trained:
+    """Train a real classifier on the grid of dynamic int8.
+
+    Raises:
+        UserError: its graph has layers that the training does not round.
+    """
+    student = opened.student
+    assert isinstance(student, ShippedStudent)
+    assert opened.open_teacher is not None
+    config = AwareConfig(num_steps, batch_size=REAL_BATCH_SIZE, learning_rate=REAL_LEARNING_RATE)
+    validation = opened.few("validation")
+    traced = opened.batch(validation[:NUM_TRACED])
+    fake = FakeDynamic(student, list(traced))
+    with torch.no_grad():
+        fake(traced)
+    num_layers = len(layers_of(flat, "dynamic"))
+    if not num_layers or fake.num_layers != num_layers:
+        raise UserError(
+            f"--qat: the graph has {num_layers} layers for dynamic int8, of which the training rounds "
+            f"{fake.num_layers}; allowed: students whose int8 layers are all nn.Linear"
+        )
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Tensor:
+        logits: Tensor = fake(inputs)
+        return logits
+
+    task = GridTask(
+        exit_logits=lambda rows, _: fake.exit_logits(opened.batch(rows)),
+        teacher_logits=opened.open_teacher(),
+        accuracy=lambda: opened.accuracy(run, validation),
+        labels=opened.labels,
+        train=opened.splits["train"],
+    )
+    best = train_on_grid(fake, list(fake.parameters()), task, config, seed)
+    graph = quantise(export_flat(fake.student, traced, opened.has_length), "dynamic", []).graph
+    yield "int8 aware dynamic", graph, f"{100 * best:.2f} % right on validation as it was trained"
 
 
 def integer_graph(flat: Any, chain: FakeChain) -> Any:
@@ -190,7 +251,7 @@ def add_int8(
         )
         return record
     first = str(hardware.batch_sizes[0])
-    best = min(range(1, len(forms)), key=lambda index: rows[index]["latency_s"][first])
+    best = chosen_form(rows, first)
     save_graph(forms[best].graph, out / "model_int8.onnx")
     record["written"] = rows[best]["form"]
     for row in rows[1:]:
@@ -199,6 +260,18 @@ def add_int8(
     if slower:
         log(f"note: int8 is slower than float32 here at batch {', '.join(slower)}; it gains size alone")
     return record
+
+
+def chosen_form(rows: Sequence[Mapping[str, Any]], batch_size: str) -> int:
+    """Return the index of the form that ships: of those nearly as fast as the fastest, the one that loses least.
+
+    Args:
+        rows: of all forms as `add_int8` returns them, float32 first, which is not chosen.
+        batch_size: at which latencies count.
+    """
+    most_s = AS_FAST * min(row["latency_s"][batch_size] for row in rows[1:])
+    fast = [index for index in range(1, len(rows)) if rows[index]["latency_s"][batch_size] <= most_s]
+    return min(fast, key=lambda index: float(rows[index]["points_lost_on_validation"]))
 
 
 def _runs_on(form: Form, hardware: Hardware, log: Log) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkd.compression import CompactStudent, compact
+from rlkd.compression import compact
 from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits
@@ -16,7 +16,7 @@ from rlkd.export.measure import CPU, NUM_COUNTED, MeasuredForm, count_macs, meas
 from rlkd.export.onnx_file import export_flat, runner_of, session_of, torch_runner_on
 from rlkd.hardware import Hardware
 from rlkd.runs.export_exits import NUM_TRACED
-from rlkd.runs.shipped import ShippedData, examples_of, opened_examples
+from rlkd.runs.shipped import ShippedData, open_real_teacher
 
 TEACHER = "teacher"
 INT8_FILE = "model_int8.onnx"
@@ -136,18 +136,5 @@ def open_against(given: str, opened: ShippedData, config_of: Any) -> ShippedData
     from rlkd.envs.real_config import RealConfig
 
     config = config_of(run, RealConfig)[0]
-    return _real_teacher(config.teacher if given == TEACHER else given, opened, config)
-
-
-def _real_teacher(source: str, opened: ShippedData, config: Any) -> ShippedData:
-    from rlkd.compression.real.shipped import Shipment, shipped_student
-    from rlkd.models.real.pretrained import load_model
-
-    assert not isinstance(opened.student, CompactStudent)
-    kind = opened.student.shipment.kind
-    model = load_model(source, kind, config.allow_pickle)
-    num_classes = opened.student.shipment.num_classes
-    shipment = Shipment(kind, (), (), (), 0, 1.0, None, 1.0, num_classes, False)
-    teacher = shipped_student(model, torch.nn.ModuleList(), shipment)
-    examples = examples_of(teacher, Path(source), config.columns, Path(config.data), opened.card)
-    return opened_examples(Path(source) / "student", teacher, examples, {})
+    source = config.teacher if given == TEACHER else given
+    return open_real_teacher(opened, source, config.columns, Path(config.data), config.allow_pickle)

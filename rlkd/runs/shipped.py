@@ -39,6 +39,8 @@ class ShippedData:
     counted: Callable[[Tensor, int], Tensor] | None = None  # of a language model
     data: DataSet | None = None  # of a chain
     teacher_logits: Callable[[], Tensor] | None = None  # [S, C] of a chain whose run names its teacher
+    open_teacher: Callable[[], Callable[[Tensor], Tensor]] | None = None
+    """Loads the teacher of a real student whose run names it: a function from samples [B] to logits [B, C]."""
 
     @property
     def is_causal(self) -> bool:
@@ -137,7 +139,66 @@ def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None)
     columns, where = _columns_of(run, config_of, data, RealConfig)
     card = read_json(inside(folder, "student.json"), "a student's card")
     examples = examples_of(student, folder / "model", columns, where, card)
-    return opened_examples(folder, student, examples, card)
+    opened = opened_examples(folder, student, examples, card)
+    if run is None:
+        return opened
+    config = _config_of_run(run, config_of, RealConfig)
+    if config.is_absent:
+        return opened
+    return dataclasses.replace(
+        opened, open_teacher=lambda: teacher_answers(opened, config.teacher, columns, where, config.allow_pickle)
+    )
+
+
+def open_real_teacher(
+    opened: ShippedData, source: str, columns: Any, data: Path, allow_pickle: bool = False
+) -> ShippedData:
+    """Return a model of transformers as a student without exits, on the data of a real student.
+
+    Args:
+        opened: the student.
+        source: name or folder of the model.
+        columns: how the table is read.
+        data: file or folder.
+        allow_pickle: whether weights may be pickled.
+
+    Raises:
+        UserError: the model or the data cannot be read.
+    """
+    from rlkd.compression.real.shipped import Shipment, ShippedStudent, shipped_student
+    from rlkd.models.real.pretrained import load_model
+
+    student: Any = opened.student
+    assert isinstance(student, ShippedStudent)
+    kind, num_classes = student.shipment.kind, student.shipment.num_classes
+    model = load_model(source, kind, allow_pickle)
+    shipment = Shipment(kind, (), (), (), 0, 1.0, None, 1.0, num_classes, False)
+    teacher = shipped_student(model, torch.nn.ModuleList(), shipment)
+    examples = examples_of(teacher, Path(source), columns, data, opened.card)
+    return opened_examples(Path(source) / "student", teacher, examples, {})
+
+
+def teacher_answers(
+    opened: ShippedData, source: str, columns: Any, data: Path, allow_pickle: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from samples [B] to the logits [B, C] of a real student's teacher.
+
+    Args:
+        opened, source, columns, data, allow_pickle: as in `open_real_teacher`.
+
+    Raises:
+        UserError: the model or the data cannot be read, or its classes have another order than the student's.
+    """
+    teacher = open_real_teacher(opened, source, columns, data, allow_pickle)
+    if not torch.equal(teacher.labels, opened.labels):
+        raise UserError(f"{source}: orders its classes in another way than its student; allowed: the same order")
+
+    @torch.no_grad()
+    def answers(rows: Tensor) -> Tensor:
+        logits: Tensor = teacher.student(**teacher.batch(rows))
+        return logits
+
+    return answers
 
 
 def opened_examples(folder: Path, student: Any, examples: Examples, card: dict[str, Any]) -> ShippedData:

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ pytest.importorskip("transformers", reason="the extra hf is not installed: pip i
 import onnxruntime
 
 from rlkd.cli.main import main
+from rlkd.cli.verify import config_of_run
 from rlkd.compression.real.student_folder import PLAIN
+from rlkd.envs.real_config import RealConfig
+from rlkd.errors import UserError
+from rlkd.runs.shipped import open_shipped, teacher_answers
 
 pytestmark = pytest.mark.slow
 QUICK = ["--num_windows", "2", "--train.steps_per_window", "2", "--train.batch_size", "8", "--cost.batch_size", "4"]
@@ -43,11 +48,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_to_onnx_with_integers(run: Path, tmp_path: Path) -> None:
-    assert main(["export", str(run), "--out", str(tmp_path), "--int8", "--most_lost", "100"]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path), "--int8", "--most_lost", "100", "--qat", "8"]) == 0
     report = json.loads((tmp_path / "export.json").read_text())
     assert report["parity"]["largest"] < 1e-4
     forms = {row["form"]: row for row in report["int8"]["forms"]}
-    assert set(forms) == {"float32", "int8 dynamic", "int8 static"}
+    assert set(forms) == {"float32", "int8 dynamic", "int8 static", "int8 aware dynamic"}
     result = json.loads((run / "result.json").read_text())
     assert forms["float32"]["test_accuracy"] == pytest.approx(result["methods"]["policy"]["accuracy"])
     session = onnxruntime.InferenceSession(str(tmp_path / "model_int8.onnx"), providers=["CPUExecutionProvider"])
@@ -70,6 +75,20 @@ def test_to_a_folder_of_transformers(run: Path, tmp_path: Path, capsys: pytest.C
     assert model.config.id2label == {0: "neg", 1: "pos"}
     assert t.AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()["good"] == 5
     assert (tmp_path / "README.md").read_text().count("AutoModelForSequenceClassification") == 2
+
+
+def test_a_teacher_with_its_classes_in_another_order_is_refused(run: Path, tmp_path: Path) -> None:
+    opened = open_shipped(run, config_of_run, None)
+    assert opened.open_teacher is not None
+    rows = opened.splits["train"][:5]
+    assert opened.open_teacher()(rows).shape == (5, 2)
+    shutil.copytree(run.parent / "bert", tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    config |= {"id2label": {"0": "pos", "1": "neg"}, "label2id": {"pos": 0, "neg": 1}}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    columns = config_of_run(run, RealConfig)[0].columns
+    with pytest.raises(UserError, match="orders its classes in another way than its student"):
+        teacher_answers(opened, str(tmp_path / "bert"), columns, run.parent / "reviews.csv")
 
 
 def test_measured_beside_its_teacher(run: Path, tmp_path: Path) -> None:
