@@ -7,7 +7,6 @@
 accelerate; model and texts are fetched into --work (`brown_corpus`), documents are split by a hash of their name. All
 methods train with labels and the teacher's likeliest tokens, the same number of steps on the same batches:
 
-- spread: evenly spread blocks, which rlkd keeps by default; nothing is trained.
 - cut: blocks of least influence are removed one by one until 20 are left (`depth_pruning`); nothing is trained.
 - plain: distillation of the cut, labels and teacher half and half at T = 1.
 - gradual: as plain, but it begins with the whole teacher and removes a block before each step of `removals`.
@@ -58,7 +57,7 @@ from rlkd.errors import UserError
 from rlkd.io.records import write_json
 from rlkd.models.real.attachment import AttachConfig
 from rlkd.models.real.blocks import block_paths
-from rlkd.models.real.cutting import StudentCut, student_from_teacher
+from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.hooks import forward, logits_of
 from rlkd.models.real.pretrained import load_model, load_processor
 from rlkd.runs.distil import run_windows
@@ -72,7 +71,7 @@ COLUMNS = ColumnConfig(max_length=64)  # most documents are one piece
 RATES, RATE_STEPS, RATE_SEED = (1e-4, 3e-4, 1e-3), 10, 1000
 TEMPERATURES = (1.0, 2.0)
 BATCHES, NUM_ROUNDS = (1, 8), 9
-CUTS, TRAINED = ("spread", "cut"), ("plain", "gradual", "policy")
+TRAINED = ("plain", "gradual", "policy")
 EVALUATED = 8  # pieces at once
 
 
@@ -267,10 +266,6 @@ class Work:
             when = removals(study.num_steps, len(block_paths(model)) - study.layers, study.removal_share)
             metrics = {"removed_before": when, "removed": train_by_hand(model, scenario, seed, when)}
             student.model.load_state_dict(model.state_dict())
-        elif method == "spread":
-            assert scenario.teacher is not None
-            model = student_from_teacher(scenario.teacher, scenario.kind, StudentCut(layers=study.layers))[0]
-            student.model.load_state_dict(model.state_dict())
         elif method != "cut":
             masks, metrics = steered(scenario, method, seed, study, self.bundle)
         shipped = ship(student.cpu().eval(), scenario.kind, masks, 1.0, 1.0)
@@ -287,7 +282,7 @@ class Work:
         data, teacher = self.scenario.data, self.scenario.teacher
         assert teacher is not None
         networks: dict[str, Callable[..., Any]] = {"teacher": callable_of(teacher.eval())}
-        for name, number in (*((name, 0) for name in CUTS), *((name, seed) for name in TRAINED)):
+        for name, number in (("cut", 0), *((name, seed) for name in TRAINED)):
             networks[name] = load_module_student(self.out / "students" / f"{name}-{number}")
         calls = {
             (name, size): partial(network, **data.batch(data.splits["test"][:size]))
@@ -300,7 +295,7 @@ class Work:
 
 def run(work: Work, num_seeds: int) -> tuple[str, dict[str, Any]]:
     """Do what is missing; returns the page and its numbers."""
-    rows = {name: [work.row(name, 0)] for name in ("teacher", *CUTS)}
+    rows = {name: [work.row(name, 0)] for name in ("teacher", "cut")}
     for seed in range(num_seeds):
         for name in TRAINED:
             rows.setdefault(name, []).append(work.row(name, seed))

@@ -64,6 +64,16 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
         "- The interval of a ratio of perplexities is over resampled test pieces, paired; it says nothing about other seeds.",
         f"- The policy's floor is {study['floor_factor']:g} times the teacher's perplexity on validation.",
         "",
+        "## What fell short",
+        "",
+        *(
+            ["- Fewer than three seeds: how much the figures differ between seeds is unknown."]
+            if about["num_seeds"] < 3
+            else []
+        ),
+        f"- {study['num_windows'] * study['steps_per_window']} steps of {study['batch_size']} short texts are few: the trainings end far above the teacher's perplexity.",
+        "- The policy removes units of blocks, not blocks: it has no control of the depth.",
+        "",
         "## What the policy set",
         "",
     ]

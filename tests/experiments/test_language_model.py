@@ -95,7 +95,6 @@ def test_the_study_of_a_tiny_model(place: Path, tmp_path: Path, monkeypatch: pyt
     assert rows["gradual"]["parameters"] == rows["cut"]["parameters"] < rows["teacher"]["parameters"]
     assert rows["policy"]["validation_perplexity"] == pytest.approx(rows["policy"]["trained_perplexity"], rel=0.02)
     assert all(1.0 <= window["temperature"] <= 2.0 for window in rows["policy"]["windows"])
-    assert rows["spread"]["test_perplexity"] != rows["cut"]["test_perplexity"]
     assert "| gradual | " in text
 
     # by hand and through rlkd's loop, plain distillation is one training
