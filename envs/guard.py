@@ -4,8 +4,8 @@ A window meets its goal if its validation accuracy is at least the floor; a task
 window has the highest J among those that meet the goal; if none does, the most accurate one is the best. A window of a
 real student that could become the best is looked at on more of the validation split: the best of many on few samples
 owes part of that to chance. Windows that meet the goal there with a standard error to spare go before the others.
-A student that meets its floor before any window, with nothing left out, ships untouched if no window meets the goal.
-While it is the best, a student that is below its floor has lost too much: part of that is put back before each window.
+The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. While
+it is the best, a student that is below its floor has lost too much: part of that is put back before each window.
 """
 
 from collections.abc import Mapping
@@ -66,8 +66,8 @@ class Guard:
     def put_back(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        They keep more units and inputs than `u` where only the untouched student meets its floor and the last window
-        is below it, once FREE_SHARE of the windows are done: the policy has had its time to come back.
+        They keep more units and inputs than `u` where the untouched student is the best and the last window is below
+        its floor, once FREE_SHARE of the windows are done: the policy has had its time to come back.
         """
         episodes = self._episodes
         is_late = episodes.window >= FREE_SHARE * episodes.scenario.config.num_windows
@@ -82,6 +82,9 @@ class Guard:
         better = torch.where(level == self._level, value >= self._value, level > self._level) & ~outcome.diverged  # [N]
         self._is_below = ~meets_goal(accuracy, floor)
         had_met = self.met
+        # untouched weights that miss the goal are no result of a training that diverged
+        lost = outcome.diverged & ~had_met & (self.best_window == UNTOUCHED)
+        self.best_window = torch.where(lost, NO_WINDOW, self.best_window)
         if better.any():
             self._best = merge_rows(self._best, episodes.training_state(), better)
             self.best_window = torch.where(better, episodes.window.long(), self.best_window)
@@ -100,18 +103,17 @@ class Guard:
         return observation
 
     def _keep_untouched(self) -> None:
-        """Keep the students that meet their floors as they are now, with nothing left out."""
+        """Keep the students that have floors as they are now, with nothing left out."""
         before, has_floor = self._episodes.training_state(), self._episodes.floors[:, 0] > 0
         accuracy, score = self._episodes.leave_nothing_out()
         level, value = self._judge(accuracy, score, ~has_floor)
-        met = (level > MISSED) & has_floor
-        if met.any():
+        if has_floor.any():
             self._best = self._episodes.training_state()
             # never SURE: any window that meets the goal and saves more goes before
-            self._level = torch.where(met, MET, self._level)
-            self._value = torch.where(met, value, self._value)
-            self.best_window = torch.where(met, UNTOUCHED, self.best_window)
-        self._episodes.restore(before, torch.ones_like(met))
+            self._level = torch.where(has_floor, level.clamp_max(MET), self._level)
+            self._value = torch.where(has_floor, value, self._value)
+            self.best_window = torch.where(has_floor, UNTOUCHED, self.best_window)
+        self._episodes.restore(before, torch.ones_like(has_floor))
 
     def _judge(self, accuracy: Tensor, score: Tensor, diverged: Tensor) -> tuple[Tensor, Tensor]:
         """Return the level and the value [N] of students as they are.

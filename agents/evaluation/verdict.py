@@ -186,7 +186,8 @@ def what_the_policy_did(windows: Rows, best_window: int = NO_WINDOW) -> list[str
             f"{float(row.get('first_exit_rate', 0)):.0%} of the samples leave at the first exit."
         )
     if best_window == UNTOUCHED:
-        told.append("The student ships as it was before the first window: it met the floor, and no window was better.")
+        text = "The student ships as it was before the first window, because every window did worse on validation."
+        told.append(text)
     weights = [sum(float(row[name]) for name in TEACHING) for row in windows if WEIGHTS[1] in row]
     if weights:
         told.append(

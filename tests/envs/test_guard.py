@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlkd.envs import Episodes, Outcome, Scenario
 from rlkd.envs.action import CONTROLS
-from rlkd.envs.guard import UNTOUCHED, Guard, GuardConfig, meets_goal
+from rlkd.envs.guard import NO_WINDOW, UNTOUCHED, Guard, GuardConfig, meets_goal
 from rlkd.errors import UserError
 
 SEEDS = [2**60 + i for i in range(3)]
@@ -87,32 +87,44 @@ def test_a_window_far_below_the_floor_is_undone_once_the_goal_had_been_met(scena
     assert not torch.equal(repeated[0], after[0])  # other samples than those of the window that was undone
 
 
-@pytest.mark.parametrize(("keep", "ships"), [(0.05, UNTOUCHED), (0.8, 1)])
-def test_a_student_that_met_its_floor_before_ships_untouched_if_no_window_meets_it(
-    scenario: Scenario, keep: float, ships: int
+@pytest.mark.parametrize(
+    ("keep", "accuracy", "ships"), [(0.05, 0.01, UNTOUCHED), (0.8, 0.01, UNTOUCHED), (0.8, 0.3, 1)]
+)
+def test_the_untouched_student_ships_if_every_window_does_worse(
+    scenario: Scenario, keep: float, accuracy: float, ships: int
 ) -> None:
-    # fresh students of ten classes are right by chance: they meet a floor of 0.025
+    # fresh students of ten classes are right by chance: they meet a floor of 0.025 and miss one of 0.4
     episodes, _ = begin(scenario, keep=keep)
     before, u = parameters(episodes), episodes.u.clone()
     reached = episodes.leave_nothing_out()[0]
     episodes.reset(SEEDS)
     met = reached >= episodes.floors[:, 0]
-    assert met.tolist() == [ships == UNTOUCHED] * 3
+    assert met.tolist() == [keep < 0.1] * 3
     guard = Guard(episodes)
     assert torch.equal(parameters(episodes), before)  # the look changes nothing
     assert torch.equal(episodes.u, u)
     small = episodes.start.clone()
     small[:, UNITS] = 0.3
-    guard.after_window(claim(episodes.step(small), [0.01] * 3, [0.9] * 3))
+    guard.after_window(claim(episodes.step(small), [accuracy] * 3, [0.9] * 3))
     guard.finish()
     assert guard.best_window.tolist() == [ships] * 3
-    shipped = met & (ships == UNTOUCHED)
+    assert guard.met.tolist() == met.tolist()
+    shipped = torch.full((3,), ships == UNTOUCHED)
     assert torch.equal(parameters(episodes)[shipped], before[shipped])
     assert torch.allclose(episodes.u[shipped][:, UNITS], torch.ones(int(shipped.sum())))
     assert torch.allclose(episodes.evaluate("validation")[0].accuracy[shipped], reached[shipped])
 
 
-def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(scenario: Scenario) -> None:
+def test_a_student_that_diverges_and_never_met_its_floor_has_nothing_to_ship(scenario: Scenario) -> None:
+    for keep, ships in ((0.05, UNTOUCHED), (0.8, NO_WINDOW)):
+        episodes, _ = begin(scenario, keep=keep)
+        guard = Guard(episodes)
+        outcome = claim(episodes.step(episodes.start), [0.01] * 3, [0.9] * 3)
+        guard.after_window(dataclasses.replace(outcome, diverged=torch.tensor([True, False, False])))
+        assert guard.finish().tolist() == [ships, UNTOUCHED, UNTOUCHED]
+
+
+def test_units_are_put_back_while_the_untouched_student_is_the_best(scenario: Scenario) -> None:
     episodes, _ = begin(scenario, keep=0.05)  # fresh students meet a floor of 0.025
     guard, small = Guard(episodes), episodes.start.clone()
     small[:, UNITS] = 0.2
@@ -129,8 +141,8 @@ def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(sce
     untouched, _ = begin(scenario, keep=0.8)  # a floor that fresh students miss
     missed = Guard(untouched)
     for _ in range(free):
-        missed.after_window(claim(untouched.step(small), [0.01] * 3, [0.5] * 3))
-    assert torch.equal(missed.put_back(small), small)
+        missed.after_window(claim(untouched.step(small), [0.01, 0.3, 0.3], [0.5] * 3))  # chance is 0.1
+    assert missed.put_back(small)[:, UNITS].tolist() == pytest.approx([0.6, 0.2, 0.2])
 
 
 @pytest.mark.parametrize("undo", [False, True])

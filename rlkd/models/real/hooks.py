@@ -31,9 +31,21 @@ class Link:
 
     @property
     def adapter(self) -> str:
-        """In words: "none" where the widths are equal."""
+        """In words: "scale" where the widths are equal."""
         same = self.student_width == self.teacher_width
-        return "none" if same else f"linear {self.student_width} -> {self.teacher_width}"
+        return "scale" if same else f"linear {self.student_width} -> {self.teacher_width}"
+
+
+class UnitScale(nn.Module):
+    """Brings features to a mean square of one over the batch, as those of the teacher have over its train split.
+
+    Without it, the feature loss would pull a student that is as wide as its teacher to another scale than its next
+    layer expects: blocks of a language model answer hundreds of times larger values.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return `features` [B, D] over the root of their mean square."""
+        return features / features.square().mean().sqrt().clamp_min(1e-8)
 
 
 def resolve(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -193,9 +205,9 @@ def link_places(
 
 
 def build_adapters(links: Sequence[Link]) -> nn.ModuleList:
-    """One linear adapter a link, `nn.Identity` where the widths are equal."""
+    """One linear adapter a link, `UnitScale` where the widths are equal."""
     return nn.ModuleList(
-        nn.Identity() if link.student_width == link.teacher_width else nn.Linear(link.student_width, link.teacher_width)
+        UnitScale() if link.student_width == link.teacher_width else nn.Linear(link.student_width, link.teacher_width)
         for link in links
     )
 

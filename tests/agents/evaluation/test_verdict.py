@@ -115,7 +115,7 @@ def test_what_the_policy_did_is_said_in_words() -> None:
         "0% of the samples leave at the first exit."
     )
     assert what_the_policy_did(rows, best_window=3) == told  # the last window ships
-    untouched = "The student ships as it was before the first window: it met the floor, and no window was better."
+    untouched = "The student ships as it was before the first window, because every window did worse on validation."
     assert what_the_policy_did(rows, best_window=UNTOUCHED) == [untouched, *told]
 
 

@@ -86,7 +86,9 @@ def test_links_spread_over_the_teacher_and_adapt_the_width() -> None:
     adapted = build_adapters(links)[0](torch.zeros(2, 4))
     assert adapted.shape == (2, 6)
     same = link_places(Net(4, 2), Net(4, 2), ["blocks.1"], ["blocks.*"], X, X)
-    assert (same[0].teacher, same[0].adapter) == ("blocks.1", "none")
+    assert (same[0].teacher, same[0].adapter) == ("blocks.1", "scale")
+    scaled = build_adapters(same)[0](torch.tensor([[3.0, 4.0], [0.0, 5.0]]))  # mean square 12.5
+    torch.testing.assert_close(scaled, torch.tensor([[3.0, 4.0], [0.0, 5.0]]) / 12.5**0.5)
     lines = link_table(links).splitlines()
     assert len(lines) == 3
     assert "blocks.4" in lines[2]
@@ -96,3 +98,15 @@ def test_links_spread_over_the_teacher_and_adapt_the_width() -> None:
 def test_a_student_deeper_than_its_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="3 student places for 2"):
         link_places(Net(4, 3), Net(4, 2), ["blocks.*"], ["blocks.*"], X, X)
+
+
+def test_a_copy_of_the_teacher_has_no_feature_loss_at_any_scale() -> None:
+    hidden = 300.0 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))  # as large as a language model's
+    teacher = hidden / hidden.square().mean().sqrt()  # what signals hold
+    hidden.requires_grad_()
+    adapter = build_adapters(link_places(Net(4, 2), Net(4, 2), ["blocks.1"], ["blocks.*"], X, X))[0]
+    loss = (adapter(hidden) - teacher).square().mean()
+    loss.backward()
+    assert loss.item() < 1e-12
+    assert hidden.grad is not None
+    assert hidden.grad.abs().max().item() < 1e-9
