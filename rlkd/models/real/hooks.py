@@ -37,15 +37,23 @@ class Link:
 
 
 class UnitScale(nn.Module):
-    """Brings features to a mean square of one over the batch, as those of the teacher have over its train split.
+    """Brings features to a mean square of one, as those of the teacher have; the factor is found before the training.
 
     Without it, the feature loss would pull a student that is as wide as its teacher to another scale than its next
     layer expects: blocks of a language model answer hundreds of times larger values.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0  # no tensor: it is found anew at every beginning, and is in no state
+
+    def find(self, features: Tensor) -> None:
+        """Take the factor at which `features` [B, D], scaled by the factor so far, have a mean square of one."""
+        self.factor /= max(float(features.square().mean().sqrt()), 1e-8)
+
     def forward(self, features: Tensor) -> Tensor:
-        """Return `features` [B, D] over the root of their mean square."""
-        return features / features.square().mean().sqrt().clamp_min(1e-8)
+        """Return `features` [B, D] times the factor."""
+        return self.factor * features
 
 
 def resolve(model: nn.Module, patterns: Sequence[str]) -> list[str]:
