@@ -141,15 +141,15 @@ class ModuleStudent:
         scales = [a if isinstance(a, UnitScale) else None for a in self.student.adapters]
         if not any(scales):
             return
-        for scale in filter(None, scales):
-            scale.factor = 1.0
+        for found in filter(None, scales):
+            found.factor = 1.0
         self._unit_masks, self._keep = tuple(torch.ones(group.size) for group in self.plan.groups), 1.0
         self.student.eval()
         samples = probed_samples(self._data.splits["train"])
         parts = torch.split(samples, self._config.evaluation_batch_size)
         features = torch.cat([self._forward(some).features.float().cpu() for some in parts])  # [B, F]
         widths = [link.teacher_width for link in self.student.links]
-        for scale, columns in zip(scales, features.split(widths, dim=-1), strict=True):
+        for scale, columns in zip(scales, torch.split(features, widths, dim=-1), strict=True):
             if scale is not None:
                 scale.find(columns)
 

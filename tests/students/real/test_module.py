@@ -345,3 +345,17 @@ def test_gradient_checkpointing_changes_no_step(family: str) -> None:
 def test_gradient_checkpointing_of_a_model_without_it_is_refused() -> None:
     with pytest.raises(UserError, match="MobileNetV2ForImageClassification has none; allowed: models of transformers"):
         student_of("mobilenet", replace(TRAIN, gradient_checkpointing=True))
+
+
+def test_features_as_wide_as_the_teachers_begin_at_a_mean_square_of_one() -> None:
+    student = student_of()  # a copy of the teacher's architecture
+    assert [link.adapter for link in student.student.links] == ["scale"] * len(student.student.links)
+    with torch.no_grad():
+        features = student._forward(student._data.splits["train"]).features
+    widths = [link.teacher_width for link in student.student.links]
+    for columns in torch.split(features, widths, dim=-1):
+        assert float(columns.square().mean()) == pytest.approx(1.0, rel=0.05)
+    first = [adapter.factor for adapter in student.student.adapters]
+    student.train_window(controls(weights=[1.0, 0.0, 0.0, 0.0]))
+    student.reset([task(student._data)])
+    assert [adapter.factor for adapter in student.student.adapters] == first  # found anew on the untouched student
