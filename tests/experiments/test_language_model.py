@@ -107,7 +107,8 @@ def test_the_study_of_a_tiny_model(place: Path, tmp_path: Path, monkeypatch: pyt
     model.load_state_dict(exact.initial)
     train_by_hand(model, exact, 0)
     by_hand = perplexities(callable_of(model), work.scenario.data)["test_perplexity"]  # type: ignore[arg-type]
-    assert by_hand == pytest.approx(through_loop, rel=1e-4)
+    # the loop gives features and attention the least weight there is, e^-8 of the others'
+    assert by_hand == pytest.approx(through_loop, rel=1e-3)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a second call trains nothing")
