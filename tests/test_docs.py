@@ -168,7 +168,7 @@ def test_every_public_name_has_a_docstring_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_every_option_on_the_pages_is_one_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    real = [["distil", "--data", "x"], ["compare", "--data", "x"], ["train", "--mode", "online"]]
+    real = [[verb, "--data", "x"] for verb in ("distil", "compare", "search")] + [["train", "--mode", "online"]]
     for argv in [*([verb] for verb in VERBS), *real]:
         with pytest.raises(SystemExit):
             main([*argv, "--help"])

@@ -198,7 +198,7 @@ def train_aware(
 
 @dataclass(frozen=True)
 class GridTask:
-    """What a student on its grid learns, and how it is judged."""
+    """Tells what a student on its grid learns, and how it is judged."""
 
     exit_logits: Callable[[Tensor, float], Sequence[Tensor]]  # [B, C] of each exit for samples [B], with the progress
     teacher_logits: Callable[[Tensor], Tensor]  # [B, C] for samples [B]

@@ -23,7 +23,7 @@ class AnyCandidate(Protocol):
 
     @property
     def structure(self) -> Hashable:
-        """What it is built of."""
+        """Return what tells structures apart."""
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -129,7 +129,7 @@ class CutCandidate:
 
 @dataclass(frozen=True)
 class RealSpace:
-    """What the search draws from, with the costs of every cut."""
+    """Holds what the search draws from, with the costs of every cut."""
 
     config: RealSearchConfig
     kind: Kind

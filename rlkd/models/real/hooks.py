@@ -31,7 +31,7 @@ class Link:
 
     @property
     def adapter(self) -> str:
-        """In words: "scale" where the widths are equal."""
+        """Describe it in words: "scale" where the widths are equal."""
         same = self.student_width == self.teacher_width
         return "scale" if same else f"linear {self.student_width} -> {self.teacher_width}"
 
@@ -48,8 +48,8 @@ class UnitScale(nn.Module):
         self.factor = 1.0  # no tensor: it is found anew at every beginning, and is in no state
 
     def find(self, features: Tensor) -> None:
-        """Take the factor at which `features` [B, D], scaled by the factor so far, have a mean square of one."""
-        self.factor /= max(float(features.square().mean().sqrt()), 1e-8)
+        """Take the factor at which `features` [B, D], as the student answers them, have a mean square of one."""
+        self.factor = 1.0 / max(float(features.square().mean().sqrt()), 1e-8)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return `features` [B, D] times the factor."""
@@ -218,6 +218,22 @@ def build_adapters(links: Sequence[Link]) -> nn.ModuleList:
         UnitScale() if link.student_width == link.teacher_width else nn.Linear(link.student_width, link.teacher_width)
         for link in links
     )
+
+
+def forget_scales(adapters: nn.ModuleList) -> bool:
+    """Set the factors of all `UnitScale`s to 1; returns whether there are any."""
+    scales = [adapter for adapter in adapters if isinstance(adapter, UnitScale)]
+    for scale in scales:
+        scale.factor = 1.0
+    return bool(scales)
+
+
+def find_scales(adapters: nn.ModuleList, links: Sequence[Link], features: Tensor) -> None:
+    """Find the factors of all `UnitScale`s, which were forgotten, from what the adapters gave: [B, F], side by side."""
+    columns = torch.split(features, [link.teacher_width for link in links], dim=-1)
+    for adapter, own in zip(adapters, columns, strict=True):
+        if isinstance(adapter, UnitScale):
+            adapter.find(own)
 
 
 def link_table(links: Sequence[Link]) -> str:

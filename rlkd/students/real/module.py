@@ -21,7 +21,7 @@ from rlkd.losses.hard_label import log_probabilities
 from rlkd.models.chain import Masks, initialise
 from rlkd.models.layer_mapping import active_pairs
 from rlkd.models.real.blocks import checkpoint_blocks, group_importance
-from rlkd.models.real.hooks import UnitScale
+from rlkd.models.real.hooks import find_scales, forget_scales
 from rlkd.models.real.instrumented import Instrumented, ModuleOutputs
 from rlkd.models.real.sharding import load_whole, part, release, whole, whole_state
 from rlkd.students.evaluation import ExitsByClass, exits_by_class, summarise
@@ -138,20 +138,14 @@ class ModuleStudent:
     @torch.no_grad()
     def _find_scales(self) -> None:
         """Bring features as wide as the teacher's to a mean square of one, as read on samples of the train split."""
-        scales = [a if isinstance(a, UnitScale) else None for a in self.student.adapters]
-        if not any(scales):
+        if not forget_scales(self.student.adapters):
             return
-        for found in filter(None, scales):
-            found.factor = 1.0
         self._unit_masks, self._keep = tuple(torch.ones(group.size) for group in self.plan.groups), 1.0
         self.student.eval()
         samples = probed_samples(self._data.splits["train"])
         parts = torch.split(samples, self._config.evaluation_batch_size)
         features = torch.cat([self._forward(some).features.float().cpu() for some in parts])  # [B, F]
-        widths = [link.teacher_width for link in self.student.links]
-        for scale, columns in zip(scales, torch.split(features, widths, dim=-1), strict=True):
-            if scale is not None:
-                scale.find(columns)
+        find_scales(self.student.adapters, self.student.links, features)
 
     def _draw(self, generator: torch.Generator) -> None:
         """Draw exits, adapters and modules of loss terms on the CPU."""
