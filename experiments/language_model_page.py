@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from brown_corpus import NUM_WORDS
 
+from rlkd.envs.guard import UNTOUCHED
+
 NUM_BOOTSTRAPS = 10_000
 SHOWN = ("weight_hard_label", "weight_response", "weight_feature", "weight_attention", "temperature", "unit_keep")
 
@@ -78,7 +80,8 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
         "",
     ]
     for row in rows["policy"]:
-        lines += [f"Seed {row['seed']}, window {row['best_window']} ships:", "", *_windows(row), ""]
+        ships = f"window {row['best_window']}" if row["best_window"] > UNTOUCHED else "the untouched student"
+        lines += [f"Seed {row['seed']}, {ships} ships:", "", *_windows(row), ""]
     return "\n".join(lines)
 
 
