@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
         if against.data_name != opened.data_name:
             raise UserError(f"--against: answers {against.data_name}, the student {opened.data_name}; give --data")
     elif options.against is not None:
-        against = open_against(options.against, opened, config_of_run)
+        against = open_against(options.against, opened, config_of_run, options.data)
     result = measure_student(opened, reload, against, hardware=hardware, batch_sizes=tuple(sizes))
     for table in tables(result):
         Console(width=max(Console().width, TABLE_WIDTH)).print(table)

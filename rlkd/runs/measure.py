@@ -108,13 +108,14 @@ def _onnx_form(opened: ShippedData, name: str, blob: bytes, threads: int, work: 
     return MeasuredForm(name, load, len(blob), number, macs, precision, accuracy)
 
 
-def open_against(given: str, opened: ShippedData, config_of: Any) -> ShippedData:
+def open_against(given: str, opened: ShippedData, config_of: Any, data: str | None) -> ShippedData:
     """Return the teacher of the run, or a model of transformers in a folder, on the data of `opened`.
 
     Args:
         given: "teacher", or the folder of a model of transformers.
         opened: the student that is measured, from a run folder.
         config_of: as in `open_shipped`.
+        data: as in `open_shipped`, where `opened` was given it.
 
     Raises:
         UserError: the run does not tell its teacher.
@@ -137,4 +138,4 @@ def open_against(given: str, opened: ShippedData, config_of: Any) -> ShippedData
 
     config = config_of(run, RealConfig)[0]
     source = config.teacher if given == TEACHER else given
-    return open_real_teacher(opened, source, config.columns, Path(config.data), config.allow_pickle)
+    return open_real_teacher(opened, source, config.columns, Path(data or config.data), config.allow_pickle)

@@ -1,6 +1,7 @@
 """Open what a run shipped: the student with the data that it answers, for export and measurement."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from rlkd.errors import UserError
 from rlkd.export.flat import Student
 from rlkd.io.files import inside, read_json, whole
 from rlkd.teachers import compute_signals, load_teachers
+
+logger = logging.getLogger(__name__)
 
 CHAIN_INPUT = "inputs"
 MAX_SAMPLES = 512  # of a real model, of which each costs some milliseconds
@@ -145,9 +148,13 @@ def _open_real(folder: Path, run: Path | None, config_of: Any, data: str | None)
     config = _config_of_run(run, config_of, RealConfig)
     if config.is_absent:
         return opened
-    return dataclasses.replace(
-        opened, open_teacher=lambda: teacher_answers(opened, config.teacher, columns, where, config.allow_pickle)
-    )
+
+    def open_teacher() -> Callable[[Tensor], Tensor]:
+        if config.more_teachers:
+            logger.warning(f"{config.teacher} alone teaches on the grid, without {', '.join(config.more_teachers)}")
+        return teacher_answers(opened, config.teacher, columns, where, config.allow_pickle)
+
+    return dataclasses.replace(opened, open_teacher=open_teacher)
 
 
 def open_real_teacher(

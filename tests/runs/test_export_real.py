@@ -19,6 +19,7 @@ from rlkd.cli.verify import config_of_run
 from rlkd.compression.real.student_folder import PLAIN
 from rlkd.envs.real_config import RealConfig
 from rlkd.errors import UserError
+from rlkd.runs.measure import open_against
 from rlkd.runs.shipped import open_shipped, teacher_answers
 
 pytestmark = pytest.mark.slow
@@ -100,3 +101,14 @@ def test_measured_beside_its_teacher(run: Path, tmp_path: Path) -> None:
     assert rows["student, torch"]["accuracy"] == rows["student, onnxruntime"]["accuracy"]
     assert rows["against, torch"]["accuracy"] == rows["against, onnxruntime"]["accuracy"]
     assert rows["against, torch"]["file_bytes"] is None
+
+
+def test_a_teacher_answers_the_data_that_its_student_is_given(run: Path, tmp_path: Path) -> None:
+    config = config_of_run(run, RealConfig)[0]
+    lines = Path(config.data).read_text().splitlines(keepends=True)
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("".join(lines[: len(lines) // 2]))
+    opened = open_shipped(run, config_of_run, str(fewer))
+    teacher = open_against("teacher", opened, config_of_run, str(fewer))
+    assert torch.equal(teacher.labels, opened.labels)
+    assert len(teacher.labels) < len(open_shipped(run, config_of_run, None).labels)
