@@ -135,3 +135,9 @@ def save_policy(folder: Path) -> None:
     config = ControlConfig()
     start = published_setting(config)
     save_bundle(Policy(weights, torch.zeros(seen), torch.ones(seen), start, config), folder, {"seed": 0})
+
+
+def points(count: int = 240) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes that a line separates."""
+    inputs = torch.randn(count, 6, generator=torch.Generator().manual_seed(3))
+    return inputs, (inputs[:, 0] > 0).long()
