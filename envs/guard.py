@@ -4,8 +4,8 @@ A window meets its goal if its validation accuracy is at least the floor; a task
 window has the highest J among those that meet the goal; if none does, the most accurate one is the best. A window of a
 real student that could become the best is looked at on more of the validation split: the best of many on few samples
 owes part of that to chance. Windows that meet the goal there with a standard error to spare go before the others.
-The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. While
-it is the best, a student that is below its floor has lost too much: part of that is put back before each window.
+The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. Where
+it alone met its floor, a student that is below has lost too much: part of that is put back before each window.
 """
 
 from collections.abc import Mapping
@@ -66,12 +66,12 @@ class Guard:
     def put_back(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        They keep more units and inputs than `u` where the untouched student is the best and the last window is below
-        its floor, once FREE_SHARE of the windows are done: the policy has had its time to come back.
+        They keep more units and inputs than `u` where only the untouched student meets its floor and the last window
+        is below it, once FREE_SHARE of the windows are done: the policy has had its time to come back.
         """
         episodes = self._episodes
         is_late = episodes.window >= FREE_SHARE * episodes.scenario.config.num_windows
-        lost = (self.best_window == UNTOUCHED) & is_late & self._is_below  # [N]
+        lost = (self.best_window == UNTOUCHED) & self.met & is_late & self._is_below  # [N]
         return torch.where(lost[:, None], u + PUT_BACK * (whole(u) - u), u) if lost.any() else u
 
     def after_window(self, outcome: Outcome) -> Tensor:

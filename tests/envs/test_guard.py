@@ -124,7 +124,7 @@ def test_a_student_that_diverges_and_never_met_its_floor_has_nothing_to_ship(sce
         assert guard.finish().tolist() == [ships, UNTOUCHED, UNTOUCHED]
 
 
-def test_units_are_put_back_while_the_untouched_student_is_the_best(scenario: Scenario) -> None:
+def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(scenario: Scenario) -> None:
     episodes, _ = begin(scenario, keep=0.05)  # fresh students meet a floor of 0.025
     guard, small = Guard(episodes), episodes.start.clone()
     small[:, UNITS] = 0.2
@@ -141,8 +141,9 @@ def test_units_are_put_back_while_the_untouched_student_is_the_best(scenario: Sc
     untouched, _ = begin(scenario, keep=0.8)  # a floor that fresh students miss
     missed = Guard(untouched)
     for _ in range(free):
-        missed.after_window(claim(untouched.step(small), [0.01, 0.3, 0.3], [0.5] * 3))  # chance is 0.1
-    assert missed.put_back(small)[:, UNITS].tolist() == pytest.approx([0.6, 0.2, 0.2])
+        missed.after_window(claim(untouched.step(small), [0.01] * 3, [0.5] * 3))
+    assert missed.best_window.tolist() == [UNTOUCHED] * 3
+    assert torch.equal(missed.put_back(small), small)
 
 
 @pytest.mark.parametrize("undo", [False, True])

@@ -84,7 +84,7 @@ def test_a_student_that_begins_trained_gets_a_step_size_that_mends_it(
             nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
         )
     optimizer, train = torch.optim.AdamW(teacher.parameters(), 3e-3), digits.splits["train"]
-    for _ in range(300):
+    for _ in range(1000):  # until more training gains nothing
         rows = train[torch.randint(len(train), (64,), generator=generator)]
         optimizer.zero_grad()
         nn.functional.cross_entropy(teacher(digits.inputs[rows]), digits.labels[rows]).backward()
