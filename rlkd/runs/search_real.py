@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 NUM_DEPTHS = 8  # numbers of blocks that are tried by default, at most
 MAX_SHAPES = 48  # that are timed
 NUM_TOGETHER = 6  # cuts that are in memory and timed together, beside the teacher
-Keep = Literal["spread", "first"]
+Keep = Literal["influence", "spread", "first"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CutSpace:
 
     layers: tuple[int, ...] | None = None
     """Numbers of blocks; by default up to 8 of them, spread from 1 to the teacher's."""
-    keeps: tuple[Keep, ...] = ("spread", "first")
+    keeps: tuple[Keep, ...] = ("influence", "first")
     """Which blocks stay, as cut.keep."""
     widths: tuple[float, ...] = (1.0, 0.5)
     """Shares of the width that stay, as cut.width."""
@@ -212,7 +212,8 @@ def _measured(
         some: list[tuple[tuple[int, float], Side]] = []
         for layers, width in shapes[start : start + NUM_TOGETHER]:
             try:
-                side = _cut_side(config, kind, teacher, StudentCut(layers=layers, width=width), None)
+                cut = StudentCut(layers=layers, keep="spread", width=width)  # which blocks stay costs nothing here
+                side = _cut_side(config, kind, teacher, cut, None)
             except UserError as error:
                 refusals.append(str(error))
                 continue

@@ -5,6 +5,7 @@ that counts layers is changed on the meta device, and kept if the model then has
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from rlkd.errors import UserError
 from rlkd.models.real.blocks import block_paths
+from rlkd.models.real.influence import influential_blocks
 from rlkd.models.real.pretrained import HIDDEN_UNITS, Kind, as_user_error, new_model, on_meta, state_of
 
+logger = logging.getLogger(__name__)
 DEPTH_WORDS = ("layer", "block", "depth", "repeat")  # a configuration's number of layers has one of them in its name
 DEFAULT_SHARE = 0.5  # of the blocks
 
@@ -26,8 +29,10 @@ class StudentCut:
 
     layers: int | None = None
     """Blocks that are kept; by default half of them, at least one."""
-    keep: Literal["spread", "first"] = "spread"
-    """Which blocks: evenly spread with the first and the last among them (cf. Sun et al. 2019), or the first ones."""
+    keep: Literal["influence", "spread", "first"] = "influence"
+    """Which blocks: those that are left when the one of least influence on a few training samples is taken away
+    repeatedly (cf. Men et al. 2024); evenly spread with the first and the last among them (cf. Sun et al. 2019); or the
+    first ones. Where blocks differ in size, `influence` means `spread`."""
     blocks: tuple[int, ...] | None = None
     """Blocks that are kept, by their rising numbers from 1, in place of `layers` and `keep`."""
     width: float = 1.0
@@ -56,7 +61,10 @@ def _rises(numbers: Sequence[int]) -> bool:
 
 
 def kept_layers(num_layers: int, cut: StudentCut) -> list[int]:
-    """Teacher blocks (from 0) that the student begins with: for 2 of 6 `spread` gives 0 and 5, `first` 0 and 1."""
+    """Teacher blocks (from 0) that the student begins with: for 2 of 6 `spread` gives 0 and 5, `first` 0 and 1.
+
+    `influence` needs the teacher; here it is `spread`.
+    """
     if cut.blocks is not None:
         if cut.blocks[-1] > num_layers:
             raise UserError(f"cut.blocks: got {list(cut.blocks)!s:.60}; allowed: 1 to {num_layers}, the teacher's")
@@ -87,11 +95,20 @@ def drop_blocks(model: nn.Module, kind: Kind, keep: Sequence[int]) -> nn.Module:
     return student_from_teacher(model, kind, StudentCut(blocks=tuple(keep)))[0]
 
 
-def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tuple[nn.Module, list[int]]:
+def student_from_teacher(
+    teacher: nn.Module, kind: Kind, cut: StudentCut, inputs: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, list[int]]:
     """Make a smaller copy: some of the teacher's blocks, narrower if asked for, embeddings and head copied.
 
     A model in stages loses half of the blocks of every stage. Where the width is cut, every tensor is the leading part
     of the teacher's: a start better than random weights, not a working model.
+
+    Args:
+        teacher: unchanged.
+        kind: what it is for.
+        cut: checked here.
+        inputs: a batch of training samples, which the influence of blocks is measured on; without one, and where a
+            model of the most influential blocks cannot be built, they are spread.
 
     Returns:
         The student in evaluation mode, and the teacher block (from 0) that each of its blocks was copied from.
@@ -106,6 +123,23 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
             f"cut: {type(teacher).__name__} has no list of blocks; give the student's config with --student"
         )
     chosen = kept_layers(num_blocks, cut)
+    if cut.keep == "influence" and cut.blocks is None and inputs is not None:
+        influential = influential_blocks(teacher, inputs, len(chosen))
+        if influential is not None:
+            numbers = [number + 1 for number in influential]
+            try:
+                student = _student_of(teacher, kind, cut, chosen=influential, num_blocks=num_blocks)
+            except UserError as error:
+                logger.info("cut: blocks %s have most influence, but make no student (%s)", numbers, error)
+            else:
+                logger.info("cut: the student begins with blocks %s of the teacher, which have most influence", numbers)
+                return student, influential
+    return _student_of(teacher, kind, cut, chosen=chosen, num_blocks=num_blocks), chosen
+
+
+def _student_of(
+    teacher: nn.Module, kind: Kind, cut: StudentCut, *, chosen: Sequence[int], num_blocks: int
+) -> nn.Module:
     config = _smaller_config(teacher, kind, cut, chosen=chosen, num_blocks=num_blocks)
     with as_user_error(f"cut: no smaller {_type(teacher)} can be built; give the student's config with --student"):
         student = new_model(config, kind, seed=0)
@@ -119,7 +153,7 @@ def student_from_teacher(teacher: nn.Module, kind: Kind, cut: StudentCut) -> tup
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             tensor.copy_(source[names[name]][tuple(slice(size) for size in tensor.shape)])
-    return student, chosen
+    return student
 
 
 Pick = Callable[[int, int], Sequence[int]]  # which entries of a list of n the k of a shorter one stand for
@@ -127,7 +161,7 @@ Pick = Callable[[int, int], Sequence[int]]  # which entries of a list of n the k
 
 def _picker(cut: StudentCut, num_blocks: int, chosen: Sequence[int]) -> Pick:
     def pick(full: int, size: int) -> Sequence[int]:
-        is_blocks = cut.blocks is not None and (full, size) == (num_blocks, len(chosen))
+        is_blocks = (full, size) == (num_blocks, len(chosen))
         return chosen if is_blocks else _chosen(full, size, cut.keep)
 
     return pick

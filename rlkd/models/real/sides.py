@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlkd.data.examples import PADDING_MASK, Examples
 from rlkd.data.labels import class_names
@@ -32,6 +32,7 @@ from rlkd.models.real.pretrained import (
 )
 
 logger = logging.getLogger(__name__)
+NUM_ROWS = 16  # that the influence of a teacher's blocks is measured on
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
     if not sources.student and teacher.is_absent:
         raise UserError("student: got none with a teacher without weights, from which it cannot be cut; give --student")
     if not sources.student:
-        model, _ = student_from_teacher(teacher.model, kind, sources.cut)
+        model, _ = student_from_teacher(teacher.model, kind, sources.cut, _few_rows(teacher.data))
     elif Path(sources.student).suffix == ".json":
         fresh = load_config(sources.student)
         _take_classes(fresh, described)
@@ -171,6 +172,12 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
     plan = _plan(model, data, sources.attach, name)
     _check_answers(name, plan, data)
     return Side(model, data, plan, processor, teacher.table, columns), teacher
+
+
+def _few_rows(data: Examples) -> dict[str, Tensor]:
+    """Return training samples, evenly spread, that the influence of blocks is measured on: [NUM_ROWS, ...] each."""
+    rows = data.splits["train"]
+    return data.batch(rows[:: max(1, len(rows) // NUM_ROWS)][:NUM_ROWS])
 
 
 def _check_same_size(name: str, model: nn.Module, size: int) -> None:
