@@ -285,12 +285,13 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=None, help="blocks of the student")
     parser.add_argument("--steps_per_window", type=int, default=None)
     parser.add_argument("--batch_size", type=int, default=None)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default=None, help="of the training")
     parser.add_argument("--docs", type=Path, default=None, help="write a page and JSON to this path")
     options = parser.parse_args()
     use_one_thread()
     reference = options.reference if options.reference in ("teacher", "dense") else float(options.reference)
     config = STUDIES[options.study](options.work)
-    changes = {name: getattr(options, name) for name in ("steps_per_window", "batch_size")}
+    changes = {name: getattr(options, name) for name in ("steps_per_window", "batch_size", "precision")}
     config = replace(
         config,
         cut=config.cut if options.layers is None else replace(config.cut, layers=options.layers),
