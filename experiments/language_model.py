@@ -10,7 +10,8 @@ methods train with labels and the teacher's likeliest tokens, the same number of
 - cut: blocks of least influence are removed one by one until 20 are left (`depth_pruning`); nothing is trained.
 - plain: distillation of the cut, labels and teacher half and half at T = 1.
 - gradual: as plain, but it begins with the whole teacher and removes a block before each step of `removals`.
-- policy: the policy that comes with rlkd distils the cut under a perplexity floor, with temperatures from 1 to 2.
+- policy: the policy that comes with rlkd distils the cut, asked for accuracy alone, with temperatures from 1 to 2.
+- policy_floor: as policy, asked for a perplexity floor and to be as fast as possible.
 
 The learning rate of all is the best of `RATES` for plain distillation on validation. Rows are kept in --out as they are
 done: a second call goes on where the first one stopped.
@@ -71,7 +72,7 @@ COLUMNS = ColumnConfig(max_length=64)  # most documents are one piece
 RATES, RATE_STEPS, RATE_SEED = (1e-4, 3e-4, 1e-3), 10, 1000
 TEMPERATURES = (1.0, 2.0)
 BATCHES, NUM_ROUNDS = (1, 8), 9
-TRAINED = ("plain", "gradual", "policy")
+TRAINED = ("plain", "gradual", "policy", "policy_floor")
 EVALUATED = 8  # pieces at once
 
 
@@ -166,14 +167,15 @@ def tried_rates(scenario: RealScenario) -> dict[str, float]:
 def steered(
     scenario: RealScenario, method: str, seed: int, study: Study, bundle: Bundle
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Train the cut through rlkd's loop under `plain` or `policy`; returns the masks of kept units, and metrics."""
+    """Train the cut through rlkd's loop under any method but `gradual`; returns the masks of kept units, and metrics."""
     data, signals = token_parts(scenario)
     controls = scenario.config.controls
     start = with_values(plain_setting(controls)[None], {"temperature": 1.0}, controls)[0]
     controller: Controller = hold_start
     goal, preference = Goal(), Preference(accuracy=1.0)
-    if method == "policy":
+    if method != "plain":
         start, controller = bundle.policy.start, bundle.policy.controller()
+    if method == "policy_floor":
         nats = signals.mean(signals.losses, data.splits["validation"]) + np.log(study.floor_factor)
         goal, preference = Goal(accuracy=float(signals.anchors.quality(nats))), Preference()
     rows: list[dict[str, float]] = []

@@ -2,6 +2,7 @@
 
 Weights are unsigned (QUInt8): with signed weights, AVX2's 16-bit sums saturate. Dynamic quantisation scales activations
 in every call; static quantisation takes their ranges from training samples (Jacob et al. 2018, arXiv:1712.05877).
+Tables of embeddings are stored in int8, too, and scaled back where they are read.
 Layers that do not bear it go back to float32, the most sensitive first.
 """
 
@@ -19,6 +20,7 @@ from rlkd.export.onnx_file import Inputs, quiet_exporter, session_of
 Method = Literal["dynamic", "static"]
 METHODS: tuple[Method, ...] = ("dynamic", "static")
 OPERATORS: dict[Method, tuple[str, ...]] = {"dynamic": ("MatMul", "Gemm"), "static": ("MatMul", "Gemm", "Conv")}
+LOOKUP, FLOAT = "Gather", 1  # operator and number of a data type in ONNX
 NUM_CALIBRATED = 256  # training samples that activation ranges are taken from
 NUM_SENSITIVE = 128  # samples that a layer's sensitivity is measured on
 MAX_TRIED = 32  # layers whose sensitivity is measured, one at a time
@@ -43,6 +45,17 @@ def layers_of(graph: Any, method: Method) -> list[str]:
     ]
 
 
+def tables_of(graph: Any) -> list[str]:
+    """Return the names of the lookups in tables of weights, such as word embeddings, in the graph's order."""
+    tables = {t.name for t in graph.graph.initializer if len(t.dims) == 2 and t.data_type == FLOAT}
+    return [node.name for node in graph.graph.node if node.op_type == LOOKUP and node.input[0] in tables]
+
+
+def _parts_of(graph: Any, method: Method) -> list[str]:
+    """Return the names of all that a method quantises."""
+    return [*tables_of(graph), *layers_of(graph, method)]
+
+
 def quantise(graph: Any, method: Method, batches: Sequence[Inputs], kept_float: Sequence[str] = ()) -> QuantisedGraph:
     """Return the graph with int8 layers.
 
@@ -58,10 +71,10 @@ def quantise(graph: Any, method: Method, batches: Sequence[Inputs], kept_float: 
     with tempfile.TemporaryDirectory() as scratch, quiet_exporter():
         source, target = Path(scratch) / "float.onnx", Path(scratch) / "int8.onnx"
         onnx.save(graph, source)
-        chosen = [name for name in layers_of(graph, method) if name not in kept_float]
+        chosen = [name for name in _parts_of(graph, method) if name not in kept_float]
         # dynamic quantisation turns a Gemm into a MatMul, under another name, before it looks at the names
         named = [*chosen, *(f"{name}_MatMul" for name in chosen)] if method == "dynamic" else chosen
-        options = {"op_types_to_quantize": list(OPERATORS[method]), "nodes_to_quantize": named}
+        options = {"op_types_to_quantize": [*OPERATORS[method], LOOKUP], "nodes_to_quantize": named}
         if not chosen:
             return QuantisedGraph(graph, method, tuple(kept_float))
         if method == "dynamic":
@@ -110,11 +123,11 @@ def sensitivities(graph: Any, method: Method, batches: Sequence[Inputs], probe: 
         graph, method, batches: as in `quantise`.
         probe: samples that the logits are compared on.
     """
-    names = layers_of(graph, method)[:MAX_TRIED]
+    names = _parts_of(graph, method)[:MAX_TRIED]
     reference = _last(graph, probe)
     moved = {}
     for name in names:
-        others = [other for other in layers_of(graph, method) if other != name]
+        others = [other for other in _parts_of(graph, method) if other != name]
         one = quantise(graph, method, batches, others)
         moved[name] = float((_last(one.graph, probe) - reference).square().mean().sqrt())
     return moved

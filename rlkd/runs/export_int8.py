@@ -17,7 +17,7 @@ from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.aware import AwareConfig, FakeChain, GridTask, four_bit_layers, train_aware, train_on_grid
 from rlkd.export.dynamic_grid import FakeDynamic
-from rlkd.export.int8 import METHODS, NUM_CALIBRATED, NUM_SENSITIVE, layers_of, quantise, within
+from rlkd.export.int8 import METHODS, NUM_CALIBRATED, NUM_SENSITIVE, layers_of, quantise, tables_of, within
 from rlkd.export.onnx_file import Inputs, Run, export_flat, runner_of, save_graph, session_of
 from rlkd.export.qdq import LayerGrids, with_integers
 from rlkd.hardware import Hardware
@@ -147,6 +147,11 @@ def _aware_real(opened: ShippedData, flat: Any, num_steps: int, seed: int) -> Tr
             f"{fake.num_layers}; allowed: students whose int8 layers are all nn.Linear"
         )
 
+    tables = tables_of(flat)
+    kept_float: Sequence[str] = ()
+    if fake.num_lookups != len(tables):  # the graph has one of them as a constant, say
+        fake, kept_float = FakeDynamic(student, list(traced), rounds_tables=False), tables
+
     @torch.no_grad()
     def run(inputs: Inputs) -> Tensor:
         logits: Tensor = fake(inputs)
@@ -160,7 +165,7 @@ def _aware_real(opened: ShippedData, flat: Any, num_steps: int, seed: int) -> Tr
         train=opened.splits["train"],
     )
     best = train_on_grid(fake, list(fake.parameters()), task, config, seed)
-    graph = quantise(export_flat(fake.student, traced, opened.has_length), "dynamic", []).graph
+    graph = quantise(export_flat(fake.student, traced, opened.has_length), "dynamic", [], kept_float).graph
     yield "int8 aware dynamic", graph, f"{100 * best:.2f} % right on validation as it was trained"
 
 

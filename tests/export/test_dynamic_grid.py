@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed: pip i
 from rlkd.compression.real.shipped import Shipment, ShippedStudent, shipped_student
 from rlkd.errors import UserError
 from rlkd.export.dynamic_grid import FakeDynamic, _Rounding
-from rlkd.export.int8 import layers_of, quantise
+from rlkd.export.int8 import layers_of, quantise, tables_of
 from rlkd.export.onnx_file import export_flat
 from rlkd.runs.export_int8 import _last_of, aware_forms, chosen_form
 from rlkd.runs.shipped import ShippedData
@@ -83,11 +83,29 @@ def test_a_layer_by_hand() -> None:
     torch.testing.assert_close(weight.grad[0], torch.tensor([0.0, 2.0]))  # of the rounded inputs
 
 
+def test_a_lookup_by_hand() -> None:
+    table = nn.Parameter(torch.tensor([[0.0, 255.0], [0.6, 0.4], [7.0, 8.0]]))  # the grid has step 1
+    other = nn.Parameter(torch.tensor([[0.3]]))
+    with _Rounding([table]) as rounding:
+        found = F.embedding(torch.tensor([1, 1]), table)
+        untouched = F.embedding(torch.tensor([0]), other)
+    torch.testing.assert_close(found.detach(), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(untouched.detach(), torch.tensor([[0.3]]))
+    assert rounding.num_lookups == 1
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert table.grad is not None
+    torch.testing.assert_close(table.grad[:, 0], torch.tensor([0.0, 2.0, 0.0]))
+    with _Rounding([table], rounds_tables=False) as rounding:
+        torch.testing.assert_close(F.embedding(torch.tensor([1]), weight=table), table[1:2])
+    assert rounding.num_lookups == 1
+
+
 def test_the_runtime_computes_what_is_trained(opened: ShippedData, flat: Any) -> None:
     fake, inputs = faked(opened), opened.batch(torch.arange(NUM_SAMPLES))
     with torch.no_grad():
         wanted = fake(inputs)
     assert fake.num_layers == len(layers_of(flat, "dynamic")) == 2 * 6 + 3  # two blocks, pooler, classifier, exit
+    assert fake.num_lookups == len(tables_of(flat)) == 3  # words, positions, kinds of tokens
     answer = _last_of(quantise(flat, "dynamic", []).graph)(inputs)
     off = (_last_of(flat)(inputs) - answer).abs().amax(1)  # of the student without any grid
     gap = (wanted - answer).abs().amax(1)

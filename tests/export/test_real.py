@@ -17,7 +17,7 @@ from rlkd.compression.real.student_folder import save_module_student
 from rlkd.errors import UserError
 from rlkd.export import surgery
 from rlkd.export.flat import num_early_exits
-from rlkd.export.int8 import METHODS, Method, layers_of, quantise
+from rlkd.export.int8 import METHODS, Method, layers_of, quantise, tables_of
 from rlkd.export.onnx_file import compare, export_flat, runner_of, session_of
 from rlkd.export.runner import PartsRunner
 from rlkd.models.real.attachment import AttachConfig, make_plan
@@ -153,8 +153,12 @@ def test_int8_of_real_students(family: str, num_layers: int, method: Method) -> 
     with torch.no_grad():
         wanted = student(**inputs)
     assert 0 < float((answer - wanted).abs().max()) < 0.1 * float(wanted.abs().max())
-    if family == "bert":  # embeddings stay in float
-        assert weight_bytes(made.graph) < 0.6 * weight_bytes(graph)
+    if family == "bert":  # embeddings, too
+        assert len(tables_of(graph)) == 3
+        assert tables_of(made.graph) == []
+        assert weight_bytes(made.graph) < 0.4 * weight_bytes(graph)
+        float_tables = quantise(graph, method, batches, tables_of(graph)).graph
+        assert tables_of(float_tables) == tables_of(graph)
 
 
 @pytest.mark.slow
