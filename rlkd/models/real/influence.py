@@ -60,8 +60,10 @@ def _influences(
             entering = _of_same_shape((args, kwargs), leaving)
             if number not in found:
                 return (entering, *output[1:]) if isinstance(output, tuple) else entering
-            fits = entering is not None and leaving is not None
-            found[number].append(_influence(entering, leaving, inputs.get(PADDING_MASK)) if fits else None)
+            if entering is None or leaving is None:
+                found[number].append(None)
+            else:
+                found[number].append(_influence(entering, leaving, inputs.get(PADDING_MASK)))
             return output
 
         return hook
