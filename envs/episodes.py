@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlkd.compression.selection import num_kept
 from rlkd.cost import Cost
 from rlkd.data import Split, Task, TaskDistribution, draw_task
 from rlkd.envs.action import CONTROLS, EXIT_KINDS, NUM_CONTROLS, decode, exit_kind, whole
@@ -410,12 +411,11 @@ class Episodes:
 
 def reference_savings(scenario: EpisodeScenario) -> Tensor:
     """[6], in the order of `SAVINGS`: what the student would save by the cost model, whatever it has learned."""
-    sizes = torch.tensor(scenario.group_sizes, dtype=torch.float32)  # [G]
-    inputs = torch.arange(len(sizes)) == 0
     first = torch.eye(scenario.num_exits)[:1]  # [1, E], all leave at the first
     always = torch.tensor([1.0 / scenario.data.num_classes])
     costs = []
     for feature_keep, unit_keep in REFERENCES.values():
-        kept = (sizes * torch.where(inputs, feature_keep, unit_keep)).round().clamp_min(1.0)
-        costs.append(scenario.cost(kept[None], first, always))
+        inputs = num_kept(torch.tensor([[feature_keep]]), scenario.group_sizes[0])  # [1, 1]
+        units = scenario.units_kept(torch.tensor([unit_keep]))  # [1, G - 1]
+        costs.append(scenario.cost(torch.cat([inputs, units], dim=-1), first, always))
     return torch.cat([1 - cost.latency_ratio for cost in costs] + [1 - cost.energy_ratio for cost in costs])

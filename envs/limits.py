@@ -45,9 +45,8 @@ def must_leave_first(u: Tensor, limits: Tensor, scenario: EpisodeScenario) -> Te
 def largest_cost(u: Tensor, scenario: EpisodeScenario, *, at_first: bool) -> Cost:
     """Return the most that students with `u` [N, 12] can cost, or their cost if all samples leave at the first exit."""
     controls = decode(u, scenario.config.controls, scenario.data.num_classes)
-    sizes = torch.tensor(scenario.group_sizes, dtype=torch.float32)  # [G]
-    inputs = num_kept(controls.feature_keep[:, None], sizes[:1])  # [N, 1]
-    units = num_kept(controls.unit_keep[:, None], sizes[1:], scenario.unit_multiple)  # [N, G - 1]
+    inputs = num_kept(controls.feature_keep[:, None], scenario.group_sizes[0])  # [N, 1]
+    units = scenario.units_kept(controls.unit_keep)  # [N, G - 1]
     kept = torch.cat([inputs, units], dim=-1)  # [N, G]
     rates = torch.eye(scenario.num_exits)[0 if at_first else -1].expand(len(u), -1)  # [N, E]
     if at_first:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkd.compression.real.choice import units_kept
 from rlkd.cost import Cost
 from rlkd.cost.real import ModuleProfile
 from rlkd.cost.real_work import ModuleWork
@@ -67,11 +68,9 @@ class RealScenario:
         """Token positions, then the units of every group."""
         return self.student.plan.group_sizes
 
-    @property
-    def unit_multiple(self) -> int | Tensor:
-        """As in `EpisodeScenario`: one number a group, because heads are several channels wide."""
-        groups = self.student.plan.groups
-        return torch.tensor([float(group.multiple(self.channel_multiple)) for group in groups]) if groups else 1
+    def units_kept(self, unit_keep: Tensor) -> Tensor:
+        """As `EpisodeScenario.units_kept`."""
+        return units_kept(self.student.plan, unit_keep, self.channel_multiple)
 
     @property
     def num_exits(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlkd.compression.selection import num_kept
 from rlkd.cost import Cost, CostConfig, CostProfile, load_or_calibrate
 from rlkd.data import DataSet, Labelled, Task, TaskDistribution, load_dataset
 from rlkd.envs.action import ControlConfig, published_setting
@@ -120,9 +121,8 @@ class EpisodeScenario(Protocol):
     def group_sizes(self) -> tuple[int, ...]:
         """Of the student: inputs, then the units of every group."""
 
-    @property
-    def unit_multiple(self) -> int | Tensor:
-        """Return the number that kept units are rounded up to multiples of, or [G - 1], one number a group of units."""
+    def units_kept(self, unit_keep: Tensor) -> Tensor:
+        """Return how many units every group keeps, [N, G - 1] floats, for shares [N]."""
 
     @property
     def num_exits(self) -> int:
@@ -176,10 +176,10 @@ class Scenario:
         """Inputs, then the units of every block."""
         return self.template.group_sizes
 
-    @property
-    def unit_multiple(self) -> int:
-        """As in `EpisodeScenario`."""
-        return self.template.unit_multiple
+    def units_kept(self, unit_keep: Tensor) -> Tensor:
+        """As `EpisodeScenario.units_kept`."""
+        sizes = torch.tensor(self.group_sizes[1:], dtype=torch.float32)  # [G - 1]
+        return num_kept(unit_keep[:, None], sizes, self.template.unit_multiple)
 
     @property
     def num_exits(self) -> int:

@@ -84,6 +84,18 @@ def tiny(family: str, num_classes: int = 2, seed: int = 0, layers: int = 2, **ch
     return model.eval()
 
 
+def loud(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model weights, biases and norms so large that every block changes its answers, also one without units."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)
+            else:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def batch(family: str, size: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if family in IMAGE_FAMILIES:

@@ -1,8 +1,8 @@
 """Measure the cost profile of a real student: physically smaller copies of it over a grid, and a non-negative fit.
 
 The grid varies what controls leave out: kept units and heads (the same share everywhere, one of both kinds, and random
-shares), tokens, exits, and the batch size. Every copy is cut and answers as a shipped student does. The copies share
-what is not cut with the model. Weights are those before any training: speed does not depend on them.
+shares), skipped blocks, tokens, exits, and the batch size. Every copy is cut and answers as a shipped student does. The
+copies share what is not cut with the model. Weights are those before any training: speed does not depend on them.
 """
 
 import copy
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from rlkd.compression.real.choice import group_shares
 from rlkd.compression.real.cut import shipment_of
 from rlkd.compression.real.shipped import ShippedStudent, shipped_student
 from rlkd.compression.selection import exit_ends
@@ -33,13 +34,14 @@ from rlkd.models.real.attachment import Plan
 from rlkd.models.real.hooks import capture, forward
 from rlkd.models.real.instrumented import exit_answer, new_head
 from rlkd.models.real.pretrained import Kind, transformers
-from rlkd.models.real.shrink import kept_units, take_out, take_units
+from rlkd.models.real.shrink import kept_units, skip_blocks, take_out, take_units
 from rlkd.models.real.traced import is_own_module
 
 logger = logging.getLogger(__name__)
 
 KEEPS = (1.0, 0.5, 0.25, 0.1)
 NUM_RANDOM = 4  # settings with a share of its own for every group
+DEPTHS = (0.75, 0.5, 0.25)  # kept units of copies that skip blocks
 TOKENS = ((1.0, 0.5), (0.5, 0.25), (0.25, 0.5))  # kept units and heads, kept tokens
 LEAVING = (1.0, 0.25)  # kept units and heads of copies that leave at the first exit, or by a threshold
 BATCHES = (1, 8, 32)
@@ -51,7 +53,7 @@ MIN_ROUNDS = 3
 class Setting:
     """What one copy leaves out."""
 
-    shares: tuple[float, ...]  # kept units, one a group
+    shares: tuple[float, ...]  # kept units, one a group; 0 in blocks that are skipped
     tokens: float = 1.0
     leaves: str = "never"  # never, always, or some: by a threshold that half of the samples pass
 
@@ -121,6 +123,7 @@ def _key(
     parts = [machine(threads), package, type(model).__name__, config, repr(plan), shapes, list(sizes), batch_size]
     reads = [read.groups for part in (*(b.reads for b in work.blocks), work.after_reads) for read in part]
     parts += [reads] if reads else []  # profiles of models without any keep the names that they had
+    parts += [list(plan.order)] if plan.order else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -196,6 +199,9 @@ def _settings(plan: Plan, generator: torch.Generator) -> Iterator[Setting]:
             yield Setting(tuple(KEEPS[2] if group.kind == kind else 1.0 for group in plan.groups))
         for _ in range(NUM_RANDOM):
             yield Setting(tuple((0.1 + 0.9 * torch.rand(len(plan.groups), generator=generator)).tolist()))
+    for share in DEPTHS if plan.order else ():
+        shares, stays = group_shares(plan, torch.tensor(share))
+        yield Setting(tuple((shares * stays).tolist()))
     for share, tokens in TOKENS if plan.select_after is not None else ():
         yield even(share if kinds else 1.0, tokens=tokens)
     for share in LEAVING if plan.exits else ():
@@ -250,7 +256,8 @@ def _points(
 ) -> Iterator[Point]:
     """Yield the calls of one setting on batches; none where its threshold would stand at an end."""
     masks = [_mask(group.size, share) for group, share in zip(plan.groups, setting.shares, strict=True)]
-    counts = [float(len(kept_units(group, mask))) for group, mask in zip(plan.groups, masks, strict=True)]
+    counts = [float(len(kept_units(g, m))) if bool(m.any()) else 0.0 for g, m in zip(plan.groups, masks, strict=True)]
+    skipped = plan.skipped(counts)
     tokens = plan.num_positions * (setting.tokens if plan.select_after is not None else 1.0)
     kept = torch.tensor([tokens, *counts]).double()
     student: ShippedStudent | None = None
@@ -258,12 +265,12 @@ def _points(
         rates = torch.eye(len(plan.exits) + 1)[0 if setting.leaves == "always" else -1]
         threshold = 0.0 if setting.leaves == "always" else 1.0
         if student is None or setting.leaves == "some":  # by a threshold of each batch
-            small = _smaller(model, plan, masks)
+            small = _smaller(model, plan, masks, skipped)
             if setting.leaves == "some":
                 threshold, rates = _half(small, heads, plan, batch)
                 if any(exit_ends(torch.tensor(threshold), plan.num_classes)):
                     continue
-            shipment = shipment_of(plan, kind, setting.tokens, threshold)
+            shipment = shipment_of(plan, kind, setting.tokens, threshold, skipped=skipped)
             take_out(small, shipment.gone)
             student = shipped_student(small, heads[: len(shipment.exits)], shipment)
         size = len(next(iter(batch.values())))
@@ -277,16 +284,17 @@ def _call(student: ShippedStudent, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _mask(size: int, share: float) -> Tensor:
-    return (torch.arange(size) < max(1, round(share * size))).float()
+    return (torch.arange(size) < max(1, round(share * size))).float() if share else torch.zeros(size)
 
 
-def _smaller(model: nn.Module, plan: Plan, masks: Sequence[Tensor]) -> nn.Module:
-    """Copy the model with fewer units; the copy shares all tensors that are not cut."""
+def _smaller(model: nn.Module, plan: Plan, masks: Sequence[Tensor], skipped: Sequence[int]) -> nn.Module:
+    """Copy the model with fewer units and without `skipped` blocks; the copy shares all tensors that are not cut."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     small = copy.deepcopy(model, shared)
     for group, mask in zip(plan.groups, masks, strict=True):
-        if group.kind in plan.cuts:
+        if group.kind in plan.cuts and group.block + 1 not in skipped:
             take_units(small, group, kept_units(group, mask))
+    skip_blocks(small, [plan.blocks[number - 1] for number in skipped])
     return small
 
 

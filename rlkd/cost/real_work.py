@@ -1,7 +1,8 @@
 """Work of one inference of a real student, counted in a dry pass: MACs, values written, weights read.
 
 MACs of linear layers and convolutions come from hooks, MACs of attention from torch's operation counter. Masked units
-and heads count as removed, as the shipped student lacks them; keys and values that several heads share stay. A layer
+and heads count as removed, as the shipped student lacks them; keys and values that several heads share stay. A block
+that is skipped costs nothing. A layer
 between two groups of units shrinks with both. Tokens
 that are left out count as absent from later blocks (attention's own products shrink with the square of the kept share).
 Blocks behind an exit count for the samples that reach them, in a language model for whole texts unless every token has
@@ -288,6 +289,7 @@ def use_of(
     runs, linear, products = ([0.0] * len(set(shapes)) for _ in range(3))
     outside, reach, num_decisions, decided = [work.before], 1.0, 0.0, 0.0
     inside = []
+    skipped = plan.skipped(kept[1:].tolist()) if plan.order else ()
     first = 0  # group of the block
     for position, block in enumerate(work.blocks):
         run = 1.0 - (1.0 - reach) ** batch_size
@@ -298,13 +300,14 @@ def use_of(
         part = _sum([block.fixed, *scaled, *_scaled_reads(block.reads, shares)])
         heads = min((shares[i] for i in own if plan.groups[i].kind == "heads"), default=1.0)
         multiplied = tokens * tokens * heads * block.products_macs
-        shape = shapes[position]
-        runs[shape] += run
-        linear[shape] += reach * tokens * part.macs
-        products[shape] += reach * multiplied
-        inside.append(
-            Work(reach * (tokens * part.macs + multiplied), reach * tokens * part.activations, run * part.weights)
-        )
+        if position + 1 not in skipped:
+            shape = shapes[position]
+            runs[shape] += run
+            linear[shape] += reach * tokens * part.macs
+            products[shape] += reach * multiplied
+            inside.append(
+                Work(reach * (tokens * part.macs + multiplied), reach * tokens * part.activations, run * part.weights)
+            )
         if position + 1 in plan.exits and not never:
             index = plan.exits.index(position + 1)
             head = work.exits[index]
@@ -335,12 +338,16 @@ def num_parameters(work: ModuleWork, plan: Plan, kept: Tensor, threshold: Tensor
     exits = () if never else plan.exits[:1] if always else plan.exits
     depth = exits[0] if always and exits and plan.cuts_depth else len(work.blocks)
     shares = shares_kept(plan, kept)
+    skipped = plan.skipped(kept[1:].tolist()) if plan.order else ()
     gone = sum(block.parameters for block in work.blocks[depth:])
     gone += work.after_parameters if depth < len(work.blocks) else 0.0
     first = 0
-    for block in work.blocks[:depth]:
-        gone += sum((1.0 - shares[first + i]) * group.weights for i, group in enumerate(block.groups))
-        gone += _weights_gone(block.reads, shares)
+    for number, block in enumerate(work.blocks[:depth], start=1):
+        if number in skipped:
+            gone += block.parameters
+        else:
+            gone += sum((1.0 - shares[first + i]) * group.weights for i, group in enumerate(block.groups))
+            gone += _weights_gone(block.reads, shares)
         first += len(block.groups)
     if depth == len(work.blocks):
         gone += _weights_gone(work.after_reads, shares)

@@ -206,6 +206,18 @@ def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> N
     assert load_module_student(tmp_path / "a" / "student").model.config.id2label == {0: "neg", 1: "pos"}
 
 
+def test_a_student_whose_depth_is_the_control(place: Path, tmp_path: Path) -> None:
+    options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "3"]
+    assert distil(place, tmp_path / "a", *options, "--attach.units", "depth", "--goal.macs", "0.6") == 0
+    assert "unit_keep         skips blocks [" in (tmp_path / "a" / "mapping.txt").read_text()
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["methods"]["policy"]["macs_ratio"] <= 0.6
+    card = json.loads((tmp_path / "a" / "student" / "student.json").read_text())
+    assert card["shipment"]["skipped"] or card["shipment"]["gone"]
+    loaded = load_module_student(tmp_path / "a" / "student")
+    assert sum(weight.numel() for weight in loaded.parameters()) == result["methods"]["policy"]["parameters"]
+
+
 def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, data = ["--teacher", str(place / "bert")], ["--data", str(place / "reviews.csv")]
     cases = {
@@ -228,6 +240,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         "unknown key": ([*teacher, *data, "--cut.layer", "2"], ["did you mean --cut.layers"]),
         "device": ([*teacher, *data, "--train.device", "gpu"], ["train.device", "'gpu'"]),
         "exit": ([*teacher, *data, "--attach.exits", "[7]"], ["attach.exits"]),
+        "units": ([*teacher, *data, "--attach.units", "height"], ["attach.units"]),
         "profile": ([*teacher, *data, "--cost.profile", "gone.json"], ["gone.json"]),
     }
     check_refusals(lambda name, options: distil(place, tmp_path / name, *options), cases, capsys)

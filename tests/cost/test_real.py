@@ -1,6 +1,7 @@
 """Work of tiny transformers against formulas, costs against shipped students, and the fit of their latency."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import tiny_models
 import torch
 from torch import nn
 
+from rlkd.compression.real.choice import unit_masks
 from rlkd.compression.real.cut import ship
 from rlkd.cost.profile import ENERGY_MODEL
-from rlkd.cost.real import ModuleProfile, coefficient_names, load_speed, regressors
-from rlkd.cost.real_timing import fit, load_or_measure
+from rlkd.cost.real import OUTSIDE, SHAPE, ModuleProfile, coefficient_names, load_speed, regressors
+from rlkd.cost.real_timing import _points, _settings, fit, load_or_measure
 from rlkd.cost.real_work import count_work, use_of
 from rlkd.errors import UserError
 from rlkd.export.measure import count_macs
 from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
+from rlkd.models.real.blocks import group_importance
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind
 from rlkd.models.real.shrink import Gone
@@ -156,6 +159,58 @@ def test_reported_size_and_macs_are_those_of_the_shipped_student(family: str, wh
             b.fixed.macs + sum(g.macs for g in b.groups) + b.products_macs for b in whole.blocks[depth:]
         )
         assert float(reported.macs) == pytest.approx(whole.dense_macs - behind + work.exits[0].macs)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "llama"])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.2])
+@pytest.mark.parametrize("when", ["never", "always"])
+def test_a_skipped_block_costs_nothing(family: str, share: float, when: str) -> None:
+    model = tiny_models.tiny(family, layers=4)
+    one = {name: values[:1] for name, values in tiny_models.batch(family).items()}
+    plan = make_plan(model, one, AttachConfig(exits=(2,), units="depth"), None)
+    work = count_work(model, one, plan)
+    p = ModuleProfile(plan, work, 8, tiny_models.even_speed(work, 1e-3, 1e-9), dict(ENERGY_MODEL), {})
+    masks = unit_masks(plan, group_importance(model, plan.groups), torch.tensor(share))
+    rates, threshold = (STAY, 1.0) if when == "never" else (1 - STAY, 0.0)
+    shipped = ship(Instrumented(model, plan, []).eval(), KINDS[family], masks, 1.0, threshold)
+    assert shipped.shipment.skipped or when == "always"
+    now = torch.tensor([[float(plan.num_positions), *(float(mask.sum()) for mask in masks)]])
+    reported = p.cost(now, rates, torch.tensor([threshold]))
+    assert float(reported.parameters) == sum(parameter.numel() for parameter in shipped.parameters())
+    with torch.no_grad():
+        counted = count_macs(lambda given: shipped(**given), [one])
+    assert float(reported.macs) == pytest.approx(counted)
+    num_run = sum(any(True for _ in shipped.model.get_submodule(path).parameters()) for path in plan.blocks)
+    assert float(p.cost(now, rates, torch.tensor([threshold])).latency_s) == pytest.approx(
+        1e-3 * num_run + 8e-9 * float(reported.macs), rel=1e-4
+    )
+
+
+def test_copies_that_skip_blocks_are_timed_where_depth_is_the_control() -> None:
+    model = tiny_models.tiny("bert", layers=4)
+    inputs = {name: values[:1] for name, values in tiny_models.batch("bert").items()}
+    skipped = {}
+    for units in ("width", "depth"):
+        plan = make_plan(model, inputs, AttachConfig(exits=(), units=units), None)  # type: ignore[arg-type]
+        work = count_work(model, inputs, plan)
+        settings = list(_settings(plan, torch.Generator().manual_seed(0)))
+        skipped[units] = [setting.shares.count(0.0) // 2 for setting in settings if 0.0 in setting.shares]
+        points = [
+            p for s in settings for p in _points(model, torch.nn.ModuleList(), plan, KINDS["bert"], work, s, [inputs])
+        ]
+        for point in points:
+            num_run = 4 - point.setting.shares.count(0.0) // 2
+            assert sum(point.amounts[len(OUTSIDE) :: len(SHAPE)]) == num_run
+            assert isinstance(point.call, functools.partial)
+            shipped = point.call.args[0]
+            held = [any(True for _ in shipped.model.get_submodule(path).parameters()) for path in plan.blocks]
+            assert sum(held) == num_run
+            answers = point.call()
+            assert isinstance(answers, torch.Tensor)
+            assert answers.shape == (1, C)
+    assert skipped == {"width": [], "depth": [1, 2, 3]}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(any(True for _ in model.get_submodule(path).parameters()) for path in plan.blocks)
 
 
 class OwnNet(nn.Module):

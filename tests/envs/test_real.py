@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlkd.data import Goal, Preference
 from rlkd.envs import ControlConfig
-from rlkd.envs.action import decode, published_setting, with_values
+from rlkd.envs.action import decode, published_setting, with_exit_kind, with_values
 from rlkd.envs.build_real import build_real_scenario
 from rlkd.envs.episodes import Episodes
 from rlkd.envs.guard import MET, MISSED, SURE, Guard
@@ -20,7 +20,9 @@ from rlkd.envs.limits import largest_cost
 from rlkd.envs.real import RealScenario
 from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.hardware import FOLDER
+from rlkd.models.real.attachment import AttachConfig, make_plan
 from rlkd.models.real.cutting import StudentCut
+from rlkd.models.real.instrumented import Instrumented
 from rlkd.runs.goals import reference_accuracies, task_of, with_goal
 from rlkd.students.interface import probed_samples
 from rlkd.students.real.module import ModuleStudent
@@ -117,6 +119,36 @@ def test_kept_units_are_rounded_as_the_hardware_profile_says(real: RealScenario,
     sizes = [group.size * group.width for group in groups]
     assert all(count % 12 == 0 or count == size for count, size in zip(kept[12], sizes, strict=True))
     assert any(count % 12 for count in kept[1])
+
+
+def test_limits_hold_where_blocks_are_skipped(real: RealScenario) -> None:
+    """Kept units that limits count are those of whole blocks, a part of one, and none of the others."""
+    student = real.student
+    plan = make_plan(student.model, real.data.batch(real.data.few()), AttachConfig(exits=(1,), units="depth"), None)
+    assert len(plan.order) == 2
+    deep = dataclasses.replace(
+        real,
+        student=Instrumented(student.model, plan, student.links),
+        profile=dataclasses.replace(real.profile, plan=plan),
+    )
+    try:
+        sizes = plan.group_sizes[1:]
+        first, last = (slice(2 * (number - 1), 2 * number) for number in plan.order)
+        kept = deep.units_kept(torch.tensor([0.75, 0.5]))
+        assert kept[0, first].tolist() == kept[1, first].tolist() == list(sizes[first])
+        assert kept[0, last].tolist() == [size / 2 for size in sizes[last]]
+        assert kept[1, last].tolist() == [0, 0]
+        u = published_setting(ControlConfig())[None]
+        bar = float(largest_cost(with_values(u, {"unit_keep": 0.5}, ControlConfig()), deep, at_first=False).macs_ratio)
+        episodes = Episodes(with_goal(deep, Goal(macs=bar + 0.02), Preference()), 1)
+        episodes.reset([2])
+        outcome = episodes.step(with_exit_kind(u, "never"))
+        assert 0.3 < float(outcome.cost.macs_ratio) <= bar + 0.02
+        counted = largest_cost(episodes.u, episodes.scenario, at_first=False)
+        assert float(outcome.cost.macs_ratio) == pytest.approx(float(counted.macs_ratio))
+        assert [float(m.sum()) for m in episodes.students.masks()[1:]][last] != list(sizes[last])
+    finally:
+        deep.student.detach()
 
 
 def trained(real: RealScenario, start_rate: float, rate: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 pytest.importorskip("onnx", reason="the extra onnx is not installed: pip install 'rlkd[onnx]'")
 pytest.importorskip("transformers", reason="the extra hf is not installed: pip install 'rlkd[hf]'")
 
+from rlkd.compression.real.choice import unit_masks
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.compression.real.student_folder import save_module_student
@@ -21,6 +22,7 @@ from rlkd.export.int8 import METHODS, Method, layers_of, quantise, tables_of
 from rlkd.export.onnx_file import compare, export_flat, runner_of, session_of
 from rlkd.export.runner import PartsRunner
 from rlkd.models.real.attachment import AttachConfig, make_plan
+from rlkd.models.real.blocks import group_importance
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind
 from rlkd.runs.export import check_plain, parts_run, write_parts
@@ -107,6 +109,28 @@ def test_every_family(family: str, share_left: float | None) -> None:
     if family == "mobilenet" and share_left is not None:
         pytest.skip("its blocks have no exit here")
     check(family, share_left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "llama"])
+@pytest.mark.parametrize("exits", [(), (2,)])
+def test_a_student_that_skips_blocks(family: str, exits: tuple[int, ...]) -> None:
+    model, inputs = tiny_models.loud(tiny_models.tiny(family, layers=4)), tiny_models.batch(family, size=51)
+    plan = make_plan(model, inputs, AttachConfig(exits=exits, units="depth"), None)
+    attached = Instrumented(model, plan, []).eval()
+    masks = unit_masks(plan, group_importance(model, plan.groups), torch.tensor(0.6))
+    keep = 0.5 if plan.select_after else 1.0
+    threshold = 1.0
+    if exits:
+        with torch.no_grad():
+            confidence = attached(inputs, masks, keep).logits[0].softmax(-1).amax(-1)
+        threshold = float(confidence.flatten().median()) - 1e-6
+    student = ship(attached, KINDS.get(family, "sequence_classification"), masks, keep, threshold)
+    assert len(student.shipment.skipped) == 1
+    run = runner_of(session_of(surgery.fold_exits(exported(student, inputs), num_early_exits(student))))
+    counts = real_tokens if KINDS.get(family) == "causal_lm" else lambda inputs: None
+    parity = compare(run, [student], lambda rows: {n: v[rows] for n, v in inputs.items()}, torch.arange(51), counts)
+    assert parity.largest < 1e-4
 
 
 class OwnNet(nn.Module):

@@ -1,6 +1,7 @@
 """A trained real student at inference: what its controls left out is cut out of it.
 
-Hidden units, heads, inner channels and blocks behind an exit that every sample takes are physically gone.
+Hidden units, heads, inner channels, skipped blocks and blocks behind an exit that every sample takes are physically
+gone.
 """
 
 import copy
@@ -18,7 +19,7 @@ from rlkd.models.real.blocks import KINDS as KINDS_OF_GROUPS
 from rlkd.models.real.blocks import Group, linear
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import HIDDEN_UNITS, Kind, new_model, on_meta
-from rlkd.models.real.shrink import cut_group, take_out, zero_group
+from rlkd.models.real.shrink import cut_group, skip_blocks, take_out, zero_group
 
 
 def cut_model(
@@ -79,7 +80,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def shipment_of(plan: Plan, kind: Kind, keep: float, threshold: float) -> Shipment:
+def shipment_of(plan: Plan, kind: Kind, keep: float, threshold: float, *, skipped: Sequence[int] = ()) -> Shipment:
     """Return how a student of a plan answers: without exits that no sample takes and parts that no sample reaches.
 
     Args:
@@ -87,11 +88,13 @@ def shipment_of(plan: Plan, kind: Kind, keep: float, threshold: float) -> Shipme
         kind: of its model.
         keep: share of tokens.
         threshold: of the exits.
+        skipped: blocks, from 1.
     """
     always, never = (bool(end) for end in exit_ends(torch.tensor([threshold]), plan.num_classes))
     exits = () if never else plan.exits[:1] if always else plan.exits
     depth = exits[0] if always and exits else len(plan.blocks)
     selects = plan.select_after is not None and plan.select_after < depth
+    num_left = depth if plan.cuts_depth else len(plan.blocks)
     return Shipment(
         kind=kind,
         blocks=plan.blocks,
@@ -103,7 +106,8 @@ def shipment_of(plan: Plan, kind: Kind, keep: float, threshold: float) -> Shipme
         keep=keep if selects else 1.0,
         num_classes=plan.num_classes,
         drops_rows=plan.drops_rows,
-        gone=(*plan.blocks[depth:], *plan.after) if plan.cuts_depth and depth < len(plan.blocks) else (),
+        gone=(*plan.blocks[num_left:], *plan.after) if num_left < len(plan.blocks) else (),
+        skipped=tuple(plan.blocks[number - 1] for number in skipped if number <= num_left),
     )
 
 
@@ -118,12 +122,16 @@ def ship(student: Instrumented, kind: Kind, unit_masks: Masks, keep: float, thre
         threshold: of the exits.
     """
     plan = student.plan
-    shipment = shipment_of(plan, kind, keep, threshold)
+    skipped = plan.skipped([float(mask.sum()) for mask in unit_masks])
+    shipment = shipment_of(plan, kind, keep, threshold, skipped=skipped)
+    left = [(g, mask) for g, mask in zip(plan.groups, unit_masks, strict=True) if g.block + 1 not in skipped]
+    groups, masks = [group for group, _ in left], tuple(mask for _, mask in left)
     if kind == "module":
         model = student.clean_copy().cpu().requires_grad_(False)
-        _cut_groups(model, plan.groups, unit_masks, plan.cuts)
+        _cut_groups(model, groups, masks, plan.cuts)
     else:
-        model = cut_model(student.model, kind, plan.groups, unit_masks, plan.cuts)
+        model = cut_model(student.model, kind, groups, masks, plan.cuts)
+    skip_blocks(model, shipment.skipped)
     take_out(model, shipment.gone)
     heads = copy.deepcopy(student.heads[: len(shipment.exits)]).cpu()
     return shipped_student(model, heads, shipment)

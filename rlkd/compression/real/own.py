@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlkd.errors import UserError
 from rlkd.io.files import load_tensors, tensor_shapes
-from rlkd.models.real.shrink import take_out
+from rlkd.models.real.shrink import skip_blocks, take_out
 
 SIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -39,7 +39,9 @@ def own_weights(model: nn.Module) -> bytes:
     return save({name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()})
 
 
-def load_own_module(own: nn.Module, blob: bytes, path: str, gone: Sequence[str] = ()) -> nn.Module:
+def load_own_module(
+    own: nn.Module, blob: bytes, path: str, *, gone: Sequence[str] = (), skipped: Sequence[str] = ()
+) -> nn.Module:
     """Return a copy of `own` in evaluation mode with weights of `own_weights`, cut to their sizes.
 
     Args:
@@ -47,12 +49,14 @@ def load_own_module(own: nn.Module, blob: bytes, path: str, gone: Sequence[str] 
         blob: of `own_weights`.
         path: begins the messages.
         gone: parts that no sample reaches and that have no weights.
+        skipped: blocks that hand on what enters them and that have no weights.
 
     Raises:
         UserError: tensors are missing, left over, or of sizes that its layers cannot take.
     """
     model = copy.deepcopy(own).cpu()
     try:
+        skip_blocks(model, skipped)
         take_out(model, gone)
     except AttributeError as error:
         raise UserError(f"{path}: {error!s:.100}; give a module of the class that the student was made of") from error

@@ -33,6 +33,7 @@ class Shipment:
     num_classes: int  # of a language model the size of its vocabulary
     drops_rows: bool  # samples that left are taken out of the batch; else a batch stops once all have left
     gone: tuple[str, ...] = ()  # modules behind an exit that every sample takes: they have no weights
+    skipped: tuple[str, ...] = ()  # blocks that hand on what enters them: they have no weights
 
 
 class _AllLeft(Exception):

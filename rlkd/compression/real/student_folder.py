@@ -41,10 +41,11 @@ from rlkd.io.files import (
 from rlkd.models.real.blocks import find_groups, layout_of
 from rlkd.models.real.hooks import resolve
 from rlkd.models.real.pretrained import AUTO_CLASSES, load_config, load_model, new_model, on_meta, quiet
-from rlkd.models.real.shrink import cut_to_shapes, take_out
+from rlkd.models.real.shrink import cut_to_shapes, skip_blocks, take_out
 
-FORMAT = 3
-FORMATS = (2, FORMAT)  # students of format 2 have all their blocks
+FORMAT = 4
+OLDER: dict[int, dict[str, Any]] = {2: {"gone": [], "skipped": []}, 3: {"skipped": []}}  # what their cards do not have
+FORMATS = (*OLDER, FORMAT)
 EXITS, PLAIN, CUT = "exits.safetensors", "model/model.safetensors", "model/cut.safetensors"
 MAX_SHRINKAGE = 1000  # weights of a whole model for each one that a cut leaves
 MAX_BLOCKS, MAX_WIDTH = 1024, 2**20
@@ -115,7 +116,8 @@ def load_module_student(folder: Path | str, own: nn.Module | None = None) -> Shi
                 load_model(str(folder / "model"), shipment.kind) if weights == PLAIN else _load_cut(folder, shipment)
             )
             _check_outputs(model, heads, shipment)
-        resolve(model, [*shipment.blocks, *shipment.attention])
+        inside = tuple(f"{path}." for path in shipment.skipped)
+        resolve(model, [*shipment.blocks, *(a for a in shipment.attention if not a.startswith(inside))])
         return shipped_student(model, heads, shipment)
 
 
@@ -149,8 +151,7 @@ def _checked(folder: Path) -> tuple[dict[str, Any], Shipment, str]:
     for name in (EXITS, weights):
         if _sha256(folder, name) != card["sha256"][name]:
             raise UserError(f"{folder / name}: checksum differs from student.json; get the student anew")
-    older: dict[str, Any] = {"gone": []} if card["format"] == 2 else {}
-    shipment = _shipment({**older, **card["shipment"]})
+    shipment = _shipment({**OLDER.get(card["format"], {}), **card["shipment"]})
     if shipment.kind != "module":
         _check_model_folder(folder)
         _check_depth(folder, weights, len(shipment.blocks))
@@ -165,7 +166,9 @@ def _load_own(folder: Path, card: Mapping[str, Any], shipment: Shipment, own: nn
             "rlkd.load_student(FOLDER, model=...)"
         )
     path = inside(folder / "model", "model.safetensors")
-    return load_own_module(own, read_bytes(path, MAX_TENSOR_BYTES), str(path), shipment.gone)
+    return load_own_module(
+        own, read_bytes(path, MAX_TENSOR_BYTES), str(path), gone=shipment.gone, skipped=shipment.skipped
+    )
 
 
 def _shipment(given: Any) -> Shipment:
@@ -176,7 +179,7 @@ def _shipment(given: Any) -> Shipment:
     kinds = (*AUTO_CLASSES, "module")
     if values["kind"] not in kinds:
         raise ValueError(f"shipment.kind is {values['kind']!r:.40}; allowed: {', '.join(kinds)}")
-    for name in ("blocks", "attention", "exits", "gone"):
+    for name in ("blocks", "attention", "exits", "gone", "skipped"):
         entries, wanted = values[name], int if name == "exits" else str
         if not isinstance(entries, list) or len(entries) > MAX_BLOCKS or any(type(e) is not wanted for e in entries):
             raise ValueError(f"shipment.{name} is {entries!r:.40}; allowed: a list of up to {MAX_BLOCKS}")
@@ -190,6 +193,13 @@ def _shipment(given: Any) -> Shipment:
     number(values["keep"], "shipment.keep", 0.0, 1.0)
     if values["select_after"] is not None:
         whole(values["select_after"], "shipment.select_after", 1, min(num_blocks, len(values["attention"])))
+    skipped, may_be = values["skipped"], set(values["blocks"]) - set(values["gone"])
+    if values["select_after"] is not None:
+        may_be -= {values["blocks"][values["select_after"] - 1]}
+    if len(set(skipped)) != len(skipped) or not set(skipped) <= may_be:
+        raise ValueError(
+            f"shipment.skipped is {list(skipped)!r:.60}; allowed: blocks that are there and select no tokens"
+        )
     if not isinstance(values["drops_rows"], bool):
         raise ValueError(f"shipment.drops_rows is {values['drops_rows']!r:.40}; allowed: true, false")
     return Shipment(**values)
@@ -211,8 +221,10 @@ def _load_cut(folder: Path, shipment: Shipment) -> nn.Module:
         raise ValueError(f"the configuration has {num_whole} weights, the file {num_cut}")
     model = new_model(described, shipment.kind, seed=0)
     groups = find_groups(model, shipment.blocks, layout_of(model, shipment.blocks))
+    skip_blocks(model, shipment.skipped)
     take_out(model, shipment.gone)
-    cut_to_shapes(model, [g for g in groups if shipment.blocks[g.block] not in shipment.gone], shapes)
+    absent = {*shipment.gone, *shipment.skipped}
+    cut_to_shapes(model, [g for g in groups if shipment.blocks[g.block] not in absent], shapes)
     own = _own_state(model)
     differ = sorted(set(shapes_of(own).items()) ^ set(shapes.items()))
     if differ:

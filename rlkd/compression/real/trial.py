@@ -138,7 +138,7 @@ def _with(plan: Plan, other: Plan, control: str) -> Plan:
     """Return the plan with one control as in another plan of the same model."""
     controls = {**plan.controls, control: other.controls[control]}
     if control == "unit_keep":
-        return replace(plan, groups=other.groups, cuts=other.cuts, controls=controls)
+        return replace(plan, groups=other.groups, cuts=other.cuts, order=other.order, controls=controls)
     if control == "exit_threshold":
         drops, depth = other.drops_rows, other.cuts_depth
         return replace(plan, exits=other.exits, drops_rows=drops, cuts_depth=depth, controls=controls)
@@ -209,7 +209,7 @@ def _check(
     Raises:
         UserError: they differ; says by how much.
     """
-    masks = tuple((torch.arange(group.size) % 2 == 0).float() for group in plan.groups)
+    masks = _half_masks(plan)
     keep = 1.0 if plan.select_after is None else 0.5
     with Instrumented(model, plan, list(links)).eval() as student:
         _draw_heads(student)
@@ -244,6 +244,12 @@ def _check_alone(student: Instrumented, inputs: Inputs, masks: Masks, keep: floa
             raise UserError(f"an answer depends on the other samples of its batch, by {gap:.1e} of the largest")
 
 
+def _half_masks(plan: Plan) -> Masks:
+    """Return masks of half the units of every group, one [size] a group, and none of half the blocks of an order."""
+    skipped = set(plan.order[(len(plan.order) + 1) // 2 :])
+    return tuple((torch.arange(g.size) % 2 == 0).float() * (g.block + 1 not in skipped) for g in plan.groups)
+
+
 def _draw_heads(student: Instrumented) -> None:
     """Weights of exits, drawn so that their answers differ."""
     generator = torch.Generator().manual_seed(0)
@@ -261,7 +267,7 @@ def _middle(logits: Tensor) -> float:
 
 def _check_training(model: nn.Module, plan: Plan, links: Sequence[Link], inputs: Inputs) -> None:
     """Raise UserError where half a student has no finite gradient in training mode; change running statistics."""
-    masks = tuple((torch.arange(group.size) % 2 == 0).float() for group in plan.groups)
+    masks = _half_masks(plan)
     with Instrumented(model, plan, list(links)).train() as student:
         torch.manual_seed(0)
         outputs = student(inputs, masks, 1.0 if plan.select_after is None else 0.5)

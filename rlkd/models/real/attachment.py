@@ -1,7 +1,8 @@
 """Find from dry passes which controls a real student supports, and describe them in a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from rlkd.errors import UserError
 from rlkd.models.real.block_calls import ObservedBlock, bears_fewer_rows, observe_blocks
 from rlkd.models.real.blocks import Group, Layout, block_paths, find_groups, layout_of, output_layer
+from rlkd.models.real.depth import block_order
 from rlkd.models.real.hooks import capture, forward, resolve, width_of
 from rlkd.models.real.traced import free_exits, is_own_module, traced_groups
 
@@ -28,6 +30,9 @@ class AttachConfig:
     """After which block (from 1) the least attended tokens are left out."""
     hints: str = "last"
     """Which blocks learn from the teacher's features: `last`, or `all`, spread over the teacher's."""
+    units: Literal["width", "depth"] = "width"
+    """What the control of units leaves out: `width`, the same share of units in every block, or `depth`, whole blocks,
+    those of least influence first."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
@@ -37,6 +42,8 @@ class AttachConfig:
             raise UserError(f"attach.select_after: got {self.select_after}; allowed: at least 1")
         if self.hints not in ("last", "all"):
             raise UserError(f"attach.hints: got {self.hints!r}; allowed: last, all")
+        if self.units not in ("width", "depth"):
+            raise UserError(f"attach.units: got {self.units!r}; allowed: width, depth")
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,29 @@ class Plan:
     cuts: tuple[str, ...]  # kinds of groups whose masked units the shipped model lacks; those of others stay as zeros
     cuts_depth: bool  # the shipped model lacks what lies behind an exit that every sample takes
     after: tuple[str, ...]  # modules with weights that run behind the last block alone; an early exit does without them
+    order: tuple[int, ...] = field(default=(), repr=False)  # blocks, skipped from its end; () where all are thinned out
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Token positions, then the units of every group; where there are none, one unit that always stays."""
         return (self.num_positions, *(group.size for group in self.groups)) if self.groups else (self.num_positions, 1)
 
+    def skipped(self, kept: Sequence[float]) -> tuple[int, ...]:
+        """Return the blocks that are skipped: those whose groups keep no unit, given how many each group keeps."""
+        if not self.order:
+            return ()
+        left = {group.block for group, count in zip(self.groups, kept, strict=True) if count}
+        return tuple(number for number in range(1, len(self.blocks) + 1) if number - 1 not in left)
 
-def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConfig, num_positions: int | None) -> Plan:
+
+def make_plan(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    config: AttachConfig,
+    num_positions: int | None,
+    *,
+    samples: Mapping[str, Tensor] | None = None,
+) -> Plan:
     """Look at two forward passes of `model`.
 
     Args:
@@ -75,9 +97,10 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         inputs: of a few samples, at least two.
         config: what to attach.
         num_positions: longest sequence; by default the length in this pass.
+        samples: of the train split, which the influence of blocks is measured on; by default `inputs`.
 
     Raises:
-        UserError: no blocks, or an exit that stands nowhere.
+        UserError: no blocks, an exit that stands nowhere, or blocks that cannot be skipped.
     """
     config.check()
     is_own = is_own_module(model)
@@ -106,6 +129,11 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
     if not all(seen[block - 1].hidden is not None for block in exits):
         exits, why_no_exits = (), "a block gives no features of the batch"
     why_not = _why_no_selection(logits, seen, attention, config.select_after)
+    order: tuple[int, ...] = ()
+    if config.units == "depth":
+        stays = None if why_not else config.select_after
+        given = inputs if samples is None else samples
+        order = block_order(model, given, observed, widths=widths, groups=groups, stays=stays)
     is_conv = last is not None and last.ndim == 4
     length = (num_positions or last.shape[1]) if last is not None and last.ndim == 3 else 1
     controls = {
@@ -120,7 +148,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
             else "not available: the model gives no attention weights"
         ),
         "feature_keep": f"not available: {why_not}" if why_not else f"tokens after block {config.select_after}",
-        "unit_keep": _units_in_words(groups, _kinds(groups)),
+        "unit_keep": _units_in_words(groups, _kinds(groups), order),
         "exit_threshold": f"not available: {why_no_exits}" if why_no_exits else _about_exits(exits, per_token),
     }
     return Plan(
@@ -143,6 +171,7 @@ def make_plan(model: nn.Module, inputs: Mapping[str, Tensor], config: AttachConf
         cuts=_kinds(groups),
         cuts_depth=True,
         after=_outermost(after, _output_path(model) if per_token else ""),
+        order=order,
     )
 
 
@@ -173,7 +202,7 @@ def without(plan: Plan, control: str, reason: str) -> Plan:
     """Return the plan with one control switched off: `unit_keep`, `feature_keep` or `exit_threshold`."""
     controls = {**plan.controls, control: f"not available: {reason}"}
     if control == "unit_keep":
-        return replace(plan, groups=(), cuts=(), controls=controls)
+        return replace(plan, groups=(), cuts=(), order=(), controls=controls)
     if control == "feature_keep":
         return replace(plan, select_after=None, num_positions=1, controls=controls)
     return replace(plan, exits=(), controls=controls)
@@ -181,7 +210,7 @@ def without(plan: Plan, control: str, reason: str) -> Plan:
 
 def keep_zeros(plan: Plan, cuts: tuple[str, ...]) -> Plan:
     """Return the plan for a model whose groups of these kinds alone can be cut; others stay, as zeros."""
-    controls = {**plan.controls, "unit_keep": _units_in_words(plan.groups, cuts)}
+    controls = {**plan.controls, "unit_keep": _units_in_words(plan.groups, cuts, plan.order)}
     return replace(plan, cuts=cuts, controls=controls)
 
 
@@ -214,8 +243,8 @@ def _apart(
     return exits, tuple(group for group in groups if set(exits) <= set(free_exits([group], blocks)))
 
 
-def _units_in_words(groups: tuple[Group, ...], cuts: tuple[str, ...]) -> str:
-    """Describe what unit_keep masks, and what of it stays in the shipped model."""
+def _units_in_words(groups: tuple[Group, ...], cuts: tuple[str, ...], order: tuple[int, ...]) -> str:
+    """Describe what unit_keep skips or masks, and what of it stays in the shipped model."""
     if not groups:
         return "not available: no known layout of feed-forward layers and heads, or of inner channels"
     what = "inner channels" if groups[0].kind == "channels" else "hidden units and heads"
@@ -223,6 +252,11 @@ def _units_in_words(groups: tuple[Group, ...], cuts: tuple[str, ...]) -> str:
     end = "masked ones are cut out of the shipped model"
     if stay:
         end = f"masked {'heads' if stay == ['heads'] else 'ones'} stay in the shipped model, as zeros"
+    if order:
+        return (
+            f"skips blocks {list(order[:0:-1])} in this order, never block {order[0]}; the next one keeps a share of "
+            f"its {what}; skipped blocks are not in the shipped model, {end}"
+        )
     return f"{sum(g.size for g in groups)} {what} in {len(groups)} groups; {end}"
 
 

@@ -24,6 +24,7 @@ class ObservedBlock:
     num_calls: int
     enters_as_left: bool  # its first argument is the output of the block before
     follows_rows: bool  # every other tensor that it is given has the batch, or one, as first size
+    gives_tensor: bool  # its output is one tensor
 
 
 def observe_blocks(
@@ -51,6 +52,7 @@ def observe_blocks(
             len(calls),
             before is not None and entered is not None and torch.equal(entered, before),
             bool(calls) and bool(others) and _follow_rows(calls[0][1], others[0][1], sizes),
+            bool(calls) and isinstance(calls[0][2], Tensor),
         )
         before = hidden
     last = max((number for number, path in enumerate(order) if path is None), default=len(order))

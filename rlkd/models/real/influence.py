@@ -1,4 +1,4 @@
-"""Which blocks of a teacher a student is best cut from: those that change most what flows through the model.
+"""Which blocks of a model matter most: those that change most what flows through it.
 
 The influence of a block is one minus the mean cosine between what enters and what leaves it (ShortGPT, Men et al. 2024,
 https://arxiv.org/abs/2403.03853). Unlike in the paper, it is measured anew after each removal: without its neighbour, a
@@ -33,18 +33,39 @@ def influential_blocks(model: nn.Module, inputs: Mapping[str, Tensor], count: in
     paths = block_paths(model)
     if len({path.rpartition(".")[0] for path in paths}) != 1:
         return None
-    left = list(range(len(paths)))
+    removed = removal_order(model, inputs, paths, len(paths) - count)
+    return None if removed is None else sorted(set(range(len(paths))) - set(removed))
+
+
+def removal_order(
+    model: nn.Module, inputs: Mapping[str, Tensor], paths: Sequence[str], count: int, *, stays: int | None = None
+) -> list[int] | None:
+    """Return the first `count` blocks (from 0) to go, when the one of least influence is taken away again and again.
+
+    Args:
+        model: unchanged afterwards.
+        inputs: a batch of training samples.
+        paths: of its blocks.
+        count: below the number of blocks.
+        stays: a block (from 0) that is never taken away.
+
+    Returns:
+        Blocks in the order in which they go, or None where one gives another size than it takes or runs more than once.
+    """
+    left, removed = list(range(len(paths))), list[int]()
     was_training = model.training
     model.eval()
     try:
-        while len(left) > count:
+        while len(removed) < count:
             found = _influences(model, inputs, paths, left)
             if found is None:
                 return None
-            del left[found.index(min(found))]
+            influence = dict(zip(left, found, strict=True))
+            removed.append(min((n for n in left if n != stays), key=lambda n: influence[n]))
+            left.remove(removed[-1])
     finally:
         model.train(was_training)
-    return left
+    return removed
 
 
 @torch.no_grad()
@@ -57,9 +78,9 @@ def _influences(
     def hook_of(number: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             leaving = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-            entering = _of_same_shape((args, kwargs), leaving)
             if number not in found:
-                return (entering, *output[1:]) if isinstance(output, tuple) else entering
+                return handed_on(args, kwargs, output)
+            entering = _of_same_shape((args, kwargs), leaving)
             if entering is None or leaving is None:
                 found[number].append(None)
             else:
@@ -77,6 +98,23 @@ def _influences(
             handle.remove()
     values = [seen[0] for seen in found.values() if len(seen) == 1 and seen[0] is not None]
     return values if len(values) == len(left) else None
+
+
+def handed_on(args: Any, kwargs: Any, output: Any) -> Any:
+    """Return the output of a block that is skipped: what entered it, in the place of what it made of that.
+
+    Args:
+        args: of the call.
+        kwargs: of the call.
+        output: of the block; further items of a tuple stay.
+
+    Raises:
+        RuntimeError: no tensor that entered is shaped as what leaves.
+    """
+    entering = _of_same_shape((args, kwargs), next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None))
+    if entering is None:
+        raise RuntimeError("a block gives another size than it takes; it cannot be skipped")
+    return (entering, *output[1:]) if isinstance(output, tuple) else entering
 
 
 def _of_same_shape(arguments: Any, leaving: Tensor | None) -> Tensor | None:

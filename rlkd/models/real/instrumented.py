@@ -4,6 +4,7 @@ Exits are linear heads on the mean over a block's positions; those of a language
 of their own and the model's output embeddings (cf. CALM, Schuster et al. 2022). Tokens are left out once, after an
 early block, by how much attention they received there (cf. PoWER-BERT, Goyal et al. 2020, which drops in every block):
 later blocks compute fewer positions, in training as at inference. The first token stays, for the model's head reads it.
+A block that is skipped hands on what enters it.
 """
 
 import copy
@@ -24,6 +25,7 @@ from rlkd.models.chain import Masks
 from rlkd.models.real.attachment import Plan
 from rlkd.models.real.blocks import mask_groups
 from rlkd.models.real.hooks import Link, build_adapters, forward, logits_of, pool, tensor_at
+from rlkd.models.real.influence import handed_on
 from rlkd.models.real.shrink import kept_units
 
 NUM_PIXELS = 16  # positions of a convolutional attention map
@@ -47,6 +49,8 @@ class _Pass:
     masks: Masks
     keep: float
     valid: Tensor | None  # [B, L] bool
+    skipped: tuple[int, ...]  # blocks, from 1
+    last: int  # block that runs
     hidden: dict[int, Tensor] = field(default_factory=dict)  # by block from 1
     weights: dict[int, Tensor] = field(default_factory=dict)  # [B, heads, L, L], by block from 1
     chosen: Tensor | None = None  # [B, L'] int64
@@ -82,10 +86,12 @@ class Instrumented(nn.Module):
             block = model.get_submodule(path)
             if plan.select_after is not None:
                 self._handles.append(block.register_forward_pre_hook(self._selector(number), with_kwargs=True))
+            if plan.order:  # ahead of the hooks that read what the block gives
+                self._handles.append(block.register_forward_hook(self._skipper(number), with_kwargs=True))
             if number in read:
                 self._handles.append(block.register_forward_hook(self._keeper(number, "hidden", 0, path)))
         for number, place in enumerate(plan.attention, start=1):
-            if number not in (len(plan.blocks), plan.select_after):
+            if number not in (len(plan.blocks), plan.select_after) and not plan.order:
                 continue
             module = model.get_submodule(place.partition(":")[0])
             self._handles.append(module.register_forward_hook(self._keeper(number, "weights", 1, place)))
@@ -138,7 +144,9 @@ class Instrumented(nn.Module):
         if not self._handles and (self.plan.groups or self.plan.exits or self.links):
             raise RuntimeError("this model was detached; make a new Instrumented")
         padding = inputs.get(PADDING_MASK)
-        now = self._pass = _Pass(masks, keep, None if padding is None else padding.bool())
+        skipped = self.plan.skipped([float(mask.sum()) for mask in masks]) if self.plan.order else ()
+        last_run = max((b for b in range(1, len(self.plan.blocks) + 1) if b not in skipped), default=0)
+        now = self._pass = _Pass(masks, keep, None if padding is None else padding.bool(), skipped, last_run)
         all_valid = now.valid
         try:
             last = logits_of(forward(self.model, inputs))
@@ -153,8 +161,14 @@ class Instrumented(nn.Module):
         places = [plan.blocks.index(link.student) + 1 for link in self.links]
         adapted = [a(pool(now.hidden[b], valid[b])) for b, a in zip(places, self.adapters, strict=True)]
         features = torch.cat(adapted, dim=-1) if adapted else last.new_zeros(len(last), 0)  # [B, F]
+        seen_by_last = now.valid if self._selected(now, now.last) else all_valid
         return ModuleOutputs(
-            (*early, last), features, self._map(now), now.chosen, now.valid, self._token_scores(now, all_valid)
+            logits=(*early, last),
+            features=features,
+            map=self._map(now, seen_by_last),
+            positions=now.chosen if self._selected(now, now.last) else None,
+            valid=seen_by_last,
+            token_scores=self._token_scores(now, all_valid),
         )
 
     def _selected(self, now: _Pass, block: int) -> bool:
@@ -168,13 +182,13 @@ class Instrumented(nn.Module):
         kept = kept_units(self.plan.groups[index], now.masks[index])
         return weights if len(kept) == weights.shape[1] else weights[:, kept]  # no copy of the whole
 
-    def _map(self, now: _Pass) -> Tensor | None:
-        last = len(self.plan.blocks)
+    def _map(self, now: _Pass, valid: Tensor | None) -> Tensor | None:
+        """Return the map of the last block that runs; its real tokens are `valid` [B, L]."""
         if self.plan.is_conv:
-            return attention_map(now.hidden[last].float(), NUM_PIXELS)
+            return attention_map(now.hidden[len(self.plan.blocks)].float(), NUM_PIXELS)
         if not self.plan.attention:
             return None
-        return F.normalize(received(self._weights(now, last).float(), now.valid), dim=-1, eps=1e-8)
+        return F.normalize(received(self._weights(now, now.last).float(), valid), dim=-1, eps=1e-8)
 
     def _token_scores(self, now: _Pass, valid: Tensor | None) -> Tensor | None:
         if self.plan.select_after is None:
@@ -185,8 +199,16 @@ class Instrumented(nn.Module):
 
     def _keeper(self, number: int, store: str, item: int, place: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if self._pass is not None:
-                getattr(self._pass, store)[number] = tensor_at(output, item, place)
+            now = self._pass
+            if now is not None and (store == "hidden" or number in (now.last, self.plan.select_after)):
+                getattr(now, store)[number] = tensor_at(output, item, place)
+
+        return hook
+
+    def _skipper(self, number: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            now = self._now()
+            return handed_on(args, kwargs, output) if now is not None and number in now.skipped else output
 
         return hook
 

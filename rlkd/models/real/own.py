@@ -18,7 +18,7 @@ from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
 from rlkd.models.real.hooks import logits_of
 from rlkd.models.real.pretrained import as_user_error, device_of
-from rlkd.models.real.sides import Side
+from rlkd.models.real.sides import Side, few_rows
 
 
 def argument_of(model: nn.Module) -> str:
@@ -91,7 +91,7 @@ def _num_classes(teacher: nn.Module, inputs: Tensor) -> int:
 def _plan(model: nn.Module, data: Examples, attach: AttachConfig, name: str) -> Plan:
     shapes = {key: list(values.shape[1:]) for key, values in data.inputs.items()}
     with as_user_error(f"{name}: {type(model).__name__} does not take inputs of shapes {shapes}"):
-        return make_plan(model, data.batch(data.few()), attach, data.num_positions)
+        return make_plan(model, data.batch(data.few()), attach, data.num_positions, samples=few_rows(data))
 
 
 @contextmanager

@@ -29,6 +29,14 @@ class Gone(nn.Module):
         raise RuntimeError("this part was cut out of the student, because every sample leaves ahead of it")
 
 
+class Skipped(nn.Module):
+    """The place of a block that is skipped: it hands on what enters, and has no weights."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the first argument."""
+        return hidden_states
+
+
 def kept_units(group: Group, mask: Tensor) -> Tensor:
     """Return the rising positions of the units that a cut leaves, [K] int64.
 
@@ -97,6 +105,12 @@ def take_out(model: nn.Module, paths: Sequence[str]) -> None:
     """Put `Gone` in the place of the modules at `paths`."""
     for path in paths:
         model.set_submodule(path, Gone())
+
+
+def skip_blocks(model: nn.Module, paths: Sequence[str]) -> None:
+    """Put `Skipped` in the place of the blocks at `paths`."""
+    for path in paths:
+        model.set_submodule(path, Skipped())
 
 
 def take_units(model: nn.Module, group: Group, kept: Tensor) -> None:

@@ -127,7 +127,7 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
     if not sources.student and teacher.is_absent:
         raise UserError("student: got none with a teacher without weights, from which it cannot be cut; give --student")
     if not sources.student:
-        model, _ = student_from_teacher(teacher.model, kind, sources.cut, _few_rows(teacher.data))
+        model, _ = student_from_teacher(teacher.model, kind, sources.cut, few_rows(teacher.data))
     elif Path(sources.student).suffix == ".json":
         fresh = load_config(sources.student)
         _take_classes(fresh, described)
@@ -174,7 +174,7 @@ def load_student(sources: Sources, kind: Kind, teacher: Side, seed: int) -> tupl
     return Side(model, data, plan, processor, teacher.table, columns), teacher
 
 
-def _few_rows(data: Examples) -> dict[str, Tensor]:
+def few_rows(data: Examples) -> dict[str, Tensor]:
     """Return training samples, evenly spread, that the influence of blocks is measured on: [NUM_ROWS, ...] each."""
     rows = data.splits["train"]
     return data.batch(rows[:: max(1, len(rows) // NUM_ROWS)][:NUM_ROWS])
@@ -227,7 +227,7 @@ def _cut_vocabulary(name: str, model: nn.Module, size: int, tokenizer: Any) -> s
 
 def _plan(model: nn.Module, data: Examples, attach: AttachConfig, name: str) -> Plan:
     with as_user_error(not_taken(model, data, name)):
-        return make_plan(model, data.batch(data.few()), attach, data.num_positions)
+        return make_plan(model, data.batch(data.few()), attach, data.num_positions, samples=few_rows(data))
 
 
 def _check_answers(name: str, plan: Plan, data: Examples) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlkd.compression.real.choice import keep_top_units
+from rlkd.compression.real.choice import unit_masks
 from rlkd.data import Split, Task, task_generator
 from rlkd.data.examples import Examples, to_device
 from rlkd.errors import UserError
@@ -86,6 +86,8 @@ class ModuleStudent:
             )
         self._device = config.torch_device()
         self._is_sharded = config.shard and processes.num_processes() > 1
+        if self._is_sharded and student.plan.order:
+            raise UserError("attach.units: got depth with train.shard in several processes; allowed: width")
         self._whole, self.plan = student, student.plan
         self._data, self._signals, self._config = data, signals, config
         self._channel_multiple = channel_multiple
@@ -162,7 +164,7 @@ class ModuleStudent:
     def _top_units(self, keep: Tensor) -> Masks:
         """Return masks of the units that are most important now, for a share [1]."""
         scores = group_importance(self.student.model, self.plan.groups)
-        return keep_top_units(self.plan.groups, scores, keep[0], self._channel_multiple)
+        return unit_masks(self.plan, scores, keep[0], self._channel_multiple)
 
     def set_exit(self, threshold: Tensor) -> None:
         """As `Population.set_exit`."""
@@ -341,11 +343,22 @@ class ModuleStudent:
         state |= {f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self._unit_masks)}
         state |= {"threshold": self._threshold.clone(), "token_scores": self._token_scores.clone()}
         state |= {"keep": torch.tensor(self._keep, dtype=torch.float64), "step": torch.tensor(self._step)}
+        if self.plan.order:
+            state["order"] = torch.tensor(self.plan.order)  # [blocks] int64
         state["batches"] = self._batches.get_state()
         return {**state, **optimizer_state(self._optimizer), **self._rollbacks.training_state()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """As `Students.load_training_state`."""
+        """As `Students.load_training_state`.
+
+        Raises:
+            UserError: blocks were skipped in another order.
+        """
+        given, own = (list(order)[::-1] for order in (map(int, state.get("order", ())), self.plan.order))
+        if given != own:
+            raise UserError(
+                f"attach.units: the state skips blocks in the order {given}, this student in {own}; begin anew"
+            )
         self._seen = None
         load_whole(self.student, {name: state[f"module.{name}"] for name in self.student.state_dict()})
         self._unit_masks = tuple(state[f"mask.{i}"].clone().to(mask) for i, mask in enumerate(self._unit_masks))

@@ -15,11 +15,15 @@ import torch
 from safetensors.torch import load_file, save
 from shipped_students import KINDS, quarter, trained
 
+from rlkd.compression.real.choice import unit_masks
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.shipped import ShippedStudent
 from rlkd.compression.real.student_folder import CUT, EXITS, PLAIN, load_module_student, save_module_student
+from rlkd.compression.real.trial import largest_difference
 from rlkd.errors import UserError
+from rlkd.models.chain import Masks
 from rlkd.models.real.attachment import AttachConfig, make_plan
+from rlkd.models.real.blocks import group_importance
 from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.pretrained import Kind
 
@@ -35,6 +39,7 @@ WRONG: dict[str, Any] = {
     "num_classes": 2**40,
     "drops_rows": 1,
     "gone": "all",
+    "skipped": ["bert.encoder.layer.9"],
     "more": 0,
 }
 READER = "bert.encoder.layer.0.attention.output.dense.weight"
@@ -105,6 +110,56 @@ def test_parts_behind_an_exit_that_every_sample_takes_are_gone(tmp_path: Path, f
         wanted = student(inputs, masks, 1.0).logits[0]
         real = inputs["attention_mask"].bool() if is_causal else torch.ones(len(wanted)).bool()
         torch.testing.assert_close(loaded(**inputs)[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+def without_blocks(family: str, share: float, exits: tuple[int, ...] = ()) -> tuple[Instrumented, Masks]:
+    """A student of four blocks that skips some, with weights so large that every block counts, and its masks."""
+    model, inputs = tiny_models.loud(tiny_models.tiny(family, layers=4)), tiny_models.batch(family)
+    plan = make_plan(model, inputs, AttachConfig(units="depth", exits=exits), None)
+    student = Instrumented(model, plan, []).eval()
+    torch.manual_seed(0)
+    for head in student.heads:
+        torch.nn.init.normal_(head.weight, std=0.15)
+    return student, unit_masks(plan, group_importance(model, plan.groups), torch.tensor(share))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit", "llama_classifier", "llama"])
+@pytest.mark.parametrize(("share", "num_skipped"), [(0.5, 2), (0.65, 1), (0.2, 3), (0.9, 0)])
+def test_skipped_blocks_are_not_in_the_shipped_student(
+    tmp_path: Path, family: str, share: float, num_skipped: int
+) -> None:
+    kind: Kind = "causal_lm" if family == "llama" else KINDS.get(family, "sequence_classification")
+    student, masks = without_blocks(family, share)
+    plan, inputs = student.plan, tiny_models.batch(family, size=12)
+    shipped = ship(student, kind, masks, 1.0, 1.0)
+    skipped = sorted(plan.order[len(plan.order) - num_skipped :])
+    assert shipped.shipment.skipped == tuple(plan.blocks[number - 1] for number in skipped)
+    for number, path in enumerate(plan.blocks, start=1):
+        assert any(True for _ in shipped.model.get_submodule(path).parameters()) == (number not in skipped)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    loaded = load_module_student(tmp_path / "s")
+    with torch.no_grad():
+        wanted = student(inputs, masks, 1.0).logits[-1]
+        dense = student(inputs, tuple(torch.ones_like(mask) for mask in masks), 1.0).logits[-1]
+        real = inputs["attention_mask"].bool() if family == "llama" else torch.ones(len(wanted)).bool()
+        assert float((dense - wanted)[real].abs().max()) > 1e-3  # what was left out counted
+        for answers in (shipped(**inputs), loaded(**inputs)):
+            torch.testing.assert_close(answers[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.55])
+def test_skipped_blocks_with_exits_and_left_out_tokens(tmp_path: Path, threshold: float) -> None:
+    """Blocks that are both skipped and behind the exit that all samples take are gone."""
+    student, masks = without_blocks("bert", 0.5, exits=(2, 3))
+    inputs = tiny_models.batch("bert", size=12)
+    shipped = ship(student, "sequence_classification", masks, 0.5, threshold)
+    save_module_student(shipped, tmp_path / "s", None, {})
+    loaded = load_module_student(tmp_path / "s")
+    assert set(shipped.shipment.skipped) & set(shipped.shipment.gone) == set()
+    for answers in (shipped, loaded):
+        gap = largest_difference(student, answers, inputs, masks, keep=0.5, threshold=threshold)
+        assert gap < 1e-5
+    assert largest_difference(student, loaded, inputs, masks, keep=0.5, threshold=1.0) > 1e-4
 
 
 def saved(tmp_path: Path) -> Path:
@@ -242,6 +297,26 @@ def test_a_configuration_far_larger_than_the_weights_is_not_built(tmp_path: Path
         load_module_student(folder)
 
 
+@pytest.mark.parametrize(
+    "skipped",
+    [
+        ["bert"],
+        ["bert.encoder.layer.0"],  # tokens are selected after it
+        ["bert.encoder.layer.2"],  # it is gone
+        ["bert.encoder.layer.1", "bert.encoder.layer.1"],
+        [3],
+        "all",
+    ],
+)
+def test_blocks_that_cannot_be_skipped_are_refused(tmp_path: Path, skipped: Any) -> None:
+    folder = saved_cut(tmp_path)
+    card = json.loads((folder / "student.json").read_text())
+    signed(folder, shipment={**card["shipment"], "skipped": skipped, "select_after": 1})
+    with pytest.raises(UserError, match=r"shipment\.skipped is .*; allowed: ") as error:
+        load_module_student(folder)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("gone", [["bert.nowhere"], ["bert"], [3], "all"])
 def test_parts_that_cannot_be_gone_are_refused(tmp_path: Path, gone: Any) -> None:
     folder = saved_cut(tmp_path)
@@ -252,13 +327,14 @@ def test_parts_that_cannot_be_gone_are_refused(tmp_path: Path, gone: Any) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_a_student_of_the_format_before_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "lacking"), [(2, ("gone", "skipped")), (3, ("skipped",))])
+def test_a_student_of_a_format_before_is_loaded(tmp_path: Path, number: int, lacking: tuple[str, ...]) -> None:
     folder, inputs = saved(tmp_path), tiny_models.batch("bert")
     with torch.no_grad():
         wanted = load_module_student(folder)(**inputs)
         card = json.loads((folder / "student.json").read_text())
-        del card["shipment"]["gone"]
-        signed(folder, format=2, shipment=card["shipment"])
+        shipment = {name: value for name, value in card["shipment"].items() if name not in lacking}
+        signed(folder, format=number, shipment=shipment)
         torch.testing.assert_close(load_module_student(folder)(**inputs), wanted, rtol=0, atol=0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlkd.compression.real.cut import ship
 from rlkd.compression.real.student_folder import load_module_student, save_module_student
-from rlkd.compression.real.trial import TOLERANCE, largest_difference, try_out
+from rlkd.compression.real.trial import TOLERANCE, _half_masks, largest_difference, try_out
 from rlkd.errors import UserError
 from rlkd.models.real.attachment import AttachConfig, Plan, make_plan
 from rlkd.models.real.cutting import StudentCut, student_from_teacher
@@ -258,3 +258,25 @@ def test_the_dry_run_changes_nothing() -> None:
 
 def num_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "ViTForImageClassification", "LlamaForCausalLM"])
+def test_the_dry_run_skips_blocks_where_depth_is_the_control(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, plan = tried(name, AttachConfig(units="depth"))
+    assert plan.order
+    assert plan.controls["unit_keep"].startswith("skips blocks")
+    assert not caplog.messages
+    halves = [float(mask.sum()) for mask in _half_masks(plan)]
+    assert plan.skipped(halves) == tuple(sorted(plan.order[(len(plan.order) + 1) // 2 :]))
+    assert plan.skipped(halves)
+
+
+def test_depth_that_a_model_does_not_bear_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block that is skipped in the shipped model alone answers otherwise."""
+    monkeypatch.setattr(Instrumented, "_skipper", lambda self, number: lambda *given: given[-1])
+    _, plan = tried("BertForSequenceClassification", AttachConfig(units="depth"))
+    assert plan.controls["unit_keep"].startswith("not available: the shipped model answers otherwise")
+    assert (plan.order, plan.groups) == ((), ())
+    assert "unit_keep: not available" in caplog.text

@@ -1,14 +1,20 @@
 """Units of modules of any class: which are found, and that cutting them out changes no answer of the masked module."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from rlkd.compression.real.choice import unit_masks
+from rlkd.compression.real.cut import ship
 from rlkd.compression.real.own import load_own_module, own_weights
+from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.errors import UserError
+from rlkd.models.real.attachment import AttachConfig, make_plan
 from rlkd.models.real.blocks import block_paths, group_importance, mask_groups
+from rlkd.models.real.instrumented import Instrumented
 from rlkd.models.real.shrink import cut_group, zero_group
 from rlkd.models.real.traced import free_exits, traced_groups
 
@@ -108,6 +114,33 @@ def test_exits_stand_where_no_units_cross() -> None:
     blocks = block_paths(model)
     assert free_exits(traced_groups(model, blocks), blocks) == [1]
     assert free_exits([], blocks) == [1, 2, 3, 4, 5]
+
+
+class Residual(nn.Module):
+    """Adds to its input what two layers make of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_blocks_of_an_own_module_are_skipped_and_loaded_into_its_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual() for _ in range(3)), nn.Linear(6, 2)).eval()
+    inputs = {"input": torch.rand(5, 6)}
+    plan = make_plan(model, inputs, AttachConfig(blocks="[012]", exits=(), units="depth"), None)
+    with torch.no_grad(), Instrumented(model, plan, []).eval() as student:
+        masks = unit_masks(plan, group_importance(model, plan.groups), torch.tensor(0.5))
+        wanted = student(inputs, masks, 1.0).logits[-1]
+        assert not torch.allclose(wanted, model(inputs["input"]), atol=1e-4)
+        shipped = ship(student, "module", masks, 1.0, 1.0)
+        assert shipped.shipment.skipped == (plan.blocks[plan.order[-1] - 1],)
+        save_module_student(shipped, tmp_path / "s", None, {})
+        for answers in (shipped, load_module_student(tmp_path / "s", student.clean_copy())):
+            torch.testing.assert_close(answers(**inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_of_another_class_are_refused() -> None:

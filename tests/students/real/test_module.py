@@ -12,6 +12,7 @@ from module_students import TRAIN, controls, distance, student_of, task, texts
 from torch import Tensor
 
 from rlkd.errors import UserError
+from rlkd.io import processes
 from rlkd.losses import LossConfig
 from rlkd.models.real.attachment import AttachConfig
 
@@ -359,3 +360,78 @@ def test_features_as_wide_as_the_teachers_begin_at_a_mean_square_of_one() -> Non
     student.train_window(controls(weights=[1.0, 0.0, 0.0, 0.0]))
     student.reset([task(student._data)])
     assert [adapter.factor for adapter in student.student.adapters] == first  # found anew on the untouched student
+
+
+DEPTH = AttachConfig(units="depth")
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_share_of_the_units_skips_blocks(family: str) -> None:
+    student = student_of(family, attach=DEPTH)
+    order = student.plan.order
+    before = student.state_dict()
+    telemetry = student.train_window(controls(unit_keep=0.5))  # 1.5 of 3 blocks
+    assert torch.isfinite(telemetry.losses).all()
+    kept = student.evaluate("validation").kept[0, 1:]
+    whole, half, none = (kept[2 * (number - 1) : 2 * number].tolist() for number in order)
+    assert [whole, half, none] == [[64, 4], [32, 2], [0, 0]]
+    after, skipped = student.state_dict(), f"{student.plan.blocks[order[2] - 1]}."
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith(skipped) for name in moved)  # no gradient and no decay
+    assert any(name.startswith(student.plan.blocks[order[0] - 1]) for name in moved)
+    less = student.probe(torch.ones(1), torch.tensor([0.2]))
+    student.set_controls(controls(unit_keep=0.2))
+    assert student.masks()[1 + 2 * (order[1] - 1)].sum() == 0
+    assert torch.equal(student.evaluate("validation").exit_accuracy, less)
+    student.train_window(controls(unit_keep=1.0))  # all blocks are back
+    back = student.state_dict()
+    assert any(name.startswith(skipped) and not torch.equal(back[name], after[name]) for name in back)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_student_that_skips_blocks_goes_on_as_if_it_had_not_stopped(optimizer: Literal["adamw", "lion"]) -> None:
+    config = replace(TRAIN, optimizer=optimizer, warmup=0.3)
+    old, new = (student_of(config=config, attach=DEPTH, hidden_dropout_prob=0.1) for _ in range(2))
+    old.train_window(controls(unit_keep=0.5))
+    old.train_window(controls(learning_rate=1e30))  # is rolled back
+    new.reset([task(texts())])
+    new.load_training_state(old.training_state())
+    for keep in (0.3, 1.0):
+        for students in (old, new):
+            students.train_window(controls(unit_keep=keep))
+            students.evaluate("validation")
+    ours, theirs = old.training_state(), new.training_state()
+    assert ours["order"].tolist() == list(new.plan.order)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_state_of_another_order_is_refused() -> None:
+    deep, wide = student_of(attach=DEPTH), student_of()
+    state = deep.training_state()
+    assert "order" not in wide.training_state()
+    with pytest.raises(
+        UserError, match=r"attach\.units: the state skips blocks in the order \[\d, \d, \d\], this .* \[\]"
+    ):
+        wide.load_training_state(state)
+    with pytest.raises(
+        UserError, match=r"attach\.units: the state skips blocks in the order \[\], this student in \[\d"
+    ):
+        deep.load_training_state(wide.training_state())
+    with pytest.raises(UserError, match=r"attach\.units: the state skips"):
+        deep.load_training_state({**state, "order": state["order"].flip(0)})
+    deep.load_training_state(state)
+
+
+def test_gradient_checkpointing_skips_the_blocks_of_the_pass_before() -> None:
+    states = []
+    for is_on in (False, True):
+        student = student_of("bert", replace(TRAIN, micro_batches=2, gradient_checkpointing=is_on), attach=DEPTH)
+        student.train_window(controls(unit_keep=0.5, feature_keep=0.6))
+        states.append(student.state_dict())
+    assert distance(*states) < 1e-5
+
+
+def test_depth_with_sharded_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "num_processes", lambda: 2)
+    with pytest.raises(UserError, match=r"attach\.units: got depth with train\.shard in several processes"):
+        student_of(config=replace(TRAIN, shard=True), attach=DEPTH)
