@@ -34,7 +34,7 @@ from rlkd.runs.folder import use_one_thread
 from rlkd.runs.shipped import open_shipped
 
 NAME = "MiniLM, 2 blocks"
-OPTIONS = ("--cut.layers", "2", "--goal.keep", "0.98", "--goal.reference", "dense")
+OPTIONS = ("--cut.layers", "2", "--cut.keep", "influence", "--goal.keep", "0.98", "--goal.reference", "dense")
 TRAINING = ("--train.steps_per_window", "20", "--train.batch_size", "32", "--columns.max_length", "64")
 BATCHES = (1, 32)
 NUM_ROUNDS = 31

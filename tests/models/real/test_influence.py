@@ -97,7 +97,8 @@ def test_a_student_has_the_most_influential_blocks_and_its_teacher_is_unchanged(
     caplog.set_level("INFO", logger="rlkd")
     with torch.no_grad():
         before = logits_of(forward(teacher, inputs))
-        student, chosen = student_from_teacher(teacher, FAMILIES[family], StudentCut(layers=2), inputs)
+        cut = StudentCut(layers=2, keep="influence")
+        student, chosen = student_from_teacher(teacher, FAMILIES[family], cut, inputs)
         assert chosen == influential_blocks(teacher, inputs, 2)
         numbers = tuple(number + 1 for number in chosen)
         named, _ = student_from_teacher(teacher, FAMILIES[family], StudentCut(blocks=numbers))
@@ -105,7 +106,9 @@ def test_a_student_has_the_most_influential_blocks_and_its_teacher_is_unchanged(
         torch.testing.assert_close(logits_of(forward(teacher, inputs)), before)
     assert f"begins with blocks {list(numbers)} of the teacher" in caplog.text
     assert student_from_teacher(teacher, FAMILIES[family], StudentCut(layers=2, keep="spread"), inputs)[1] == [0, 3]
-    assert student_from_teacher(teacher, FAMILIES[family], StudentCut(layers=2))[1] == [0, 3]
+    assert student_from_teacher(teacher, FAMILIES[family], cut)[1] == [0, 3]  # no samples to measure it on
+    by_default = student_from_teacher(teacher, FAMILIES[family], StudentCut(layers=2), inputs)[1]
+    assert by_default == (chosen if FAMILIES[family] == "causal_lm" else [0, 3])
 
 
 def test_blocks_that_make_no_student_give_way_to_spread_ones(caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +123,7 @@ def test_blocks_that_make_no_student_give_way_to_spread_ones(caplog: pytest.LogC
     influential = influential_blocks(teacher, inputs, 2)
     assert influential is not None
     assert 0 not in influential
-    student, chosen = student_from_teacher(teacher, "sequence_classification", StudentCut(), inputs)
+    student, chosen = student_from_teacher(teacher, "sequence_classification", StudentCut(keep="influence"), inputs)
     assert chosen == [0, 3]
     assert len(block_paths(student)) == 2
     assert f"blocks {[n + 1 for n in influential]} have most influence, but make no student" in caplog.text
