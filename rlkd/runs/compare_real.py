@@ -29,7 +29,6 @@ from rlkd.envs.reward import weighed
 from rlkd.errors import UserError
 from rlkd.io.files import read_json
 from rlkd.io.records import plain, write_json
-from rlkd.models.real.attachment import AttachConfig
 from rlkd.runs.distil_real import DistilledModule, distil_module
 from rlkd.runs.folder import Progress
 from rlkd.runs.goals import with_goal
@@ -92,7 +91,7 @@ class _Scenarios:
     def _build(self, method: RealMethod) -> RealScenario:
         config, policy = self._config, self._bundle.policy
         if method.exits == "none":
-            config = dataclasses.replace(config, attach=AttachConfig(blocks=config.attach.blocks, exits=()))
+            config = dataclasses.replace(config, attach=dataclasses.replace(config.attach, exits=()))
         if method.exits == "every block" or method.num_blocks_less:
             whole = len(self.of("policy").student.plan.blocks)
             if whole <= method.num_blocks_less:
