@@ -136,7 +136,7 @@ NOTES = [  # written by hand after reading the tables; revise them when the stud
     "Every integer form is slower than float32 in onnxruntime on networks of this size, on this processor (AVX-512 VNNI).",
     "Four-bit weights are stored in four bits and computed on as floats, so they save bytes alone.",
     "",
-    "Larger dense students: [wide students](wide_students.md). Missing: movie-review snippets (MiniLM); these students ship without an exit that decides.",
+    "Larger dense students: [wide students](wide_students.md). MiniLM: [text classifier](text_ships.md). These students ship without an exit that decides.",
 ]
 
 
