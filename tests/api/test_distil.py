@@ -320,6 +320,7 @@ def test_what_is_no_policy_or_environment_is_refused_in_one_line(
     assert not (tmp_path / "policy").exists()
 
 
+@pytest.mark.slow
 def test_a_transformers_model_in_the_hand(policy: Path, tmp_path: Path) -> None:
     need_transformers()
     teacher = tiny("bert", layers=4)

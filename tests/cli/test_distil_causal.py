@@ -96,6 +96,7 @@ def test_a_student_cut_from_its_teacher_to_a_shipped_model(
     assert main(["verify", str(tmp_path / "a")]) == 1
 
 
+@pytest.mark.slow
 def test_a_student_from_a_configuration_on_prompts_and_reverse(place: Path, tmp_path: Path) -> None:
     data = ["--data", str(place / "texts.jsonl"), "--student", str(place / "small.json")]
     options = ["--columns.prompt", "question", "--tokens.divergence", "reverse", "--tokens.worst_perplexity", "30"]
@@ -107,6 +108,7 @@ def test_a_student_from_a_configuration_on_prompts_and_reverse(place: Path, tmp_
     assert load_module_student(tmp_path / "a" / "student").model.config.hidden_size == 16  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_teacher_beside_the_student(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", str(place / "texts.jsonl"), "--student", str(place / "small.json")]
     beside = [*data, "--tokens.divergence", "js", "--tokens.teacher_in_memory", "true"]

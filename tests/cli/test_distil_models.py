@@ -167,6 +167,7 @@ def test_the_same_seed_and_profile_give_the_same_bytes(place: Path, tmp_path: Pa
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_image_student_from_a_configuration(place: Path, tmp_path: Path) -> None:
     config = tiny_models.tiny("vit", num_classes=3, layers=2).config
     config.hidden_size, config.intermediate_size = 16, 32
@@ -179,6 +180,7 @@ def test_an_image_student_from_a_configuration(place: Path, tmp_path: Path) -> N
     assert student(pixel_values=torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "shape"), [(1, (60, 16, 16)), (3, (60, 16, 16)), (3, (60, 16, 16, 3))])
 def test_arrays_of_images_in_every_layout(
     channels: int, shape: tuple[int, ...], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -193,6 +195,7 @@ def test_arrays_of_images_in_every_layout(
     assert "holds    student compacted_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> None:
     tiny_models.tiny("distilbert").save_pretrained(tmp_path / "student")
     tiny_models.save_tokenizer(tmp_path / "student", list(reversed(tiny_models.WORDS)))
@@ -206,6 +209,7 @@ def test_a_student_with_a_tokenizer_of_its_own(place: Path, tmp_path: Path) -> N
     assert load_module_student(tmp_path / "a" / "student").model.config.id2label == {0: "neg", 1: "pos"}
 
 
+@pytest.mark.slow
 def test_a_student_whose_depth_is_the_control(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", str(place / "bert"), "--data", str(place / "reviews.csv"), "--cut.layers", "3"]
     assert distil(place, tmp_path / "a", *options, "--attach.units", "depth", "--goal.macs", "0.6") == 0

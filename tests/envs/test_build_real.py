@@ -16,6 +16,7 @@ from rlkd.models.real.cutting import StudentCut
 from rlkd.students.real.train_config import ModuleTrainConfig
 
 
+@pytest.mark.slow
 def test_answers_of_several_teachers_are_combined(tmp_path: Path) -> None:
     folder = tmp_path
     for name, family, seed in (("first", "bert", 0), ("second", "distilbert", 1), ("other", "bert", 2)):

@@ -54,6 +54,7 @@ def test_ppo_by_the_id_alone_learns_and_is_evaluated() -> None:
     assert np.isfinite([mean, deviation]).all()
 
 
+@pytest.mark.slow
 def test_helpers_take_the_flat_environment(scenario: Scenario) -> None:
     env = gymnasium.make(FLAT_ENV_ID, scenario=scenario)
     with warnings.catch_warnings():

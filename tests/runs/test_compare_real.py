@@ -51,6 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_methods_are_trained_paired_and_resumed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = files / "run"
     code = main(

@@ -68,6 +68,7 @@ def begun(asked: Request, num_students: int = 2) -> tuple[torch.Tensor, Episodes
     return episodes.reset([2**60 + 1 + i for i in range(num_students)]), episodes
 
 
+@pytest.mark.slow
 def test_every_method_runs_under_a_floor_and_its_trainings_are_counted(asked: Request) -> None:
     windows: list[int] = []
     table = table_of(CHEAP, asked, on_window=windows.append)

@@ -18,6 +18,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 def test_search_repeats_counts_its_cost_and_tries_the_published_setting_first(scenario: Scenario) -> None:
     windows: list[int] = []
     one = search_setting([scenario], SMALL, generator(4), options=RunOptions(on_window=windows.append))

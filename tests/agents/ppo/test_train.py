@@ -90,6 +90,7 @@ def test_training_repeats_and_moves_the_policy(goal_scenario: Scenario) -> None:
     assert all(torch.equal(tensor, anew.policy.weights[name]) for name, tensor in one.policy.weights.items())
 
 
+@pytest.mark.slow
 def test_the_iteration_that_does_best_on_the_validation_scenarios_is_returned(
     goal_scenario: Scenario, other_scenario: Scenario
 ) -> None:
@@ -138,6 +139,7 @@ def test_an_impossible_agent_is_refused(config: PPOConfig, words: str) -> None:
         config.check()
 
 
+@pytest.mark.slow
 def test_an_agent_learns_from_scenarios_in_turn(goal_scenario: Scenario, other_scenario: Scenario) -> None:
     learned, log = trained([goal_scenario, other_scenario])
     assert learned.policy.weights["action.weight"].isfinite().all()

@@ -90,6 +90,7 @@ def test_the_common_part_is_distilled(
     assert int(signals.tokens.indices.max()) == common - 1
 
 
+@pytest.mark.slow
 def test_a_pair_becomes_a_shipped_student(tmp_path: Path) -> None:
     save(tmp_path / "large", V + 4, 3)
     save(tmp_path / "small", V + 9, 2)
