@@ -182,7 +182,7 @@ def test_int8_of_real_students(family: str, num_layers: int, method: Method) -> 
         assert tables_of(made.graph) == []
         assert weight_bytes(made.graph) < 0.4 * weight_bytes(graph)
         float_tables = quantise(graph, method, batches, tables_of(graph)).graph
-        assert tables_of(float_tables) == tables_of(graph)
+        assert sorted(tables_of(float_tables)) == sorted(tables_of(graph))
 
 
 @pytest.mark.slow
