@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from real import reviews
-from ships import form_row, integer_lines, interval
+from ships import distilled, form_row, integer_lines, interval
 from study_results import write_results
 
-from rlkd.cli.main import main
 from rlkd.cli.verify import config_of_run
 from rlkd.cost.timing import time_calls
 from rlkd.export.flat import num_early_exits
@@ -34,24 +33,12 @@ from rlkd.runs.folder import use_one_thread
 from rlkd.runs.shipped import open_shipped
 
 NAME = "MiniLM, 2 blocks"
-OPTIONS = ("--cut.layers", "2", "--cut.keep", "influence", "--goal.keep", "0.98", "--goal.reference", "dense")
-TRAINING = ("--train.steps_per_window", "20", "--train.batch_size", "32", "--columns.max_length", "64")
+OPTIONS = ("--cut.layers", "2", "--cut.keep", "influence", "--train.steps_per_window", "20", "--train.batch_size", "32")
+OPTIONS += ("--columns.max_length", "64")
 BATCHES = (1, 32)
 NUM_ROUNDS = 31
 MOST_LOST = 1.0  # nothing is taken back here: what every form loses is reported
 AWARE_STEPS = 100
-
-
-def distilled(work: Path, folder: Path, seed: int) -> None:
-    """Distil the student of a seed, unless its run is finished."""
-    if (folder / "result.json").exists():
-        return
-    config = reviews(work)
-    named = ["--teacher", config.teacher, "--data", config.data]
-    given = ["--out", str(folder), "--seed", str(seed), *named, *OPTIONS, *TRAINING]
-    code = main(["distil", *(["--resume", str(folder)] if (folder / "config.yaml").exists() else given)])
-    if code not in (0, 1):
-        raise SystemExit(f"{folder}: rlkd distil ended with {code}")
 
 
 def row_of(folder: Path) -> dict[str, Any]:
@@ -106,7 +93,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
             "",
             f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}; {len(rows)} seeds,",
             "means with 95 % t-intervals over seeds. Accuracies are on test data. Teacher: MiniLM of six blocks on movie-review",
-            f"snippets, {rows[0]['teacher_accuracy']:.4f}. Students: `rlkd distil {shlex.join((*OPTIONS, *TRAINING))}`.",
+            f"snippets, {rows[0]['teacher_accuracy']:.4f}. Students: `rlkd distil --goal.keep 0.98 --goal.reference dense {shlex.join(OPTIONS)}`.",
             "",
             "## Dense student against the shipped float student",
             "",
@@ -137,10 +124,11 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
 def run_study(options: argparse.Namespace) -> None:
     """Do what is missing, and write the results."""
     use_one_thread()
+    config = reviews(options.work)
     rows = []
     for seed in range(options.seeds):
         folder = options.out / f"seed-{seed}"
-        distilled(options.work, folder, seed)
+        distilled(folder, ["--teacher", config.teacher, "--data", config.data, *OPTIONS], seed)
         if not (folder / "ships.json").exists():
             write_json(folder / "ships.json", row_of(folder))
         rows.append(json.loads((folder / "ships.json").read_text()))

@@ -31,8 +31,8 @@ class AttachConfig:
     hints: str = "last"
     """Which blocks learn from the teacher's features: `last`, or `all`, spread over the teacher's."""
     units: Literal["width", "depth"] = "width"
-    """What the control of units leaves out: `width`, the same share of units in every block, or `depth`, whole blocks,
-    those of least influence first."""
+    """Whether the control of units leaves out the same share of units in every block (`width`), or whole blocks, those
+    of least influence first (`depth`)."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
