@@ -19,6 +19,7 @@ CONFIG = PPOConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["a2c", "sac", pytest.param("recurrent_ppo"), pytest.param("tqc")])
 def test_another_algorithm_learns_and_acts(
     algorithm: Algorithm, goal_scenario: Scenario, other_scenario: Scenario

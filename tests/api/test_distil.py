@@ -76,6 +76,7 @@ def test_the_saved_student_answers_as_the_one_in_the_hand(chain: rlkd.Result, tm
     assert page.read_text() == chain.report().read_text()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_folder_leaves_none_behind(profile_file: Path, policy: Path) -> None:
     options = {**SHORT, "num_windows": 1, "cost.profile": str(profile_file), "teacher.num_steps": 60}
     result = rlkd.distil(

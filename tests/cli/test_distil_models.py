@@ -98,6 +98,7 @@ def test_a_text_student_from_files_to_a_shipped_model(
     assert float((answers == data.labels[test]).float().mean()) == pytest.approx(figures["accuracy"])
 
 
+@pytest.mark.slow
 def test_a_real_student_is_verified_from_its_folder(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

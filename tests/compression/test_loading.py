@@ -32,6 +32,7 @@ def test_a_student_is_loaded_without_the_libraries_that_trained_it(module: str, 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_student_of_transformers_answers_with_torch_and_transformers_alone(tmp_path: Path) -> None:
     student = trained("bert", AttachConfig())
     shipped = ship(student, "sequence_classification", quarter(student.plan, ("units", "heads")), 1.0, 0.6)

@@ -149,6 +149,7 @@ def test_a_damaged_student_or_policy_is_a_row_that_differs(copy: Path, capsys: C
     assert "checksum differs" in differs[1]
 
 
+@pytest.mark.slow
 def test_another_policy_is_found_by_its_hash_and_by_what_it_does(copy: Path, capsys: Capture) -> None:
     folder = copy / "train" / "policy"
     tensors = load((folder / "policy.safetensors").read_bytes())

@@ -41,6 +41,7 @@ def test_search_never_reads_the_test_split(scenario: Scenario) -> None:
     assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 def test_a_goal_changes_what_is_best(scenario: Scenario) -> None:
     config = SearchConfig(num_settings=9, tasks_per_setting=4, num_finalists=3, tasks_per_finalist=4)
     stated = dataclasses.replace(scenario.config.task, reference="0.9")
