@@ -75,7 +75,7 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
             else []
         ),
         f"- {study['num_windows'] * study['steps_per_window']} steps of {study['batch_size']} short texts are few: the trainings end far above the teacher's perplexity.",
-        "- The policy removes units of blocks, not blocks: it has no control of the depth.",
+        "- The policy removes units of blocks; that it skips whole blocks (`--attach.units depth`) was not tried.",
         "",
         "## What the policy set",
         "",
