@@ -91,7 +91,7 @@ class _Scenarios:
     def _build(self, method: RealMethod) -> RealScenario:
         config, policy = self._config, self._bundle.policy
         if method.exits == "none":
-            config = dataclasses.replace(config, attach=dataclasses.replace(config.attach, exits=()))
+            config = dataclasses.replace(config, attach=dataclasses.replace(config.attach, exits=(), patience=0))
         if method.exits == "every block" or method.num_blocks_less:
             whole = len(self.of("policy").student.plan.blocks)
             if whole <= method.num_blocks_less:

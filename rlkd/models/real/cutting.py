@@ -125,9 +125,11 @@ def student_from_teacher(
         )
     chosen = kept_layers(num_blocks, cut)
     by_influence = (cut.keep or ("influence" if kind == "causal_lm" else "spread")) == "influence"
-    if by_influence and cut.blocks is None and inputs is not None:
+    if by_influence and cut.blocks is None and inputs is not None and len(chosen) < num_blocks:
         influential = influential_blocks(teacher, inputs, len(chosen))
-        if influential is not None:
+        if influential is None:
+            logger.info("cut: the influence of these blocks cannot be measured, so the student's are spread")
+        else:
             numbers = [number + 1 for number in influential]
             try:
                 student = _student_of(teacher, kind, cut, chosen=influential, num_blocks=num_blocks)

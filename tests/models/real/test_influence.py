@@ -130,7 +130,10 @@ def test_blocks_that_make_no_student_give_way_to_spread_ones(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("name", ["ConvNextForImageClassification", "SwinForImageClassification"])
-def test_a_model_in_stages_has_no_order(name: str) -> None:
+def test_a_model_in_stages_has_no_order(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = architectures.tiny_model(name)
     inputs = {"pixel_values": torch.randn(2, model.config.num_channels, 32, 32)}
     assert influential_blocks(model, inputs, 1) is None
+    caplog.set_level("INFO", logger="rlkd")
+    student_from_teacher(model, "image_classification", StudentCut(keep="influence"), inputs)
+    assert "the influence of these blocks cannot be measured" in caplog.text
