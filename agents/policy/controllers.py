@@ -213,7 +213,7 @@ def _train(
     diverged = torch.zeros(len(seeds), dtype=torch.bool)
     for window in range(episodes.scenario.config.num_windows):
         u = controller(observation, episodes, window)
-        outcome = episodes.step(guard.put_back(u) if guard else u)
+        outcome = episodes.step(guard.before_window(u) if guard else u)
         observation, diverged = outcome.observation, diverged | outcome.diverged
         if guard:
             observation = guard.after_window(outcome)

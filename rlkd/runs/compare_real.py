@@ -24,6 +24,7 @@ from rlkd.agents.policy.controllers import Controller, Results
 from rlkd.compression.real.student_folder import load_module_student, save_module_student
 from rlkd.cost import time_calls
 from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.guard import GuardConfig
 from rlkd.envs.real import RealScenario
 from rlkd.envs.reward import weighed
 from rlkd.errors import UserError
@@ -132,6 +133,7 @@ def _row(
     scenarios.of("policy")  # before the others: the floor may be a share of its dense student's accuracy
     scenario = scenarios.of(name)
     best: tuple[DistilledModule, list[dict[str, float]]] | None = None
+    guard = guard_of(name, config)
     trainings = REAL_METHODS[name].trainings(config, bundle, seed)
     controller: Controller | None = next(trainings)
     while controller is not None:
@@ -141,7 +143,7 @@ def _row(
             windows.append(row)
             progress.advance(1)
 
-        done = distil_module(scenario, controller, seed, on_window, None, config.guard)
+        done = distil_module(scenario, controller, seed, on_window, None, guard)
         score = done.figures["validation_score"]
         if best is None or score > best[0].figures["validation_score"]:
             best = (done, windows)
@@ -155,6 +157,11 @@ def _row(
     row = {"method": name, "seed": seed, "diverged": done.diverged, **done.figures, "windows": windows}
     write_json(file, row)
     return row
+
+
+def guard_of(name: str, config: RealCompareConfig) -> GuardConfig:
+    """Return the guard of a method of REAL_METHODS; it holds no units of methods whose schedules are fixed."""
+    return dataclasses.replace(config.guard, hold=config.guard.hold and REAL_METHODS[name].may_hold)
 
 
 def _time_together(rows: Mapping[str, dict[str, Any]], seed: int, scenarios: _Scenarios, folder: Path) -> None:

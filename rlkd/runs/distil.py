@@ -82,7 +82,7 @@ def run_windows(
     for window in range(len(rows), scenario.config.num_windows):
         if rows and rows[-1]["num_diverged"]:
             break
-        outcome = episodes.step(watched.put_back(controller(observation, episodes, window)))
+        outcome = episodes.step(watched.before_window(controller(observation, episodes, window)))
         acted = episodes.u  # what acted: the controller's choice, moved into the limits
         observation = watched.after_window(outcome)
         row = window_row(window, acted, outcome, scenario)

@@ -71,6 +71,8 @@ class RealMethod:
     """Early exits that are attached."""
     starts_as_policy: bool = False
     """Whether the setting that training begins with is the policy's."""
+    may_hold: bool = False
+    """Whether the guard may hold its units (`guard.hold`): fixed schedules stay as their papers have them."""
     num_blocks_less: int = 0
     """How many blocks fewer than the others its student has."""
     count: Callable[[RealCompareConfig], int] = lambda config: 1
@@ -142,7 +144,9 @@ def _tpe_method(num_trials: int) -> RealMethod:
 
 
 REAL_METHODS: dict[str, RealMethod] = {
-    "policy": RealMethod("closed loop: the learned policy", _policy, exits="given", starts_as_policy=True),
+    "policy": RealMethod(
+        "closed loop: the learned policy", _policy, exits="given", starts_as_policy=True, may_hold=True
+    ),
     "start": RealMethod(
         "the setting that the policy begins with, unchanged", _start, exits="given", starts_as_policy=True
     ),

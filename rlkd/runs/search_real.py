@@ -50,7 +50,7 @@ class CutSpace:
 
     layers: tuple[int, ...] | None = None
     """Numbers of blocks; by default up to 8 of them, spread from 1 to the teacher's."""
-    keeps: tuple[Keep, ...] = ("spread", "first")
+    keeps: tuple[Keep, ...] = ("influence", "spread")
     """Which blocks stay, as cut.keep."""
     widths: tuple[float, ...] = (1.0, 0.5)
     """Shares of the width that stay, as cut.width."""

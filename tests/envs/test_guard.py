@@ -3,13 +3,15 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rlkd.envs import Episodes, Outcome, Scenario
-from rlkd.envs.action import CONTROLS
-from rlkd.envs.guard import NO_WINDOW, UNTOUCHED, Guard, GuardConfig, meets_goal
+from rlkd.envs.action import CONTROLS, NUM_CONTROLS
+from rlkd.envs.guard import KEPT, NO_WINDOW, UNTOUCHED, Guard, GuardConfig, meets_goal
+from rlkd.envs.references import References
 from rlkd.errors import UserError
 
 SEEDS = [2**60 + i for i in range(3)]
@@ -130,12 +132,12 @@ def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(sce
     small[:, UNITS] = 0.2
     free = math.ceil(scenario.config.num_windows / 3)
     for window in range(free):
-        assert torch.equal(guard.put_back(small), small)  # the policy has its time to come back
+        assert torch.equal(guard.before_window(small), small)  # the policy has its time to come back
         # student 0 stays below, 1 met its floor in the first window, 2 meets it with a J below the untouched one's
         met = [0.01, 0.5 if window == 0 else 0.01, 0.5]
         guard.after_window(claim(episodes.step(small), met, [0.5, 0.5, -9.0]))
     assert guard.best_window.tolist() == [UNTOUCHED, 1, UNTOUCHED]
-    moved = guard.put_back(small)
+    moved = guard.before_window(small)
     assert moved[:, UNITS].tolist() == pytest.approx([0.6, 0.2, 0.2])
     assert torch.equal(moved[1:], small[1:])
     untouched, _ = begin(scenario, keep=0.8)  # a floor that fresh students miss
@@ -143,7 +145,51 @@ def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(sce
     for _ in range(free):
         missed.after_window(claim(untouched.step(small), [0.01] * 3, [0.5] * 3))
     assert missed.best_window.tolist() == [UNTOUCHED] * 3
-    assert torch.equal(missed.put_back(small), small)
+    assert torch.equal(missed.before_window(small), small)
+
+
+def test_a_student_that_began_trained_gives_up_nothing_while_it_is_below_its_floor(scenario: Scenario) -> None:
+    episodes, _ = begin(scenario, keep=0.05)  # a floor of 0.025: fresh students have all of the way behind them
+    guard, small, large = Guard(episodes), episodes.start.clone(), episodes.start.clone()
+    free = Guard(episodes, GuardConfig(hold=False))
+    for u, share in ((small, 0.3), (large, 0.6)):
+        u[:, KEPT] = share
+    assert torch.equal(guard.before_window(large), large)  # nothing is below yet
+    outcome = claim(episodes.step(large), [0.01, 0.5, 0.01], [0.5] * 3)
+    for watched in (guard, free):
+        watched.after_window(outcome)
+    assert guard.before_window(small)[:, KEPT] == pytest.approx(np.array([[0.6, 0.6], [0.3, 0.3], [0.6, 0.6]]))
+    others = [i for i in range(NUM_CONTROLS) if i not in KEPT]
+    assert torch.equal(guard.before_window(small)[:, others], small[:, others])
+    assert torch.equal(guard.before_window(episodes.start), episodes.start)  # more may come back
+    assert torch.equal(free.before_window(small), small)
+
+
+def test_a_fresh_student_may_give_up_units_below_its_floor(scenario: Scenario) -> None:
+    episodes, _ = begin(scenario, keep=0.8)  # fresh students of ten classes are far from a floor of 0.4
+    guard, small = Guard(episodes), episodes.start.clone()
+    small[:, UNITS] = 0.3
+    assert torch.equal(guard.before_window(small), small)
+    guard.after_window(claim(episodes.step(episodes.start), [0.01] * 3, [0.5] * 3))
+    assert torch.equal(guard.before_window(small), small)
+
+
+def test_a_trained_student_below_its_floor_is_held_before_the_first_window(scenario: Scenario) -> None:
+    def warm(reference: str) -> Episodes:
+        task = dataclasses.replace(scenario.config.task, reference=reference)
+        config = dataclasses.replace(scenario.config, task=task, warm_windows=2)
+        episodes = Episodes(dataclasses.replace(scenario, config=config, known=References()), 1, task.with_keep(1.0))
+        episodes.reset(SEEDS[:1])
+        return episodes
+
+    reached = float(warm("0.5").leave_nothing_out()[0])
+    assert reached > 0.3
+    episodes = warm(str(reached + 0.05))
+    small = episodes.u.clone()
+    small[:, UNITS] = 0.3
+    assert torch.equal(Guard(episodes).before_window(small)[:, UNITS], episodes.u[:, UNITS])
+    episodes = warm(str(reached - 0.2))
+    assert torch.equal(Guard(episodes).before_window(small), small)
 
 
 @pytest.mark.parametrize("undo", [False, True])

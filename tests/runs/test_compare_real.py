@@ -1,6 +1,7 @@
 """Real students compared: every method trains the same student, rows are kept, and J reads measured latency."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from rlkd.agents.policy.bundled import find_policy
 from rlkd.cli.main import main
 from rlkd.data import Goal
+from rlkd.envs.guard import GuardConfig
 from rlkd.envs.real_config import RealCostConfig
 from rlkd.errors import UserError
 from rlkd.io.records import write_json
 from rlkd.models.real.cutting import StudentCut
-from rlkd.runs.compare_real import compare_real, summary
+from rlkd.runs.compare_real import compare_real, guard_of, summary
 from rlkd.runs.real_methods import REAL_METHODS, RealCompareConfig
 from rlkd.students.real.train_config import ModuleTrainConfig
 
@@ -133,6 +135,13 @@ def test_trials_of_a_search_learn_from_scores_before() -> None:
     assert len(rising) == 25
     assert rising[:9] == falling[:9]  # the published setting with every kind of exit, and with fewer units
     assert rising[-1] != falling[-1]
+
+
+def test_the_guard_holds_units_of_the_policy_alone() -> None:
+    config = RealCompareConfig(teacher="t", data="d", guard=GuardConfig(undo=True))
+    assert [name for name in REAL_METHODS if guard_of(name, config).hold] == ["policy"]
+    assert all(guard_of(name, config).undo for name in REAL_METHODS)
+    assert not guard_of("policy", replace(config, guard=GuardConfig(hold=False))).hold
 
 
 def test_an_unknown_method_is_refused(files: Path) -> None:

@@ -68,11 +68,11 @@ def space(place: Path) -> RealSpace:
 def test_every_cut_is_there_once_and_the_whole_teacher_is_not(space: RealSpace) -> None:
     structures = [cut.structure for cut in space.cuts]
     assert len(structures) == len(set(structures))
-    ways = [(2, keep, exits) for keep in ("spread", "first") for exits in ((), (1,))]
-    whole = {(1, "spread", 1.0, ())} | {(layers, keep, 1.0, exits) for layers, keep, exits in ways}
+    ways = [(2, keep, exits) for keep in ("influence", "spread") for exits in ((), (1,))]
+    whole = {(1, "influence", 1.0, ())} | {(layers, keep, 1.0, exits) for layers, keep, exits in ways}
     half = {(layers, keep, 0.5, exits) for layers, keep, _, exits in whole} | {
-        (3, "spread", 0.5, ()),
-        (3, "spread", 0.5, (2,)),
+        (3, "influence", 0.5, ()),
+        (3, "influence", 0.5, (2,)),
     }
     assert set(structures) == whole | half
     assert [cut.latency_s for cut in space.cuts] == sorted(cut.latency_s for cut in space.cuts)
@@ -88,7 +88,7 @@ def test_costs_are_ratios_to_the_teacher(space: RealSpace) -> None:
         assert 0 < energy < 1
         assert 0 < macs < 1
         assert latency > 0
-    one, two = (next(c for c in space.cuts if c.structure == (n, "spread", 1.0, ())) for n in (1, 2))
+    one, two = (next(c for c in space.cuts if c.structure == (n, "influence", 1.0, ())) for n in (1, 2))
     teacher_macs = space.teacher_work.dense_macs
     block_macs = (two.ratios[2] - one.ratios[2]) * teacher_macs
     length, width, hidden = typical_sample(space.teacher.data)["input_ids"].shape[1], 16, 32
@@ -114,7 +114,7 @@ def test_an_impossible_limit_ends_before_any_training(place: Path, tmp_path: Pat
     alone = ["--space.layers", "[1]", "--space.widths", "[0.5]"]  # several are told apart by the clock
     assert main(["search", *options, *alone, "--goal.size", "0.01", "--out", str(tmp_path / "a")]) == 2
     printed = capsys.readouterr()
-    assert "no structure is within the limits; the fastest one, 1 layers (spread), width 0.5, has" in printed.err
+    assert "no structure is within the limits; the fastest one, 1 layers (influence), width 0.5, has" in printed.err
     assert printed.err.count("Traceback") == 0
     assert "what is possible" not in printed.out
     assert not (tmp_path / "a").exists()

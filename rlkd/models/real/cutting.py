@@ -29,11 +29,10 @@ class StudentCut:
 
     layers: int | None = None
     """Blocks that are kept; by default half of them, at least one."""
-    keep: Literal["influence", "spread", "first"] | None = None
+    keep: Literal["influence", "spread", "first"] = "influence"
     """Which blocks: those that are left when the one of least influence on a few training samples is taken away
-    repeatedly (`influence`, cf. Men et al. 2024; the default for language models); evenly spread with the first and the
-    last among them (`spread`, cf. Sun et al. 2019; the default for classifiers); or the first ones. Where blocks differ
-    in size, `influence` means `spread`."""
+    repeatedly (`influence`, cf. Men et al. 2024); evenly spread with the first and the last among them (`spread`, cf.
+    Sun et al. 2019); or the first ones. Where blocks differ in size, `influence` means `spread`."""
     blocks: tuple[int, ...] | None = None
     """Blocks that are kept, by their rising numbers from 1, in place of `layers` and `keep`."""
     width: float = 1.0
@@ -76,7 +75,7 @@ def kept_layers(num_layers: int, cut: StudentCut) -> list[int]:
     return _chosen(num_layers, count, cut.keep)
 
 
-def _chosen(num_layers: int, count: int, keep: str | None) -> list[int]:
+def _chosen(num_layers: int, count: int, keep: str) -> list[int]:
     if keep == "first":
         return list(range(count))
     return [round(i * (num_layers - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
@@ -124,8 +123,7 @@ def student_from_teacher(
             f"cut: {type(teacher).__name__} has no list of blocks; give the student's config with --student"
         )
     chosen = kept_layers(num_blocks, cut)
-    by_influence = (cut.keep or ("influence" if kind == "causal_lm" else "spread")) == "influence"
-    if by_influence and cut.blocks is None and inputs is not None and len(chosen) < num_blocks:
+    if cut.keep == "influence" and cut.blocks is None and inputs is not None and len(chosen) < num_blocks:
         influential = influential_blocks(teacher, inputs, len(chosen))
         if influential is None:
             logger.info("cut: the influence of these blocks cannot be measured, so the student's are spread")

@@ -108,7 +108,7 @@ def test_a_student_has_the_most_influential_blocks_and_its_teacher_is_unchanged(
     assert student_from_teacher(teacher, FAMILIES[family], StudentCut(layers=2, keep="spread"), inputs)[1] == [0, 3]
     assert student_from_teacher(teacher, FAMILIES[family], cut)[1] == [0, 3]  # no samples to measure it on
     by_default = student_from_teacher(teacher, FAMILIES[family], StudentCut(layers=2), inputs)[1]
-    assert by_default == (chosen if FAMILIES[family] == "causal_lm" else [0, 3])
+    assert by_default == chosen
 
 
 def test_blocks_that_make_no_student_give_way_to_spread_ones(caplog: pytest.LogCaptureFixture) -> None:
