@@ -8,8 +8,9 @@ The student before any window, with nothing left out, counts as one: it ships un
 it alone met its floor, a student that is below has lost too much: part of that is put back before each window.
 
 A student that begins trained gives up no units and inputs while it is below its floor: what it forgets with them, few
-steps do not bring back. This restricts what a learned policy may do, as a shield (Alshiekh et al. 2018,
-https://arxiv.org/abs/1708.08611); other than there, the rule is written by hand and reads measured accuracy.
+steps do not bring back. In the second half of the training, part of them is put back. This restricts what a learned
+policy may do, as a shield (Alshiekh et al. 2018, https://arxiv.org/abs/1708.08611); other than there, the rule is
+written by hand and reads measured accuracy.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ from rlkd.errors import UserError
 
 MISSED, MET, SURE = 0, 1, 2  # levels of a window
 UNTOUCHED, NO_WINDOW = 0, -1  # what stands for a best window: the student before the first one, or none
-FREE_SHARE = 1 / 3  # of the windows, in which nothing is put back
+FREE_SHARE = 1 / 3  # of the windows, in which nothing is put back where the untouched student met its floor
+HELD_SHARE = 1 / 2  # the same for other students that began trained
 PUT_BACK = 0.5  # share of the way to the whole student, for each window
 TRAINED = 0.5  # share of the way from chance to its floor that a student that begins trained has behind it
 KEPT = [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]
@@ -40,7 +42,7 @@ class GuardConfig:
     """Accuracy below the floor that a window may have without being undone."""
     hold: bool = True
     """Let a student that begins trained give up no units and inputs while it is below its floor, and put part of them
-    back where the untouched student alone met it."""
+    back in the later windows."""
 
     def check(self) -> None:
         """Raise UserError for a negative tolerance."""
@@ -76,18 +78,20 @@ class Guard:
     def before_window(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        Students that began trained and are below their floor keep at least the units and inputs that they have. Where
-        only the untouched student meets its floor, more than those of `u` are kept, once FREE_SHARE of the windows are
-        done: the policy has had its time to come back.
+        Students that began trained and are below their floor keep at least the units and inputs that they have, and
+        from HELD_SHARE of the windows on half of the others comes back. Where only the untouched student meets its
+        floor, that begins after FREE_SHARE of the windows, and no sample leaves early.
         """
         if not self._config.hold:
             return u
         episodes, kept = self._episodes, u.clone()
+        done = episodes.window / episodes.scenario.config.num_windows  # [N]
+        lost = (self.best_window == UNTOUCHED) & self.met & (done >= FREE_SHARE) & self._is_below  # [N]
         kept[:, KEPT] = torch.maximum(u[:, KEPT], episodes.u[:, KEPT])
+        back = torch.where((done >= HELD_SHARE) & ~lost, PUT_BACK, 0.0)  # [N]
+        kept[:, KEPT] += back[:, None] * (1.0 - kept[:, KEPT])
         u = torch.where((self._is_held & self._is_below)[:, None], kept, u)
-        is_late = episodes.window >= FREE_SHARE * episodes.scenario.config.num_windows
-        lost = (self.best_window == UNTOUCHED) & self.met & is_late & self._is_below  # [N]
-        return torch.where(lost[:, None], u + PUT_BACK * (whole(u) - u), u) if lost.any() else u
+        return torch.where(lost[:, None], u + PUT_BACK * (whole(u) - u), u)
 
     def after_window(self, outcome: Outcome) -> Tensor:
         """Keep the best window and undo what must be undone; returns the observation [N, O] to act on next."""

@@ -138,8 +138,9 @@ def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(sce
         guard.after_window(claim(episodes.step(small), met, [0.5, 0.5, -9.0]))
     assert guard.best_window.tolist() == [UNTOUCHED, 1, UNTOUCHED]
     moved = guard.before_window(small)
-    assert moved[:, UNITS].tolist() == pytest.approx([0.6, 0.2, 0.2])
-    assert torch.equal(moved[1:], small[1:])
+    # student 1 began trained and is below its floor in the second half
+    assert moved[:, UNITS].tolist() == pytest.approx([0.6, 0.6, 0.2])
+    assert torch.equal(moved[2:], small[2:])
     untouched, _ = begin(scenario, keep=0.8)  # a floor that fresh students miss
     missed = Guard(untouched)
     for _ in range(free):
@@ -163,6 +164,8 @@ def test_a_student_that_began_trained_gives_up_nothing_while_it_is_below_its_flo
     assert torch.equal(guard.before_window(small)[:, others], small[:, others])
     assert torch.equal(guard.before_window(episodes.start), episodes.start)  # more may come back
     assert torch.equal(free.before_window(small), small)
+    guard.after_window(claim(episodes.step(large), [0.01, 0.5, 0.5], [0.5] * 3))  # half of the windows are done
+    assert guard.before_window(small)[:2, KEPT] == pytest.approx(np.array([[0.8, 0.8], [0.3, 0.3]]))
 
 
 def test_a_fresh_student_may_give_up_units_below_its_floor(scenario: Scenario) -> None:
