@@ -38,8 +38,8 @@ from rlkd.data.rows import ColumnConfig
 from rlkd.data.tables import make_examples, read_table
 from rlkd.envs.real_config import RealCostConfig
 from rlkd.errors import UserError
-from rlkd.io.files import write_whole
-from rlkd.io.records import write_json
+from rlkd.io.files import read_json, write_whole
+from rlkd.io.records import plain, write_json
 from rlkd.models.real.cutting import StudentCut
 from rlkd.models.real.hooks import logits_of
 from rlkd.models.real.pretrained import load_model, load_processor, new_model, quiet, transformers
@@ -278,6 +278,20 @@ def page(name: str, result: dict[str, Any], command: str, config: RealCompareCon
     return "\n".join(lines) + "\n"
 
 
+def keep_config(config: RealCompareConfig, policy: Path | None, folder: Path) -> None:
+    """Keep the options that rows depend on in `folder`; rows are found by method and seed alone.
+
+    Raises:
+        UserError: `folder` has rows of other options.
+    """
+    file = folder / "config.json"
+    options = {**plain(replace(config, methods="", num_seeds=1)), "policy": str(policy or "")}
+    mine = json.loads(json.dumps(options))
+    if file.exists() and read_json(file, "options of a study") != mine:
+        raise UserError(f"--out: {folder} has rows of a study with other options; give another folder")
+    write_json(file, mine)
+
+
 def main() -> int:
     """Run a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -310,6 +324,7 @@ def main() -> int:
         num_seeds=options.num_seeds,
     )
     options.out.mkdir(parents=True, exist_ok=True)
+    keep_config(config, options.policy, options.out)
     result = compare_real(config, find_policy(options.policy), options.out, seed=0, progress=Printed())
     command = shlex.join(["python", *sys.argv])
     text = page(options.study, result, command, config)
