@@ -67,6 +67,7 @@ class Guard:
         self.best_window = torch.full((n,), NO_WINDOW)  # [N], counted from 1, UNTOUCHED or NO_WINDOW
         self._level = torch.zeros(n, dtype=torch.int64)  # [N], of the best window: MISSED, MET or SURE
         self.num_undone = torch.zeros(n, dtype=torch.int64)  # [N]
+        self.num_held = torch.zeros(n, dtype=torch.int64)  # [N], windows whose controls `before_window` changed
         self._value = torch.full((n,), -torch.inf)  # [N], of the best window: J if it met the goal, else accuracy
         self._best: dict[str, Tensor] = {}
         self._before = episodes.training_state() if self._config.undo else {}
@@ -90,8 +91,10 @@ class Guard:
         kept[:, KEPT] = torch.maximum(u[:, KEPT], episodes.u[:, KEPT])
         back = torch.where((done >= HELD_SHARE) & ~lost, PUT_BACK, 0.0)  # [N]
         kept[:, KEPT] += back[:, None] * (1.0 - kept[:, KEPT])
-        u = torch.where((self._is_held & self._is_below)[:, None], kept, u)
-        return torch.where(lost[:, None], u + PUT_BACK * (whole(u) - u), u)
+        kept = torch.where((self._is_held & self._is_below)[:, None], kept, u)
+        kept = torch.where(lost[:, None], kept + PUT_BACK * (whole(kept) - kept), kept)
+        self.num_held = self.num_held + (kept != u).any(-1)
+        return kept
 
     def after_window(self, outcome: Outcome) -> Tensor:
         """Keep the best window and undo what must be undone; returns the observation [N, O] to act on next."""
@@ -179,6 +182,7 @@ class Guard:
             "best_window": self.best_window,
             "level": self._level,
             "num_undone": self.num_undone,
+            "num_held": self.num_held,
             "value": self._value,
             "is_current": self._is_current,
             "is_below": self._is_below,
@@ -189,6 +193,7 @@ class Guard:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state` of a guard over the same episodes."""
         self.best_window, self._level = state["best_window"].clone(), state["level"].clone()
+        self.num_held = state["num_held"].clone()
         self.num_undone, self._value = state["num_undone"].clone(), state["value"].clone()
         self._is_current, self._is_below = state["is_current"].clone(), state["is_below"].clone()
         self._best, self._before = (

@@ -23,7 +23,16 @@ from rlkd.io.records import flatten, plain
 
 _STUDENT = ("score", "accuracy", "latency_ratio", "energy_ratio", "macs_ratio", "num_diverged", "num_rollbacks")
 _GOAL = ("goal_met", "shortfall", "margin")
-_ALONE = (*_STUDENT, "margin", "floor", "size_ratio", "first_exit_rate", "num_undone", "distance_from_training")
+_ALONE = (
+    *_STUDENT,
+    "margin",
+    "floor",
+    "size_ratio",
+    "first_exit_rate",
+    "num_undone",
+    "num_held",
+    "distance_from_training",
+)
 
 
 def new_logger(folder: Path) -> Logger:

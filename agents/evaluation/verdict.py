@@ -270,6 +270,11 @@ def weak_spots(result: Mapping[str, Any]) -> list[str]:
             told.append(f"{_windows(student['num_rollbacks'])} had numbers that were not finite and had to be undone.")
         if student.get("num_undone"):
             told.append(f"The guard undid {_windows(student['num_undone'])}, which fell below the floor.")
+        if student.get("num_held"):
+            told.append(
+                f"In {_windows(student['num_held'])} the guard kept more units and inputs than the policy chose, "
+                "because the student was below its floor."
+            )
         if student.get("energy_kind", "modelled") == "modelled":
             told.append("Energy is an estimate from operations and bytes moved, not a measurement.")
     if result.get("task", {}).get("splits") == "cut by rlkd":

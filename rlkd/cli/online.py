@@ -73,7 +73,7 @@ def _online(config: OnlineConfig, bundle: Bundle | None, seed: int, folder: Path
             one, config.num_windows, config.agent, seed=stream_seed(seed, TRAIN_STREAM), logger=watch.logger
         )
     one.bring_back_best()
-    done = ship(scenario, TrainedStudent(one.episodes, one.last, one.best_window, num_undone=0))
+    done = ship(scenario, TrainedStudent(one.episodes, one.last, one.best_window, num_undone=0, num_held=0))
     done.figures.update(agent_updates=num_updates, num_windows=len(watch.u))
     watch.close(config, seed, done.figures)
     write_student(folder / "student", done, config.preference, bundle.digest if bundle else "")

@@ -94,6 +94,11 @@ def _lines(
         )
     if figures["num_undone"]:
         lines.append(f"note: the guard undid {_windows(figures['num_undone'])}, which fell below the floor")
+    if figures["num_held"]:
+        lines.append(
+            f"note: in {_windows(figures['num_held'])} the guard kept more units and inputs than the policy chose, "
+            "because the student was below its floor"
+        )
     if figures["num_rollbacks"]:
         lines.append(
             f"note: {_windows(figures['num_rollbacks'])} had numbers that were not finite and had to be undone; the "

@@ -51,6 +51,7 @@ class TrainedStudent(NamedTuple):
     last: dict[str, float]  # row of the last window
     best_window: int  # what ships, as of `Guard.best_window`
     num_undone: int  # windows that the guard undid
+    num_held: int  # windows in which it held units or put them back
 
 
 def run_windows(
@@ -86,7 +87,8 @@ def run_windows(
         acted = episodes.u  # what acted: the controller's choice, moved into the limits
         observation = watched.after_window(outcome)
         row = window_row(window, acted, outcome, scenario)
-        rows.append({**row, "floor": float(episodes.floors[0, 0]), "num_undone": float(watched.num_undone[0])})
+        guarded = {"num_undone": float(watched.num_undone[0]), "num_held": float(watched.num_held[0])}
+        rows.append({**row, "floor": float(episodes.floors[0, 0]), **guarded})
         on_window(rows[-1], observation)
         seen[window] = observation[0]
         if journal:
@@ -97,7 +99,7 @@ def run_windows(
             has_best = any(name.startswith("best.") for name in kept)
             journal.save_state(window + 1, state, {"rows": rows, "has_best": has_best})
     best = watched.finish()
-    return TrainedStudent(episodes, rows[-1], int(best[0]), int(watched.num_undone[0]))
+    return TrainedStudent(episodes, rows[-1], int(best[0]), int(watched.num_undone[0]), int(watched.num_held[0]))
 
 
 def _go_on(
@@ -237,6 +239,7 @@ def shared_figures(trained: TrainedStudent) -> tuple[dict[str, Any], Metrics, Co
         "num_diverged": int(lost),
         "num_rollbacks": int(trained.last["num_rollbacks"]),
         "num_undone": trained.num_undone,
+        "num_held": trained.num_held,
     }
     return figures, metrics, cost
 

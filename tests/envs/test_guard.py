@@ -166,6 +166,8 @@ def test_a_student_that_began_trained_gives_up_nothing_while_it_is_below_its_flo
     assert torch.equal(free.before_window(small), small)
     guard.after_window(claim(episodes.step(large), [0.01, 0.5, 0.5], [0.5] * 3))  # half of the windows are done
     assert guard.before_window(small)[:2, KEPT] == pytest.approx(np.array([[0.8, 0.8], [0.3, 0.3]]))
+    assert guard.num_held.tolist() == [3, 0, 2]  # of the windows above, those whose controls were changed
+    assert free.num_held.tolist() == [0, 0, 0]
 
 
 def test_a_fresh_student_may_give_up_units_below_its_floor(scenario: Scenario) -> None:

@@ -95,6 +95,13 @@ def test_a_measurement_that_contradicts_the_cost_profile_is_named() -> None:
     assert "cost profile says" not in " ".join(weak_spots(one_student(latency_ratio=0.5)))
 
 
+def test_windows_in_which_the_guard_acted_are_counted() -> None:
+    told = " ".join(weak_spots(one_student(num_undone=1, num_held=3)))
+    assert "The guard undid 1 window, which fell below the floor." in told
+    assert "In 3 windows the guard kept more units and inputs than the policy chose" in told
+    assert "guard" not in " ".join(weak_spots(one_student(num_undone=0, num_held=0)))
+
+
 def test_what_the_policy_did_is_said_in_words() -> None:
     weights = {"weight_hard_label": 0.5, "weight_response": 0.25, "weight_feature": 0.15, "weight_attention": 0.1}
     base = {**weights, "temperature": 4.0, "unit_keep": 1.0, "feature_keep": 1.0, "step_size": 0.003}
