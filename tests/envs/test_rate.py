@@ -100,23 +100,23 @@ def test_a_student_that_begins_trained_gets_a_step_size_that_mends_it(
     assert found[0] < found[1]  # as a whole, it only loses by steps
 
 
-def test_close_step_sizes_are_tried_on_other_batches_and_their_mean_decides(
+def test_close_step_sizes_are_tried_with_more_steps_which_decide(
     scenario: RealScenario, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without = without_rate(scenario)
-    monkeypatch.setattr(rate, "RATES", (1e-3, 3e-3))
-    monkeypatch.setattr(rate, "CLOSE", 10.0)
+    monkeypatch.setattr(rate, "CLOSE", 1.5)
     monkeypatch.setattr(rate, "LITTLE", math.inf)  # the whole student alone
+    monkeypatch.setattr(rate, "RATES", (1e-4, 1e-2))
     with caplog.at_level(logging.INFO, "rlkd"):
         found = rate.with_learning_rate(without, 0)
-    means = {
-        r: sum(rate._loss_after(without, r, 0, number=number) for number in range(rate.NUM_TRIES)) / rate.NUM_TRIES
-        for r in rate.RATES
-    }
-    assert found.config.train.learning_rate == min(means, key=lambda r: means[r])
-    assert f"for 0.001 and 0.003 the mean of {rate.NUM_TRIES} tries" in caplog.text
-    assert f"0.001: {means[1e-3]:.3f}, 0.003: {means[3e-3]:.3f}" in caplog.text
-    assert rate._loss_after(without, 3e-3, 0) != rate._loss_after(without, 3e-3, 0, number=1)
+    short, long = (
+        {r: rate._loss_after(without, r, 0, num_steps=steps) for r in rate.RATES}
+        for steps in (rate.NUM_STEPS, rate.LONGER * rate.NUM_STEPS)
+    )
+    best = min(long, key=lambda r: long[r])
+    assert best != min(short, key=lambda r: short[r])  # else the test would show nothing
+    assert found.config.train.learning_rate == best
+    assert f"after 72 steps 0.0001: {long[1e-4]:.3f}, 0.01: {long[1e-2]:.3f})" in caplog.text
 
 
 def test_step_sizes_that_are_far_apart_are_tried_once(
@@ -127,7 +127,7 @@ def test_step_sizes_that_are_far_apart_are_tried_once(
     with caplog.at_level(logging.INFO, "rlkd"):
         rate.with_learning_rate(without_rate(scenario), 0)
     assert "learning rate: " in caplog.text
-    assert "tries" not in caplog.text
+    assert "72 steps" not in caplog.text
 
 
 def test_the_same_seed_finds_the_same(scenario: RealScenario) -> None:
