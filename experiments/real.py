@@ -78,7 +78,8 @@ def fashion(work: Path) -> RealCompareConfig:
         "architectures": ["ViTForImageClassification"],
     }
     teacher = Teacher(6000, 64, 1e-3, 0.05)
-    return replace(images(work, "vit-teacher", transformers().ViTConfig, described, teacher=teacher), cut=StudentCut(3))
+    config = images(work, "vit-teacher", transformers().ViTConfig, described, teacher=teacher)
+    return replace(config, cut=StudentCut(3), train=replace(config.train, steps_per_window=80))
 
 
 def resnet(work: Path) -> RealCompareConfig:
