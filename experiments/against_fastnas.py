@@ -207,9 +207,11 @@ def searched(starts: dict[str, nn.Module], scenario: RealScenario, folder: Path)
             began, checkpoint = time.perf_counter(), folder / f"fastnas-{start.replace(' ', '_')}.pth"
             try:
                 subnets[start][limit] = subnet(model, limit, scenario, checkpoint)
-            except AssertionError as error:  # the tool's way to say that no subnet is so small
-                print(f"{start}, limit {limit:g}: {error}", flush=True)
-                continue
+            except ValueError as error:
+                if "NOT all constraints" not in str(error):
+                    raise
+                print(f"{start}, limit {limit:g} and below: no subnet is so small", flush=True)
+                break
             print(
                 f"{start}, limit {limit:g}: {channels(subnets[start][limit])}, {time.perf_counter() - began:.0f} s",
                 flush=True,
