@@ -7,10 +7,10 @@ owes part of that to chance. Windows that meet the goal there with a standard er
 The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. Where
 it alone met its floor, a student that is below has lost too much: part of that is put back before each window.
 
-A student that begins trained gives up no units and inputs while it is below its floor: what it forgets with them, few
-steps do not bring back. In the second half of the training, part of them is put back. This restricts what a learned
-policy may do, as a shield (Alshiekh et al. 2018, https://arxiv.org/abs/1708.08611); other than there, the rule is
-written by hand and reads measured accuracy.
+A student that begins trained gives up units and inputs in small steps, and none while it is below its floor: what it
+forgets with them, few steps do not bring back. In the second half of the training, part of them is put back below the
+floor. This restricts what a learned policy may do, as a shield (Alshiekh et al. 2018,
+https://arxiv.org/abs/1708.08611); other than there, the rule is written by hand and reads measured accuracy.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ MISSED, MET, SURE = 0, 1, 2  # levels of a window
 UNTOUCHED, NO_WINDOW = 0, -1  # what stands for a best window: the student before the first one, or none
 FREE_SHARE = 1 / 3  # of the windows, in which nothing is put back where the untouched student met its floor
 HELD_SHARE = 1 / 2  # the same for other students that began trained
+GIVEN_UP = 0.6  # of the range of units and inputs: what students that began trained give up at most in all windows
 PUT_BACK = 0.5  # share of the way to the whole student, for each window
 TRAINED = 0.5  # share of the way from chance to its floor that a student that begins trained has behind it
 KEPT = [CONTROLS.index("feature_keep"), CONTROLS.index("unit_keep")]
@@ -41,8 +42,8 @@ class GuardConfig:
     tolerance: float = 0.005
     """Accuracy below the floor that a window may have without being undone."""
     hold: bool = True
-    """Let a student that begins trained give up no units and inputs while it is below its floor, and put part of them
-    back in the later windows."""
+    """Let a student that begins trained give up units and inputs in small steps, and none while it is below its floor;
+    put part of them back in the later windows."""
 
     def check(self) -> None:
         """Raise UserError for a negative tolerance."""
@@ -79,19 +80,22 @@ class Guard:
     def before_window(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        Students that began trained and are below their floor keep at least the units and inputs that they have, and
-        from HELD_SHARE of the windows on half of the others comes back. Where only the untouched student meets its
-        floor, that begins after FREE_SHARE of the windows, and no sample leaves early.
+        Students that began trained give up units and inputs in equal steps of at most GIVEN_UP in all. Below their
+        floor they keep at least what they have, and from HELD_SHARE of the windows on half of the rest comes back.
+        Where only the untouched student meets its floor, that begins after FREE_SHARE of the windows, and no sample
+        leaves early.
         """
         if not self._config.hold:
             return u
         episodes, kept = self._episodes, u.clone()
-        done = episodes.window / episodes.scenario.config.num_windows  # [N]
+        num_windows = episodes.scenario.config.num_windows
+        done = episodes.window / num_windows  # [N]
         lost = (self.best_window == UNTOUCHED) & self.met & (done >= FREE_SHARE) & self._is_below  # [N]
-        kept[:, KEPT] = torch.maximum(u[:, KEPT], episodes.u[:, KEPT])
-        back = torch.where((done >= HELD_SHARE) & ~lost, PUT_BACK, 0.0)  # [N]
+        given_up = torch.where(self._is_below, 0.0, GIVEN_UP / num_windows)  # [N]
+        kept[:, KEPT] = torch.maximum(u[:, KEPT], episodes.u[:, KEPT] - given_up[:, None])
+        back = torch.where((done >= HELD_SHARE) & self._is_below & ~lost, PUT_BACK, 0.0)  # [N]
         kept[:, KEPT] += back[:, None] * (1.0 - kept[:, KEPT])
-        kept = torch.where((self._is_held & self._is_below)[:, None], kept, u)
+        kept = torch.where(self._is_held[:, None], kept, u)
         kept = torch.where(lost[:, None], kept + PUT_BACK * (whole(kept) - kept), kept)
         self.num_held = self.num_held + (kept != u).any(-1)
         return kept

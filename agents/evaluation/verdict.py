@@ -273,7 +273,7 @@ def weak_spots(result: Mapping[str, Any]) -> list[str]:
         if student.get("num_held"):
             told.append(
                 f"In {_windows(student['num_held'])} the guard kept more units and inputs than the policy chose, "
-                "because the student was below its floor."
+                "because the student began trained (guard.hold)."
             )
         if student.get("energy_kind", "modelled") == "modelled":
             told.append("Energy is an estimate from operations and bytes moved, not a measurement.")

@@ -97,7 +97,7 @@ def _lines(
     if figures["num_held"]:
         lines.append(
             f"note: in {_windows(figures['num_held'])} the guard kept more units and inputs than the policy chose, "
-            "because the student was below its floor"
+            "because the student began trained (guard.hold)"
         )
     if figures["num_rollbacks"]:
         lines.append(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlkd.envs import Episodes, Outcome, Scenario
 from rlkd.envs.action import CONTROLS, NUM_CONTROLS
-from rlkd.envs.guard import KEPT, NO_WINDOW, UNTOUCHED, Guard, GuardConfig, meets_goal
+from rlkd.envs.guard import GIVEN_UP, KEPT, NO_WINDOW, UNTOUCHED, Guard, GuardConfig, meets_goal
 from rlkd.envs.references import References
 from rlkd.errors import UserError
 
@@ -130,6 +130,7 @@ def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(sce
     episodes, _ = begin(scenario, keep=0.05)  # fresh students meet a floor of 0.025
     guard, small = Guard(episodes), episodes.start.clone()
     small[:, UNITS] = 0.2
+    episodes.u = small.clone()  # as if the students had given up as much already: they do in small steps alone
     free = math.ceil(scenario.config.num_windows / 3)
     for window in range(free):
         assert torch.equal(guard.before_window(small), small)  # the policy has its time to come back
@@ -151,23 +152,36 @@ def test_units_are_put_back_while_only_the_untouched_student_meets_its_floor(sce
 
 def test_a_student_that_began_trained_gives_up_nothing_while_it_is_below_its_floor(scenario: Scenario) -> None:
     episodes, _ = begin(scenario, keep=0.05)  # a floor of 0.025: fresh students have all of the way behind them
+    episodes.u[:, KEPT] = 0.6
     guard, small, large = Guard(episodes), episodes.start.clone(), episodes.start.clone()
     free = Guard(episodes, GuardConfig(hold=False))
-    for u, share in ((small, 0.3), (large, 0.6)):
-        u[:, KEPT] = share
-    assert torch.equal(guard.before_window(large), large)  # nothing is below yet
+    small[:, KEPT], large[:, KEPT] = 0.3, 0.6
+    assert torch.equal(guard.before_window(large), large)
     outcome = claim(episodes.step(large), [0.01, 0.5, 0.01], [0.5] * 3)
     for watched in (guard, free):
         watched.after_window(outcome)
-    assert guard.before_window(small)[:, KEPT] == pytest.approx(np.array([[0.6, 0.6], [0.3, 0.3], [0.6, 0.6]]))
+    # of four windows, student 1 gives up 0.6 / 4 at most in each
+    assert guard.before_window(small)[:, KEPT] == pytest.approx(np.array([[0.6, 0.6], [0.45, 0.45], [0.6, 0.6]]))
     others = [i for i in range(NUM_CONTROLS) if i not in KEPT]
     assert torch.equal(guard.before_window(small)[:, others], small[:, others])
     assert torch.equal(guard.before_window(episodes.start), episodes.start)  # more may come back
     assert torch.equal(free.before_window(small), small)
     guard.after_window(claim(episodes.step(large), [0.01, 0.5, 0.5], [0.5] * 3))  # half of the windows are done
-    assert guard.before_window(small)[:2, KEPT] == pytest.approx(np.array([[0.8, 0.8], [0.3, 0.3]]))
-    assert guard.num_held.tolist() == [3, 0, 2]  # of the windows above, those whose controls were changed
+    assert guard.before_window(small)[:2, KEPT] == pytest.approx(np.array([[0.8, 0.8], [0.45, 0.45]]))
+    assert guard.num_held.tolist() == [3, 3, 3]  # of the windows above, those whose controls were changed
     assert free.num_held.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("num_windows", [4, 12])
+def test_steps_of_a_student_that_began_trained_are_smaller_where_windows_are_more(
+    scenario: Scenario, num_windows: int
+) -> None:
+    config = dataclasses.replace(scenario.config, num_windows=num_windows)
+    episodes, _ = begin(dataclasses.replace(scenario, config=config), keep=0.05)
+    guard, nothing = Guard(episodes), episodes.start.clone()
+    episodes.u[:, KEPT], nothing[:, KEPT] = 1.0, 0.0
+    given_up = 1.0 - guard.before_window(nothing)[:, KEPT]
+    assert given_up == pytest.approx(np.full((3, 2), 0.6 / num_windows), abs=1e-6)
 
 
 def test_a_fresh_student_may_give_up_units_below_its_floor(scenario: Scenario) -> None:
@@ -194,7 +208,8 @@ def test_a_trained_student_below_its_floor_is_held_before_the_first_window(scena
     small[:, UNITS] = 0.3
     assert torch.equal(Guard(episodes).before_window(small)[:, UNITS], episodes.u[:, UNITS])
     episodes = warm(str(reached - 0.2))
-    assert torch.equal(Guard(episodes).before_window(small), small)
+    step = GIVEN_UP / scenario.config.num_windows
+    assert Guard(episodes).before_window(small)[:, UNITS] == pytest.approx(np.array(episodes.u[:, UNITS] - step))
 
 
 @pytest.mark.parametrize("undo", [False, True])
