@@ -67,7 +67,7 @@ NOTES = [  # written by hand after reading the tables; revise them when the stud
     "NVIDIA Model-Optimizer 0.47.0 (`pip install --no-deps nvidia-modelopt omegaconf pulp torchprofile==0.0.4` in a throw-away environment): FastNAS needs",
     "torchprofile 0.0.4 (newer ones lack what it reads) and `channel_divisor` 4, since its default of 32 leaves nothing to choose in layers of 32 and 64 channels. With",
     "that it pruned an untuned student of `full_fashion.py` to 38 % of its operations in 5 seconds; it was not fine-tuned, so no",
-    "accuracy is compared. `mcore_minitron` is not registered without Megatron-Core, which needs CUDA, and was not run.",
+    "accuracy is compared here; [against FastNAS](fastnas.md) does so for a residual network. `mcore_minitron` is not registered without Megatron-Core, which needs CUDA, and was not run.",
     "",
 ]
 
