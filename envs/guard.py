@@ -80,10 +80,10 @@ class Guard:
     def before_window(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        Students that began trained give up units and inputs in equal steps of at most GIVEN_UP in all. Below their
-        floor they keep at least what they have, and from HELD_SHARE of the windows on half of the rest comes back.
-        Where only the untouched student meets its floor, that begins after FREE_SHARE of the windows, and no sample
-        leaves early.
+        Students that began trained give up at most GIVEN_UP divided by the number of windows. Below their floor they
+        keep at least the units and inputs that they have, and from HELD_SHARE of the windows on half of the rest comes
+        back. Where only the untouched student meets its floor, that begins after FREE_SHARE of the windows, and no
+        sample leaves early.
         """
         if not self._config.hold:
             return u

@@ -125,7 +125,7 @@ def test_the_best_validated_student_comes_back_and_ships(long: Scenario) -> None
     assert float(score[0]) == pytest.approx(best["score"], abs=1e-6)
     assert float(metrics.accuracy[0]) == pytest.approx(best["accuracy"], abs=1e-6)
     assert float(cost.macs_ratio[0]) == pytest.approx(best["macs_ratio"], abs=1e-6)
-    done = ship(long, TrainedStudent(run.episodes, run.last, run.best_window, 0))
+    done = ship(long, TrainedStudent(run.episodes, run.last, run.best_window, num_undone=0, num_held=0))
     assert done.figures["compacted_accuracy"] == pytest.approx(done.figures["accuracy"], abs=1e-6)
 
 
