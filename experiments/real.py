@@ -78,7 +78,7 @@ def fashion(work: Path) -> RealCompareConfig:
         "architectures": ["ViTForImageClassification"],
     }
     teacher = Teacher(6000, 64, 1e-3, 0.05)
-    config = images(work, "vit-teacher", transformers().ViTConfig, described, teacher=teacher)
+    config = images(work, "vit-teacher-scaled", transformers().ViTConfig, described, teacher=teacher)
     return replace(config, cut=StudentCut(3), train=replace(config.train, steps_per_window=80))
 
 
@@ -92,7 +92,7 @@ def resnet(work: Path) -> RealCompareConfig:
         "architectures": ["ResNetForImageClassification"],
     }
     teacher = Teacher(5000, 64, 2e-3, 0.05)
-    return images(work, "resnet-teacher", transformers().ResNetConfig, described, teacher=teacher)
+    return images(work, "resnet-teacher-scaled", transformers().ResNetConfig, described, teacher=teacher)
 
 
 def resnet_copy(work: Path) -> RealCompareConfig:
