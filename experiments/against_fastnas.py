@@ -7,7 +7,7 @@
 rlkd's students are those of `policy` in the first study's folder. FastNAS narrows convolutions under a limit on operations and
 scores subnets by their accuracy on validation samples. It begins with the teacher, or with the cut student that rlkd's begin with,
 and is searched for at every limit of LIMITS. For each seed, the subnet with the most operations that is not slower than rlkd's
-student in PyTorch at batch 32 counts. It takes plain distillation, half labels and half the teacher's answers at T = 4, on the same
+student in PyTorch at batch 32 counts, or the smallest where all are slower. It takes plain distillation, half labels and half the teacher's answers at T = 4, on the same
 batches, with the same number of steps and schedule, and the best of three step sizes on validation.
 """
 
@@ -139,9 +139,9 @@ def page(rows: list[dict[str, Any]], keep: float, command: str) -> str:
         "",
         f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, one thread, torch {torch.__version__}, nvidia-modelopt 0.47.0; {len(rows)} seeds,",
         "in brackets 95 % t-intervals over seeds, paired. Fashion-MNIST, the teacher of `experiments/real.py resnet`, whose `policy` students",
-        f"(0.{f'{keep:g}'[2:]} of the teacher's accuracy) are rlkd's. FastNAS narrows convolutions of the teacher, or of the cut student that rlkd's begin",
+        f"({keep:g} of the teacher's accuracy) are rlkd's. FastNAS narrows convolutions of the teacher, or of the cut student that rlkd's begin",
         f"with, in steps of {DIVISOR} channels, scored on {NUM_SCORED:,} validation samples. The subnet with the most operations that is not slower than rlkd's",
-        "student in PyTorch at batch 32 (processor time, in turns) takes plain distillation with rlkd's batches and number of steps; of three",
+        "student in PyTorch at batch 32 (processor time, in turns), or the smallest where all are slower, takes plain distillation with rlkd's batches and number of steps; of three",
         "trainings with a third, one and three times the step size that the range test found, the best on validation counts.",
         "",
         "Bar: at equal accuracy latency not higher; read here as accuracy not below at equal latency: the mean lead of rlkd is not negative.",
