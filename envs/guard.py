@@ -7,9 +7,9 @@ owes part of that to chance. Windows that meet the goal there with a standard er
 The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. Where
 it alone met its floor, a student that is below has lost too much: part of that is put back before each window.
 
-A student that begins trained gives up units and inputs in small steps, and none while it is below its floor: what it
-forgets with them, few steps do not bring back. In the second half of the training, part of them is put back below the
-floor. This restricts what a learned policy may do, as a shield (Alshiekh et al. 2018,
+A student that begins trained begins whole. It gives up units and inputs in small steps, and none while it is below its
+floor: what it forgets with them, few steps do not bring back. In the second half of the training, part of them is put
+back below the floor. This restricts what a learned policy may do, as a shield (Alshiekh et al. 2018,
 https://arxiv.org/abs/1708.08611); other than there, the rule is written by hand and reads measured accuracy.
 """
 
@@ -42,8 +42,8 @@ class GuardConfig:
     tolerance: float = 0.005
     """Accuracy below the floor that a window may have without being undone."""
     hold: bool = True
-    """Let a student that begins trained give up units and inputs in small steps, and none while it is below its floor;
-    put part of them back in the later windows."""
+    """Let a student that begins trained begin whole and give up units and inputs in small steps, and none while it is
+    below its floor; put part of them back in the later windows."""
 
     def check(self) -> None:
         """Raise UserError for a negative tolerance."""
@@ -80,10 +80,10 @@ class Guard:
     def before_window(self, u: Tensor) -> Tensor:
         """Return the controls [N, 12] to train with in place of `u` [N, 12].
 
-        Students that began trained give up at most GIVEN_UP divided by the number of windows. Below their floor they
-        keep at least the units and inputs that they have, and from HELD_SHARE of the windows on half of the rest comes
-        back. Where only the untouched student meets its floor, that begins after FREE_SHARE of the windows, and no
-        sample leaves early.
+        Students that began trained give up at most GIVEN_UP divided by the number of windows; before the first window
+        they have all units and inputs. Below their floor they keep at least what they have, and from HELD_SHARE of the
+        windows on half of the rest comes back. Where only the untouched student meets its floor, that begins after
+        FREE_SHARE of the windows, and no sample leaves early.
         """
         if not self._config.hold:
             return u
@@ -92,7 +92,8 @@ class Guard:
         done = episodes.window / num_windows  # [N]
         lost = (self.best_window == UNTOUCHED) & self.met & (done >= FREE_SHARE) & self._is_below  # [N]
         given_up = torch.where(self._is_below, 0.0, GIVEN_UP / num_windows)  # [N]
-        kept[:, KEPT] = torch.maximum(u[:, KEPT], episodes.u[:, KEPT] - given_up[:, None])
+        had = torch.where(episodes.window[:, None] == 0, 1.0, episodes.u[:, KEPT])  # [N, 2]
+        kept[:, KEPT] = torch.maximum(u[:, KEPT], had - given_up[:, None])
         back = torch.where((done >= HELD_SHARE) & self._is_below & ~lost, PUT_BACK, 0.0)  # [N]
         kept[:, KEPT] += back[:, None] * (1.0 - kept[:, KEPT])
         kept = torch.where(self._is_held[:, None], kept, u)

@@ -62,6 +62,7 @@ def test_the_way_of_ppo_from_the_command_line_to_a_loss(tiny: list[str], tmp_pat
     assert len(way) <= MOST_FRAMES + 1, "\n".join(way)  # rollouts are collected here, not in stable-baselines3
 
 
+@pytest.mark.slow
 def test_the_way_of_distil_from_the_command_line_to_a_loss_of_a_real_model(tmp_path: Path) -> None:
     tiny_models.need_transformers()
     tiny_models.tiny("bert", layers=3).save_pretrained(tmp_path / "bert")  # type: ignore[operator]

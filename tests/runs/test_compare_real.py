@@ -76,6 +76,7 @@ def test_methods_are_trained_paired_and_resumed(files: Path, capsys: pytest.Capt
     assert [window["unit_keep"] for window in row["windows"]] == pytest.approx([1.0, 0.6], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_are_not_trained_again(files: Path, tmp_path: Path) -> None:
     train = ModuleTrainConfig(steps_per_window=2, batch_size=8, learning_rate=1e-3)
     config = RealCompareConfig(
