@@ -10,8 +10,9 @@ methods train with labels and the teacher's likeliest tokens, the same number of
 - cut: blocks of least influence are removed one by one until 20 are left (`depth_pruning`); nothing is trained.
 - plain: distillation of the cut, labels and teacher half and half at T = 1.
 - gradual: as plain, but it begins with the whole teacher and removes a block before each step of `removals`.
-- policy: the policy that comes with rlkd distils the cut, asked for accuracy alone, with temperatures from 1 to 2.
-- policy_floor: as policy, asked for a perplexity floor and to be as fast as possible.
+- policy: the policy that comes with rlkd distils the cut, asked to keep the teacher's perplexity and to be as fast as
+  possible, with temperatures from 1 to 2.
+- policy_floor: as policy, with a perplexity floor that a student can reach.
 
 The learning rate of all is the best of `RATES` for plain distillation on validation. Rows are kept in --out as they are
 done: a second call goes on where the first one stopped.
@@ -89,7 +90,7 @@ class Study:
     removal_share: float = 0.5
     """Share of the steps in which `gradual` removes its blocks."""
     floor_factor: float = 1.5
-    """The policy's floor is the teacher's perplexity on validation times this."""
+    """The floor of `policy_floor` is the teacher's perplexity on validation times this."""
 
     @property
     def num_steps(self) -> int:
@@ -175,8 +176,8 @@ def steered(
     goal, preference = Goal(), Preference(accuracy=1.0)
     if method != "plain":
         start, controller = bundle.policy.start, bundle.policy.controller()
-    if method == "policy_floor":
-        nats = signals.mean(signals.losses, data.splits["validation"]) + np.log(study.floor_factor)
+        factor = study.floor_factor if method == "policy_floor" else 1.0
+        nats = signals.mean(signals.losses, data.splits["validation"]) + np.log(factor)
         goal, preference = Goal(accuracy=float(signals.anchors.quality(nats))), Preference()
     rows: list[dict[str, float]] = []
 

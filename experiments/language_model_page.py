@@ -64,7 +64,7 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
         "",
         f"- Latency is processor time of one call, the median of {about['num_rounds']} rounds in which all networks take turns.",
         "- The interval of a ratio of perplexities is over resampled test pieces, paired; it says nothing about other seeds.",
-        "- `policy` is asked for accuracy alone, so that latencies are equal unless it removes units all the same.",
+        "- `policy` is asked to keep the teacher's perplexity and to be as fast as possible: while it is above, the guard keeps all of its units.",
         f"- `policy_floor` is asked for at most {study['floor_factor']:g} times the teacher's perplexity on validation, as fast as possible.",
         "",
         "## What fell short",
