@@ -3,9 +3,10 @@
 A window meets its goal if its validation accuracy is at least the floor; a task without a floor is always met. The best
 window has the highest J among those that meet the goal; if none does, the most accurate one is the best. A window of a
 real student that could become the best is looked at on more of the validation split: the best of many on few samples
-owes part of that to chance. Windows that meet the goal there with a standard error to spare go before the others.
-The student before any window, with nothing left out, counts as one: it ships untouched if no window does better. Where
-it alone met its floor, a student that is below has lost too much: part of that is put back before each window.
+owes part of that to chance. Such a window meets its goal if it does so there, and those that have a standard error to
+spare go before the others. The student before any window, with nothing left out, counts as one: it ships untouched if
+no window does better. Where it alone met its floor, a student that is below has lost too much: part of that is put back
+before each window.
 
 A student that begins trained begins whole. It gives up units and inputs in small steps, and none while it is below its
 floor: what it forgets with them, few steps do not bring back. In the second half of the training, part of them is put
@@ -73,7 +74,7 @@ class Guard:
         self._best: dict[str, Tensor] = {}
         self._before = episodes.training_state() if self._config.undo else {}
         self._is_current = torch.zeros(n, dtype=torch.bool)  # [N], whether the students are as in the best window
-        self._is_below = torch.zeros(n, dtype=torch.bool)  # [N], whether the last window is below the floor
+        self._is_below = torch.zeros(n, dtype=torch.bool)  # [N], whether the last window missed the goal
         self._is_held = torch.zeros(n, dtype=torch.bool)  # [N], whether the student begins trained
         self._keep_untouched()
 
@@ -107,7 +108,7 @@ class Guard:
         floor = episodes.floors[:, 0]  # [N]
         level, value = self._judge(accuracy, outcome.score, outcome.diverged)
         better = torch.where(level == self._level, value >= self._value, level > self._level) & ~outcome.diverged  # [N]
-        self._is_below = ~meets_goal(accuracy, floor)
+        self._is_below = level == MISSED
         had_met = self.met
         # untouched weights that miss the goal are no result of a training that diverged
         lost = outcome.diverged & ~had_met & (self.best_window == UNTOUCHED)
@@ -135,8 +136,8 @@ class Guard:
         accuracy, score = self._episodes.leave_nothing_out()
         floor, chance = self._episodes.floors[:, 0], 1 / self._episodes.scenario.data.num_classes
         self._is_held = has_floor & (accuracy - chance > TRAINED * (floor - chance))
-        self._is_below = has_floor & ~meets_goal(accuracy, floor)
         level, value = self._judge(accuracy, score, ~has_floor)
+        self._is_below = has_floor & (level == MISSED)
         if has_floor.any():
             self._best = self._episodes.training_state()
             # never SURE: any window that meets the goal and saves more goes before
