@@ -12,7 +12,6 @@ methods train with labels and the teacher's likeliest tokens, the same number of
 - gradual: as plain, but it begins with the whole teacher and removes a block before each step of `removals`.
 - policy: the policy that comes with rlkd distils the cut, asked to keep the teacher's perplexity and to be as fast as
   possible, with temperatures from 1 to 2.
-- policy_floor: as policy, with a perplexity floor that a student can reach.
 
 The learning rate of all is the best of `RATES` for plain distillation on validation. Rows are kept in --out as they are
 done: a second call goes on where the first one stopped.
@@ -73,7 +72,7 @@ COLUMNS = ColumnConfig(max_length=64)  # most documents are one piece
 RATES, RATE_STEPS, RATE_SEED = (1e-4, 3e-4, 1e-3), 10, 1000
 TEMPERATURES = (1.0, 2.0)
 BATCHES, NUM_ROUNDS = (1, 8), 9
-TRAINED = ("plain", "gradual", "policy", "policy_floor")
+TRAINED = ("plain", "gradual", "policy")
 EVALUATED = 8  # pieces at once
 
 
@@ -89,8 +88,6 @@ class Study:
     """The teacher's likeliest tokens that are kept a position."""
     removal_share: float = 0.5
     """Share of the steps in which `gradual` removes its blocks."""
-    floor_factor: float = 1.5
-    """The floor of `policy_floor` is the teacher's perplexity on validation times this."""
 
     @property
     def num_steps(self) -> int:
@@ -176,8 +173,7 @@ def steered(
     goal, preference = Goal(), Preference(accuracy=1.0)
     if method != "plain":
         start, controller = bundle.policy.start, bundle.policy.controller()
-        factor = study.floor_factor if method == "policy_floor" else 1.0
-        nats = signals.mean(signals.losses, data.splits["validation"]) + np.log(factor)
+        nats = signals.mean(signals.losses, data.splits["validation"])
         goal, preference = Goal(accuracy=float(signals.anchors.quality(nats))), Preference()
     rows: list[dict[str, float]] = []
 

@@ -38,7 +38,7 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
     won = all(
         ratio_interval(rows["policy"], _paired(rows, name))[2] < 1.0
         for name in rows
-        if name not in ("teacher", "policy", "policy_floor")
+        if name not in ("teacher", "policy")
     )
     lines = [
         "# A language model with two thirds of its blocks",
@@ -65,7 +65,6 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
         f"- Latency is processor time of one call, the median of {about['num_rounds']} rounds in which all networks take turns.",
         "- The interval of a ratio of perplexities is over resampled test pieces, paired; it says nothing about other seeds.",
         "- `policy` is asked to keep the teacher's perplexity and to be as fast as possible: while it is above, the guard keeps all of its units.",
-        f"- `policy_floor` is asked for at most {study['floor_factor']:g} times the teacher's perplexity on validation, as fast as possible.",
         "",
         "## What fell short",
         "",
@@ -80,7 +79,7 @@ def page(rows: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]], abo
         "## What the policy set",
         "",
     ]
-    for row in (*rows["policy"], *rows["policy_floor"]):
+    for row in rows["policy"]:
         ships = f"window {row['best_window']}" if row["best_window"] > UNTOUCHED else "the untouched student"
         lines += [f"`{row['method']}`, seed {row['seed']}, {ships} ships:", "", *_windows(row), ""]
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_study_of_a_tiny_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = Study(layers=3, num_windows=2, steps_per_window=4, top_k=5, floor_factor=0.8)  # the teacher only guesses
+    study = Study(layers=3, num_windows=2, steps_per_window=4, top_k=5)
     work = Work(place, tmp_path, study, find_policy(None))
     text, numbers = run(work, 1)
     rows = {name: some[0] for name, some in numbers["rows"].items()}
