@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import statistics
 from pathlib import Path
 
@@ -48,6 +49,7 @@ MAY_BE_SEEN = (
 ALONE = "train.shard, teacher_shard: there is one process, which holds everything; torchrun starts several"
 RESPONSES = {"forward": "the forward KL", "reverse": "the reverse KL", "js": "the Jensen-Shannon divergence"}
 NUM_LINES = 20  # of the report on the data that are printed
+SHORT, USEFUL = 2, 3  # epochs; docs/results/real/fashion_99.md has what more than one brings
 
 
 def build_real_scenario(
@@ -139,6 +141,7 @@ def scenario_of_sides(
         signals = dataclasses.replace(signals, maps=signals.maps[..., :0])
     one = typical_sample(student.data)
     profile = from_first(lambda: _profile(config, student, one, kind))  # observations and limits follow from it
+    logger.info(describe_length(config, len(student.data.splits["train"])))
     task = TaskDistribution(
         dataset=student.data.name,
         label_noise=Range(0.0, 0.0),
@@ -238,6 +241,20 @@ def _about_tokens(config: RealConfig, signals: Signals) -> str:
         f"perplexity {a.worst:g} counts as 0, {a.best:g} as 1\n"
         f"response is {RESPONSES[config.tokens.divergence]} over the teacher's {compared}\n"
     )
+
+
+def describe_length(config: RealConfig, num_samples: int) -> str:
+    """How long the training is, and what to change where it is short."""
+    train, per_step = config.train, config.num_windows * config.train.batch_size
+    num_epochs = per_step * train.steps_per_window / num_samples
+    line = (
+        f"training: {config.num_windows} windows of {train.steps_per_window} steps of {train.batch_size} samples, "
+        f"{num_epochs:.2f} epochs of {num_samples:,} samples"
+    )
+    if num_epochs < SHORT:
+        steps = math.ceil(USEFUL * num_samples / per_step)
+        line += f"; a floor close to the teacher needs more: --train.steps_per_window {steps} makes {USEFUL} epochs"
+    return line
 
 
 def _beginning(report: str) -> str:

@@ -8,12 +8,28 @@ import tiny_models
 import torch
 
 from rlkd.envs import ControlConfig
-from rlkd.envs.build_real import build_real_scenario
+from rlkd.envs.build_real import build_real_scenario, describe_length
 from rlkd.envs.real import RealScenario
 from rlkd.envs.real_config import RealConfig, RealCostConfig
 from rlkd.errors import UserError
 from rlkd.models.real.cutting import StudentCut
 from rlkd.students.real.train_config import ModuleTrainConfig
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "end"),
+    [
+        (19_200, "2.00 epochs of 19,200 samples"),
+        (
+            38_400,
+            "1.00 epochs of 38,400 samples; a floor close to the teacher needs more: "
+            "--train.steps_per_window 300 makes 3 epochs",
+        ),
+    ],
+)
+def test_a_training_that_is_short_is_told(num_samples: int, end: str) -> None:
+    line = describe_length(RealConfig("teacher", "data.csv"), num_samples)
+    assert line == f"training: 12 windows of 100 steps of 32 samples, {end}"
 
 
 @pytest.mark.slow

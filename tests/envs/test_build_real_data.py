@@ -183,6 +183,7 @@ def test_a_teacher_at_chance_is_warned_of(caplog: pytest.LogCaptureFixture, teac
     wrong = scenario(teacher, csv_file(tmp_path / "a.csv", lambda i: (i + 1) % C))
     assert "WARNING: the teacher is at or below chance" in wrong.report
     assert any("WARNING: the teacher is at or below chance" in line for line in caplog.messages)
+    assert any(line.startswith("training: 12 windows of 100 steps of 32 samples, ") for line in caplog.messages)
     right = scenario(teacher, csv_file(tmp_path / "b.csv", str))
     assert "WARNING" not in right.report
     assert "the teacher answers 1.000 of the validation samples correctly" in right.report
