@@ -245,7 +245,8 @@ def _about_tokens(config: RealConfig, signals: Signals) -> str:
 
 def describe_length(config: RealConfig, num_samples: int) -> str:
     """How long the training is, and what to change where it is short."""
-    train, per_step = config.train, config.num_windows * config.train.batch_size
+    train = config.train
+    per_step = config.num_windows * train.batch_size  # samples that one step more in every window adds
     num_epochs = per_step * train.steps_per_window / num_samples
     line = (
         f"training: {config.num_windows} windows of {train.steps_per_window} steps of {train.batch_size} samples, "
@@ -253,7 +254,7 @@ def describe_length(config: RealConfig, num_samples: int) -> str:
     )
     if num_epochs < SHORT:
         steps = math.ceil(USEFUL * num_samples / per_step)
-        line += f"; a floor close to the teacher needs more: --train.steps_per_window {steps} makes {USEFUL} epochs"
+        line += f"; a floor close to the teacher may need more: --train.steps_per_window {steps} makes {USEFUL} epochs"
     return line
 
 

@@ -7,8 +7,9 @@
 rlkd's students are those of `policy` in the first study's folder. FastNAS narrows convolutions under a limit on operations and
 scores subnets by their accuracy on validation samples. It begins with the teacher, or with the cut student that rlkd's begin with,
 and is searched for at every limit of LIMITS. For each seed, the subnet with the most operations that is not slower than rlkd's
-student in PyTorch at batch 32 counts, or the smallest where all are slower. It takes plain distillation, half labels and half the teacher's answers at T = 4, on the same
-batches, with the same number of steps and schedule, and the best of three step sizes on validation.
+student in PyTorch at batch 32 counts, or the smallest where all are slower. It takes plain distillation, half labels and
+half the teacher's answers at T = 4, on the same batches, with the same number of steps and schedule, and the best of three
+step sizes on validation.
 """
 
 import argparse

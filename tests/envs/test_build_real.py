@@ -22,7 +22,7 @@ from rlkd.students.real.train_config import ModuleTrainConfig
         (19_200, "2.00 epochs of 19,200 samples"),
         (
             38_400,
-            "1.00 epochs of 38,400 samples; a floor close to the teacher needs more: "
+            "1.00 epochs of 38,400 samples; a floor close to the teacher may need more: "
             "--train.steps_per_window 300 makes 3 epochs",
         ),
     ],

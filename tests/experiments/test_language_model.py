@@ -11,7 +11,7 @@ import language_model
 import pytest
 import tiny_models
 import torch
-from depth_pruning import chosen_blocks, influences, removals, remove_block, train_by_hand
+from depth_pruning import chosen_blocks, influences, removals, remove_block, token_parts, train_by_hand
 from language_model import Study, Work, callable_of, perplexities, run
 from language_model_page import ratio_interval
 
@@ -96,6 +96,10 @@ def test_the_study_of_a_tiny_model(place: Path, tmp_path: Path, monkeypatch: pyt
     assert rows["gradual"]["parameters"] == rows["cut"]["parameters"] < rows["teacher"]["parameters"]
     assert rows["policy"]["validation_perplexity"] == pytest.approx(rows["policy"]["trained_perplexity"], rel=0.02)
     assert all(1.0 <= window["temperature"] <= 2.0 for window in rows["policy"]["windows"])
+    asked = rows["policy"]["goal"]["accuracy"]  # the quality of the teacher's own perplexity
+    _, signals = token_parts(work.scenario)
+    nats = math.log(rows["teacher"]["validation_perplexity"])
+    assert asked == pytest.approx(float(signals.anchors.quality(torch.tensor(nats))), abs=1e-4)
     assert "| gradual | " in text
 
     # by hand and through rlkd's loop, plain distillation is one training

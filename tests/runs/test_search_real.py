@@ -198,6 +198,7 @@ def test_a_training_that_diverges_counts_as_nothing(space: RealSpace, caplog: py
     assert [line for line in caplog.messages if "its training diverged; its accuracy counts as 0" in line]
 
 
+@pytest.mark.slow
 def test_a_range_test_finds_the_step_size_once_a_width(space: RealSpace, caplog: pytest.LogCaptureFixture) -> None:
     train = dataclasses.replace(space.config.train, learning_rate=0.0)
     asked = dataclasses.replace(space, config=dataclasses.replace(space.config, train=train))
