@@ -44,13 +44,16 @@ class Lion(torch.optim.Optimizer):
 def new_optimizer(
     module: nn.Module, name: Literal["adamw", "lion"], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Decay on matrices alone: biases and normalisation are left as they are."""
+    """Decay on matrices alone: biases and normalisation are left as they are.
+
+    AdamW is torch's fused one: on a CPU, the default walks over all parameters about ten times.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate) if name == "adamw" else Lion(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True) if name == "adamw" else Lion(groups, lr=learning_rate)
 
 
 def schedule(step: int, total: int, warmup: float, floor: float) -> float:

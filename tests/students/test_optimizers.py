@@ -8,7 +8,7 @@ import torch
 from module_students import TRAIN, controls, distance, student_of
 from torch import nn
 
-from rlkd.students.optimizers import Lion, schedule
+from rlkd.students.optimizers import Lion, new_optimizer, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,24 @@ def test_lion_by_hand() -> None:
     p.grad = torch.tensor([-10.0, 0.0])
     optimizer.step()  # 0.9 m + 0.1 g = (0.35, -0.045)
     torch.testing.assert_close(p.data, torch.tensor([0.85 * 0.95 - 0.1, -1.8 * 0.95 + 0.1]))
+
+
+def test_adamw_by_hand() -> None:
+    layer = nn.Linear(1, 1)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+        layer.bias.fill_(2.0)
+    optimizer = new_optimizer(layer, "adamw", 0.1, 0.5)
+    # the first step moves by lr against the sign, after decay by lr 0.5 of the matrix alone
+    layer.weight.grad, layer.bias.grad = torch.full((1, 1), 3.0), torch.full((1,), -7.0)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.data, torch.tensor([[2.0 * 0.95 - 0.1]]))
+    torch.testing.assert_close(layer.bias.data, torch.tensor([2.1]))
+    # m = 0.9 0.1 3 + 0.1 g, v = 0.999 0.001 9 + 0.001 g^2, over 1 - 0.9^2 and 1 - 0.999^2
+    layer.weight.grad, layer.bias.grad = torch.full((1, 1), -1.0), None
+    optimizer.step()
+    moved = (0.17 / 0.19) / (0.009991 / 0.001999) ** 0.5
+    torch.testing.assert_close(layer.weight.data, torch.tensor([[1.8 * 0.95 - 0.1 * moved]]))
 
 
 def test_lion_trains() -> None:
