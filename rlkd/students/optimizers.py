@@ -53,7 +53,9 @@ def new_optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True) if name == "adamw" else Lion(groups, lr=learning_rate)
+    if name == "lion":
+        return Lion(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 def schedule(step: int, total: int, warmup: float, floor: float) -> float:
