@@ -79,7 +79,7 @@ def fashion(work: Path) -> RealCompareConfig:
     }
     teacher = Teacher(6000, 64, 1e-3, 0.05)
     config = images(work, "vit-teacher-scaled", transformers().ViTConfig, described, teacher=teacher)
-    return replace(config, cut=StudentCut(3), train=replace(config.train, steps_per_window=80))
+    return replace(config, cut=StudentCut(3))
 
 
 def resnet(work: Path) -> RealCompareConfig:
@@ -92,7 +92,8 @@ def resnet(work: Path) -> RealCompareConfig:
         "architectures": ["ResNetForImageClassification"],
     }
     teacher = Teacher(5000, 64, 2e-3, 0.05)
-    return images(work, "resnet-teacher-scaled", transformers().ResNetConfig, described, teacher=teacher)
+    config = images(work, "resnet-teacher-scaled", transformers().ResNetConfig, described, teacher=teacher)
+    return replace(config, train=replace(config.train, steps_per_window=240))
 
 
 def resnet_copy(work: Path) -> RealCompareConfig:
@@ -117,7 +118,7 @@ def images(
         teacher=str(folder),
         data=str(data),
         columns=columns,
-        train=ModuleTrainConfig(steps_per_window=40, batch_size=64, evaluation_batch_size=256),
+        train=ModuleTrainConfig(steps_per_window=80, batch_size=64, evaluation_batch_size=256),
         cost=RealCostConfig(batch_size=32),
     )
 
