@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlkd.compression.real.choice import unit_masks
@@ -17,10 +16,9 @@ from rlkd.data.examples import Examples, to_device
 from rlkd.errors import UserError
 from rlkd.io import processes
 from rlkd.io.memory import enough_memory
-from rlkd.losses import FAMILIES, TERMS, LossConfig, Objective
+from rlkd.losses import FAMILIES, LossConfig, Objective
 from rlkd.losses.hard_label import log_probabilities
 from rlkd.models.chain import Masks, initialise
-from rlkd.models.layer_mapping import active_pairs
 from rlkd.models.real.batch_norm import own_statistics
 from rlkd.models.real.blocks import checkpoint_blocks, group_importance
 from rlkd.models.real.hooks import find_scales, forget_scales
@@ -38,6 +36,7 @@ from rlkd.students.interface import (
 )
 from rlkd.students.optimizers import load_optimizer_state, new_optimizer, optimizer_state, schedule
 from rlkd.students.real.gradients import gradient_norms, sharded_gradient_norms
+from rlkd.students.real.hidden import check_stages, hidden_signals, num_active_columns, offered_signals
 from rlkd.students.real.sharded import sharded_copy
 from rlkd.students.real.train_config import ModuleTrainConfig, confirming_samples, evaluated_samples, spread_out
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
@@ -97,8 +96,8 @@ class ModuleStudent:
         self._num_steps = num_windows * config.steps_per_window
         self._start_rate = start_rate
         self._loss = loss or LossConfig()
-        self._objective = Objective(self._loss, self._offered(student))
-        self._check_stages(student)
+        self._objective = Objective(self._loss, offered_signals(student, signals, data))
+        check_stages(self._loss, len(student.links))
         self._available = self._objective.available
         width, num_classes = signals.features.shape[-1], signals.logits.shape[-1]
         student.terms = self._objective.modules(
@@ -386,37 +385,12 @@ class ModuleStudent:
         groups = group_importance(self.student.model, self.plan.groups)
         return (self._token_scores, *(groups or (torch.ones(1),)))
 
-    def _check_stages(self, student: Instrumented) -> None:
-        """Raise UserError for more stages than hints, or for terms of a fixed width in stages."""
-        stages, modules = self._loss.stages, [n for n in self._loss.terms if TERMS[n].is_module]
-        if stages > max(1, len(student.links)):
-            raise UserError(
-                f"loss.stages: got {stages}; allowed: 1 to {max(1, len(student.links))}, the blocks with hints "
-                "(--attach.hints all gives every block one)"
-            )
-        if stages > 1 and modules:
-            raise UserError(f"loss.stages: got {stages} with {modules[0]}, which has a fixed width; allowed: 1")
-
     def _active_columns(self) -> int:
-        """How many columns of the features belong to the hints that learn now, the shallowest blocks first."""
-        links, stages = self.student.links, self._loss.stages
+        """How many columns of the features are learned now."""
+        stages = self._loss.stages
         if stages == 1:
             return self._signals.features.shape[-1]
-        count = active_pairs(len(links), stages, self._step / self._num_steps)
-        return sum(link.teacher_width for link in links[:count])
-
-    def _offered(self, student: Instrumented) -> frozenset[str]:
-        """Names of the signals that the student and its teacher have; its features are those behind the adapters."""
-        names = {"student_logits", "exit_logits", "labels", "temperature", "teacher_logits"}
-        names |= {"student_features", "adapted_features", "teacher_features"} if student.links else set()
-        return frozenset(names | ({"student_map", "teacher_map"} if self._has_maps() else set()))
-
-    def _has_maps(self) -> bool:
-        """Whether the student's attention map has the teacher's positions."""
-        if self.plan.is_conv or self._signals.are_conv:
-            return self.plan.is_conv and self._signals.are_conv
-        length = self._data.num_positions or self.plan.num_positions
-        return bool(self.plan.attention) and self._signals.maps.shape[-1] == length
+        return num_active_columns(self.student.links, stages, self._step / self._num_steps)
 
     def _forward(self, samples: Tensor) -> ModuleOutputs:
         inputs = to_device(self._data.batch(samples), self._device)
@@ -445,34 +419,15 @@ class ModuleStudent:
         return self._objective(given, self.student.terms)
 
     def _hidden(self, samples: Tensor, outputs: ModuleOutputs) -> dict[str, Tensor]:
-        """Signals of hidden layers for the samples [B]; student and teacher have equal ones without the family."""
-        columns = self._active_columns()
-        features = self._signals.features[self._task.teacher, samples, :columns].to(self._device)  # [B, F]
-        if not features.shape[-1]:  # the mean over no features would be no number
-            features = features.new_zeros(len(features), 1)
-        adapted = outputs.features[:, :columns].float() if self._available[2] else features
-        student_map, teacher_map = self._maps(samples, outputs)
-        return {
-            "student_features": adapted,
-            "adapted_features": adapted,
-            "teacher_features": features,
-            "student_map": student_map,
-            "teacher_map": teacher_map,
-        }
-
-    def _maps(self, samples: Tensor, outputs: ModuleOutputs) -> tuple[Tensor, Tensor]:
-        """Return the maps of student and teacher for the samples [B], [B, P] each; equal ones without the family."""
-        theirs = self._teacher_map(samples, outputs)
-        return (theirs if outputs.map is None or not self._available[3] else outputs.map), theirs
-
-    def _teacher_map(self, samples: Tensor, outputs: ModuleOutputs) -> Tensor:
-        """[B, P]: the teacher's map over the tokens that the student still has, of unit norm."""
-        full = self._signals.maps[self._task.teacher, samples].to(self._device)  # [B, P]
-        if outputs.map is None or not self._available[3]:
-            return full
-        if outputs.positions is None or outputs.valid is None:
-            return full[:, : outputs.map.shape[-1]]  # what follows is padding
-        return F.normalize(full.gather(1, outputs.positions) * outputs.valid, dim=-1, eps=1e-8)
+        """Signals of hidden layers for the samples [B]."""
+        teacher, signals = self._task.teacher, self._signals
+        return hidden_signals(
+            outputs,
+            signals.features[teacher, samples, : self._active_columns()].to(self._device),
+            signals.maps[teacher, samples].to(self._device),
+            has_features=bool(self._available[2]),
+            has_maps=bool(self._available[3]),
+        )
 
     def _family_gradients(self, positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """Norms [4] of each family's gradient on model and exits, and the cosine of the first two, on the CPU."""
