@@ -93,7 +93,8 @@ def resnet(work: Path) -> RealCompareConfig:
     }
     teacher = Teacher(5000, 64, 2e-3, 0.05)
     config = images(work, "resnet-teacher-scaled", transformers().ResNetConfig, described, teacher=teacher)
-    return replace(config, train=replace(config.train, steps_per_window=240))
+    # the teacher's step size: the range test's longest trials, of 72 steps, choose a third of it
+    return replace(config, train=replace(config.train, steps_per_window=240, learning_rate=teacher.learning_rate))
 
 
 def resnet_copy(work: Path) -> RealCompareConfig:
