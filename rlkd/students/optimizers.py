@@ -104,8 +104,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, T
 
 
 def _placed(parameter: Tensor, name: str, value: Tensor) -> Tensor:
-    """Return a moment sharded as its parameter is; a count of updates stays."""
-    return value if name == "step" else sharded_like(parameter, value)
+    """Return a moment sharded and laid out in memory as its parameter is; a count of updates stays.
+
+    The fused AdamW goes through memory in order: a moment in another layout would belong to other elements.
+    """
+    return value if name == "step" else torch.empty_like(parameter).copy_(sharded_like(parameter, value))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The optimizers of real students and the course of the learning rate."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from module_students import TRAIN, controls, distance, student_of
 from torch import nn
 
-from rlkd.students.optimizers import Lion, new_optimizer, schedule
+from rlkd.students.optimizers import Lion, load_optimizer_state, new_optimizer, optimizer_state, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,32 @@ def test_adamw_by_hand() -> None:
     optimizer.step()
     moved = (0.17 / 0.19) / (0.009991 / 0.001999) ** 0.5
     torch.testing.assert_close(layer.weight.data, torch.tensor([[1.8 * 0.95 - 0.1 * moved]]))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_a_resumed_adamw_goes_on_as_one_that_never_stopped(layout: str) -> None:
+    def steps(optimizer: torch.optim.Optimizer, layer: nn.Module, numbers: range) -> None:
+        for number in numbers:
+            optimizer.zero_grad()
+            given = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(number))
+            layer(given).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 5, 3)
+    if layout == "channels_last":
+        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif layout == "transposed":
+        layer.weight.data = layer.weight.data.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2)
+    optimizer = new_optimizer(layer, "adamw", 0.01, 0.1)
+    steps(optimizer, layer, range(3))
+    state = {name: value.contiguous() for name, value in optimizer_state(optimizer).items()}  # as files keep it
+    again = copy.deepcopy(layer)
+    resumed = new_optimizer(again, "adamw", 0.01, 0.1)
+    load_optimizer_state(resumed, state)
+    steps(optimizer, layer, range(3, 6))
+    steps(resumed, again, range(3, 6))
+    assert torch.equal(layer.weight, again.weight)
 
 
 def test_lion_trains() -> None:

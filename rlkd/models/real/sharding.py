@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from rlkd.errors import UserError
 from rlkd.models.real.pretrained import as_user_error
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def shard_weights(model: nn.Module, blocks: Iterable[str], device: torch.device, option: str) -> None:

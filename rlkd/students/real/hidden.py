@@ -47,7 +47,7 @@ def num_active_columns(links: Sequence[Link], stages: int, done: float) -> int:
     Args:
         links: of all hints.
         stages: 2 or more.
-        done: share of the training, in [0, 1).
+        done: share of the training, in [0, 1].
     """
     return sum(link.teacher_width for link in links[: active_pairs(len(links), stages, done)])
 

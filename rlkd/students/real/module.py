@@ -4,7 +4,6 @@ Implements `Students` for N = 1 beside `SoloStudent`: what differs is what real 
 and decay inside the policy's learning rate, accumulation, clipping, bfloat16, a device, and inputs by name.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +18,6 @@ from rlkd.io.memory import enough_memory
 from rlkd.losses import FAMILIES, LossConfig, Objective
 from rlkd.losses.hard_label import log_probabilities
 from rlkd.models.chain import Masks, initialise
-from rlkd.models.real.batch_norm import own_statistics
 from rlkd.models.real.blocks import checkpoint_blocks, group_importance
 from rlkd.models.real.hooks import find_scales, forget_scales
 from rlkd.models.real.instrumented import Instrumented, ModuleOutputs
@@ -38,13 +36,12 @@ from rlkd.students.optimizers import load_optimizer_state, new_optimizer, optimi
 from rlkd.students.real.gradients import gradient_norms, sharded_gradient_norms
 from rlkd.students.real.hidden import check_stages, hidden_signals, num_active_columns, offered_signals
 from rlkd.students.real.sharded import sharded_copy
-from rlkd.students.real.train_config import ModuleTrainConfig, confirming_samples, evaluated_samples, spread_out
+from rlkd.students.real.train_config import ModuleTrainConfig, confirming_samples, evaluated_samples
 from rlkd.students.rollback import Rollbacks, Snapshot, moments
 from rlkd.teachers import Signals
 
 TRAIN_LESS = "raise --train.micro_batches, or lower --train.batch_size or --columns.max_length"
 EVALUATE_LESS = "lower --train.evaluation_batch_size"
-NUM_SEEN = 512  # training samples that give batch normalisation its statistics in a probe
 PUBLISHED_RATE = 3e-3  # the learning rate's control in the published setting
 
 
@@ -178,10 +175,7 @@ class ModuleStudent:
 
     @torch.no_grad()
     def probe(self, feature_keep: Tensor, unit_keep: Tensor) -> Tensor:
-        """As `Students.probe`; what the last evaluation answered under the same masks is not computed again.
-
-        Under other masks, batch normalisation has statistics of its own.
-        """
+        """As `Students.probe`; what the last evaluation answered under the same masks is not computed again."""
         before = self._unit_masks, self._keep
         masks = self._top_units(unit_keep)
         keep = float(feature_keep[0]) if self.plan.select_after is not None else 1.0
@@ -190,17 +184,9 @@ class ModuleStudent:
             return self._seen
         self._unit_masks, self._keep = masks, keep
         try:
-            with contextlib.nullcontext() if is_same else own_statistics(self.student.model, self._see_some):
-                accuracy = self._exit_accuracy(probed_samples(self._data.splits["validation"]))
-            return processes.agree(accuracy, self._device)
+            return processes.agree(self._exit_accuracy(probed_samples(self._data.splits["validation"])), self._device)
         finally:
             self._unit_masks, self._keep = before
-
-    def _see_some(self) -> None:
-        """Call the student with samples of the train split under the present masks."""
-        some = spread_out(self._data.splits["train"], NUM_SEEN)
-        for rows in torch.split(some, self._config.evaluation_batch_size):
-            self._forward(rows)
 
     def _exit_accuracy(self, index: Tensor) -> Tensor:
         """[1, E], on the samples at `index` [B]."""

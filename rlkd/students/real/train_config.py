@@ -92,15 +92,15 @@ class ModuleTrainConfig(TrainConfig):
 
 def evaluated_samples(index: Tensor, split: Split, config: ModuleTrainConfig) -> Tensor:
     """Select the samples of a split at `index` [S] for evaluation: `validation_size` of validation, all of others."""
-    return spread_out(index, config.validation_size) if split == "validation" else index
+    return _spread_out(index, config.validation_size) if split == "validation" else index
 
 
 def confirming_samples(index: Tensor, config: ModuleTrainConfig) -> Tensor:
     """Select `confirm_size` samples of the validation split at `index` [S]; those of `evaluated_samples` at least."""
-    some, more = evaluated_samples(index, "validation", config), spread_out(index, config.confirm_size)
+    some, more = evaluated_samples(index, "validation", config), _spread_out(index, config.confirm_size)
     return more if len(more) > len(some) else some
 
 
-def spread_out(index: Tensor, count: int) -> Tensor:
+def _spread_out(index: Tensor, count: int) -> Tensor:
     """Return `count` of the samples at `index` [S], evenly spread; all for 0 or where there are not as many."""
     return index[torch.arange(count) * len(index) // count] if 0 < count < len(index) else index
