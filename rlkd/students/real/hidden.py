@@ -1,4 +1,4 @@
-"""What a real student and its teacher show of their hidden layers: features behind the adapters, and attention maps."""
+"""Read the hidden layers of a real student and its teacher: features behind the adapters, and attention maps."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from rlkd.teachers import Signals
 
 
 def offered_signals(student: Instrumented, signals: Signals, data: Examples) -> frozenset[str]:
-    """Names of the signals that the student and its teacher have; its features are those behind the adapters."""
+    """Name the signals that the student and its teacher have; its features are those behind the adapters."""
     names = {"student_logits", "exit_logits", "labels", "temperature", "teacher_logits"}
     names |= {"student_features", "adapted_features", "teacher_features"} if student.links else set()
     return frozenset(names | ({"student_map", "teacher_map"} if _has_maps(student.plan, signals, data) else set()))
@@ -42,7 +42,7 @@ def check_stages(loss: LossConfig, num_links: int) -> None:
 
 
 def num_active_columns(links: Sequence[Link], stages: int, done: float) -> int:
-    """How many columns of the features belong to the hints that learn now, the shallowest blocks first.
+    """Count the columns of the features that belong to the hints that learn now, the shallowest blocks first.
 
     Args:
         links: of all hints.
@@ -55,7 +55,7 @@ def num_active_columns(links: Sequence[Link], stages: int, done: float) -> int:
 def hidden_signals(
     outputs: ModuleOutputs, features: Tensor, teacher_map: Tensor, *, has_features: bool, has_maps: bool
 ) -> dict[str, Tensor]:
-    """Signals of hidden layers; student and teacher have equal ones without the family.
+    """Return signals of hidden layers; student and teacher have equal ones without the family.
 
     Args:
         outputs: of the student, for B samples.
@@ -78,7 +78,7 @@ def hidden_signals(
 
 
 def _seen_map(outputs: ModuleOutputs, full: Tensor) -> Tensor:
-    """[B, P]: the teacher's map `full` [B, P] over the tokens that the student still has, of unit norm."""
+    """Return [B, P], the teacher's map `full` [B, P] over the tokens that the student still has, of unit norm."""
     if outputs.map is None:
         return full
     if outputs.positions is None or outputs.valid is None:

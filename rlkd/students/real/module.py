@@ -372,7 +372,7 @@ class ModuleStudent:
         return (self._token_scores, *(groups or (torch.ones(1),)))
 
     def _active_columns(self) -> int:
-        """How many columns of the features are learned now."""
+        """Count the columns of the features that are learned now."""
         stages = self._loss.stages
         if stages == 1:
             return self._signals.features.shape[-1]
@@ -405,7 +405,7 @@ class ModuleStudent:
         return self._objective(given, self.student.terms)
 
     def _hidden(self, samples: Tensor, outputs: ModuleOutputs) -> dict[str, Tensor]:
-        """Signals of hidden layers for the samples [B]."""
+        """Return signals of hidden layers for the samples [B]."""
         teacher, signals = self._task.teacher, self._signals
         return hidden_signals(
             outputs,
