@@ -143,7 +143,7 @@ def page(rows: list[dict[str, Any]], keep: float, command: str) -> str:
         f"({keep:g} of the teacher's accuracy) are rlkd's. FastNAS narrows convolutions of the teacher, or of the cut student that rlkd's begin",
         f"with, in steps of {DIVISOR} channels, scored on {NUM_SCORED:,} validation samples. The subnet with the most operations that is not slower than rlkd's",
         "student in PyTorch at batch 32 (processor time, in turns), or the smallest where all are slower, takes plain distillation with rlkd's batches and number of steps; of three",
-        "trainings with a third, one and three times the step size that the range test found, the best on validation counts.",
+        "trainings with a third, one and three times rlkd's step size, the best on validation counts.",
         "",
         "Bar: at equal accuracy latency not higher; read here as accuracy not below at equal latency: the mean lead of rlkd is not negative.",
         "",
